@@ -1,0 +1,39 @@
+"""Token-level losses for fine-tuning language models without forgetting, fused with the LM head.
+
+`token_losses` is the op; the objectives are modules on top of it; `reference` holds the same in plain PyTorch.
+"""
+
+from .head import LMHead, Reference
+from .objectives import (
+    ASFTLoss,
+    CrossEntropyLoss,
+    DFTLoss,
+    EAFTLoss,
+    FLOWLoss,
+    LAwFLoss,
+    Objective,
+    PSFTLoss,
+    TALRLoss,
+)
+from .op import TokenLosses, token_losses
+from .parameters import l2_to_initial, wise_ft
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ASFTLoss",
+    "CrossEntropyLoss",
+    "DFTLoss",
+    "EAFTLoss",
+    "FLOWLoss",
+    "LAwFLoss",
+    "LMHead",
+    "Objective",
+    "PSFTLoss",
+    "Reference",
+    "TALRLoss",
+    "TokenLosses",
+    "l2_to_initial",
+    "token_losses",
+    "wise_ft",
+]

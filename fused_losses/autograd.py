@@ -1,0 +1,111 @@
+"""The autograd functions: save, call the backend, return. All mathematics is in the backend and in problem.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .problem import Problem, Statistics
+
+TokenLoss = Callable[[Statistics, slice], Tensor]
+
+
+class TokenLossesFunction(torch.autograd.Function):
+    """nll and kl per token, for upstream gradients that nobody knows yet.
+
+    A trainable head: forward keeps the inputs, backward sweeps over the tokens again (4 GEMMs in all, 6 with a
+    reference). A frozen head: forward keeps the rows ∂nll/∂x and ∂kl/∂x (2 and 4 GEMMs in all), backward is
+    one line.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, problem: Problem, backend: ModuleType, grad: bool):
+        ctx.set_materialize_grads(False)
+        need_hidden, need_weight, need_bias = (grad and need for need in ctx.needs_input_grad[:3])
+        ctx.keep_rows = need_hidden and not (need_weight or need_bias)
+        with _no_autocast(problem):
+            out, rows = backend.statistics(problem, ctx.keep_rows)
+        if ctx.keep_rows:
+            ctx.save_for_backward(rows.nll, rows.kl)
+            ctx.dtype = hidden.dtype
+        elif grad:
+            ctx.save_for_backward(*problem.tensors())
+            ctx.problem, ctx.backend = problem.with_tensors((None,) * 7), backend
+        fixed = (out.prediction, out.entropy, out.reference_nll, out.reference_entropy, out.topk_entropy)
+        ctx.mark_non_differentiable(*(v for v in fixed if v is not None))
+        return out.nll, out.kl, *fixed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, a, b, *_):
+        if ctx.keep_rows:
+            nll_rows, kl_rows = ctx.saved_tensors
+            parts = [w[:, None] * rows for w, rows in ((a, nll_rows), (b, kl_rows)) if w is not None]
+            hidden = sum(parts).to(ctx.dtype) if parts else None
+            return hidden, None, None, None, None, None
+        problem = ctx.problem.with_tensors(ctx.saved_tensors)
+        with _no_autocast(problem):
+            _, total = ctx.backend.gradients(
+                problem,
+                lambda _, at: (None if a is None else a[at], None if b is None else b[at]),
+                *ctx.needs_input_grad[:3],
+            )
+        head = problem.head
+        weight = None if total.weight is None else total.weight.to(head.weight.dtype)
+        bias = None if total.bias is None else total.bias.to(head.bias.dtype)
+        return total.hidden, weight, bias, None, None, None
+
+
+class SummedLossFunction(torch.autograd.Function):
+    """Σ_t loss(statistics of t): the upstream weights follow from each chunk's own statistics, so forward already
+    takes the gradients, while the chunk's logits are at hand (3 GEMMs, 2 with a frozen head, one more with a
+    reference). Backward scales them.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, problem: Problem, backend: ModuleType, grad: bool, loss: TokenLoss):
+        needs = tuple(grad and need for need in ctx.needs_input_grad[:3])
+        sums: list[Tensor] = []
+
+        def upstream(out: Statistics, at: slice) -> tuple[Tensor | None, Tensor | None]:
+            leaves = [out.nll.detach().requires_grad_()]
+            out.nll = leaves[0]
+            if out.kl is not None:
+                leaves.append(out.kl.detach().requires_grad_())
+                out.kl = leaves[1]
+            with torch.enable_grad():
+                total = loss(out, at).sum()
+                sums.append(total.detach())
+                ab = torch.autograd.grad(total, leaves, allow_unused=True) if total.requires_grad else (None, None)
+            return ab if len(ab) == 2 else (ab[0], None)
+
+        with _no_autocast(problem):
+            if any(needs):
+                _, total = backend.gradients(problem, upstream, *needs)
+                ctx.save_for_backward(total.hidden, total.weight, total.bias)
+                ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+            else:
+                out, _ = backend.statistics(problem)
+                sums.append(loss(out, slice(0, len(problem.labels))).sum())
+        return torch.stack(sums).sum() if sums else hidden.new_zeros((), dtype=problem.accumulator)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        return *map(lambda total, dtype: _scaled(total, upstream, dtype), ctx.saved_tensors, ctx.dtypes), None, None, None, None
+
+
+def _scaled(total: Tensor | None, upstream: Tensor, dtype: torch.dtype | None) -> Tensor | None:
+    """A new tensor, so backward may run again. One rounding: a scalar tensor would be cast to a half dtype first."""
+    if total is None:
+        return None
+    return torch.mul(total, upstream.reshape((1,) * total.dim()), out=torch.empty_like(total, dtype=dtype))
+
+
+def _no_autocast(problem: Problem) -> AbstractContextManager:
+    return torch.autocast(problem.hidden.device.type, enabled=False)

@@ -1,0 +1,24 @@
+"""Which implementations there are, which can run here, and which one "auto" takes."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+# torch is not imported here: the name is that of a submodule.
+
+NAMES = ("torch", "reference")
+
+
+def availability() -> dict[str, str | None]:
+    """For each backend None where it can run, else the reason why not."""
+    return {"torch": None, "reference": None}
+
+
+def choose(name: str, device_type: str) -> str:
+    """The backend for a call; "auto" is the chunked one, on every device."""
+    return "torch" if name == "auto" else name
+
+
+def load(name: str) -> ModuleType:
+    return importlib.import_module(f"{__name__}.{name}")

@@ -1,0 +1,144 @@
+"""What a language-model head is: a linear map to the vocabulary, then a scale and a soft-cap."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class LMHead:
+    """The head of a language model: ``logits = softcap(logit_scale · (hidden @ weight.T + bias))``.
+
+    ``softcap(z) = softcap · tanh(z / softcap)`` where `softcap` is given (Gemma 2), the identity otherwise;
+    `logit_scale` is the factor of Cohere, Granite and others. The head holds references, it copies nothing,
+    so gradients of `weight` and `bias` arrive at the caller's own parameters; a tensor that does not require
+    a gradient is frozen and costs no work in backward.
+
+    Args:
+        weight: [V, D], float64, float32, bfloat16 or float16.
+        bias: [V] or None, on the device of `weight`. Entries of −inf rule tokens out.
+        logit_scale: finite and not zero.
+        softcap: positive, or None.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        check_weight(self.weight, "head weight")
+        vocabulary = self.weight.shape[0]
+        if self.bias is not None:
+            if not isinstance(self.bias, Tensor):
+                raise TypeError(f"head bias: expected a [V] tensor or None, got {type(self.bias).__name__}")
+            if tuple(self.bias.shape) != (vocabulary,):
+                raise ValueError(
+                    f"head bias: expected shape [{vocabulary}], one number per row of weight, "
+                    f"got {list(self.bias.shape)}"
+                )
+            if self.bias.dtype not in FLOATING:
+                raise TypeError(f"head bias: expected a floating dtype, got {self.bias.dtype}")
+            if self.bias.device != self.weight.device:
+                raise ValueError(
+                    f"head bias is on {self.bias.device}, head weight on {self.weight.device}; "
+                    "move both to one device"
+                )
+        scale = self.logit_scale
+        if not isinstance(scale, (int, float)) or scale != scale or abs(scale) == float("inf") or scale == 0:
+            raise ValueError(f"logit_scale: expected a finite number other than 0, got {scale!r}; leave it 1.0 for none")
+        cap = self.softcap
+        if cap is not None and not (isinstance(cap, (int, float)) and 0 < cap < float("inf")):
+            raise ValueError(f"softcap: expected a finite number > 0, or None for no soft-cap, got {cap!r}")
+
+    @property
+    def vocabulary(self) -> int:
+        return self.weight.shape[0]
+
+    def is_same(self, other: LMHead) -> bool:
+        """Whether both heads map equal hidden states to equal logits because they are the same tensors."""
+        return (
+            _same_tensor(self.weight, other.weight)
+            and (self.bias is other.bias or (self.bias is not None and other.bias is not None
+                                             and _same_tensor(self.bias, other.bias)))
+            and (self.logit_scale, self.softcap) == (other.logit_scale, other.softcap)
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The frozen reference model at the same tokens, given by its last hidden states.
+
+    ``p_ref = softmax(head(hidden))``. Nothing here ever receives a gradient.
+
+    Args:
+        hidden: [..., D_ref], leading shape as the labels'.
+        head: an `LMHead`, a [V, D_ref] tensor, an `nn.Linear`, or None: the head of the trained model, which
+            is the case of LoRA and of every fine-tuning with a frozen head. With the same head the difference
+            of both logits is computed as ``(hidden − reference.hidden) @ weight.T``, so rounding that is common
+            to both cancels.
+    """
+
+    hidden: Tensor
+    head: LMHead | Tensor | nn.Linear | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.hidden, Tensor):
+            raise TypeError(f"reference hidden: expected a tensor [..., D], got {type(self.hidden).__name__}")
+        if self.hidden.dtype not in FLOATING:
+            raise TypeError(f"reference hidden: expected one of {_names(FLOATING)}, got {self.hidden.dtype}")
+        if self.head is not None:
+            object.__setattr__(self, "head", as_head(self.head, "reference head"))
+
+
+def as_head(head: object, name: str = "head") -> LMHead:
+    """An `LMHead` from an `LMHead`, a [V, D] tensor, or a plain `nn.Linear`."""
+    if isinstance(head, LMHead):
+        return head
+    if isinstance(head, Tensor):
+        return LMHead(head)
+    if isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward:
+        return LMHead(head.weight, head.bias)
+    remedy = (
+        "its forward does more than a linear map, which would be dropped silently; merge it first, or describe the "
+        "head by fused_losses.LMHead(weight, bias, logit_scale, softcap)"
+        if isinstance(head, nn.Module)
+        else "give fused_losses.LMHead(weight, bias, logit_scale, softcap)"
+    )
+    raise TypeError(f"{name}: expected an LMHead, a [V, D] tensor or an nn.Linear, got {type(head).__name__}; {remedy}")
+
+
+def check_weight(weight: object, name: str) -> None:
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{name}: expected a [V, D] tensor, got {type(weight).__name__}")
+    if type(weight).__name__ == "DTensor":
+        raise TypeError(
+            f"{name}: is a DTensor, of which this rank holds one shard; call inside the head's own forward, where it "
+            "is gathered, or give the full local tensor"
+        )
+    if weight.dim() != 2 or 0 in weight.shape:
+        sharded = "; a sharded or offloaded parameter (ZeRO-3, FSDP) must be gathered first" if weight.numel() == 0 else ""
+        raise ValueError(f"{name}: expected shape [V, D] with V, D ≥ 1, got {list(weight.shape)}{sharded}")
+    if weight.dtype not in FLOATING:
+        raise TypeError(
+            f"{name}: expected one of {_names(FLOATING)}, got {weight.dtype}; a quantised head must be dequantised first"
+        )
+
+
+def _same_tensor(a: Tensor, b: Tensor) -> bool:
+    return a is b or (
+        a.device == b.device and a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride()
+        and a.data_ptr() == b.data_ptr() and a.device.type != "meta"
+    )  # fmt: skip
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(d).removeprefix("torch.") for d in dtypes)

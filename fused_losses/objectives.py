@@ -1,0 +1,432 @@
+"""Training objectives as modules without parameters, each a few lines over the per-token losses.
+
+Every one is Σ_t loss_t / n with loss_t made of a token's own statistics; n is the number of tokens with a label, or
+the caller's `num_items`. Weights never carry a gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .head import LMHead, Reference
+from .op import Tokens, eager, prepare
+from .problem import Statistics
+
+Head = LMHead | Tensor | nn.Linear
+
+
+class Objective(nn.Module):
+    """Base of the objectives: subclass it and write `token_loss`.
+
+    `token_loss(out, **per_token)` gets statistics of tokens with a label ([C] vectors: `out.nll`, `out.kl`,
+    `out.prediction`, `out.reference_nll`, and those named in `wanted`), returns a loss per token, [C], by ordinary
+    differentiable operations on `out.nll` and `out.kl`. It sees some of the tokens at a time, so it must not mix
+    tokens. Then the gradient is taken while the logits are at hand: 3 GEMMs, 2 with a frozen head, one more with
+    a reference.
+
+    Options of every objective: `ignore_index`, `gradient` and `backend`, as in `token_losses`.
+    """
+
+    wanted: frozenset[str] = frozenset()
+    top_k: int = 20
+
+    def __init__(self, *, ignore_index: int = -100, gradient: str = "auto", backend: str = "auto") -> None:
+        super().__init__()
+        self.ignore_index, self.gradient, self.backend = ignore_index, gradient, backend
+
+    def token_loss(self, out: Statistics, **per_token: Tensor) -> Tensor:
+        raise TypeError(f"{type(self).__name__} must define token_loss(self, out, **per_token)")
+
+    def prepare(self, hidden: Tensor, head: Head, labels: Tensor, reference: Reference | None = None) -> Tokens:
+        return prepare(hidden, head, labels, reference, self.ignore_index, self.gradient, self.backend)
+
+    def reduce(self, tokens: Tokens, num_items: Any, **per_token: Tensor) -> Tensor:
+        """Σ token_loss / n."""
+        n = item_count(num_items, tokens.count)
+        return tokens.summed(self.token_loss, self.wanted, self.top_k, **per_token) / n
+
+    @eager
+    def forward(
+        self, hidden: Tensor, head: Head, labels: Tensor, *, reference: Reference | None = None, num_items: Any = None
+    ) -> Tensor:
+        return self.reduce(self.prepare(hidden, head, labels, reference), num_items)
+
+
+class CrossEntropyLoss(Objective):
+    """Σ nll / n.
+
+    Args of the call: hidden [..., D], head, labels [...] int64, `num_items` (a number or a tensor of one; default: the
+    tokens with a label). Returns a scalar, float32 (float64 for float64). 3 GEMMs; 2 with a frozen head.
+    """
+
+    def token_loss(self, out: Statistics) -> Tensor:
+        return out.nll
+
+    @eager
+    def forward(self, hidden: Tensor, head: Head, labels: Tensor, *, num_items: Any = None) -> Tensor:
+        return self.reduce(self.prepare(hidden, head, labels), num_items)
+
+
+class TALRLoss(Objective):
+    """Token-adaptive loss reweighting: Σ w·nll / n, w = max(exp(−nll/τ), floor).
+
+    Args:
+        temperature: "median": τ is the median, over the sequences of the call, of their mean nll, at least 1e-6
+            (the mean of the middle two for an even number). Or a number > 0, which fixes τ and saves one GEMM.
+        floor: smallest weight, in [0, 1].
+        process_group: a torch.distributed group; the median is then taken over the sequences of all its ranks, and
+            every rank must call.
+
+    Args of the call: hidden [..., D], head, labels int64 [...]. Sequences are the rows of 2-D labels, or the groups of
+    equal `sequence_ids` (integers of the labels' shape; over the whole call, so packed rows need ids that differ from
+    row to row). A sequence without any label does not count. `num_items` replaces n.
+
+    GEMMs: 4 (fixed τ: 3), 2 with a frozen head. Source: arXiv 2509.20758; floor 0.01 and the normaliser as in the public
+    implementation: the sum is divided by the number of tokens, never by Σw.
+    """
+
+    def __init__(
+        self, temperature: float | str = "median", floor: float = 0.01, *, process_group: Any = None, **options: Any
+    ) -> None:
+        super().__init__(**options)
+        if temperature != "median":
+            check_number(temperature, "temperature", above=0, instead='"median" or a number > 0')
+        check_number(floor, "floor", least=0, most=1)
+        self.temperature, self.floor, self.process_group = temperature, floor, process_group
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature!r}, floor={self.floor}"
+
+    def token_loss(self, out: Statistics, temperature: Tensor | None = None) -> Tensor:
+        tau = self.temperature if temperature is None else temperature
+        return (-out.nll.detach() / tau).exp().clamp(min=self.floor) * out.nll
+
+    @eager
+    def forward(
+        self, hidden: Tensor, head: Head, labels: Tensor, *, sequence_ids: Tensor | None = None, num_items: Any = None
+    ) -> Tensor:
+        tokens = self.prepare(hidden, head, labels)
+        if self.temperature != "median":
+            return self.reduce(tokens, num_items)
+        n = item_count(num_items, tokens.count)
+        sequence, count = sequences(tokens, labels, sequence_ids, self.process_group is not None)
+        out = tokens.losses(self.wanted)
+        tau = self._median(out.nll.detach(), sequence, count)
+        return self.token_loss(out, temperature=tau).sum() / n
+
+    def _median(self, nll: Tensor, sequence: Tensor, count: int) -> Tensor:
+        sums = nll.new_zeros(count).index_add_(0, sequence, nll)
+        sizes = nll.new_zeros(count).index_add_(0, sequence, torch.ones_like(nll))
+        means = (sums / sizes)[sizes > 0]
+        if self.process_group is not None:
+            means = _gather(means, self.process_group)
+        return means.quantile(0.5).clamp(min=1e-6) if len(means) else nll.new_tensor(1e-6)
+
+
+class LAwFLoss(Objective):
+    """Cross-entropy on anchors, KL to the frozen reference elsewhere: KL(q ‖ p), q = c·onehot(label) + (1 − c)·p_ref.
+
+    c, the confidence, is 0 off the anchors (pure KL to the reference), 1 for an anchor that is certain (pure
+    cross-entropy), between for a softer one. The value is the true KL(q ‖ p), its gradient that of c·nll + (1 − c)·kl.
+
+        token_mean: (anchor_weight · Σ_{c>0} + retain_weight · Σ_{c=0}) / n
+        group_mean: anchor_weight · mean over c > 0 + retain_weight · mean over c = 0    (an empty group adds 0)
+
+    Args:
+        anchor_weight, retain_weight: α and β, ≥ 0.
+        reduction: "token_mean" or "group_mean".
+
+    Args of the call: hidden [..., D], head, labels int64 [...] (also off the anchors every token that shall be retained
+    needs a label, any valid id: only ignored tokens are left out), `confidence` [...] in [0, 1], `reference`,
+    `num_items`: n; for group_mean a pair (anchors, others).
+
+    GEMMs: 4, 3 with a frozen head. Source: longern/LAwF.
+    """
+
+    def __init__(
+        self, anchor_weight: float = 1.0, retain_weight: float = 1.0, reduction: str = "token_mean", **options: Any
+    ) -> None:
+        super().__init__(**options)
+        check_number(anchor_weight, "anchor_weight", least=0)
+        check_number(retain_weight, "retain_weight", least=0)
+        if reduction not in ("token_mean", "group_mean"):
+            raise ValueError(f"reduction: expected token_mean or group_mean, got {reduction!r}")
+        self.anchor_weight, self.retain_weight, self.reduction = anchor_weight, retain_weight, reduction
+
+    def extra_repr(self) -> str:
+        return f"anchor_weight={self.anchor_weight}, retain_weight={self.retain_weight}, reduction={self.reduction!r}"
+
+    def token_loss(self, out: Statistics, confidence: Tensor, weight: Tensor) -> Tensor:
+        c, r = confidence, (-out.reference_nll).exp()
+        q_label = c + (1 - c) * r
+        # −H(q) + (1 − c)·H(p_ref): what lies between c·nll + (1 − c)·kl and KL(q ‖ p). The entropy itself cancels.
+        constant = (
+            torch.xlogy(q_label, q_label)
+            + torch.xlogy((1 - c) * (1 - r), 1 - c)
+            + (1 - c) * torch.where(r > 0, r * out.reference_nll, 0)
+        )
+        return weight * (c * out.nll + (1 - c) * out.kl + constant)
+
+    @eager
+    def forward(
+        self,
+        hidden: Tensor,
+        head: Head,
+        labels: Tensor,
+        *,
+        confidence: Tensor | None = None,
+        reference: Reference | None = None,
+        num_items: Any = None,
+    ) -> Tensor:
+        if reference is None:
+            raise ValueError(
+                "LAwFLoss needs reference=fused_losses.Reference(hidden states of the frozen original model); under PEFT "
+                "these are the hidden states with the adapter disabled"
+            )
+        if confidence is None:
+            raise ValueError("LAwFLoss needs confidence=: 1 at anchors, 0 at tokens to retain, of the labels' shape")
+        tokens = self.prepare(hidden, head, labels, reference)
+        c = fractions(tokens.select(confidence, "confidence"), "confidence", tokens.problem.accumulator)
+        anchor = c > 0
+        anchor_weight, retain_weight = c.new_tensor(self.anchor_weight), c.new_tensor(self.retain_weight)
+        if self.reduction == "group_mean":
+            # `reduce` divides by n again; weights near 1 keep fp16 gradients in range.
+            anchors, others = self._group_counts(num_items, anchor)
+            anchor_weight, retain_weight = anchor_weight * tokens.count / anchors, retain_weight * tokens.count / others
+            num_items = None
+        weight = torch.where(anchor, anchor_weight, retain_weight)
+        return self.reduce(tokens, num_items, confidence=c, weight=weight)
+
+    @staticmethod
+    def _group_counts(num_items: Any, anchor: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        if num_items is None:
+            anchors = anchor.sum()
+            return anchors.clamp(min=1), (anchor.numel() - anchors).clamp(min=1)
+        if not isinstance(num_items, (tuple, list)) or len(num_items) != 2:
+            raise ValueError(
+                f"num_items: for reduction='group_mean' expected a pair (anchors, other tokens), got {num_items!r}"
+            )
+        return tuple(item_count(x, 0) for x in num_items)  # type: ignore[return-value]
+
+
+class FLOWLoss(Objective):
+    """Σ_s w_s Σ_{t in s} nll / n, w_s = exp(−mean nll of s under the initial model / τ).
+
+    Easy samples count most. Both are fixed before training: `temperature` τ > 0 is the data set's median of the initial
+    model's mean nll per sequence.
+
+    Args of the call: hidden, head, labels; `initial_nll`: the initial model's mean nll of each sequence, [rows of 2-D
+    labels], or with `sequence_ids` indexed by these, [ids]; `num_items`.
+
+    3 GEMMs; 2 with a frozen head. Source: arXiv 2502.02797.
+    """
+
+    def __init__(self, temperature: float, **options: Any) -> None:
+        super().__init__(**options)
+        check_number(temperature, "temperature", above=0)
+        self.temperature = temperature
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}"
+
+    def token_loss(self, out: Statistics, weight: Tensor) -> Tensor:
+        return weight * out.nll
+
+    @eager
+    def forward(
+        self,
+        hidden: Tensor,
+        head: Head,
+        labels: Tensor,
+        *,
+        initial_nll: Tensor,
+        sequence_ids: Tensor | None = None,
+        num_items: Any = None,
+    ) -> Tensor:
+        tokens = self.prepare(hidden, head, labels)
+        if not isinstance(initial_nll, Tensor) or initial_nll.dim() != 1 or not initial_nll.is_floating_point():
+            raise ValueError("initial_nll: expected a float tensor [sequences], the initial model's mean nll of each")
+        if sequence_ids is None:
+            sequence, count = sequences(tokens, labels, None, False)
+            if len(initial_nll) != count:
+                raise ValueError(f"initial_nll: expected {count} numbers, one per row of labels, got {len(initial_nll)}")
+        else:
+            sequence = integers(tokens.select(sequence_ids, "sequence_ids"), "sequence_ids")
+            if len(sequence) and not 0 <= int(sequence.min()) <= int(sequence.max()) < len(initial_nll):
+                raise ValueError(
+                    f"sequence_ids: expected 0 ≤ id < {len(initial_nll)}, the length of initial_nll, got "
+                    f"{int(sequence.min())} to {int(sequence.max())}"
+                )
+        weight = (-initial_nll.detach().to(sequence.device, tokens.problem.accumulator) / self.temperature).exp()[sequence]
+        if weight.isnan().any() or (weight < 0).any():
+            raise ValueError("initial_nll: expected finite numbers, got NaN")
+        return self.reduce(tokens, num_items, weight=weight)
+
+
+class DFTLoss(CrossEntropyLoss):
+    """Dynamic fine-tuning: Σ p[label]·nll / n, the probability without a gradient.
+
+    3 GEMMs; 2 with a frozen head. Source: arXiv 2508.05629.
+    """
+
+    def token_loss(self, out: Statistics) -> Tensor:
+        return (-out.nll.detach()).exp() * out.nll
+
+
+class ASFTLoss(Objective):
+    """Anchored SFT: Σ (p[label]·nll + kl_weight·KL(p_ref ‖ p)) / n, the probability without a gradient.
+
+    Needs `reference`. 4 GEMMs; 3 with a frozen head. Source: arXiv 2509.23753.
+    """
+
+    def __init__(self, kl_weight: float = 0.1, **options: Any) -> None:
+        super().__init__(**options)
+        check_number(kl_weight, "kl_weight", least=0)
+        self.kl_weight = kl_weight
+
+    def extra_repr(self) -> str:
+        return f"kl_weight={self.kl_weight}"
+
+    def token_loss(self, out: Statistics) -> Tensor:
+        return (-out.nll.detach()).exp() * out.nll + self.kl_weight * out.kl
+
+    @eager
+    def forward(
+        self, hidden: Tensor, head: Head, labels: Tensor, *, reference: Reference | None = None, num_items: Any = None
+    ) -> Tensor:
+        if reference is None:
+            raise ValueError("ASFTLoss needs reference=fused_losses.Reference(hidden states of the frozen original model)")
+        return self.reduce(self.prepare(hidden, head, labels, reference), num_items)
+
+
+class EAFTLoss(CrossEntropyLoss):
+    """Entropy-adaptive fine-tuning: Σ w·nll / n, w = (H_k / ln k)^alpha.
+
+    H_k is the entropy of the k largest probabilities, renormalised; k = min(top_k, V). A confident token that is wrong
+    gets little weight. 3 GEMMs; 2 with a frozen head. Source: arXiv 2601.02151.
+    """
+
+    wanted = frozenset({"topk_entropy"})
+
+    def __init__(self, alpha: float = 1.0, top_k: int = 20, **options: Any) -> None:
+        super().__init__(**options)
+        check_number(alpha, "alpha", least=0)
+        if not isinstance(top_k, int) or top_k < 2:
+            raise ValueError(f"top_k: expected an integer ≥ 2, got {top_k!r}")
+        self.alpha, self.top_k = alpha, top_k
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha}, top_k={self.top_k}"
+
+    def token_loss(self, out: Statistics, log_k: Tensor) -> Tensor:
+        return (out.topk_entropy / log_k) ** self.alpha * out.nll
+
+    @eager
+    def forward(self, hidden: Tensor, head: Head, labels: Tensor, *, num_items: Any = None) -> Tensor:
+        tokens = self.prepare(hidden, head, labels)
+        k = max(2, min(self.top_k, tokens.problem.head.vocabulary))
+        log_k = hidden.new_full((tokens.count,), math.log(k), dtype=tokens.problem.accumulator)
+        return self.reduce(tokens, num_items, log_k=log_k)
+
+
+class PSFTLoss(Objective):
+    """Proximal SFT: Σ −min(r, clip(r, 1 − ε, 1 + ε)) / n, r = p[label] / p_old[label].
+
+    No gradient where r is above 1 + ε already. Args of the call: `old_nll` [...]: nll of the same tokens under the
+    policy at the start of the step (`token_losses(...).nll` without a gradient), and `num_items`.
+
+    3 GEMMs; 2 with a frozen head. Source: zwhong714/PSFT (arXiv 2508.17784).
+    """
+
+    def __init__(self, epsilon: float = 0.2, **options: Any) -> None:
+        super().__init__(**options)
+        check_number(epsilon, "epsilon", above=0, most=1)
+        self.epsilon = epsilon
+
+    def extra_repr(self) -> str:
+        return f"epsilon={self.epsilon}"
+
+    def token_loss(self, out: Statistics, old_nll: Tensor) -> Tensor:
+        ratio = (old_nll - out.nll).exp()
+        return -torch.minimum(ratio, ratio.clamp(1 - self.epsilon, 1 + self.epsilon))
+
+    @eager
+    def forward(
+        self, hidden: Tensor, head: Head, labels: Tensor, *, old_nll: Tensor, num_items: Any = None
+    ) -> Tensor:
+        tokens = self.prepare(hidden, head, labels)
+        old = tokens.select(old_nll, "old_nll").detach().to(tokens.problem.accumulator)
+        if not bool(old.isfinite().all()):
+            raise ValueError("old_nll: expected finite numbers at tokens with a label, got NaN or infinity")
+        return self.reduce(tokens, num_items, old_nll=old)
+
+
+def sequences(tokens: Tokens, labels: Tensor, sequence_ids: Tensor | None, distributed: bool) -> tuple[Tensor, int]:
+    """For each valid token the number of its sequence, [N], and how many sequences there may be."""
+    if sequence_ids is not None:
+        ids = integers(tokens.select(sequence_ids, "sequence_ids"), "sequence_ids")
+        unique, inverse = ids.unique(return_inverse=True)
+        return inverse, len(unique)
+    if labels.dim() != 2:
+        raise ValueError(
+            f"labels: expected [sequences, tokens] so that rows are sequences, got shape {list(labels.shape)}; give "
+            "sequence_ids of that shape"
+        )
+    rows = torch.arange(labels.shape[0], device=labels.device)[:, None].expand(labels.shape)
+    return tokens.select(rows, "rows"), labels.shape[0]
+
+
+def item_count(num_items: Any, default: int) -> Any:
+    """The divisor n: `num_items` as it came, checked, or at least 1."""
+    if num_items is None:
+        return max(default, 1)
+    if isinstance(num_items, Tensor):
+        if num_items.numel() != 1:
+            raise ValueError(f"num_items: expected one number, got a tensor of shape {list(num_items.shape)}")
+        num_items = num_items.detach().reshape(())
+    elif not isinstance(num_items, (int, float)) or isinstance(num_items, bool):
+        raise TypeError(f"num_items: expected a number or a tensor of one, got {num_items!r}")
+    if not 0 < float(num_items) < math.inf:
+        raise ValueError(f"num_items: expected the number of tokens the loss is divided by, > 0, got {num_items!r}")
+    return num_items
+
+
+def fractions(values: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+    values = values.detach().to(dtype)
+    if len(values) and not bool(((values >= 0) & (values <= 1)).all()):
+        wrong = values[~((values >= 0) & (values <= 1))][0].item()
+        raise ValueError(f"{name}: expected numbers in [0, 1] at every token with a label, got {wrong}")
+    return values
+
+
+def integers(values: Tensor, name: str) -> Tensor:
+    if values.is_floating_point() or values.dtype == torch.bool:
+        raise TypeError(f"{name}: expected integers, got {values.dtype}")
+    return values.long()
+
+
+def check_number(
+    value: Any, name: str, above: float = -math.inf, least: float = -math.inf, most: float = math.inf, instead: str = ""
+) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not (above < value < math.inf and least <= value <= most):
+        bounds = [f"> {above}"] * (above > -math.inf) + [f"≥ {least}"] * (least > -math.inf) + [f"≤ {most}"] * (most < math.inf)
+        raise ValueError(f"{name}: expected {instead or 'a finite number ' + ' and '.join(bounds)}, got {value!r}")
+
+
+def _gather(values: Tensor, group: Any) -> Tensor:
+    """The concatenation of all ranks' vectors, of any lengths."""
+    world = dist.get_world_size(group)
+    sizes = [values.new_zeros(1, dtype=torch.int64) for _ in range(world)]
+    dist.all_gather(sizes, values.new_tensor([len(values)], dtype=torch.int64), group=group)
+    longest = max(int(s) for s in sizes)
+    padded = values.new_zeros(longest)
+    padded[: len(values)] = values
+    parts = [torch.empty_like(padded) for _ in range(world)]
+    dist.all_gather(parts, padded, group=group)
+    return torch.cat([part[: int(s)] for part, s in zip(parts, sizes, strict=True)])

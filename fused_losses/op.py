@@ -1,0 +1,324 @@
+"""`token_losses`, the one entrance: validate, drop ignored tokens, choose the backend, put the results in place."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from . import backends, reference as full_logits
+from .autograd import SummedLossFunction, TokenLossesFunction
+from .head import FLOATING, LMHead, Reference, as_head, _names
+from .problem import Head, Problem, Statistics
+
+ALL_STATISTICS = frozenset({"entropy", "reference_entropy"})
+GRADIENTS = ("auto", "exact")
+F = TypeVar("F", bound=Callable)
+
+
+@dataclass
+class TokenLosses:
+    """What `token_losses` returns; every field has the shape of `labels`.
+
+    `nll` and `kl` are differentiable. Where a label is ignored all fields are 0, `prediction` is −1.
+    Statistics are float32 (float64 for float64 input), in nats. Without a reference `kl`, `reference_nll` and
+    `reference_entropy` are None.
+    """
+
+    nll: Tensor
+    kl: Tensor | None
+    entropy: Tensor
+    prediction: Tensor
+    reference_nll: Tensor | None
+    reference_entropy: Tensor | None
+
+
+def eager(function: F) -> F:
+    """Under `torch.compile` the call is a graph break, run as it is. Costs nothing at import, unlike the decorator."""
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(function)(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call  # type: ignore[return-value]
+
+
+@eager
+def token_losses(
+    hidden: Tensor,
+    head: LMHead | Tensor | nn.Linear,
+    labels: Tensor,
+    *,
+    reference: Reference | None = None,
+    ignore_index: int = -100,
+    gradient: str = "auto",
+    backend: str = "auto",
+) -> TokenLosses:
+    """Per-token losses of a language-model head, without ever holding [tokens × vocabulary] logits.
+
+    With z = softcap(logit_scale · (hidden Wᵀ + bias)), p = softmax(z) and p_ref likewise of the reference::
+
+        nll[t] = logsumexp(z[t]) − z[t, labels[t]]                    differentiable
+        kl[t]  = KL(p_ref[t] ‖ p[t])                                  differentiable; None without reference
+        entropy[t] = −Σ p log p,  prediction[t] = argmax z[t]
+        reference_nll, reference_entropy: the same of p_ref
+
+    and ∂/∂z = (a + b) p − a onehot(label) − b p_ref for the upstream gradients a of nll and b of kl, which may
+    differ from token to token and may have either sign. Gradients flow to hidden, weight and bias, where these
+    require them; never to the reference.
+
+    Args:
+        hidden: [..., D] float64, float32, bfloat16 or float16, of the dtype of the weight (under autocast both
+            are cast to its dtype).
+        head: `LMHead`, or a [V, D] tensor, or an `nn.Linear`.
+        labels: int64 [...], aligned with hidden: labels[t] is the token that hidden[t] predicts. Nothing is shifted.
+        reference: hidden states of the frozen reference model at the same tokens; `Reference(hidden)` for the
+            same head.
+        ignore_index: tokens with this label are removed before any work.
+        gradient: "exact", or "auto", which is exact too in this version.
+        backend: "auto", "torch" (chunked, any device), or "reference" (full logits; for checks on small inputs).
+
+    Returns:
+        `TokenLosses`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came, before any work.
+
+    Cost in GEMMs of 2·N·D·V FLOP, forward and backward together: 4 (frozen head: 2); with a reference 6 (4).
+    The objectives of this package need one fewer where their weights depend on single tokens only.
+    Memory: 64 MiB of chunk buffers, the gradients in fp32, and with a frozen head [N, D] rows per loss.
+
+    Source: chunked cross-entropy with the gradient taken chunk by chunk is known from Liger Kernel and
+    others; the per-token form with two upstream vectors, and the difference form of the KL, are this package's.
+    """
+    tokens = prepare(hidden, head, labels, reference, ignore_index, gradient, backend)
+    out = tokens.losses(ALL_STATISTICS)
+    return TokenLosses(
+        nll=tokens.in_place(out.nll),
+        kl=tokens.in_place(out.kl),
+        entropy=tokens.in_place(out.entropy),
+        prediction=tokens.in_place(out.prediction, fill=-1),
+        reference_nll=tokens.in_place(out.reference_nll),
+        reference_entropy=tokens.in_place(out.reference_entropy),
+    )
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The valid tokens of one call: N rows, with what it takes to get back to the caller's shape."""
+
+    problem: Problem
+    shape: torch.Size
+    index: Tensor | None  # [N] positions of the valid tokens, None where all are valid
+    backend: str
+
+    @property
+    def count(self) -> int:
+        return len(self.problem.labels)
+
+    def select(self, values: Tensor, name: str) -> Tensor:
+        """The entries of a per-token tensor of the labels' shape that belong to valid tokens, [N]."""
+        if not isinstance(values, Tensor):
+            raise TypeError(f"{name}: expected a tensor of the labels' shape {list(self.shape)}, got {type(values).__name__}")
+        if values.shape != self.shape:
+            raise ValueError(f"{name}: expected the labels' shape {list(self.shape)}, got {list(values.shape)}")
+        device = self.problem.labels.device
+        if values.device != device:
+            raise ValueError(f"{name} is on {values.device}, hidden on {device}; move it with .to({str(device)!r})")
+        flat = values.reshape(-1)
+        return flat if self.index is None else flat.index_select(0, self.index)
+
+    def in_place(self, values: Tensor | None, fill: int = 0) -> Tensor | None:
+        """A vector over the valid tokens, in the caller's shape."""
+        if values is None:
+            return None
+        if self.index is not None:
+            values = values.new_full((self.shape.numel(),), fill).index_copy(0, self.index, values)
+        return values.reshape(self.shape)
+
+    def losses(self, wanted: frozenset[str], top_k: int = 20) -> Statistics:
+        """Differentiable nll and kl over the valid tokens, with the statistics named in `wanted`."""
+        problem = _want(self.problem, wanted, top_k)
+        if self.backend == "reference":
+            return _full_logits_statistics(problem)
+        head, grad = problem.head, torch.is_grad_enabled()
+        nll, kl, prediction, entropy, ref_nll, ref_entropy, topk_entropy = TokenLossesFunction.apply(
+            problem.hidden, head.weight, head.bias, problem, backends.load(self.backend), grad
+        )
+        return Statistics(nll, prediction, kl, ref_nll, entropy, ref_entropy, topk_entropy)
+
+    def summed(self, loss: Callable[..., Tensor], wanted: frozenset[str], top_k: int = 20, **per_token: Tensor) -> Tensor:
+        """Σ_t loss(statistics, **per_token) for a loss of each token by itself; saves one GEMM over `losses`."""
+        if self.backend == "reference":
+            return loss(self.losses(wanted, top_k), **per_token).sum()
+        problem = _want(self.problem, wanted, top_k)
+        head, grad = problem.head, torch.is_grad_enabled()
+
+        def of_chunk(out: Statistics, at: slice) -> Tensor:
+            return loss(out, **{name: values[at] for name, values in per_token.items()})
+
+        return SummedLossFunction.apply(
+            problem.hidden, head.weight, head.bias, problem, backends.load(self.backend), grad, of_chunk
+        )
+
+
+def prepare(
+    hidden: Tensor,
+    head: LMHead | Tensor | nn.Linear,
+    labels: Tensor,
+    reference: Reference | None,
+    ignore_index: int,
+    gradient: str,
+    backend: str,
+) -> Tokens:
+    """All validation of the package's losses, and the removal of ignored tokens."""
+    head = as_head(head)
+    _check_options(gradient, backend, ignore_index)
+    _check_hidden(hidden, head)
+    _check_labels(labels, hidden)
+    reference_hidden, reference_head = _check_reference(reference, hidden, head)
+
+    flat = labels.reshape(-1)
+    valid = flat != ignore_index
+    index = None if bool(valid.all()) else valid.nonzero().flatten()
+    rows = [None if x is None else x.reshape(-1, x.shape[-1]) for x in (hidden, reference_hidden)]
+    if index is not None:
+        flat = flat.index_select(0, index)
+        rows = [None if x is None else x.index_select(0, index) for x in rows]
+    if len(flat):
+        low, high = (int(x) for x in torch.stack(torch.aminmax(flat)).tolist())
+        if low < 0 or high >= head.vocabulary:
+            wrong = low if low < 0 else high
+            raise ValueError(
+                f"labels: expected 0 ≤ label < {head.vocabulary} (the rows of the head's weight) or "
+                f"ignore_index = {ignore_index}, got {wrong}; mask it with ignore_index or resize the head"
+            )
+    problem = Problem(
+        hidden=rows[0],
+        labels=flat,
+        head=Head(head.weight, head.bias, head.logit_scale, head.softcap),
+        reference_hidden=rows[1],
+        reference_head=reference_head,
+        dtype=_compute_dtype(hidden, head),
+    )
+    return Tokens(problem, labels.shape, index, backends.choose(backend, hidden.device.type))
+
+
+def _want(problem: Problem, wanted: frozenset[str], top_k: int) -> Problem:
+    return replace(problem, wanted=wanted, top_k=top_k)
+
+
+def _full_logits_statistics(problem: Problem) -> Statistics:
+    z = full_logits.logits(problem.hidden, problem.head)
+    out = Statistics(full_logits.nll(z, problem.labels), z.detach().argmax(-1))
+    fixed = z.detach()
+    out.entropy = full_logits.entropy(fixed) if "entropy" in problem.wanted else None
+    if "topk_entropy" in problem.wanted:
+        out.topk_entropy = full_logits.topk_entropy(fixed, problem.top_k)
+    if problem.reference_hidden is not None:
+        with torch.no_grad():
+            z_ref = full_logits.logits(problem.reference_hidden, problem.reference_head or problem.head)
+            out.reference_nll = full_logits.nll(z_ref, problem.labels)
+            out.reference_entropy = full_logits.entropy(z_ref)
+        out.kl = full_logits.kl(z_ref, z)
+    return out
+
+
+def _check_options(gradient: str, backend: str, ignore_index: int) -> None:
+    if gradient not in GRADIENTS:
+        raise ValueError(f"gradient: expected one of {', '.join(GRADIENTS)}, got {gradient!r}")
+    if backend != "auto" and backend not in backends.NAMES:
+        raise ValueError(f"backend: expected one of auto, {', '.join(backends.NAMES)}, got {backend!r}")
+    try:
+        operator.index(ignore_index)
+    except TypeError:
+        raise TypeError(f"ignore_index: expected an integer such as -100, got {ignore_index!r}") from None
+
+
+def _check_hidden(hidden: Tensor, head: LMHead) -> None:
+    if not isinstance(hidden, Tensor):
+        raise TypeError(f"hidden: expected a tensor [..., D], got {type(hidden).__name__}")
+    if hidden.dtype not in FLOATING:
+        raise TypeError(f"hidden: expected one of {_names(FLOATING)}, got {hidden.dtype}")
+    if hidden.dim() == 0 or hidden.numel() == 0:
+        raise ValueError(f"hidden: expected [..., D] with at least one token, got shape {list(hidden.shape)}; skip empty batches")
+    dim = head.weight.shape[1]
+    if hidden.shape[-1] != dim:
+        swapped = "; the weight looks transposed, give weight.T" if hidden.shape[-1] == head.vocabulary else ""
+        raise ValueError(
+            f"hidden: expected last dimension D = {dim}, that of the head's weight {list(head.weight.shape)}, "
+            f"got shape {list(hidden.shape)}{swapped}"
+        )
+    if hidden.device != head.weight.device:
+        raise ValueError(f"hidden is on {hidden.device}, head weight on {head.weight.device}; move both to one device")
+
+
+def _check_labels(labels: Tensor, hidden: Tensor) -> None:
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels: expected an int64 tensor, got {type(labels).__name__}")
+    if labels.dtype != torch.int64:
+        raise TypeError(
+            f"labels: expected int64 token ids, got {labels.dtype}; convert ids with labels.long() "
+            "(probabilities as targets are not supported)"
+        )
+    if labels.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"labels: expected shape {list(hidden.shape[:-1])}, hidden's without its last dimension, got "
+            f"{list(labels.shape)}; shift before the call: hidden[:, :-1] predicts labels[:, 1:]"
+        )
+    if labels.device != hidden.device:
+        raise ValueError(f"labels are on {labels.device}, hidden on {hidden.device}; move them with .to(hidden.device)")
+
+
+def _check_reference(reference: Reference | None, hidden: Tensor, head: LMHead) -> tuple[Tensor | None, Head | None]:
+    """The reference's hidden states and its head, None where it is the trained model's."""
+    if reference is None:
+        return None, None
+    if not isinstance(reference, Reference):
+        raise TypeError(
+            f"reference: expected fused_losses.Reference(hidden, head=None), got {type(reference).__name__}"
+        )
+    ref_head = reference.head
+    assert ref_head is None or isinstance(ref_head, LMHead)
+    if reference.hidden.shape[:-1] != hidden.shape[:-1]:
+        raise ValueError(
+            f"reference hidden: expected leading shape {list(hidden.shape[:-1])} as hidden, got "
+            f"{list(reference.hidden.shape)}; both models must see the same tokens"
+        )
+    dim = (ref_head or head).weight.shape[1]
+    if reference.hidden.shape[-1] != dim:
+        raise ValueError(
+            f"reference hidden: expected last dimension {dim}, that of {'its' if ref_head else 'the shared'} head, got "
+            f"{reference.hidden.shape[-1]}; give Reference(hidden, head) the reference model's own head"
+        )
+    for tensor, name in ((reference.hidden, "reference hidden"), (None if ref_head is None else ref_head.weight, "reference head")):
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(f"{name} is on {tensor.device}, hidden on {hidden.device}; move it with .to(hidden.device)")
+    if ref_head is not None and ref_head.vocabulary != head.vocabulary:
+        raise ValueError(
+            f"reference head: expected V = {head.vocabulary} as the head, got {ref_head.vocabulary}; the KL needs one "
+            "vocabulary: resize or pad one head (bias −inf rules padding out)"
+        )
+    if ref_head is None or ref_head.is_same(head):
+        return reference.hidden.detach(), None
+    frozen = None if ref_head.bias is None else ref_head.bias.detach()
+    return reference.hidden.detach(), Head(ref_head.weight.detach(), frozen, ref_head.logit_scale, ref_head.softcap)
+
+
+def _compute_dtype(hidden: Tensor, head: LMHead) -> torch.dtype:
+    device_type = hidden.device.type
+    if torch.is_autocast_enabled(device_type) and torch.float64 not in (hidden.dtype, head.weight.dtype):
+        return torch.get_autocast_dtype(device_type)
+    if hidden.dtype != head.weight.dtype:
+        raise TypeError(
+            f"hidden is {hidden.dtype}, head weight {head.weight.dtype}; cast one (hidden.to(weight.dtype)) or call under "
+            "torch.autocast"
+        )
+    return hidden.dtype

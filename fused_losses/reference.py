@@ -1,0 +1,92 @@
+"""Every loss of the package with full [N, V] logits in plain PyTorch: the specification, and the oracle of all tests.
+
+Give it float64 tensors for the truth. In bf16 or fp16 it does what a plain training loop does: logits in that dtype,
+then fp32. Autograd differentiates all of it. Functions take logits of valid tokens, [N, V], and labels, [N].
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .head import LMHead
+from .problem import Head
+
+
+def logits(hidden: Tensor, head: LMHead | Head) -> Tensor:
+    """softcap(scale · (x Wᵀ + b)), [N, V]."""
+    z = F.linear(hidden, head.weight, head.bias)
+    z = z.to(torch.promote_types(z.dtype, torch.float32)) * head.logit_scale
+    return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
+
+
+def nll(z: Tensor, labels: Tensor) -> Tensor:
+    return -z.log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
+
+
+def entropy(z: Tensor) -> Tensor:
+    log_p = z.log_softmax(-1).clamp(min=torch.finfo(z.dtype).min)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+def kl(z_ref: Tensor, z: Tensor) -> Tensor:
+    """KL(p_ref ‖ p) per token."""
+    return F.kl_div(z.log_softmax(-1), z_ref.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+
+
+def topk_entropy(z: Tensor, k: int) -> Tensor:
+    """Entropy of the k largest probabilities, renormalised."""
+    return entropy(z.topk(min(k, z.shape[-1]), -1).values)
+
+
+def talr_temperature(nll: Tensor, sequence: Tensor) -> Tensor:
+    """Median over sequences of their mean nll, at least 1e-6."""
+    means = torch.stack([nll[sequence == s].mean() for s in sequence.unique()])
+    return means.detach().quantile(0.5).clamp(min=1e-6)
+
+
+# Each objective returns one loss per token; the reported loss is their sum over n, the number of valid tokens.
+
+
+def cross_entropy(z: Tensor, labels: Tensor) -> Tensor:
+    return nll(z, labels)
+
+
+def talr(z: Tensor, labels: Tensor, temperature: Tensor | float, floor: float = 0.01) -> Tensor:
+    loss = nll(z, labels)
+    return (-loss.detach() / temperature).exp().clamp(min=floor) * loss
+
+
+def lawf(z: Tensor, z_ref: Tensor, labels: Tensor, confidence: Tensor, anchor_weight=1.0, retain_weight=1.0) -> Tensor:
+    """weight · KL(q ‖ p), q = c · onehot(y) + (1 − c) · p_ref written out; weight: anchor_weight where c > 0."""
+    c = confidence[:, None].to(z.dtype)
+    q = c * F.one_hot(labels, z.shape[-1]) + (1 - c) * z_ref.softmax(-1)
+    loss = (torch.xlogy(q, q) - torch.where(q > 0, q * z.log_softmax(-1), 0)).sum(-1)
+    anchor = (confidence > 0).to(z.dtype)
+    return (anchor * anchor_weight + (1 - anchor) * retain_weight) * loss
+
+
+def flow(z: Tensor, labels: Tensor, initial_mean_nll: Tensor, temperature: float) -> Tensor:
+    return (-initial_mean_nll / temperature).exp() * nll(z, labels)
+
+
+def dft(z: Tensor, labels: Tensor) -> Tensor:
+    loss = nll(z, labels)
+    return (-loss).exp().detach() * loss
+
+
+def asft(z: Tensor, z_ref: Tensor, labels: Tensor, kl_weight: float = 0.1) -> Tensor:
+    return dft(z, labels) + kl_weight * kl(z_ref, z)
+
+
+def eaft(z: Tensor, labels: Tensor, alpha: float = 1.0, top_k: int = 20) -> Tensor:
+    k = min(top_k, z.shape[-1])
+    return (topk_entropy(z, k) / math.log(k)).detach() ** alpha * nll(z, labels)
+
+
+def psft(z: Tensor, labels: Tensor, old_nll: Tensor, epsilon: float = 0.2) -> Tensor:
+    ratio = (old_nll - nll(z, labels)).exp()
+    return -torch.minimum(ratio, ratio.clamp(1 - epsilon, 1 + epsilon))

@@ -1,0 +1,5 @@
+"""All metadata is in pyproject.toml. Nothing is compiled: the package installs without any compiler."""
+
+from setuptools import setup
+
+setup()

@@ -1,0 +1,101 @@
+"""One way to make inputs and one way to run them, so that every test compares the same things."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+import fused_losses as fl
+
+OUTPUTS = ("nll", "kl", "entropy", "reference_nll", "reference_entropy")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs of one call, float64; `run` casts them, so every dtype starts from the same rounded numbers."""
+
+    hidden: Tensor
+    weight: Tensor
+    labels: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+    frozen: bool = False
+    reference_hidden: Tensor | None = None
+    reference_weight: Tensor | None = None  # None: the same head
+    nll_upstream: Tensor | None = None
+    kl_upstream: Tensor | None = None
+
+    def rounded(self, dtype: torch.dtype) -> Case:
+        names = ("hidden", "weight", "bias", "reference_hidden", "reference_weight")
+        values = {n: getattr(self, n) for n in names}
+        return replace(self, **{n: None if v is None else v.to(dtype).double() for n, v in values.items()})
+
+    def inputs(self, dtype: torch.dtype):
+        def leaf(value: Tensor | None, frozen: bool = False) -> Tensor | None:
+            return None if value is None else value.to(dtype, copy=True).requires_grad_(not frozen)
+
+        hidden, weight, bias = leaf(self.hidden), leaf(self.weight, self.frozen), leaf(self.bias, self.frozen)
+        reference = None
+        if self.reference_hidden is not None:
+            own = leaf(self.reference_weight, True)
+            reference = fl.Reference(leaf(self.reference_hidden, True), own)
+        return hidden, fl.LMHead(weight, bias, self.scale, self.softcap), reference
+
+
+def make(
+    n=33, d=17, v=123, *, bias=False, reference=None, ignored=0.2, near=0.3, spread=2.0, seed=0, **options
+) -> Case:
+    """Random inputs: logits of standard deviation `spread`, a few planted high ones, upstream gradients of both signs."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    hidden, weight = normal(n, d), normal(v, d) * spread / d**0.5
+    labels = torch.randint(v, (n,), generator=g)
+    labels[0], labels[-1] = 0, v - 1
+    if n > 2:
+        hidden[1] = weight[labels[1]] * (12 / weight[labels[1]].square().sum())  # a logit of 12 at the label
+    drop = torch.rand(n, generator=g) < ignored
+    drop[[0, -1]] = False
+    return Case(
+        hidden,
+        weight,
+        labels.masked_fill(drop, -100),
+        bias=normal(v) if bias else None,
+        reference_hidden=None if reference is None else hidden + near * normal(n, d),
+        reference_weight=normal(v, d) * spread / d**0.5 if reference == "own" else None,
+        nll_upstream=normal(n),
+        kl_upstream=None if reference is None else normal(n),
+        **options,
+    )
+
+
+def run(case: Case, dtype: torch.dtype, backend: str = "torch") -> dict[str, Tensor]:
+    """All outputs and gradients of `token_losses`, as float64."""
+    hidden, head, reference = case.inputs(dtype)
+    out = fl.token_losses(hidden, head, case.labels, reference=reference, backend=backend)
+    loss = (out.nll * case.nll_upstream.to(out.nll)).sum()
+    if reference is not None:
+        loss = loss + (out.kl * case.kl_upstream.to(out.kl)).sum()
+    loss.backward()
+    results = {name: getattr(out, name) for name in OUTPUTS}
+    results |= {"d_hidden": hidden.grad, "d_weight": head.weight.grad}
+    results["d_bias"] = None if head.bias is None else head.bias.grad
+    return {name: value.detach().double() for name, value in results.items() if value is not None}
+
+
+def relative(value: Tensor, truth: Tensor) -> float:
+    """‖value − truth‖ / ‖truth‖."""
+    return ((value.double() - truth.double()).norm() / truth.double().norm().clamp(min=1e-300)).item()
+
+
+def errors(case: Case, dtype: torch.dtype, backend: str = "torch") -> dict[str, float]:
+    """Relative error of every output and gradient against the float64 oracle on the same rounded inputs."""
+    case = case.rounded(dtype)
+    truth, got = run(case, torch.float64, "reference"), run(case, dtype, backend)
+    assert got.keys() == truth.keys()
+    return {name: relative(got[name], truth[name]) for name in truth}

@@ -1,0 +1,11 @@
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Fresh memory is NaN, so reading it before writing cannot go unnoticed; and every op must be deterministic."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

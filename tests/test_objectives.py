@@ -1,0 +1,311 @@
+"""Objectives against direct transcriptions of their formulas, and the mechanics they share."""
+
+import math
+
+import pytest
+import torch
+from cases import make, relative
+
+import fused_losses as fl
+from fused_losses import reference as oracle
+
+VALID = slice(None)
+
+
+def inputs(dtype=torch.float64, reference=None, seed=0, **options):
+    case = make(24, 9, 41, bias=True, scale=0.8, softcap=6.0, reference=reference, seed=seed, **options)
+    hidden, head, ref = case.inputs(dtype)
+    return hidden, head, case.labels, ref
+
+
+def logits_of_valid(hidden, head, labels, ref):
+    keep = labels.flatten() != -100
+    z = oracle.logits(hidden.flatten(0, -2)[keep], head)
+    z_ref = None
+    if ref is not None:
+        own = head if ref.head is None else ref.head
+        z_ref = oracle.logits(ref.hidden.flatten(0, -2)[keep], own).detach()
+    return z, z_ref, labels.flatten()[keep], keep
+
+
+def check(loss, truth, hidden, head, tolerance=1e-10):
+    """Values and gradients of a scalar loss and of its transcription agree."""
+    leaves = [t for t in (hidden, head.weight, head.bias) if t is not None and t.requires_grad]
+    got, expected = torch.autograd.grad(loss, leaves), torch.autograd.grad(truth, leaves, retain_graph=True)
+    assert loss.item() == pytest.approx(truth.item(), rel=tolerance, abs=1e-14)
+    for a, b in zip(got, expected, strict=True):
+        assert relative(a, b) < tolerance
+
+
+def objectives(n=24):
+    """Every objective with its call arguments and its transcription: (module, kwargs, truth(z, z_ref, y, keep))."""
+    c = torch.zeros(n, dtype=torch.float64)
+    c[::3], c[1::6] = 1.0, 0.3
+    old = torch.linspace(0.5, 6.0, n, dtype=torch.float64)
+    rows = torch.arange(n) // 6
+    start = torch.tensor([0.4, 1.1, 2.0, 3.3], dtype=torch.float64)
+    return {
+        "cross_entropy": (fl.CrossEntropyLoss(), {}, lambda z, r, y, k: oracle.cross_entropy(z, y)),
+        "talr-fixed": (fl.TALRLoss(1.3), {}, lambda z, r, y, k: oracle.talr(z, y, 1.3)),
+        "talr-median": (
+            fl.TALRLoss(),
+            dict(sequence_ids=rows),
+            lambda z, r, y, k: oracle.talr(z, y, oracle.talr_temperature(oracle.nll(z, y), rows[k])),
+        ),
+        "lawf": (fl.LAwFLoss(), dict(confidence=c), lambda z, r, y, k: oracle.lawf(z, r, y, c[k])),
+        "lawf-weights": (
+            fl.LAwFLoss(2.1, 0.3), dict(confidence=c), lambda z, r, y, k: oracle.lawf(z, r, y, c[k], 2.1, 0.3),
+        ),
+        "flow": (
+            fl.FLOWLoss(1.5),
+            dict(initial_nll=start, sequence_ids=rows),
+            lambda z, r, y, k: oracle.flow(z, y, start[rows[k]], 1.5),
+        ),
+        "dft": (fl.DFTLoss(), {}, lambda z, r, y, k: oracle.dft(z, y)),
+        "asft": (fl.ASFTLoss(0.2), {}, lambda z, r, y, k: oracle.asft(z, r, y, 0.2)),
+        "eaft": (fl.EAFTLoss(2.0, top_k=7), {}, lambda z, r, y, k: oracle.eaft(z, y, 2.0, 7)),
+        "psft": (fl.PSFTLoss(0.2), dict(old_nll=old), lambda z, r, y, k: oracle.psft(z, y, old[k], 0.2)),
+    }  # fmt: skip
+
+
+NAMES = sorted(objectives())
+
+
+def call(name, hidden, head, labels, ref, **more):
+    module, arguments, truth = objectives()[name]
+    if isinstance(module, (fl.LAwFLoss, fl.ASFTLoss)):
+        arguments = arguments | {"reference": ref}
+    return module(hidden, head, labels, **arguments, **more), truth
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
+@pytest.mark.parametrize("reference", ["shared", "own"])
+def test_equals_its_formula(name, frozen, reference):
+    hidden, head, labels, ref = inputs(reference=reference, frozen=frozen)
+    loss, truth = call(name, hidden, head, labels, ref)
+    z, z_ref, y, keep = logits_of_valid(hidden, head, labels, ref)
+    check(loss, truth(z, z_ref, y, keep).sum() / len(y), hidden, head)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_num_items_replaces_the_count(name):
+    hidden, head, labels, ref = inputs(reference="shared")
+    mean, _ = call(name, hidden, head, labels, ref)
+    total = mean.item() * (labels != -100).sum().item()
+    for items in (7, 7.0, torch.tensor(7), torch.tensor([7.0])):
+        assert call(name, hidden, head, labels, ref, num_items=items)[0].item() == pytest.approx(total / 7, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_all_ignored_is_zero_and_connected(name):
+    hidden, head, labels, ref = inputs(reference="shared")
+    loss, _ = call(name, hidden, head, torch.full_like(labels, -100), ref)
+    loss.backward()
+    assert loss.item() == 0
+    assert (hidden.grad == 0).all() and (head.weight.grad == 0).all() and (head.bias.grad == 0).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_reference_backend_agrees(name):
+    hidden, head, labels, ref = inputs(reference="own")
+    fast, _ = call(name, hidden, head, labels, ref)
+    module, arguments, _ = objectives()[name]
+    slow = type(module).__new__(type(module))
+    slow.__dict__.update(module.__dict__ | {"backend": "reference"})
+    if isinstance(module, (fl.LAwFLoss, fl.ASFTLoss)):
+        arguments = arguments | {"reference": ref}
+    check(fast, slow(hidden, head, labels, **arguments), hidden, head)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_float32_and_bf16_stay_near_the_truth(name):
+    hidden, head, labels, ref = inputs(reference="own")
+    truth, _ = call(name, hidden, head, labels, ref)
+    for dtype, tolerance in ((torch.float32, 5e-6), (torch.bfloat16, 0.03)):
+        x, h, _, r = inputs(dtype, reference="own")
+        loss, _ = call(name, x, h, labels, r)
+        assert loss.dtype == torch.float32
+        assert loss.item() == pytest.approx(truth.item(), rel=tolerance)
+        loss.backward()
+        assert x.grad.dtype == dtype and h.weight.grad.dtype == dtype
+
+
+# TALR
+
+
+def talr_by_hand(rows, floor=0.01):
+    """τ, weights and loss of a batch given as lists of nll, written out in plain Python."""
+    means = sorted(sum(row) / len(row) for row in rows if row)
+    middle = len(means) // 2
+    tau = max(means[middle] if len(means) % 2 else (means[middle - 1] + means[middle]) / 2, 1e-6)
+    weights = [[max(math.exp(-loss / tau), floor) for loss in row] for row in rows]
+    total = sum(w * loss for ws, ls in zip(weights, rows, strict=True) for w, loss in zip(ws, ls, strict=True))
+    return tau, weights, total / sum(len(row) for row in rows)
+
+
+def inputs_with_nll(nll):
+    """hidden and a head of two tokens such that label 0 has the given nll: z = (−log(eˡ − 1), 0)."""
+    hidden = torch.zeros(*nll.shape, 1, dtype=torch.float64)
+    hidden[..., 0] = -torch.log(torch.expm1(nll))
+    return hidden.requires_grad_(), torch.tensor([[1.0], [0.0]], dtype=torch.float64)
+
+
+BATCHES = {
+    "odd": [[0.1, 2.0, 9.0], [0.5, 0.5], [3.0, 1.0, 0.2, 0.1]],
+    "even": [[0.1, 2.0, 9.0], [0.5, 0.5], [3.0, 1.0, 0.2, 0.1], [6.0]],
+    "one": [[0.3, 4.0, 0.01]],
+    "one-token": [[2.5]],
+    "a-row-without-labels": [[0.1, 2.0, 9.0], [], [3.0, 1.0]],
+}
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+def test_talr_by_hand(batch, packed):
+    rows = BATCHES[batch]
+    tau, weights, expected = talr_by_hand(rows)
+    width = max(map(len, rows))
+    nll = torch.ones(len(rows), width, dtype=torch.float64)
+    labels, ids = torch.full(nll.shape, -100), torch.zeros(nll.shape, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        nll[i, : len(row)], labels[i, : len(row)], ids[i] = torch.tensor(row, dtype=torch.float64), 0, 70 - 3 * i
+    if packed:
+        nll, labels, ids = nll.view(1, -1), labels.view(1, -1), ids.view(1, -1)
+    hidden, weight = inputs_with_nll(nll)
+    loss = fl.TALRLoss()(hidden, weight, labels, sequence_ids=ids if packed else None)
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+    loss.backward()
+    flat = torch.tensor([w for row in weights for w in row], dtype=torch.float64)
+    p = (-nll[labels == 0]).exp()
+    n = (labels == 0).sum()
+    torch.testing.assert_close(hidden.grad[labels == 0][:, 0], -flat * (1 - p) / n, rtol=1e-10, atol=0)
+    assert (hidden.grad[labels != 0] == 0).all()
+
+
+def test_talr_floor_and_temperature_bounds():
+    hidden, weight = inputs_with_nll(torch.tensor([[40.0, 0.1]], dtype=torch.float64))
+    labels = torch.zeros(1, 2, dtype=torch.int64)
+    assert fl.TALRLoss(1.0, floor=0.01)(hidden, weight, labels).item() == pytest.approx(
+        (0.01 * 40 + math.exp(-0.1) * 0.1) / 2, rel=1e-9
+    )
+    certain, weight = inputs_with_nll(torch.tensor([[1e-9, 1e-9]], dtype=torch.float64))
+    loss = fl.TALRLoss()(certain, weight, labels)  # τ would be 1e-9
+    assert loss.item() == pytest.approx(math.exp(-1e-3) * 1e-9, rel=1e-6)
+
+
+def test_talr_weights_carry_no_gradient():
+    """The gradient is w·∂nll, not ∂(w·nll) = w·(1 − nll/τ)·∂nll."""
+    hidden, weight = inputs_with_nll(torch.tensor([2.0], dtype=torch.float64))
+    fl.TALRLoss(1.0)(hidden, weight, torch.tensor([0])).backward()
+    assert hidden.grad.item() == pytest.approx(-math.exp(-2) * (1 - math.exp(-2)), rel=1e-10)
+
+
+# LAwF
+
+
+@pytest.mark.parametrize("confidence", [0.0, 1.0, 0.25, 0.999])
+def test_lawf_is_the_kl_of_the_explicit_mixture(confidence):
+    hidden, head, labels, ref = inputs(reference="shared")
+    c = torch.full(labels.shape, confidence, dtype=torch.float64)
+    loss = fl.LAwFLoss()(hidden, head, labels, confidence=c, reference=ref)
+    z, z_ref, y, keep = logits_of_valid(hidden, head, labels, ref)
+    check(loss, oracle.lawf(z, z_ref, y, c[keep]).mean(), hidden, head)
+    if confidence == 0:
+        assert loss.item() == pytest.approx(oracle.kl(z_ref, z).mean().item(), rel=1e-10)
+    if confidence == 1:
+        assert loss.item() == pytest.approx(oracle.nll(z, y).mean().item(), rel=1e-10)
+
+
+def test_lawf_gradient_is_that_of_the_mixed_losses():
+    hidden, head, labels, ref = inputs(reference="own")
+    c = torch.rand(labels.shape, dtype=torch.float64)
+    loss = fl.LAwFLoss()(hidden, head, labels, confidence=c, reference=ref)
+    out = fl.token_losses(hidden, head, labels, reference=ref)
+    n = (labels != -100).sum()
+    mixed = (c * out.nll + (1 - c) * out.kl).sum() / n
+    for a, b in zip(torch.autograd.grad(loss, (hidden, head.weight)), torch.autograd.grad(mixed, (hidden, head.weight)), strict=True):
+        assert relative(a, b) < 1e-12
+
+
+def test_lawf_group_mean():
+    hidden, head, labels, ref = inputs(reference="shared")
+    c = (torch.arange(24) % 4 == 0).double()
+    z, z_ref, y, keep = logits_of_valid(hidden, head, labels, ref)
+    anchors = c[keep] > 0
+    truth = 2.0 * oracle.nll(z, y)[anchors].mean() + 0.5 * oracle.kl(z_ref, z)[~anchors].mean()
+    module = fl.LAwFLoss(2.0, 0.5, reduction="group_mean")
+    check(module(hidden, head, labels, confidence=c, reference=ref), truth, hidden, head)
+    counts = (int(anchors.sum()) * 3, 11)
+    truth = 2.0 * oracle.nll(z, y)[anchors].sum() / counts[0] + 0.5 * oracle.kl(z_ref, z)[~anchors].sum() / 11
+    check(module(hidden, head, labels, confidence=c, reference=ref, num_items=counts), truth, hidden, head)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_lawf_group_mean_with_an_empty_group(value):
+    hidden, head, labels, ref = inputs(reference="shared")
+    c = torch.full(labels.shape, value, dtype=torch.float64)
+    mean = fl.LAwFLoss()(hidden, head, labels, confidence=c, reference=ref)
+    assert fl.LAwFLoss(reduction="group_mean")(hidden, head, labels, confidence=c, reference=ref).item() == pytest.approx(
+        mean.item(), rel=1e-12
+    )
+
+
+def test_lawf_takes_bool_and_integer_confidence_and_ignores_nan_where_ignored():
+    hidden, head, labels, ref = inputs(reference="shared")
+    anchors = torch.arange(24) % 3 == 0
+    module = fl.LAwFLoss()
+    expected = module(hidden, head, labels, confidence=anchors.double(), reference=ref).item()
+    assert module(hidden, head, labels, confidence=anchors, reference=ref).item() == expected
+    assert module(hidden, head, labels, confidence=anchors.long(), reference=ref).item() == expected
+    holes = anchors.double().masked_fill(labels == -100, torch.nan)
+    assert module(hidden, head, labels, confidence=holes, reference=ref).item() == expected
+
+
+def test_lawf_with_a_target_probability():
+    """c = (p* − p_ref)/(1 − p_ref) makes the target of the label p*."""
+    hidden, head, labels, ref = inputs(reference="shared", ignored=0)
+    z, z_ref, y, _ = logits_of_valid(hidden, head, labels, ref)
+    r = (-oracle.nll(z_ref, y)).exp()
+    target = r + (1 - r) * 0.4
+    c = (target - r) / (1 - r)
+    q = (1 - c)[:, None] * z_ref.softmax(-1)
+    q[torch.arange(len(y)), y] = target
+    truth = (q * (q.log() - z.log_softmax(-1))).sum(-1).mean()
+    check(fl.LAwFLoss()(hidden, head, labels, confidence=c, reference=ref), truth, hidden, head)
+
+
+# Others
+
+
+def test_flow_takes_rows_as_sequences():
+    hidden, head, labels, _ = inputs()
+    start = torch.tensor([0.4, 1.1, 2.0, 3.3])
+    rows = torch.arange(24) // 6
+    by_ids = fl.FLOWLoss(1.5)(hidden, head, labels, initial_nll=start, sequence_ids=rows)
+    by_rows = fl.FLOWLoss(1.5)(hidden.view(4, 6, 9), head, labels.view(4, 6), initial_nll=start)
+    assert by_ids.item() == pytest.approx(by_rows.item(), rel=1e-14)
+
+
+def test_an_objective_of_ones_own():
+    class Focal(fl.Objective):
+        def token_loss(self, out):
+            return (1 - (-out.nll).exp()) ** 2 * out.nll  # with a gradient through the weight
+
+    hidden, head, labels, _ = inputs()
+    z, _, y, _ = logits_of_valid(hidden, head, labels, None)
+    nll = oracle.nll(z, y)
+    check(Focal()(hidden, head, labels), ((1 - (-nll).exp()) ** 2 * nll).mean(), hidden, head)
+
+
+def test_an_objective_without_token_loss_says_so():
+    hidden, head, labels, _ = inputs()
+    with pytest.raises(TypeError, match="must define token_loss"):
+        fl.Objective()(hidden, head, labels)
+
+
+def test_objectives_have_no_state_and_a_readable_repr():
+    for module, _, _ in objectives().values():
+        assert not list(module.parameters()) and not module.state_dict()
+    assert repr(fl.TALRLoss()) == "TALRLoss(temperature='median', floor=0.01)"
+    assert repr(fl.LAwFLoss(2.0)) == "LAwFLoss(anchor_weight=2.0, retain_weight=1.0, reduction='token_mean')"

@@ -1,0 +1,128 @@
+"""Bad input: each error names the argument, what was expected, what came, and the remedy."""
+
+import pytest
+import torch
+
+import fused_losses as fl
+
+HIDDEN, WEIGHT, LABELS = torch.randn(3, 4), torch.randn(7, 4), torch.tensor([0, 6, -100])
+REFERENCE = fl.Reference(torch.randn(3, 4))
+CONFIDENCE = torch.tensor([0.0, 1.0, 0.5])
+
+
+def losses(hidden=HIDDEN, head=WEIGHT, labels=LABELS, **options):
+    return fl.token_losses(hidden, head, labels, **options)
+
+
+def lawf(confidence=CONFIDENCE, reference=REFERENCE, **options):
+    return fl.LAwFLoss(**options)(HIDDEN, WEIGHT, LABELS, confidence=confidence, reference=reference)
+
+
+META = torch.empty(3, 4, device="meta")
+
+BAD = {
+    "hidden: wrong width": (lambda: losses(torch.randn(3, 5)), ValueError, r"hidden.*D = 4.*\[7, 4\].*\[3, 5\]"),
+    "hidden: weight transposed": (lambda: losses(torch.randn(3, 7)), ValueError, r"transposed, give weight\.T"),
+    "hidden: integers": (lambda: losses(HIDDEN.long()), TypeError, "hidden.*float64.*int64"),
+    "hidden: a list": (lambda: losses([[1.0]]), TypeError, "hidden.*tensor.*list"),
+    "hidden: no tokens": (lambda: losses(torch.randn(0, 4), labels=LABELS[:0]), ValueError, r"at least one token.*\[0, 4\]"),
+    "hidden: a scalar": (lambda: losses(torch.tensor(1.0)), ValueError, r"hidden.*\[\]"),
+    "hidden: another dtype than the head": (
+        lambda: losses(HIDDEN.bfloat16()), TypeError, r"bfloat16.*float32.*hidden\.to\(weight\.dtype\)",
+    ),
+    "hidden: on another device": (lambda: losses(META), ValueError, "hidden is on meta, head weight on cpu"),
+    "labels: one token more": (lambda: losses(labels=torch.arange(4)), ValueError, r"labels.*\[3\].*\[4\].*shift"),
+    "labels: wrong rank": (lambda: losses(labels=LABELS[None]), ValueError, r"labels.*\[3\].*\[1, 3\]"),
+    "labels: floats": (lambda: losses(labels=LABELS.float()), TypeError, r"labels.*int64.*float32.*\.long\(\)"),
+    "labels: int32": (lambda: losses(labels=LABELS.int()), TypeError, r"labels.*int64.*int32.*\.long\(\)"),
+    "labels: too large": (lambda: losses(labels=torch.tensor([0, 7, 1])), ValueError, "labels.*< 7.*got 7.*resize"),
+    "labels: negative": (lambda: losses(labels=torch.tensor([0, -1, 1])), ValueError, "0 ≤ label.*-100, got -1"),
+    "labels: on another device": (lambda: losses(labels=LABELS.to("meta")), ValueError, "labels are on meta"),
+    "labels: a list": (lambda: losses(labels=[1, 2, 3]), TypeError, "labels.*tensor.*list"),
+    "head: a vector": (lambda: losses(head=WEIGHT[0]), ValueError, r"head weight.*\[V, D\].*\[4\]"),
+    "head: quantised": (lambda: losses(head=WEIGHT.to(torch.int8)), TypeError, "int8.*dequantised"),
+    "head: a string": (lambda: losses(head="lm_head"), TypeError, "head.*LMHead.*str"),
+    "head: another module": (lambda: losses(head=torch.nn.Bilinear(2, 2, 2)), TypeError, "Bilinear.*LMHead"),
+    "bias: wrong length": (lambda: fl.LMHead(WEIGHT, torch.zeros(6)), ValueError, r"bias.*\[7\].*\[6\]"),
+    "bias: integers": (lambda: fl.LMHead(WEIGHT, torch.zeros(7).long()), TypeError, "bias.*int64"),
+    "bias: on another device": (lambda: fl.LMHead(WEIGHT, torch.zeros(7, device="meta")), ValueError, "bias is on meta"),
+    "bias: a number": (lambda: fl.LMHead(WEIGHT, 1.0), TypeError, "bias.*float"),
+    "softcap: zero": (lambda: fl.LMHead(WEIGHT, softcap=0.0), ValueError, "softcap.*> 0.*0.0"),
+    "softcap: negative": (lambda: fl.LMHead(WEIGHT, softcap=-30.0), ValueError, "softcap.*-30.0"),
+    "logit_scale: zero": (lambda: fl.LMHead(WEIGHT, logit_scale=0.0), ValueError, "logit_scale.*0.0"),
+    "logit_scale: NaN": (lambda: fl.LMHead(WEIGHT, logit_scale=float("nan")), ValueError, "logit_scale.*nan"),
+    "reference: a tensor": (lambda: losses(reference=HIDDEN), TypeError, r"fused_losses\.Reference.*Tensor"),
+    "reference: other tokens": (
+        lambda: losses(reference=fl.Reference(torch.randn(2, 4))), ValueError, r"reference hidden.*\[3\].*\[2, 4\].*same tokens",
+    ),
+    "reference: other width": (
+        lambda: losses(reference=fl.Reference(torch.randn(3, 5))), ValueError, "reference hidden.*4.*shared.*5.*own head",
+    ),
+    "reference: other vocabulary": (
+        lambda: losses(reference=fl.Reference(HIDDEN, torch.randn(8, 4))), ValueError, "reference head.*V = 7.*8.*pad",
+    ),
+    "reference: on another device": (lambda: losses(reference=fl.Reference(META)), ValueError, "reference hidden is on meta"),
+    "reference: integers": (lambda: fl.Reference(HIDDEN.long()), TypeError, "reference hidden.*int64"),
+    "gradient": (lambda: losses(gradient="sparser"), ValueError, "gradient.*auto, exact.*'sparser'"),
+    "backend": (lambda: losses(backend="cuda9"), ValueError, "backend.*torch, reference.*'cuda9'"),
+    "ignore_index": (lambda: losses(ignore_index=None), TypeError, "ignore_index.*None"),
+    "confidence: above 1": (lambda: lawf(torch.tensor([0.0, 1.5, 0])), ValueError, r"confidence.*\[0, 1\].*1\.5"),
+    "confidence: negative": (lambda: lawf(torch.tensor([-0.5, 1.0, 0])), ValueError, r"confidence.*-0\.5"),
+    "confidence: NaN": (lambda: lawf(torch.tensor([torch.nan, 1.0, 0])), ValueError, "confidence.*nan"),
+    "confidence: wrong shape": (lambda: lawf(torch.zeros(2)), ValueError, r"confidence.*\[3\].*\[2\]"),
+    "confidence: missing": (lambda: lawf(None), ValueError, "needs confidence"),
+    "confidence: a list": (lambda: lawf([0.0, 1.0, 0.0]), TypeError, "confidence.*list"),
+    "LAwF without a reference": (lambda: lawf(reference=None), ValueError, r"LAwFLoss needs reference=fused_losses\.Reference"),
+    "ASFT without a reference": (
+        lambda: fl.ASFTLoss()(HIDDEN, WEIGHT, LABELS), ValueError, r"ASFTLoss needs reference=fused_losses\.Reference",
+    ),
+    "LAwF reduction": (lambda: fl.LAwFLoss(reduction="mean"), ValueError, "reduction.*token_mean or group_mean.*'mean'"),
+    "LAwF weight": (lambda: fl.LAwFLoss(anchor_weight=-1.0), ValueError, "anchor_weight.*≥ 0.*-1.0"),
+    "group_mean with one count": (
+        lambda: fl.LAwFLoss(reduction="group_mean")(
+            HIDDEN, WEIGHT, LABELS, confidence=CONFIDENCE, reference=REFERENCE, num_items=5
+        ), ValueError, "num_items.*pair",
+    ),
+    "TALR temperature": (lambda: fl.TALRLoss("mean"), ValueError, "temperature.*median.*'mean'"),
+    "TALR temperature zero": (lambda: fl.TALRLoss(0), ValueError, "temperature.*> 0.*got 0"),
+    "TALR floor": (lambda: fl.TALRLoss(floor=1.5), ValueError, "floor.*≤ 1.*1.5"),
+    "TALR of flat labels": (lambda: fl.TALRLoss()(HIDDEN, WEIGHT, LABELS), ValueError, r"\[sequences, tokens\].*sequence_ids"),
+    "sequence_ids: floats": (
+        lambda: fl.TALRLoss()(HIDDEN, WEIGHT, LABELS, sequence_ids=torch.zeros(3)), TypeError, "sequence_ids.*integers.*float32",
+    ),
+    "sequence_ids: wrong shape": (
+        lambda: fl.TALRLoss()(HIDDEN, WEIGHT, LABELS, sequence_ids=torch.zeros(2).long()), ValueError, r"sequence_ids.*\[3\]",
+    ),
+    "num_items: zero": (lambda: fl.CrossEntropyLoss()(HIDDEN, WEIGHT, LABELS, num_items=0), ValueError, "num_items.*> 0.*got 0"),
+    "num_items: two": (
+        lambda: fl.CrossEntropyLoss()(HIDDEN, WEIGHT, LABELS, num_items=torch.ones(2)), ValueError, "num_items.*one number",
+    ),
+    "num_items: a string": (lambda: fl.CrossEntropyLoss()(HIDDEN, WEIGHT, LABELS, num_items="3"), TypeError, "num_items.*'3'"),
+    "FLOW temperature": (lambda: fl.FLOWLoss(-1.0), ValueError, "temperature.*> 0"),
+    "FLOW initial_nll": (
+        lambda: fl.FLOWLoss(1.0)(HIDDEN[None], WEIGHT, LABELS[None], initial_nll=torch.ones(2)), ValueError, "expected 1 numbers.*2",
+    ),
+    "FLOW initial_nll NaN": (
+        lambda: fl.FLOWLoss(1.0)(HIDDEN[None], WEIGHT, LABELS[None], initial_nll=torch.tensor([torch.nan])), ValueError, "NaN",
+    ),
+    "FLOW sequence_ids": (
+        lambda: fl.FLOWLoss(1.0)(HIDDEN, WEIGHT, LABELS, initial_nll=torch.ones(2), sequence_ids=torch.tensor([0, 2, 1])),
+        ValueError, "sequence_ids.*< 2.*0 to 2",
+    ),
+    "EAFT top_k": (lambda: fl.EAFTLoss(top_k=1), ValueError, "top_k.*≥ 2.*1"),
+    "PSFT old_nll": (
+        lambda: fl.PSFTLoss()(HIDDEN, WEIGHT, LABELS, old_nll=torch.tensor([torch.inf, 0, 0])), ValueError, "old_nll.*finite",
+    ),
+    "PSFT epsilon": (lambda: fl.PSFTLoss(0.0), ValueError, "epsilon.*> 0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_error(name):
+    attempt, kind, message = BAD[name]
+    with pytest.raises(kind, match=message):
+        attempt()
+
+
+def test_good_input_is_good():
+    losses(), losses(reference=REFERENCE), lawf()
