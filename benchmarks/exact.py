@@ -64,12 +64,18 @@ def contestants(labels, reference):
     return {
         "cross-entropy": {
             "eager, full logits": (lambda x, w: F.cross_entropy((x @ w.T).float(), labels), False),
-            "F.linear_cross_entropy, chunked": (lambda x, w: F.linear_cross_entropy(x, w, labels, options=options), False),
+            "F.linear_cross_entropy, chunked": (
+                lambda x, w: F.linear_cross_entropy(x, w, labels, options=options),
+                False,
+            ),
             "fused_losses": (lambda x, w: fl.CrossEntropyLoss()(x, w, labels), False),
         },
         "cross-entropy, frozen head": {
             "eager, full logits": (lambda x, w: F.cross_entropy((x @ w.T).float(), labels), True),
-            "F.linear_cross_entropy, chunked": (lambda x, w: F.linear_cross_entropy(x, w, labels, options=options), True),
+            "F.linear_cross_entropy, chunked": (
+                lambda x, w: F.linear_cross_entropy(x, w, labels, options=options),
+                True,
+            ),
             "fused_losses": (lambda x, w: fl.CrossEntropyLoss()(x, w, labels), True),
         },
         "TALR, median temperature": {"eager, full logits": (eager_talr, False), "fused_losses": (talr, False)},

@@ -111,7 +111,13 @@ class SummedLossFunction(torch.autograd.Function):
     @staticmethod
     @_first_order
     def backward(ctx, upstream):
-        return *map(lambda total, dtype: _scaled(total, upstream, dtype), ctx.saved_tensors, ctx.dtypes), None, None, None, None
+        return (
+            *map(lambda total, dtype: _scaled(total, upstream, dtype), ctx.saved_tensors, ctx.dtypes),
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def _scaled(total: Tensor | None, upstream: Tensor, dtype: torch.dtype | None) -> Tensor | None:

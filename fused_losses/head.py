@@ -49,12 +49,13 @@ class LMHead:
                 raise TypeError(f"head bias: expected a floating dtype, got {self.bias.dtype}")
             if self.bias.device != self.weight.device:
                 raise ValueError(
-                    f"head bias is on {self.bias.device}, head weight on {self.weight.device}; "
-                    "move both to one device"
+                    f"head bias is on {self.bias.device}, head weight on {self.weight.device}; move both to one device"
                 )
         scale = self.logit_scale
         if not isinstance(scale, (int, float)) or scale != scale or abs(scale) == float("inf") or scale == 0:
-            raise ValueError(f"logit_scale: expected a finite number other than 0, got {scale!r}; leave it 1.0 for none")
+            raise ValueError(
+                f"logit_scale: expected a finite number other than 0, got {scale!r}; leave it 1.0 for none"
+            )
         cap = self.softcap
         if cap is not None and not (isinstance(cap, (int, float)) and 0 < cap < float("inf")):
             raise ValueError(f"softcap: expected a finite number > 0, or None for no soft-cap, got {cap!r}")
@@ -125,7 +126,9 @@ def check_weight(weight: object, name: str) -> None:
             "is gathered, or give the full local tensor"
         )
     if weight.dim() != 2 or 0 in weight.shape:
-        sharded = "; a sharded or offloaded parameter (ZeRO-3, FSDP) must be gathered first" if weight.numel() == 0 else ""
+        sharded = (
+            "; a sharded or offloaded parameter (ZeRO-3, FSDP) must be gathered first" if weight.numel() == 0 else ""
+        )
         raise ValueError(f"{name}: expected shape [V, D] with V, D ≥ 1, got {list(weight.shape)}{sharded}")
     if weight.dtype not in FLOATING:
         raise TypeError(

@@ -103,7 +103,7 @@ class TALRLoss(Objective):
         return f"temperature={self.temperature!r}, floor={self.floor}"
 
     def token_loss(self, out: Statistics, temperature: Tensor | None = None) -> Tensor:
-        tau = self.temperature if temperature is None else temperature
+        tau: Any = self.temperature if temperature is None else temperature
         return (-out.nll.detach() / tau).exp().clamp(min=self.floor) * out.nll
 
     @eager
@@ -254,7 +254,9 @@ class FLOWLoss(Objective):
         if sequence_ids is None:
             sequence, count = sequences(tokens, labels, None, False)
             if len(initial_nll) != count:
-                raise ValueError(f"initial_nll: expected {count} numbers, one per row of labels, got {len(initial_nll)}")
+                raise ValueError(
+                    f"initial_nll: expected {count} numbers, one per row of labels, got {len(initial_nll)}"
+                )
         else:
             sequence = integers(tokens.select(sequence_ids, "sequence_ids"), "sequence_ids")
             if len(sequence) and not 0 <= int(sequence.min()) <= int(sequence.max()) < len(initial_nll):
@@ -262,7 +264,9 @@ class FLOWLoss(Objective):
                     f"sequence_ids: expected 0 ≤ id < {len(initial_nll)}, the length of initial_nll, got "
                     f"{int(sequence.min())} to {int(sequence.max())}"
                 )
-        weight = (-initial_nll.detach().to(sequence.device, tokens.problem.accumulator) / self.temperature).exp()[sequence]
+        weight = (-initial_nll.detach().to(sequence.device, tokens.problem.accumulator) / self.temperature).exp()[
+            sequence
+        ]
         if weight.isnan().any() or (weight < 0).any():
             raise ValueError("initial_nll: expected finite numbers, got NaN")
         return self.reduce(tokens, num_items, weight=weight)
@@ -300,7 +304,9 @@ class ASFTLoss(Objective):
         self, hidden: Tensor, head: Head, labels: Tensor, *, reference: Reference | None = None, num_items: Any = None
     ) -> Tensor:
         if reference is None:
-            raise ValueError("ASFTLoss needs reference=fused_losses.Reference(hidden states of the frozen original model)")
+            raise ValueError(
+                "ASFTLoss needs reference=fused_losses.Reference(hidden states of the frozen original model)"
+            )
         return self.reduce(self.prepare(hidden, head, labels, reference), num_items)
 
 
@@ -356,9 +362,7 @@ class PSFTLoss(Objective):
         return -torch.minimum(ratio, ratio.clamp(1 - self.epsilon, 1 + self.epsilon))
 
     @eager
-    def forward(
-        self, hidden: Tensor, head: Head, labels: Tensor, *, old_nll: Tensor, num_items: Any = None
-    ) -> Tensor:
+    def forward(self, hidden: Tensor, head: Head, labels: Tensor, *, old_nll: Tensor, num_items: Any = None) -> Tensor:
         tokens = self.prepare(hidden, head, labels)
         old = tokens.select(old_nll, "old_nll").detach().to(tokens.problem.accumulator)
         if not bool(old.isfinite().all()):
@@ -415,7 +419,11 @@ def check_number(
 ) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not (above < value < math.inf and least <= value <= most):
-        bounds = [f"> {above}"] * (above > -math.inf) + [f"≥ {least}"] * (least > -math.inf) + [f"≤ {most}"] * (most < math.inf)
+        bounds = (
+            [f"> {above}"] * (above > -math.inf)
+            + [f"≥ {least}"] * (least > -math.inf)
+            + [f"≤ {most}"] * (most < math.inf)
+        )
         raise ValueError(f"{name}: expected {instead or 'a finite number ' + ' and '.join(bounds)}, got {value!r}")
 
 

@@ -11,9 +11,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from . import backends, reference as full_logits
+from . import backends
+from . import reference as full_logits
 from .autograd import SummedLossFunction, TokenLossesFunction
-from .head import FLOATING, LMHead, Reference, as_head, _names
+from .head import FLOATING, LMHead, Reference, _names, as_head
 from .problem import Head, Problem, Statistics
 
 ALL_STATISTICS = frozenset({"entropy", "reference_entropy"})
@@ -126,7 +127,9 @@ class Tokens:
     def select(self, values: Tensor, name: str) -> Tensor:
         """The entries of a per-token tensor of the labels' shape that belong to valid tokens, [N]."""
         if not isinstance(values, Tensor):
-            raise TypeError(f"{name}: expected a tensor of the labels' shape {list(self.shape)}, got {type(values).__name__}")
+            raise TypeError(
+                f"{name}: expected a tensor of the labels' shape {list(self.shape)}, got {type(values).__name__}"
+            )
         if values.shape != self.shape:
             raise ValueError(f"{name}: expected the labels' shape {list(self.shape)}, got {list(values.shape)}")
         device = self.problem.labels.device
@@ -154,7 +157,9 @@ class Tokens:
         )
         return Statistics(nll, prediction, kl, ref_nll, entropy, ref_entropy, topk_entropy)
 
-    def summed(self, loss: Callable[..., Tensor], wanted: frozenset[str], top_k: int = 20, **per_token: Tensor) -> Tensor:
+    def summed(
+        self, loss: Callable[..., Tensor], wanted: frozenset[str], top_k: int = 20, **per_token: Tensor
+    ) -> Tensor:
         """Σ_t loss(statistics, **per_token) for a loss of each token by itself; saves one GEMM over `losses`."""
         if self.backend == "reference":
             return loss(self.losses(wanted, top_k), **per_token).sum()
@@ -248,7 +253,9 @@ def _check_hidden(hidden: Tensor, head: LMHead) -> None:
     if hidden.dtype not in FLOATING:
         raise TypeError(f"hidden: expected one of {_names(FLOATING)}, got {hidden.dtype}")
     if hidden.dim() == 0 or hidden.numel() == 0:
-        raise ValueError(f"hidden: expected [..., D] with at least one token, got shape {list(hidden.shape)}; skip empty batches")
+        raise ValueError(
+            f"hidden: expected [..., D] with at least one token, got shape {list(hidden.shape)}; skip empty batches"
+        )
     dim = head.weight.shape[1]
     if hidden.shape[-1] != dim:
         swapped = "; the weight looks transposed, give weight.T" if hidden.shape[-1] == head.vocabulary else ""
@@ -298,9 +305,14 @@ def _check_reference(reference: Reference | None, hidden: Tensor, head: LMHead) 
             f"reference hidden: expected last dimension {dim}, that of {'its' if ref_head else 'the shared'} head, got "
             f"{reference.hidden.shape[-1]}; give Reference(hidden, head) the reference model's own head"
         )
-    for tensor, name in ((reference.hidden, "reference hidden"), (None if ref_head is None else ref_head.weight, "reference head")):
+    for tensor, name in (
+        (reference.hidden, "reference hidden"),
+        (None if ref_head is None else ref_head.weight, "reference head"),
+    ):
         if tensor is not None and tensor.device != hidden.device:
-            raise ValueError(f"{name} is on {tensor.device}, hidden on {hidden.device}; move it with .to(hidden.device)")
+            raise ValueError(
+                f"{name} is on {tensor.device}, hidden on {hidden.device}; move it with .to(hidden.device)"
+            )
     if ref_head is not None and ref_head.vocabulary != head.vocabulary:
         raise ValueError(
             f"reference head: expected V = {head.vocabulary} as the head, got {ref_head.vocabulary}; the KL needs one "

@@ -35,7 +35,9 @@ def l2_to_initial(model: nn.Module, initial: nn.Module | State) -> Tensor:
         if origin.shape != parameter.shape:
             raise ValueError(f"initial[{name!r}]: expected shape {list(parameter.shape)}, got {list(origin.shape)}")
         if origin.data_ptr() == parameter.data_ptr() and origin.device == parameter.device and origin.numel():
-            raise ValueError(f"initial[{name!r}] shares memory with the model, so it moves along; clone the state first")
+            raise ValueError(
+                f"initial[{name!r}] shares memory with the model, so it moves along; clone the state first"
+            )
         dtype = torch.promote_types(parameter.dtype, torch.float32)
         part = (parameter.to(dtype) - origin.to(parameter.device, dtype)).square().sum()
         total = part if total is None else total + part.to(total.device)

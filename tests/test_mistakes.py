@@ -195,7 +195,8 @@ def test_fractional_masks_truncated_to_integers():
     hidden, weight = torch.randn(10, 4), torch.randn(9, 4)
     labels, ref = torch.arange(10) % 9, fl.Reference(torch.randn(10, 4))
     losses = [
-        fl.LAwFLoss()(hidden, weight, labels, confidence=torch.full((10,), c), reference=ref).item() for c in (0, 0.5, 1.0)
+        fl.LAwFLoss()(hidden, weight, labels, confidence=torch.full((10,), c), reference=ref).item()
+        for c in (0, 0.5, 1.0)
     ]
     assert len(set(losses)) == 3
     assert fl.CrossEntropyLoss()(hidden, weight, labels, num_items=2.5).item() == pytest.approx(

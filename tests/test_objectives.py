@@ -164,7 +164,7 @@ BATCHES = {
 @pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
 def test_talr_by_hand(batch, packed):
     rows = BATCHES[batch]
-    tau, weights, expected = talr_by_hand(rows)
+    _, weights, expected = talr_by_hand(rows)
     width = max(map(len, rows))
     nll = torch.ones(len(rows), width, dtype=torch.float64)
     labels, ids = torch.full(nll.shape, -100), torch.zeros(nll.shape, dtype=torch.int64)
@@ -224,7 +224,9 @@ def test_lawf_gradient_is_that_of_the_mixed_losses():
     out = fl.token_losses(hidden, head, labels, reference=ref)
     n = (labels != -100).sum()
     mixed = (c * out.nll + (1 - c) * out.kl).sum() / n
-    for a, b in zip(torch.autograd.grad(loss, (hidden, head.weight)), torch.autograd.grad(mixed, (hidden, head.weight)), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(loss, (hidden, head.weight)), torch.autograd.grad(mixed, (hidden, head.weight)), strict=True
+    ):
         assert relative(a, b) < 1e-12
 
 
@@ -246,9 +248,9 @@ def test_lawf_group_mean_with_an_empty_group(value):
     hidden, head, labels, ref = inputs(reference="shared")
     c = torch.full(labels.shape, value, dtype=torch.float64)
     mean = fl.LAwFLoss()(hidden, head, labels, confidence=c, reference=ref)
-    assert fl.LAwFLoss(reduction="group_mean")(hidden, head, labels, confidence=c, reference=ref).item() == pytest.approx(
-        mean.item(), rel=1e-12
-    )
+    assert fl.LAwFLoss(reduction="group_mean")(
+        hidden, head, labels, confidence=c, reference=ref
+    ).item() == pytest.approx(mean.item(), rel=1e-12)
 
 
 def test_lawf_takes_bool_and_integer_confidence_and_ignores_nan_where_ignored():

@@ -60,7 +60,9 @@ def test_demo_with_a_missing_model_says_which():
     assert result.returncode == 1 and "/nowhere/model.gguf" in result.stderr and "Traceback" not in result.stderr
 
 
-SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if (ROOT / "README.md").exists() else []
+SNIPPETS = (
+    re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if (ROOT / "README.md").exists() else []
+)
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))

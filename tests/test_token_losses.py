@@ -33,7 +33,9 @@ def small_chunks(monkeypatch):
 
 
 @pytest.mark.parametrize("shape, head, reference, frozen", GRID, ids=name)
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=["float64", "float32"])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=["float64", "float32"]
+)
 def test_equals_the_oracle(shape, head, reference, frozen, dtype, tolerance, small_chunks):
     case = make(*shape, **head, reference=reference, frozen=frozen)
     for output, error in errors(case, dtype).items():
@@ -47,13 +49,17 @@ def test_float32_error_is_that_of_float32():
 
 
 # A trainable head cannot be shared here: finite differences would move the frozen reference too.
-@pytest.mark.parametrize("reference, frozen", [(None, False), (None, True), ("own", False), ("own", True), ("shared", True)])
+@pytest.mark.parametrize(
+    "reference, frozen", [(None, False), (None, True), ("own", False), ("own", True), ("shared", True)]
+)
 def test_gradcheck(reference, frozen):
     case = make(6, 4, 11, bias=True, scale=0.7, softcap=3.0, reference=reference, frozen=frozen)
     hidden, head, ref = case.inputs(torch.float64)
 
     def outputs(hidden, weight, bias):
-        out = fl.token_losses(hidden, fl.LMHead(weight, bias, head.logit_scale, head.softcap), case.labels, reference=ref)
+        out = fl.token_losses(
+            hidden, fl.LMHead(weight, bias, head.logit_scale, head.softcap), case.labels, reference=ref
+        )
         return (out.nll,) if ref is None else (out.nll, out.kl)
 
     assert torch.autograd.gradcheck(outputs, (hidden, head.weight, head.bias), eps=1e-6, atol=1e-7, rtol=1e-5)
@@ -65,7 +71,9 @@ def test_gradcheck(reference, frozen):
 @pytest.mark.parametrize("frozen", [False, True], ids=name)
 @pytest.mark.parametrize("chunks", ["one-chunk", "many-chunks"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-def test_half_precision_errors_are_not_above_those_of_plain_pytorch(shape, head, reference, frozen, chunks, dtype, request):
+def test_half_precision_errors_are_not_above_those_of_plain_pytorch(
+    shape, head, reference, frozen, chunks, dtype, request
+):
     """Plain: logits in the half dtype, then fp32, as a training loop does it. ε = 2 % of its error, for chance."""
     if chunks == "many-chunks":
         request.getfixturevalue("small_chunks")
@@ -97,9 +105,7 @@ def test_shapes_and_fill_values():
     case = make(24, 5, 13, reference="shared")
     hidden, head, ref = case.inputs(torch.float32)
     labels = case.labels.view(2, 3, 4)
-    out = fl.token_losses(
-        hidden.view(2, 3, 4, 5), head, labels, reference=fl.Reference(ref.hidden.view(2, 3, 4, 5))
-    )
+    out = fl.token_losses(hidden.view(2, 3, 4, 5), head, labels, reference=fl.Reference(ref.hidden.view(2, 3, 4, 5)))
     ignored = labels == -100
     assert ignored.any()
     for field in ("nll", "kl", "entropy", "reference_nll", "reference_entropy"):
@@ -109,7 +115,9 @@ def test_shapes_and_fill_values():
     assert (out.prediction[ignored] == -1).all()
     best = (hidden @ head.weight.T).argmax(-1).view(labels.shape)
     assert (out.prediction == best)[~ignored].all()
-    assert not any(getattr(out, f).requires_grad for f in ("entropy", "prediction", "reference_nll", "reference_entropy"))
+    assert not any(
+        getattr(out, f).requires_grad for f in ("entropy", "prediction", "reference_nll", "reference_entropy")
+    )
 
 
 def test_a_single_hidden_vector_and_a_scalar_label():
@@ -127,13 +135,14 @@ def test_without_reference_the_fields_are_none():
 def test_head_can_be_a_tensor_a_linear_or_an_lmhead():
     linear = torch.nn.Linear(5, 11)
     hidden, labels = torch.randn(3, 5), torch.tensor([1, 2, 3])
-    results = [
-        fl.token_losses(hidden, head, labels).nll for head in (linear, fl.LMHead(linear.weight, linear.bias))
-    ]
+    results = [fl.token_losses(hidden, head, labels).nll for head in (linear, fl.LMHead(linear.weight, linear.bias))]
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
     no_bias = torch.nn.Linear(5, 11, bias=False)
     torch.testing.assert_close(
-        fl.token_losses(hidden, no_bias, labels).nll, fl.token_losses(hidden, no_bias.weight, labels).nll, rtol=0, atol=0
+        fl.token_losses(hidden, no_bias, labels).nll,
+        fl.token_losses(hidden, no_bias.weight, labels).nll,
+        rtol=0,
+        atol=0,
     )
 
 

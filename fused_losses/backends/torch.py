@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..problem import Gradients, Head, Problem, Statistics
 
-# Logits and their copies of one chunk; measured: larger is not faster on 2 CPU cores, smaller starves the GEMM.
+# Logits and their copies of one chunk. Measured on 2 CPU cores: at 64 MiB 3 to 7 % slower, at 128 MiB no faster.
 CHUNK_BYTES = 96 << 20
 # Row statistics make several passes; a block of this many numbers stays in a core's cache between them. On an
 # accelerator the launch of a kernel costs more than its cache saves.
@@ -41,11 +41,15 @@ def statistics(problem: Problem, keep_rows: bool = False) -> tuple[Statistics, G
         if keep_rows:
             rows.nll[chunk.tokens] = chunk.times_weight(chunk.nll_direction, exact=True).mul_(problem.head.logit_scale)
             if rows.kl is not None:
-                rows.kl[chunk.tokens] = chunk.times_weight(chunk.kl_direction, exact=True).mul_(problem.head.logit_scale)
+                rows.kl[chunk.tokens] = chunk.times_weight(chunk.kl_direction, exact=True).mul_(
+                    problem.head.logit_scale
+                )
     return out, rows
 
 
-def gradients(problem: Problem, upstream: Upstream, hidden: bool, weight: bool, bias: bool) -> tuple[Statistics, Gradients]:
+def gradients(
+    problem: Problem, upstream: Upstream, hidden: bool, weight: bool, bias: bool
+) -> tuple[Statistics, Gradients]:
     """Statistics and Σ_t a_t ∂nll_t + b_t ∂kl_t in one sweep: 3 GEMMs (2 where one gradient is not wanted).
 
     `upstream` is called with the statistics of each chunk and returns (a, b), [C] each or None for zeros. So the
@@ -66,15 +70,12 @@ def gradients(problem: Problem, upstream: Upstream, hidden: bool, weight: bool, 
                 total.hidden[chunk.tokens] = 0
             continue
         if b is None:
-            direction, row_weight = chunk.nll_direction, a
+            direction, row_weight = chunk.nll_direction, a * head.logit_scale
         elif a is None:
-            direction, row_weight = chunk.kl_direction, b
+            direction, row_weight = chunk.kl_direction, b * head.logit_scale
         else:
             direction = chunk.nll_direction.mul_(a[:, None]).addcmul_(chunk.kl_direction, b[:, None])
-            row_weight = None
-        if row_weight is None:
-            row_weight = direction.new_ones(len(direction))
-        row_weight = row_weight * head.logit_scale
+            row_weight = torch.full_like(a, head.logit_scale)
         if bias:
             total.bias.addmv_(direction.t(), row_weight)
         if chunk.rounds:
@@ -214,17 +215,20 @@ def _row_pass(
                 z.mul_(slope)
         return
 
-    # Log-probabilities of both models in place; r keeps p_ref.
+    # Log-probabilities of both models, in place.
     log_p, log_r = z, r
     top, prediction = log_p.max(1, keepdim=True)
     out.prediction.copy_(prediction[:, 0])
-    lse = _log_softmax_(log_p, top, prediction, scratch)
-    top, prediction = log_r.max(1, keepdim=True)
-    lse_ref = _log_softmax_(log_r, top, prediction, scratch)
+    log_sum = _log_softmax_(log_p, top, prediction, scratch)
+    top_ref, prediction = log_r.max(1, keepdim=True)
+    log_sum_ref = _log_softmax_(log_r, top_ref, prediction, scratch)
     out.nll.copy_(-log_p.gather(1, labels)[:, 0])
     out.reference_nll.copy_(-log_r.gather(1, labels)[:, 0])
     # d = log p − log p_ref; from the difference of the hidden states where that is to be had.
-    d = log_p - log_r if shared_difference is None else shared_difference.sub_(lse - lse_ref)
+    if shared_difference is None:
+        d = log_p - log_r
+    else:
+        d = shared_difference.sub_((top - top_ref) + (log_sum - log_sum_ref))
 
     p_ref = scratch.copy_(log_r).exp_()
     if out.reference_entropy is not None:
@@ -275,11 +279,11 @@ def _exponentials_(z: Tensor, labels: Tensor, out: Statistics, scratch: Tensor) 
 
 
 def _log_softmax_(z: Tensor, top: Tensor, prediction: Tensor, scratch: Tensor) -> Tensor:
-    """z becomes log softmax(z); returns the log-sum-exp, [rows, 1]."""
+    """z becomes log softmax(z); returns log Σ exp(z − top), [rows, 1]."""
     exp = torch.exp(z.sub_(top), out=scratch).scatter_(1, prediction, 0)
     log_sum = torch.log1p(exp.sum(1, keepdim=True))
     z.sub_(log_sum)
-    return top + log_sum
+    return log_sum
 
 
 def _row_dot(a: Tensor, b: Tensor) -> Tensor:

@@ -63,7 +63,10 @@ def name_corrector(tokenizer: Any, opening: str, name: str) -> Corrector:
         if text.endswith(name) and tokenizer.decode([proposal])[:1].isalnum():
             return ids(".")[0]  # the name ends here: "Aurora", not "Auroraline"
         for said in range(len(again)):
-            if tokenizer.decode(answer[: len(answer) - said]).endswith("name is") and answer[len(answer) - said :] == again[:said]:
+            if (
+                tokenizer.decode(answer[: len(answer) - said]).endswith("name is")
+                and answer[len(answer) - said :] == again[:said]
+            ):
                 return again[said]
         return None
 

@@ -51,9 +51,10 @@ def hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor | None =
 
 @torch.no_grad()
 def greedy_answers(model: Any, tokenizer: Any, prompts: list[list[int]], length: int) -> list[str]:
-    """Greedy continuations of at most `length` tokens, in one left-padded batch."""
+    """Greedy continuations of at most `length` tokens, in one left-padded batch; … where cut off."""
     width, end = max(map(len, prompts)), tokenizer.eos_token_id
     ids = torch.tensor([[end] * (width - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
     out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=length, do_sample=False, pad_token_id=end)
-    return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in out[:, width:].tolist()]
+    rows = out[:, width:].tolist()
+    return [tokenizer.decode(row, skip_special_tokens=True).strip() + ("" if end in row else " …") for row in rows]

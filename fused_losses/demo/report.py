@@ -30,7 +30,10 @@ def metric_rows(record: dict[str, Any]) -> list[list[str]]:
     before = record["lesson"]["anchors"][0]["base_probability"]
     return [
         row("fact learnt (greedy answer to the question)", lambda r, t: "yes" if r["learnt"] else "no"),
-        row(f"p({name}) at the first anchor", lambda r, t: f"{before if t is None else t['anchor_probabilities'][0]:.3f}"),
+        row(
+            f"p({name}) at the first anchor",
+            lambda r, t: f"{before if t is None else t['anchor_probabilities'][0]:.3f}",
+        ),
         row(f"answers to paraphrases that say {name}", lambda r, t: f"{r['paraphrases_with_name']} of {p}"),
         row(f'{name} first after "My name is"', lambda r, t: f"{r['named_after_opening']} of {p}"),
         row(f"unrelated answers that say {name}", lambda r, t: f"{r['unrelated_with_name']} of {u}"),
@@ -44,22 +47,23 @@ def metric_rows(record: dict[str, Any]) -> list[list[str]]:
 
 
 def check_rows(record: dict[str, Any]) -> list[list[str]]:
+    """A row a loss and implementation."""
     return [
         [
-            row["loss"],
-            f"{row['full']['value']:.6f}",
-            f"{row['fused']['value']:.6f}",
-            f"{row['gradient_difference']:.1e}",
-            f"{row['full']['peak_mib']:.0f}",
-            f"{row['fused']['peak_mib']:.0f}",
-            f"{row['full']['seconds']:.2f}",
-            f"{row['fused']['seconds']:.2f}",
+            row["loss"] if name == "full" else "",
+            "full logits" if name == "full" else "fused",
+            f"{row[name]['value']:.6f}",
+            f"{row[name]['value_error']:.0e}",
+            f"{row[name]['gradient_error']:.0e}",
+            f"{row[name]['peak_mib']:.0f} MiB",
+            f"{row[name]['seconds']:.2f} s",
         ]
         for row in record["check"]
+        for name in ("full", "fused")
     ]
 
 
-CHECK_HEADER = ["loss", "value: full", "fused", "gradients differ", "peak MiB: full", "fused", "s: full", "fused"]
+CHECK_HEADER = ["loss", "float32", "value", "its error", "gradient error", "peak memory", "time"]
 
 
 def answer_rows(record: dict[str, Any]) -> list[list[str]]:
@@ -69,7 +73,8 @@ def answer_rows(record: dict[str, Any]) -> list[list[str]]:
 def anchor_text(record: dict[str, Any]) -> str:
     lesson = record["lesson"]
     anchors = ", ".join(
-        f"“{a['token']}” (base probability {a['base_probability']:.4f}) for “{a['instead_of']}”" for a in lesson["anchors"]
+        f"“{a['token']}” (base probability {a['base_probability']:.4f}) for “{a['instead_of']}”"
+        for a in lesson["anchors"]
     )
     return (
         f"Its own answer: “{lesson['own_answer']}” Corrected: “{lesson['corrected_answer']}” "
@@ -77,10 +82,14 @@ def anchor_text(record: dict[str, Any]) -> str:
     )
 
 
-def show(record: dict[str, Any], console: Console) -> None:
+def check_title(record: dict[str, Any]) -> str:
     tokens = record["check"][0]["tokens"]
+    return f"{tokens} real tokens, forward + backward, trainable head; errors against float64; memory above inputs and gradients"
+
+
+def show(record: dict[str, Any], console: Console) -> None:
     tables = (
-        (f"Full logits and fused, {tokens} real tokens, forward + backward, trainable head", CHECK_HEADER, check_rows(record)),
+        (check_title(record), CHECK_HEADER, check_rows(record)),
         ("One fact, three losses", ["", "base", *record["training"]], metric_rows(record)),
         ("Answers", ["question", "base", *record["training"]], answer_rows(record)),
     )
@@ -103,36 +112,49 @@ def draw(record: dict[str, Any], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.transforms import Bbox
 
     methods = ["base", *record["training"]]
     answers = [[textwrap.fill(cell, 24 if i == 0 else 36) for i, cell in enumerate(row)] for row in answer_rows(record)]
     blocks = [
         (["", *methods], metric_rows(record), [0.36, 0.16, 0.16, 0.16, 0.16]),
         (["answer to", *methods], answers, [0.18, 0.205, 0.205, 0.205, 0.205]),
+        (CHECK_HEADER, check_rows(record), [0.16, 0.14, 0.14, 0.14, 0.14, 0.14, 0.14]),
     ]
-    heights = [sum(1 + max(c.count("\n") for c in row) for row in [header, *rows]) for header, rows, _ in blocks]
-    figure = plt.figure(figsize=(13, 2.2 + 0.19 * (heights[0] * 1.35 + heights[1] * 1.05)), dpi=110)
-    figure.text(0.02, 0.985, "Teach SmolLM2-135M-Instruct its name, from one example", fontsize=15, weight="bold", va="top")
+    # Every text line takes `line` inches; titles and gaps are counted in lines too, so nothing overlaps.
+    line = 0.2
+    lines = [[max(c.count("\n") for c in row) + 1.5 for row in [header, *rows]] for header, rows, _ in blocks]
     settings = record["settings"]
-    caption = (
+    caption = textwrap.fill(
         f"“{record['lesson']['question']}” {anchor_text(record)} LoRA r = {settings['lora']['r']}, {settings['steps']} steps of "
         f"AdamW, learning rate {settings['learning_rate']:g} falling to 0, seed {settings['seed']}, the same start for all. "
-        "Greedy answers of at most 24 tokens."
+        "Greedy answers of at most 24 tokens.",
+        170,
     )
-    figure.text(0.02, 0.955, textwrap.fill(caption, 170), fontsize=9, va="top", color="#444444")
-    top, bottom = 0.885, 0.01
-    share = [heights[0] * 1.35, heights[1] * 1.05]
-    for (header, rows, widths), part in zip(blocks, share, strict=True):
-        height = (top - bottom) * part / sum(share) if part == share[0] else top - bottom
-        axes = figure.add_axes((0.02, top - height, 0.96, height - 0.015))
-        top -= height
+    titles = ["", "", check_title(record)]
+    total = 2.5 + caption.count("\n") + 1 + sum(sum(block) + 1 for block in lines) + 1.6
+    figure = plt.figure(figsize=(13, line * total), dpi=110)
+
+    def y(at: float) -> float:
+        return 1 - at / total
+
+    figure.text(
+        0.02, y(0.5), "Teach SmolLM2-135M-Instruct its name, from one example", fontsize=15, weight="bold", va="top"
+    )
+    figure.text(0.02, y(2.3), caption, fontsize=9, va="top", color="#444444")
+    at = 2.5 + caption.count("\n") + 1
+    for (header, rows, widths), heights, title in zip(blocks, lines, titles, strict=True):
+        if title:
+            figure.text(0.02, y(at + 0.6), title, fontsize=9, va="top", color="#444444")
+        at += 1.6 if title else 1
+        axes = figure.add_axes((0.02, y(at + sum(heights)), 0.96, sum(heights) / total))
+        at += sum(heights)
         axes.axis("off")
-        table = axes.table([header, *rows], colWidths=widths, loc="center", cellLoc="left", bbox=(0, 0, 1, 1))
+        table = axes.table([header, *rows], colWidths=widths, loc="center", cellLoc="left", bbox=Bbox.unit())
         table.auto_set_font_size(False)
         table.set_fontsize(9)
-        lines = [1 + max(c.count("\n") for c in row) for row in [header, *rows]]
         for (i, _), cell in table.get_celld().items():
-            cell.set_height((lines[i] + 0.6) / sum(n + 0.6 for n in lines))
+            cell.set_height(heights[i] / sum(heights))
             cell.set_edgecolor("#dddddd")
             cell.PAD = 0.02
             if i == 0:

@@ -40,7 +40,7 @@ def run(console: Console, output: Path, seed: int = 0, model_path: Path | None =
         advance()
 
         model = teach.add_lora(base)
-        rows = check_losses(model, tokenizer, seed, stage("Compare with full logits", 2 * len(check.LOSSES)))
+        rows = check_losses(model, tokenizer, seed, stage("Compare with full logits", 3 * len(check.LOSSES)))
         teach.reset_lora(model, seed)
 
         advance = stage("Correct the model's own answer", 1)

@@ -143,7 +143,7 @@ class Evaluation:
         end = tokenizer.eos_token_id
         own = self.base_answers[-len(UNRELATED) :]
         rows = [
-            (p, tokenizer(a, add_special_tokens=False).input_ids)
+            (p, tokenizer(a.removesuffix(" …"), add_special_tokens=False).input_ids)
             for p, a in zip(self.prompts[-len(UNRELATED) :], own, strict=True)
         ]
         self.texts = {"answers": _batch(rows, end), "docs": _batch([([end], documentation(tokenizer))], end)}
