@@ -1,6 +1,9 @@
 import pytest
 import torch
 
+# Small tensors: a second thread costs more than it brings, above all on a busy machine.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
