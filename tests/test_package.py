@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+COMMAND = Path(sys.executable).with_name("fused-losses")
 
 
 def run(*command, **options):
@@ -38,14 +39,14 @@ def test_public_names_have_docstrings():
 
 
 def test_info_lists_versions_devices_and_backends():
-    result = run("fused-losses", "info")
+    result = run(COMMAND, "info")
     assert result.returncode == 0, result.stderr
     for word in ("torch", "2.", "cpu", "reference", "full logits", "auto"):
         assert word in result.stdout
 
 
 def test_command_without_arguments_shows_help():
-    result = run("fused-losses")
+    result = run(COMMAND)
     assert "info" in result.stdout + result.stderr and "demo" in result.stdout + result.stderr
 
 
@@ -56,7 +57,7 @@ def test_command_without_its_extra_names_the_remedy():
 
 
 def test_demo_with_a_missing_model_says_which():
-    result = run("fused-losses", "demo", "--model", "/nowhere/model.gguf")
+    result = run(COMMAND, "demo", "--model", "/nowhere/model.gguf")
     assert result.returncode == 1 and "/nowhere/model.gguf" in result.stderr and "Traceback" not in result.stderr
 
 
