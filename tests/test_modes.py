@@ -197,8 +197,8 @@ def test_talr_median_over_two_ranks(tmp_path):
         assert rank.returncode == 0, error.decode()
 
 
-MEMORY = """
-import resource, sys, torch, torch.nn.functional as F, fused_losses as fl
+MEMORY = r"""
+import re, sys, torch, torch.nn.functional as F, fused_losses as fl
 n, v, d, what = 8192, 49152, 576, sys.argv[1]
 torch.manual_seed(0)
 hidden = torch.randn(n, d, requires_grad=True)
@@ -206,7 +206,8 @@ weight = torch.randn(v, d).div_(24).requires_grad_()
 labels = torch.randint(v, (n,))
 gradients = 4 * (hidden.numel() + weight.numel()) >> 20
 (torch.randn(256, 256) @ torch.randn(256, 256)).sum()  # the libraries' own buffers
-before = int(open('/proc/self/statm').read().split()[1]) * resource.getpagesize() / 1024
+memory = lambda key: int(re.search(key + r":\s*(\d+) kB", open("/proc/self/status").read())[1]) / 1024
+before = memory("VmRSS")
 if what == "dense":
     loss = F.cross_entropy(hidden @ weight.T, labels)
 elif what == "per-token":
@@ -220,7 +221,7 @@ else:
     loss = fl.CrossEntropyLoss()(hidden, weight, labels)
 loss.backward()
 assert hidden.grad.isfinite().all() and weight.grad.abs().sum() > 0
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 - gradients)
+print(memory("VmHWM") - before - gradients)
 """
 
 
