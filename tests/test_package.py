@@ -82,3 +82,9 @@ def test_readme_commands_exist():
     assert {"demo", "test"} <= set(targets)
     makefile = (ROOT / "Makefile").read_text()
     assert all(re.search(rf"^{target}:", makefile, re.M) for target in targets)
+
+
+def test_example_of_ones_own_loop_learns():
+    result = run(sys.executable, "-W", "error", ROOT / "examples" / "own_loop.py")
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout.split()[-1]) > 0.8
