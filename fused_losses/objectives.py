@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .head import LMHead, Reference
-from .op import Tokens, eager, prepare
+from .op import Tokens, check_options, eager, prepare
 from .problem import Statistics
 
 Head = LMHead | Tensor | nn.Linear
@@ -26,7 +26,7 @@ class Objective(nn.Module):
     `token_loss(out, **per_token)` gets statistics of tokens with a label ([C] vectors: `out.nll`, `out.kl`,
     `out.prediction`, `out.reference_nll`, and those named in `wanted`), returns a loss per token, [C], by ordinary
     differentiable operations on `out.nll` and `out.kl`. It sees some of the tokens at a time, so it must not mix
-    tokens. Then the gradient is taken while the logits are at hand: 3 GEMMs, 2 with a frozen head, one more with
+    tokens. Further tensors of the labels' shape, given by keyword to the call, arrive in `per_token`. The gradient is taken while the logits are at hand: 3 GEMMs, 2 with a frozen head, one more with
     a reference.
 
     Options of every objective: `ignore_index`, `gradient` and `backend`, as in `token_losses`.
@@ -37,6 +37,7 @@ class Objective(nn.Module):
 
     def __init__(self, *, ignore_index: int = -100, gradient: str = "auto", backend: str = "auto") -> None:
         super().__init__()
+        check_options(gradient, backend, ignore_index)
         self.ignore_index, self.gradient, self.backend = ignore_index, gradient, backend
 
     def token_loss(self, out: Statistics, **per_token: Tensor) -> Tensor:
@@ -46,15 +47,28 @@ class Objective(nn.Module):
         return prepare(hidden, head, labels, reference, self.ignore_index, self.gradient, self.backend)
 
     def reduce(self, tokens: Tokens, num_items: Any, **per_token: Tensor) -> Tensor:
-        """Σ token_loss / n."""
+        """Σ token_loss / n; `per_token` are [N] vectors over the valid tokens (`tokens.select`)."""
+        if any(p.requires_grad for p in self.parameters()):
+            raise TypeError(
+                f"{type(self).__name__} has trainable parameters, which token_loss cannot reach; write the loss over "
+                "fused_losses.token_losses(...) instead"
+            )
         n = item_count(num_items, tokens.count)
         return tokens.summed(self.token_loss, self.wanted, self.top_k, **per_token) / n
 
     @eager
     def forward(
-        self, hidden: Tensor, head: Head, labels: Tensor, *, reference: Reference | None = None, num_items: Any = None
+        self,
+        hidden: Tensor,
+        head: Head,
+        labels: Tensor,
+        *,
+        reference: Reference | None = None,
+        num_items: Any = None,
+        **per_token: Tensor,
     ) -> Tensor:
-        return self.reduce(self.prepare(hidden, head, labels, reference), num_items)
+        tokens = self.prepare(hidden, head, labels, reference)
+        return self.reduce(tokens, num_items, **{name: tokens.select(v, name) for name, v in per_token.items()})
 
 
 class CrossEntropyLoss(Objective):
@@ -195,7 +209,7 @@ class LAwFLoss(Objective):
         anchor = c > 0
         anchor_weight, retain_weight = c.new_tensor(self.anchor_weight), c.new_tensor(self.retain_weight)
         if self.reduction == "group_mean":
-            # `reduce` divides by n again; weights near 1 keep fp16 gradients in range.
+            # `reduce` divides by n again.
             anchors, others = self._group_counts(num_items, anchor)
             anchor_weight, retain_weight = anchor_weight * tokens.count / anchors, retain_weight * tokens.count / others
             num_items = None
@@ -244,13 +258,18 @@ class FLOWLoss(Objective):
         head: Head,
         labels: Tensor,
         *,
-        initial_nll: Tensor,
+        initial_nll: Tensor | None = None,
         sequence_ids: Tensor | None = None,
         num_items: Any = None,
     ) -> Tensor:
         tokens = self.prepare(hidden, head, labels)
+        if initial_nll is None:
+            raise ValueError("FLOWLoss needs initial_nll=: the initial model's mean nll of each sequence, [sequences]")
         if not isinstance(initial_nll, Tensor) or initial_nll.dim() != 1 or not initial_nll.is_floating_point():
             raise ValueError("initial_nll: expected a float tensor [sequences], the initial model's mean nll of each")
+        wrong = ~(initial_nll.isfinite() & (initial_nll >= 0))
+        if bool(wrong.any()):
+            raise ValueError(f"initial_nll: expected finite numbers ≥ 0, got {initial_nll[wrong][0].item()}")
         if sequence_ids is None:
             sequence, count = sequences(tokens, labels, None, False)
             if len(initial_nll) != count:
@@ -267,8 +286,6 @@ class FLOWLoss(Objective):
         weight = (-initial_nll.detach().to(sequence.device, tokens.problem.accumulator) / self.temperature).exp()[
             sequence
         ]
-        if weight.isnan().any() or (weight < 0).any():
-            raise ValueError("initial_nll: expected finite numbers, got NaN")
         return self.reduce(tokens, num_items, weight=weight)
 
 
@@ -358,11 +375,17 @@ class PSFTLoss(Objective):
         return f"epsilon={self.epsilon}"
 
     def token_loss(self, out: Statistics, old_nll: Tensor) -> Tensor:
-        ratio = (old_nll - out.nll).exp()
+        ratio = (old_nll - out.nll).clamp(max=20).exp()  # clipped anyway; exp must not overflow
         return -torch.minimum(ratio, ratio.clamp(1 - self.epsilon, 1 + self.epsilon))
 
     @eager
-    def forward(self, hidden: Tensor, head: Head, labels: Tensor, *, old_nll: Tensor, num_items: Any = None) -> Tensor:
+    def forward(
+        self, hidden: Tensor, head: Head, labels: Tensor, *, old_nll: Tensor | None = None, num_items: Any = None
+    ) -> Tensor:
+        if old_nll is None:
+            raise ValueError(
+                "PSFTLoss needs old_nll=: token_losses(...).nll of the same tokens before this step, without gradient"
+            )
         tokens = self.prepare(hidden, head, labels)
         old = tokens.select(old_nll, "old_nll").detach().to(tokens.problem.accumulator)
         if not bool(old.isfinite().all()):

@@ -166,8 +166,19 @@ class Tokens:
         problem = _want(self.problem, wanted, top_k)
         head, grad = problem.head, torch.is_grad_enabled()
 
+        for name, values in per_token.items():
+            if values.requires_grad and grad:
+                raise TypeError(f"{name}: requires a gradient, which would be lost here; give {name}.detach()")
+
         def of_chunk(out: Statistics, at: slice) -> Tensor:
-            return loss(out, **{name: values[at] for name, values in per_token.items()})
+            result = loss(out, **{name: values[at] for name, values in per_token.items()})
+            if not isinstance(result, Tensor) or result.shape != out.nll.shape or not result.is_floating_point():
+                what = f"{result.dtype} {list(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
+                raise ValueError(
+                    f"token_loss: expected one float per token, shape {list(out.nll.shape)} as out.nll, got {what}; sums and "
+                    "means over tokens are taken afterwards"
+                )
+            return result
 
         return SummedLossFunction.apply(
             problem.hidden, head.weight, head.bias, problem, backends.load(self.backend), grad, of_chunk
@@ -185,7 +196,7 @@ def prepare(
 ) -> Tokens:
     """All validation of the package's losses, and the removal of ignored tokens."""
     head = as_head(head)
-    _check_options(gradient, backend, ignore_index)
+    check_options(gradient, backend, ignore_index)
     _check_hidden(hidden, head)
     _check_labels(labels, hidden)
     reference_hidden, reference_head = _check_reference(reference, hidden, head)
@@ -236,7 +247,7 @@ def _full_logits_statistics(problem: Problem) -> Statistics:
     return out
 
 
-def _check_options(gradient: str, backend: str, ignore_index: int) -> None:
+def check_options(gradient: str, backend: str, ignore_index: int) -> None:
     if gradient not in GRADIENTS:
         raise ValueError(f"gradient: expected one of {', '.join(GRADIENTS)}, got {gradient!r}")
     if backend != "auto" and backend not in backends.NAMES:
@@ -249,7 +260,8 @@ def _check_options(gradient: str, backend: str, ignore_index: int) -> None:
 
 def _check_hidden(hidden: Tensor, head: LMHead) -> None:
     if not isinstance(hidden, Tensor):
-        raise TypeError(f"hidden: expected a tensor [..., D], got {type(hidden).__name__}")
+        output = "; give its last_hidden_state" if hasattr(hidden, "last_hidden_state") else ""
+        raise TypeError(f"hidden: expected a tensor [..., D], got {type(hidden).__name__}{output}")
     if hidden.dtype not in FLOATING:
         raise TypeError(f"hidden: expected one of {_names(FLOATING)}, got {hidden.dtype}")
     if hidden.dim() == 0 or hidden.numel() == 0:
@@ -258,7 +270,11 @@ def _check_hidden(hidden: Tensor, head: LMHead) -> None:
         )
     dim = head.weight.shape[1]
     if hidden.shape[-1] != dim:
-        swapped = "; the weight looks transposed, give weight.T" if hidden.shape[-1] == head.vocabulary else ""
+        swapped = ""
+        if hidden.shape[-1] == head.vocabulary:
+            swapped = (
+                "; either hidden are logits (give what goes into the head), or the weight is transposed (give weight.T)"
+            )
         raise ValueError(
             f"hidden: expected last dimension D = {dim}, that of the head's weight {list(head.weight.shape)}, "
             f"got shape {list(hidden.shape)}{swapped}"
@@ -278,7 +294,8 @@ def _check_labels(labels: Tensor, hidden: Tensor) -> None:
     if labels.shape != hidden.shape[:-1]:
         raise ValueError(
             f"labels: expected shape {list(hidden.shape[:-1])}, hidden's without its last dimension, got "
-            f"{list(labels.shape)}; shift before the call: hidden[:, :-1] predicts labels[:, 1:]"
+            f"{list(labels.shape)}; nothing is shifted here: "
+            "for input ids as labels give hidden[:, :-1] and labels[:, 1:]"
         )
     if labels.device != hidden.device:
         raise ValueError(f"labels are on {labels.device}, hidden on {hidden.device}; move them with .to(hidden.device)")
@@ -330,7 +347,7 @@ def _compute_dtype(hidden: Tensor, head: LMHead) -> torch.dtype:
         return torch.get_autocast_dtype(device_type)
     if hidden.dtype != head.weight.dtype:
         raise TypeError(
-            f"hidden is {hidden.dtype}, head weight {head.weight.dtype}; cast one (hidden.to(weight.dtype)) or call under "
-            "torch.autocast"
+            f"hidden is {hidden.dtype}, head weight {head.weight.dtype}; cast one (hidden.to(weight.dtype)) or, "
+            "unless one is float64, call under torch.autocast"
         )
     return hidden.dtype

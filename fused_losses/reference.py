@@ -34,7 +34,8 @@ def entropy(z: Tensor) -> Tensor:
 
 def kl(z_ref: Tensor, z: Tensor) -> Tensor:
     """KL(p_ref ‖ p) per token."""
-    return F.kl_div(z.log_softmax(-1), z_ref.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+    log_p, log_r = z.log_softmax(-1), z_ref.log_softmax(-1)
+    return torch.where(log_r > -torch.inf, log_r.exp() * (log_r - log_p), 0).sum(-1)
 
 
 def topk_entropy(z: Tensor, k: int) -> Tensor:
@@ -88,5 +89,5 @@ def eaft(z: Tensor, labels: Tensor, alpha: float = 1.0, top_k: int = 20) -> Tens
 
 
 def psft(z: Tensor, labels: Tensor, old_nll: Tensor, epsilon: float = 0.2) -> Tensor:
-    ratio = (old_nll - nll(z, labels)).exp()
+    ratio = (old_nll - nll(z, labels)).clamp(max=20).exp()  # clipped anyway; exp must not overflow
     return -torch.minimum(ratio, ratio.clamp(1 - epsilon, 1 + epsilon))

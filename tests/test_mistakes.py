@@ -170,7 +170,7 @@ def test_lora_on_the_head_dropped_without_a_word():
             return 2 * super().forward(x)
 
     for head in (LoRALinear(), Scaled(4, 9)):
-        with pytest.raises(TypeError, match="merge it first"):
+        with pytest.raises(TypeError, match="merge an adapter first"):
             fl.token_losses(torch.randn(3, 4), head, torch.tensor([0, 1, 2]))
 
 

@@ -311,3 +311,40 @@ def test_objectives_have_no_state_and_a_readable_repr():
         assert not list(module.parameters()) and not module.state_dict()
     assert repr(fl.TALRLoss()) == "TALRLoss(temperature='median', floor=0.01)"
     assert repr(fl.LAwFLoss(2.0)) == "LAwFLoss(anchor_weight=2.0, retain_weight=1.0, reduction='token_mean')"
+
+
+def test_an_objective_of_ones_own_with_tensors_per_token():
+    class Weighted(fl.Objective):
+        def token_loss(self, out, weight):
+            return weight * out.nll
+
+    hidden, head, labels, _ = inputs()
+    weight = torch.rand(labels.shape, dtype=torch.float64)
+    z, _, y, keep = logits_of_valid(hidden, head, labels, None)
+    check(Weighted()(hidden, head, labels, weight=weight), (weight[keep] * oracle.nll(z, y)).mean(), hidden, head)
+
+
+def test_psft_far_below_the_old_policy_has_no_gradient():
+    """r = exp(150): clipped, and not 0 · ∞ in backward."""
+    hidden, head, labels, _ = inputs()
+    fl.PSFTLoss()(hidden, head, labels, old_nll=torch.full(labels.shape, 200.0)).backward()
+    assert (hidden.grad == 0).all()
+
+
+def test_fp16_gradients_neither_overflow_nor_underflow_before_they_are_scaled():
+    """One anchor among 8,192 tokens has a weight of 8,192 under group_mean; FLOW can have weights of e^-16."""
+    torch.manual_seed(0)
+    x, w = torch.randn(8192, 32).half(), (3 * torch.randn(50, 32)).half()
+    labels = torch.randint(50, (8192,))
+    anchors = (torch.arange(8192) == 17).float()
+    lawf, flow = fl.LAwFLoss(5.0, reduction="group_mean"), fl.FLOWLoss(1.0)
+    for loss, scale in (
+        (lambda x: lawf(x, w.to(x), labels, confidence=anchors, reference=fl.Reference(x.detach() + 0.1)), 1.0),
+        (lambda x: flow(x[None, :512], w.to(x), labels[None, :512], initial_nll=torch.tensor([16.0])), 65536.0),
+    ):
+        gradients = []
+        for dtype in (torch.float16, torch.float64):
+            leaf = x.to(dtype, copy=True).requires_grad_()
+            (scale * loss(leaf)).backward()
+            gradients.append(leaf.grad)
+        assert gradients[0].isfinite().all() and relative(*gradients) < 2e-3

@@ -230,3 +230,18 @@ def test_non_contiguous_inputs():
     out = fl.token_losses(hidden, weight, case.labels)
     (out.nll * case.nll_upstream).sum().backward()
     assert relative(hidden.grad, expected["d_hidden"]) < 1e-12 and relative(weight.grad, expected["d_weight"]) < 1e-12
+
+
+def test_an_infinite_logit_reaches_every_gradient():
+    """A check of the gradients alone, as GradScaler's, must see it."""
+    for reference in (None, "own"):
+        case = make(20, 6, 30, ignored=0, reference=reference)
+        hidden, head, ref = case.inputs(torch.float32)
+        with torch.no_grad():
+            hidden.abs_()
+            head.weight[0, 0] = torch.inf
+        out = fl.token_losses(hidden, head, case.labels, reference=ref)
+        out.nll.sum().backward()
+        assert (
+            not out.nll.isfinite().any() and not head.weight.grad.isfinite().all() and not hidden.grad.isfinite().all()
+        )

@@ -18,11 +18,26 @@ def lawf(confidence=CONFIDENCE, reference=REFERENCE, **options):
     return fl.LAwFLoss(**options)(HIDDEN, WEIGHT, LABELS, confidence=confidence, reference=reference)
 
 
+class Custom(fl.Objective):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def token_loss(self, out, **per_token):
+        return self.function(out, **per_token)
+
+
+def hooked():
+    linear = torch.nn.Linear(4, 7)
+    linear.register_forward_hook(lambda module, inputs, output: output * 2)
+    return linear
+
+
 META = torch.empty(3, 4, device="meta")
 
 BAD = {
     "hidden: wrong width": (lambda: losses(torch.randn(3, 5)), ValueError, r"hidden.*D = 4.*\[7, 4\].*\[3, 5\]"),
-    "hidden: weight transposed": (lambda: losses(torch.randn(3, 7)), ValueError, r"transposed, give weight\.T"),
+    "hidden: weight transposed": (lambda: losses(torch.randn(3, 7)), ValueError, r"logits.*transposed .give weight\.T"),
     "hidden: integers": (lambda: losses(HIDDEN.long()), TypeError, "hidden.*float64.*int64"),
     "hidden: a list": (lambda: losses([[1.0]]), TypeError, "hidden.*tensor.*list"),
     "hidden: no tokens": (lambda: losses(torch.randn(0, 4), labels=LABELS[:0]), ValueError, r"at least one token.*\[0, 4\]"),
@@ -31,7 +46,7 @@ BAD = {
         lambda: losses(HIDDEN.bfloat16()), TypeError, r"bfloat16.*float32.*hidden\.to\(weight\.dtype\)",
     ),
     "hidden: on another device": (lambda: losses(META), ValueError, "hidden is on meta, head weight on cpu"),
-    "labels: one token more": (lambda: losses(labels=torch.arange(4)), ValueError, r"labels.*\[3\].*\[4\].*shift"),
+    "labels: one token more": (lambda: losses(labels=torch.arange(4)), ValueError, r"labels.*\[3\].*\[4\].*labels\[:, 1:\]"),
     "labels: wrong rank": (lambda: losses(labels=LABELS[None]), ValueError, r"labels.*\[3\].*\[1, 3\]"),
     "labels: floats": (lambda: losses(labels=LABELS.float()), TypeError, r"labels.*int64.*float32.*\.long\(\)"),
     "labels: int32": (lambda: losses(labels=LABELS.int()), TypeError, r"labels.*int64.*int32.*\.long\(\)"),
@@ -103,7 +118,7 @@ BAD = {
         lambda: fl.FLOWLoss(1.0)(HIDDEN[None], WEIGHT, LABELS[None], initial_nll=torch.ones(2)), ValueError, "expected 1 numbers.*2",
     ),
     "FLOW initial_nll NaN": (
-        lambda: fl.FLOWLoss(1.0)(HIDDEN[None], WEIGHT, LABELS[None], initial_nll=torch.tensor([torch.nan])), ValueError, "NaN",
+        lambda: fl.FLOWLoss(1.0)(HIDDEN[None], WEIGHT, LABELS[None], initial_nll=torch.tensor([torch.nan])), ValueError, "finite.*nan",
     ),
     "FLOW sequence_ids": (
         lambda: fl.FLOWLoss(1.0)(HIDDEN, WEIGHT, LABELS, initial_nll=torch.ones(2), sequence_ids=torch.tensor([0, 2, 1])),
@@ -112,6 +127,24 @@ BAD = {
     "EAFT top_k": (lambda: fl.EAFTLoss(top_k=1), ValueError, "top_k.*≥ 2.*1"),
     "PSFT old_nll": (
         lambda: fl.PSFTLoss()(HIDDEN, WEIGHT, LABELS, old_nll=torch.tensor([torch.inf, 0, 0])), ValueError, "old_nll.*finite",
+    ),
+    "PSFT without old_nll": (lambda: fl.PSFTLoss()(HIDDEN, WEIGHT, LABELS), ValueError, "PSFTLoss needs old_nll"),
+    "FLOW without initial_nll": (lambda: fl.FLOWLoss(1.0)(HIDDEN, WEIGHT, LABELS), ValueError, "FLOWLoss needs initial_nll"),
+    "backend of an objective": (lambda: fl.TALRLoss(backend="cuda9"), ValueError, "backend.*'cuda9'"),
+    "token_loss: a scalar": (lambda: Custom(lambda out: out.nll.mean())(HIDDEN, WEIGHT, LABELS), ValueError, r"token_loss.*\[2\].*\[\]"),
+    "token_loss: nothing": (lambda: Custom(lambda out: None)(HIDDEN, WEIGHT, LABELS), ValueError, "token_loss.*NoneType"),
+    "token_loss: booleans": (lambda: Custom(lambda out: out.nll > 1)(HIDDEN, WEIGHT, LABELS), ValueError, "token_loss.*bool"),
+    "token_loss: trainable parameters": (
+        lambda: Custom(torch.nn.Linear(1, 1))(HIDDEN, WEIGHT, LABELS), TypeError, "trainable parameters.*token_losses",
+    ),
+    "token_loss: a tensor with a gradient": (
+        lambda: Custom(lambda out, w: w * out.nll)(HIDDEN, WEIGHT, LABELS, w=torch.ones(3, requires_grad=True)),
+        TypeError, r"w: requires a gradient.*w\.detach\(\)",
+    ),
+    "head: a linear with hooks": (lambda: losses(head=hooked()), TypeError, "hooks of its own.*dropped"),
+    "head weight: a module": (lambda: fl.LMHead(torch.nn.Linear(4, 7)), TypeError, r"give its \.weight"),
+    "hidden: a model output": (
+        lambda: losses(type("Output", (), {"last_hidden_state": HIDDEN})()), TypeError, "give its last_hidden_state",
     ),
     "PSFT epsilon": (lambda: fl.PSFTLoss(0.0), ValueError, "epsilon.*> 0"),
 }  # fmt: skip

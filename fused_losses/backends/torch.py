@@ -59,7 +59,10 @@ def gradients(
     acc = problem.accumulator
     head = problem.head
     total = Gradients(
-        hidden=torch.empty_like(problem.hidden) if hidden else None,
+        # The caller scales the sum: in fp16 that would come too late for what overflowed or underflowed.
+        hidden=torch.empty_like(problem.hidden, dtype=acc if problem.hidden.dtype == torch.float16 else None)
+        if hidden
+        else None,
         weight=head.weight.new_zeros(head.weight.shape, dtype=acc) if weight else None,
         bias=head.weight.new_zeros(head.vocabulary, dtype=acc) if bias else None,
     )
@@ -79,8 +82,10 @@ def gradients(
         if bias:
             total.bias.addmv_(direction.t(), row_weight)
         if chunk.rounds:
-            direction.mul_(row_weight[:, None])
-            row_weight = torch.ones_like(row_weight)
+            # Relative to the largest power of two among them, so that fp16 neither overflows nor underflows.
+            exponent = torch.frexp(row_weight.abs().amax()).exponent
+            direction.mul_(torch.ldexp(row_weight, -exponent)[:, None])
+            row_weight = torch.ldexp(torch.ones_like(row_weight), exponent)
         if hidden:
             total.hidden[chunk.tokens] = chunk.times_weight(direction).mul_(row_weight[:, None])
         if weight:
@@ -123,7 +128,8 @@ class _Chunk:
         if self.rounds and total.is_cuda:
             narrow = self._narrow(direction)
             for columns in _slices(len(total), COLUMNS):
-                total[columns] += torch.mm(narrow[:, columns].t(), self.hidden, out_dtype=total.dtype)
+                product = torch.mm(narrow[:, columns].t(), self.hidden, out_dtype=total.dtype)
+                total[columns] += product.mul_(row_weight[0])
         else:
             # Also for bf16 on a CPU: its product would be rounded once per chunk.
             total.addmm_(direction.t(), self.hidden.to(total.dtype) * row_weight)
@@ -269,7 +275,7 @@ def _exponentials_(z: Tensor, labels: Tensor, out: Statistics, scratch: Tensor) 
     label_logit = z.gather(1, labels)[:, 0]
     shifted = scratch.copy_(z) if out.entropy is not None else None
     z.exp_().scatter_(1, prediction, 0)
-    rest = z.sum(1)
+    rest = z.sum(1) + (top - top)[:, 0]  # NaN where the largest logit is infinite, and so everything that follows
     log_sum = torch.log1p(rest)
     out.nll.copy_(log_sum - label_logit)
     if shifted is not None:
@@ -281,7 +287,7 @@ def _exponentials_(z: Tensor, labels: Tensor, out: Statistics, scratch: Tensor) 
 def _log_softmax_(z: Tensor, top: Tensor, prediction: Tensor, scratch: Tensor) -> Tensor:
     """z becomes log softmax(z); returns log Σ exp(z − top), [rows, 1]."""
     exp = torch.exp(z.sub_(top), out=scratch).scatter_(1, prediction, 0)
-    log_sum = torch.log1p(exp.sum(1, keepdim=True))
+    log_sum = torch.log1p(exp.sum(1, keepdim=True) + (top - top))  # NaN where the largest logit is infinite
     z.sub_(log_sum)
     return log_sum
 

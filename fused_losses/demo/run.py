@@ -23,10 +23,13 @@ from .model import find_model, hidden_states, load
 def run(console: Console, output: Path, seed: int = 0, model_path: Path | None = None) -> dict[str, Any]:
     """The whole demonstration; writes demo.json and demo.png into `output` and returns what is in demo.json."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    path = find_model(model_path)
     if output.exists() and not output.is_dir():
         raise NotADirectoryError(f"--output: {output} is a file; give a folder")
-    output.mkdir(parents=True, exist_ok=True)
+    path = find_model(model_path)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"--output: {output} cannot be made a folder: {error.strerror}") from None
     start = time.perf_counter()
     columns = (TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
