@@ -58,11 +58,10 @@ def gradients(
     out = _empty_statistics(problem)
     acc = problem.accumulator
     head = problem.head
+    # The caller scales the sums, which in fp16 would come too late for what overflowed or underflowed.
+    hidden_dtype = acc if problem.hidden.dtype == torch.float16 else problem.hidden.dtype
     total = Gradients(
-        # The caller scales the sum: in fp16 that would come too late for what overflowed or underflowed.
-        hidden=torch.empty_like(problem.hidden, dtype=acc if problem.hidden.dtype == torch.float16 else None)
-        if hidden
-        else None,
+        hidden=torch.empty_like(problem.hidden, dtype=hidden_dtype) if hidden else None,
         weight=head.weight.new_zeros(head.weight.shape, dtype=acc) if weight else None,
         bias=head.weight.new_zeros(head.vocabulary, dtype=acc) if bias else None,
     )
