@@ -61,23 +61,14 @@ def contestants(labels, reference):
         return fl.LAwFLoss()(x, w, labels, confidence=anchors, reference=fl.Reference(reference))
 
     options = torch.nn.LinearCrossEntropyOptions()
+    cross_entropy = {
+        "eager, full logits": lambda x, w: F.cross_entropy((x @ w.T).float(), labels),
+        "F.linear_cross_entropy, chunked": lambda x, w: F.linear_cross_entropy(x, w, labels, options=options),
+        "fused_losses": lambda x, w: fl.CrossEntropyLoss()(x, w, labels),
+    }
     return {
-        "cross-entropy": {
-            "eager, full logits": (lambda x, w: F.cross_entropy((x @ w.T).float(), labels), False),
-            "F.linear_cross_entropy, chunked": (
-                lambda x, w: F.linear_cross_entropy(x, w, labels, options=options),
-                False,
-            ),
-            "fused_losses": (lambda x, w: fl.CrossEntropyLoss()(x, w, labels), False),
-        },
-        "cross-entropy, frozen head": {
-            "eager, full logits": (lambda x, w: F.cross_entropy((x @ w.T).float(), labels), True),
-            "F.linear_cross_entropy, chunked": (
-                lambda x, w: F.linear_cross_entropy(x, w, labels, options=options),
-                True,
-            ),
-            "fused_losses": (lambda x, w: fl.CrossEntropyLoss()(x, w, labels), True),
-        },
+        "cross-entropy": {name: (loss, False) for name, loss in cross_entropy.items()},
+        "cross-entropy, frozen head": {name: (loss, True) for name, loss in cross_entropy.items()},
         "TALR, median temperature": {"eager, full logits": (eager_talr, False), "fused_losses": (talr, False)},
         "TALR, frozen head": {"eager, full logits": (eager_talr, True), "fused_losses": (talr, True)},
         "LAwF, frozen shared head": {"eager, full logits": (eager_lawf, True), "fused_losses": (lawf, True)},

@@ -161,13 +161,8 @@ class Tokens:
         self, loss: Callable[..., Tensor], wanted: frozenset[str], top_k: int = 20, **per_token: Tensor
     ) -> Tensor:
         """Σ_t loss(statistics, **per_token) for a loss of each token by itself; saves one GEMM over `losses`."""
-        if self.backend == "reference":
-            return loss(self.losses(wanted, top_k), **per_token).sum()
-        problem = _want(self.problem, wanted, top_k)
-        head, grad = problem.head, torch.is_grad_enabled()
-
         for name, values in per_token.items():
-            if values.requires_grad and grad:
+            if values.requires_grad and torch.is_grad_enabled():
                 raise TypeError(f"{name}: requires a gradient, which would be lost here; give {name}.detach()")
 
         def of_chunk(out: Statistics, at: slice) -> Tensor:
@@ -180,6 +175,10 @@ class Tokens:
                 )
             return result
 
+        if self.backend == "reference":
+            return of_chunk(self.losses(wanted, top_k), slice(None)).sum()
+        problem = _want(self.problem, wanted, top_k)
+        head, grad = problem.head, torch.is_grad_enabled()
         return SummedLossFunction.apply(
             problem.hidden, head.weight, head.bias, problem, backends.load(self.backend), grad, of_chunk
         )

@@ -89,7 +89,7 @@ def test_kl_on_bf16_logits():
 @pytest.mark.parametrize("d", [1, 63, 64, 65, 129])
 def test_bias_added_once_per_block_of_the_hidden_dimension(d):
     """CCE #52."""
-    assert max(errors(make(20, d, 50, bias=True), torch.float32).values()) < 3e-6
+    assert max(errors(make(20, d, 50, bias=True), torch.float32).values()) < 1e-6
 
 
 @pytest.mark.parametrize("v", [2, 127, 129, 4095, 4096, 4097, 8193])
@@ -97,7 +97,7 @@ def test_vocabulary_that_the_tile_does_not_divide(v):
     """verl #2899; 4,096 columns are converted at a time for fp16."""
     case = make(5, 7, v)
     assert max(errors(case, torch.float32).values()) < 1e-5
-    assert max(errors(case, torch.float16).values()) < 2e-3
+    assert max(errors(case, torch.float16).values()) < 8e-4
 
 
 def test_log_probability_above_zero():

@@ -44,9 +44,9 @@ def test_autocast_computes_in_its_dtype_and_keeps_float32_gradients(loss, refere
     assert value.dtype == hidden.grad.dtype == head.weight.grad.dtype == torch.float32
     truth = gradients(loss, case, torch.float64)
     for got, expected in zip((value.detach(), hidden.grad, head.weight.grad), truth, strict=True):
-        assert 1e-6 < relative(got, expected) < 0.02  # bf16 operands: neither exact nor far off
+        assert 1e-6 < relative(got, expected) < 0.011  # bf16 operands: neither exact nor far off
     rounded = gradients(loss, case.rounded(torch.bfloat16), torch.float64)
-    assert relative(value.detach(), rounded[0]) < 1e-2
+    assert relative(value.detach(), rounded[0]) < 6e-4
 
 
 def test_autocast_takes_hidden_and_weight_of_two_dtypes(loss):

@@ -122,7 +122,7 @@ def test_reference_backend_agrees(name):
 def test_float32_and_bf16_stay_near_the_truth(name):
     hidden, head, labels, ref = inputs(reference="own")
     truth, _ = call(name, hidden, head, labels, ref)
-    for dtype, tolerance in ((torch.float32, 5e-6), (torch.bfloat16, 0.03)):
+    for dtype, tolerance in ((torch.float32, 6e-7), (torch.bfloat16, 3.5e-3)):
         x, h, _, r = inputs(dtype, reference="own")
         loss, _ = call(name, x, h, labels, r)
         assert loss.dtype == torch.float32
@@ -347,4 +347,4 @@ def test_fp16_gradients_neither_overflow_nor_underflow_before_they_are_scaled():
             leaf = x.to(dtype, copy=True).requires_grad_()
             (scale * loss(leaf)).backward()
             gradients.append(leaf.grad)
-        assert gradients[0].isfinite().all() and relative(*gradients) < 2e-3
+        assert gradients[0].isfinite().all() and relative(*gradients) < 9e-4

@@ -96,9 +96,9 @@ def test_kl_gradient_near_the_reference_survives_bf16(reference):
     figures = {k: (relative(ours[k], truth[k]), relative(plain[k], truth[k])) for k in ("kl", "d_hidden", "d_weight")}
     print("relative error, ours and plain bf16 logits:", figures)
     for output in ("d_hidden", "d_weight"):
-        assert figures[output][0] <= 0.05
+        assert figures[output][0] <= 0.005  # measured 0.0017
         assert figures[output][1] > 0.30
-    assert figures["kl"][0] <= 0.03
+    assert figures["kl"][0] <= 5e-5  # measured 1.6e-5
 
 
 def test_shapes_and_fill_values():
