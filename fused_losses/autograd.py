@@ -1,4 +1,4 @@
-"""The autograd functions: save, call the backend, return. All mathematics is in the backend and in problem.py."""
+"""The autograd functions: save, call the backend, return. The mathematics is in the backends and in sparse_softmax.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .problem import Problem, Statistics
+from . import sparse_softmax
+from .problem import Gradients, Problem, Statistics
+from .sparse_softmax import Builder, GradientReport, SparseSoftmax
 
 TokenLoss = Callable[[Statistics, slice], Tensor]
 
@@ -87,18 +89,7 @@ class SummedLossFunction(torch.autograd.Function):
         needs = tuple(grad and need for need in ctx.needs_input_grad[:3])
         sums: list[Tensor] = []
 
-        def upstream(out: Statistics, at: slice) -> tuple[Tensor | None, Tensor | None]:
-            leaves = [out.nll.detach().requires_grad_()]
-            out.nll = leaves[0]
-            if out.kl is not None:
-                leaves.append(out.kl.detach().requires_grad_())
-                out.kl = leaves[1]
-            with torch.enable_grad():
-                total = loss(out, at).sum()
-                sums.append(total.detach())
-                ab = torch.autograd.grad(total, leaves, allow_unused=True) if total.requires_grad else (None, None)
-            return ab if len(ab) == 2 else (ab[0], None)
-
+        upstream = _weights_of(loss, sums)
         with _no_autocast(problem):
             if any(needs):
                 _, total = backend.gradients(problem, upstream, *needs)
@@ -119,6 +110,139 @@ class SummedLossFunction(torch.autograd.Function):
             None,
             None,
         )
+
+
+class SparseTokenLossesFunction(torch.autograd.Function):
+    """`TokenLossesFunction` with sparse-plus-rank-one gradients: 1 GEMM in all, 2 with a reference.
+
+    Forward keeps the entries, which need no upstream gradients. With a frozen head, chunks that look too flat for that keep
+    the rows ∂nll/∂x and ∂kl/∂x while their logits are at hand.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, problem: Problem, backend: ModuleType, report: GradientReport):
+        ctx.set_materialize_grads(False)
+        frozen = not any(ctx.needs_input_grad[1:3])
+        dense: list[Gradients] = []
+        with _no_autocast(problem):
+            out = backend.empty_statistics(problem)
+            builder = Builder(problem, backend)
+            for chunk, entries in builder.scan(out):
+                one = torch.ones_like(entries.tails.nll)
+                flat = frozen and sparse_softmax.mostly_exact(
+                    entries, one, one if problem.has_reference else None, problem.tolerance
+                )
+                if flat:
+                    rows = backend.empty_rows(problem, len(one))
+                    backend.directions(problem, chunk)
+                    backend.keep_chunk_rows(problem, chunk, rows, slice(None))
+                    dense.append(rows)
+                builder.add(entries, done=flat)
+            sparse = builder.finish()
+        report.entries, report.saved_bytes = len(sparse.columns), sparse.nbytes
+        rows = [None if not dense or getattr(dense[0], name) is None else torch.cat([getattr(d, name) for d in dense])
+                for name in ("nll", "kl")]  # fmt: skip
+        ctx.save_for_backward(*problem.tensors(), *rows, *sparse.tensors())
+        ctx.problem, ctx.backend, ctx.report = problem.with_tensors((None,) * 7), backend, report
+        fixed = (out.prediction, out.entropy, out.reference_nll, out.reference_entropy, out.topk_entropy)
+        ctx.mark_non_differentiable(*(v for v in fixed if v is not None))
+        return out.nll, out.kl, *fixed
+
+    @staticmethod
+    @_first_order
+    def backward(ctx, a, b, *_):
+        saved = ctx.saved_tensors
+        problem, sparse = ctx.problem.with_tensors(saved[:7]), SparseSoftmax.of_tensors(saved[9:])
+        dense = None
+        if saved[7] is not None:
+            parts = [w[sparse.done, None] * rows for w, rows in ((a, saved[7]), (b, saved[8])) if w is not None]
+            dense = Gradients(hidden=torch.zeros_like(problem.hidden, dtype=problem.accumulator))
+            if parts:
+                dense.hidden[sparse.done] = sum(parts)
+        with _no_autocast(problem):
+            total = sparse_softmax.gradients(
+                problem, ctx.backend, sparse, a, b, ctx.needs_input_grad[:3], ctx.report, dense
+            )
+        return total.hidden, total.weight, total.bias, None, None, None
+
+
+class SparseSummedLossFunction(torch.autograd.Function):
+    """`SummedLossFunction` with sparse-plus-rank-one gradients: 1 GEMM in all, 2 with a reference.
+
+    The upstream weights are known in forward, so chunks too flat for a sparse softmax get their exact gradient while
+    their logits are at hand (3 GEMMs, as in exact mode).
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, problem: Problem, backend: ModuleType, report: GradientReport, loss: TokenLoss):
+        needs = ctx.needs_input_grad[:3]
+        sums: list[Tensor] = []
+        upstream = _weights_of(loss, sums)
+        weights: list[tuple[Tensor | None, Tensor | None, slice]] = []
+        dense: Gradients | None = None
+        with _no_autocast(problem):
+            out = backend.empty_statistics(problem)
+            builder = Builder(problem, backend)
+            for chunk, entries in builder.scan(out):
+                a, b = upstream(out.at(chunk.tokens), chunk.tokens)
+                flat = sparse_softmax.mostly_exact(entries, a, b, problem.tolerance)
+                if flat:
+                    if dense is None:
+                        dense = backend.empty_gradients(problem, *needs)
+                    backend.directions(problem, chunk)
+                    backend.add_chunk(problem, chunk, a, b, dense)
+                builder.add(entries, done=flat)
+                weights.append((a, b, chunk.tokens))
+            sparse = builder.finish()
+        report.entries, report.saved_bytes = len(sparse.columns), sparse.nbytes
+        a, b = (_joined([(w[i], w[2]) for w in weights], out.nll) for i in (0, 1))
+        dense = dense or Gradients()
+        ctx.save_for_backward(*problem.tensors(), a, b, dense.hidden, dense.weight, dense.bias, *sparse.tensors())
+        ctx.problem, ctx.backend, ctx.report = problem.with_tensors((None,) * 7), backend, report
+        return torch.stack(sums).sum()
+
+    @staticmethod
+    @_first_order
+    def backward(ctx, upstream):
+        saved = ctx.saved_tensors
+        problem, sparse = ctx.problem.with_tensors(saved[:7]), SparseSoftmax.of_tensors(saved[12:])
+        a, b = (None if w is None else w * upstream for w in saved[7:9])
+        dense = Gradients(*saved[9:12]) if any(t is not None for t in saved[9:12]) else None
+        with _no_autocast(problem):
+            total = sparse_softmax.gradients(
+                problem, ctx.backend, sparse, a, b, ctx.needs_input_grad[:3], ctx.report, dense,
+                1.0 if dense is None else float(upstream),
+            )  # fmt: skip
+        return total.hidden, total.weight, total.bias, None, None, None, None
+
+
+def _weights_of(loss: TokenLoss, sums: list[Tensor]) -> Callable[[Statistics, slice], tuple]:
+    """A function of a chunk's statistics that appends Σ loss to `sums` and returns its derivatives by nll and kl."""
+
+    def upstream(out: Statistics, at: slice) -> tuple[Tensor | None, Tensor | None]:
+        leaves = [out.nll.detach().requires_grad_()]
+        out.nll = leaves[0]
+        if out.kl is not None:
+            leaves.append(out.kl.detach().requires_grad_())
+            out.kl = leaves[1]
+        with torch.enable_grad():
+            total = loss(out, at).sum()
+            sums.append(total.detach())
+            ab = torch.autograd.grad(total, leaves, allow_unused=True) if total.requires_grad else (None, None)
+        return ab if len(ab) == 2 else (ab[0], None)
+
+    return upstream
+
+
+def _joined(parts: list[tuple[Tensor | None, slice]], like: Tensor) -> Tensor | None:
+    """One vector over all tokens of the chunks' upstream weights, None where no chunk has any."""
+    if all(part is None for part, _ in parts):
+        return None
+    whole = torch.zeros_like(like)
+    for part, at in parts:
+        if part is not None:
+            whole[at] = part
+    return whole
 
 
 def _scaled(total: Tensor | None, upstream: Tensor, dtype: torch.dtype | None) -> Tensor | None:

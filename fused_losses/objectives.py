@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .head import LMHead, Reference
 from .op import Tokens, check_options, eager, prepare
 from .problem import Statistics
+from .sparse_softmax import TOLERANCE, GradientReport
 
 Head = LMHead | Tensor | nn.Linear
 
@@ -29,22 +30,36 @@ class Objective(nn.Module):
     tokens. Further tensors of the labels' shape, given by keyword to the call, arrive in `per_token`. The gradient is taken while the logits are at hand: 3 GEMMs, 2 with a frozen head, one more with
     a reference.
 
-    Options of every objective: `ignore_index`, `gradient` and `backend`, as in `token_losses`.
+    Options of every objective: `ignore_index`, `gradient`, `tolerance` and `backend`, as in `token_losses`. After a call
+    `gradient_report` says how its gradients were formed.
     """
 
     wanted: frozenset[str] = frozenset()
     top_k: int = 20
 
-    def __init__(self, *, ignore_index: int = -100, gradient: str = "auto", backend: str = "auto") -> None:
+    gradient_report: GradientReport | None = None  # of the last call; its bound is known after backward
+
+    def __init__(
+        self,
+        *,
+        ignore_index: int = -100,
+        gradient: str = "auto",
+        tolerance: float = TOLERANCE,
+        backend: str = "auto",
+    ) -> None:
         super().__init__()
-        check_options(gradient, backend, ignore_index)
-        self.ignore_index, self.gradient, self.backend = ignore_index, gradient, backend
+        check_options(gradient, backend, ignore_index, tolerance)
+        self.ignore_index, self.gradient, self.tolerance, self.backend = ignore_index, gradient, tolerance, backend
 
     def token_loss(self, out: Statistics, **per_token: Tensor) -> Tensor:
         raise TypeError(f"{type(self).__name__} must define token_loss(self, out, **per_token)")
 
     def prepare(self, hidden: Tensor, head: Head, labels: Tensor, reference: Reference | None = None) -> Tokens:
-        return prepare(hidden, head, labels, reference, self.ignore_index, self.gradient, self.backend)
+        tokens = prepare(
+            hidden, head, labels, reference, self.ignore_index, self.gradient, self.backend, self.tolerance
+        )
+        self.gradient_report = tokens.report
+        return tokens
 
     def reduce(self, tokens: Tokens, num_items: Any, **per_token: Tensor) -> Tensor:
         """Σ token_loss / n; `per_token` are [N] vectors over the valid tokens (`tokens.select`)."""

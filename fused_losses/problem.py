@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
@@ -34,6 +35,7 @@ class Problem:
     dtype: torch.dtype  # of the GEMM operands
     wanted: frozenset[str] = frozenset()  # of entropy, reference_entropy, topk_entropy: those that cost a pass
     top_k: int = 20
+    tolerance: float | None = None  # None: exact gradients. Else sparse ones, with this bound on their relative L1 error
 
     @property
     def has_reference(self) -> bool:
@@ -47,6 +49,16 @@ class Problem:
     def accumulator(self) -> torch.dtype:
         """Logits, statistics and sums: fp32, float64 for float64."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    def rows(self, index: Tensor) -> Problem:
+        """The problem of these tokens alone."""
+        ref = self.reference_hidden
+        return replace(
+            self,
+            hidden=self.hidden.index_select(0, index),
+            labels=self.labels.index_select(0, index),
+            reference_hidden=None if ref is None else ref.index_select(0, index),
+        )
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """All tensors, for `save_for_backward`; `with_tensors` puts them back."""
@@ -95,3 +107,32 @@ class Gradients:
     bias: Tensor | None = None
     nll: Tensor | None = None
     kl: Tensor | None = None
+
+
+@dataclass
+class Tails:
+    """Per token, [N]: what the entries of a sparse softmax leave out, and the L1 norms of both directions.
+
+    Directions are those of the logits before logit_scale, so with a soft-cap's slope in them.
+    """
+
+    nll: Tensor  # Σ p over what is left out
+    nll_l1: Tensor  # ‖∂nll/∂z‖₁
+    kl: Tensor | None = None  # Σ (p − p_ref) over what is left out
+    kl_left: Tensor | None = None  # Σ |p − p_ref| over what is left out
+    kl_l1: Tensor | None = None  # ‖∂kl/∂z‖₁
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> Tails:
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Tails(**{name: None if v is None else function(v) for name, v in parts.items()})
+
+
+@dataclass
+class Entries:
+    """The entries of a chunk's tokens, row by row, with ascending columns; the label's is always among them."""
+
+    counts: Tensor  # [C] int64; −1: more than the capacity, then none are stored
+    columns: Tensor  # [entries] int32
+    nll: Tensor  # [entries] ∂nll/∂z there
+    kl: Tensor | None  # [entries] ∂kl/∂z there
+    tails: Tails

@@ -74,10 +74,12 @@ def make(
     )
 
 
-def run(case: Case, dtype: torch.dtype, backend: str = "torch") -> dict[str, Tensor]:
+def run(
+    case: Case, dtype: torch.dtype, backend: str = "torch", gradient: str = "exact", **options
+) -> dict[str, Tensor]:
     """All outputs and gradients of `token_losses`, as float64."""
     hidden, head, reference = case.inputs(dtype)
-    out = fl.token_losses(hidden, head, case.labels, reference=reference, backend=backend)
+    out = fl.token_losses(hidden, head, case.labels, reference=reference, backend=backend, gradient=gradient, **options)
     loss = (out.nll * case.nll_upstream.to(out.nll)).sum()
     if reference is not None:
         loss = loss + (out.kl * case.kl_upstream.to(out.kl)).sum()
@@ -93,9 +95,9 @@ def relative(value: Tensor, truth: Tensor) -> float:
     return ((value.double() - truth.double()).norm() / truth.double().norm().clamp(min=1e-300)).item()
 
 
-def errors(case: Case, dtype: torch.dtype, backend: str = "torch") -> dict[str, float]:
+def errors(case: Case, dtype: torch.dtype, backend: str = "torch", **options) -> dict[str, float]:
     """Relative error of every output and gradient against the float64 oracle on the same rounded inputs."""
     case = case.rounded(dtype)
-    truth, got = run(case, torch.float64, "reference"), run(case, dtype, backend)
+    truth, got = run(case, torch.float64, "reference"), run(case, dtype, backend, **options)
     assert got.keys() == truth.keys()
     return {name: relative(got[name], truth[name]) for name in truth}

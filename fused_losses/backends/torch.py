@@ -8,12 +8,12 @@ Inside a chunk, row statistics run over blocks small enough for a CPU's cache. [
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from ..problem import Gradients, Head, Problem, Statistics
+from ..problem import Entries, Gradients, Head, Problem, Statistics, Tails
 
 # Logits and their copies of one chunk. Measured on 2 CPU cores: at 64 MiB 3 to 7 % slower, at 128 MiB no faster.
 CHUNK_BYTES = 96 << 20
@@ -24,89 +24,229 @@ BLOCK_NUMBERS_ELSEWHERE = 1 << 23
 # Columns of the head that are converted at a time where a product needs another dtype.
 COLUMNS = 4096
 
+# Fills its first argument with hidden @ weight.T + bias, in fp32 whatever the operands' dtype.
+Product = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], object]
 Upstream = Callable[[Statistics, slice], "tuple[Tensor | None, Tensor | None]"]
 
 
-def statistics(problem: Problem, keep_rows: bool = False) -> tuple[Statistics, Gradients]:
+def statistics(
+    problem: Problem, keep_rows: bool = False, product: Product | None = None
+) -> tuple[Statistics, Gradients]:
     """Per-token statistics: 1 GEMM, 2 with a reference.
 
     With `keep_rows` also ∂nll/∂x and ∂kl/∂x, [N, D] each: 1 and 2 GEMMs more, and none left for backward.
     """
-    out = _empty_statistics(problem)
+    out = empty_statistics(problem)
     rows = Gradients()
     if keep_rows:
-        rows.nll = torch.empty_like(problem.hidden, dtype=problem.accumulator)
-        rows.kl = torch.empty_like(rows.nll) if problem.has_reference else None
-    for chunk in _chunks(problem, out, directions=keep_rows):
+        rows = empty_rows(problem, len(problem.labels))
+    for chunk in _chunks(problem, out, directions=keep_rows, product=product):
         if keep_rows:
-            rows.nll[chunk.tokens] = chunk.times_weight(chunk.nll_direction, exact=True).mul_(problem.head.logit_scale)
-            if rows.kl is not None:
-                rows.kl[chunk.tokens] = chunk.times_weight(chunk.kl_direction, exact=True).mul_(
-                    problem.head.logit_scale
-                )
+            keep_chunk_rows(problem, chunk, rows, chunk.tokens)
     return out, rows
 
 
+def empty_rows(problem: Problem, count: int) -> Gradients:
+    """What `keep_chunk_rows` fills, for so many tokens."""
+    shape, acc = (count, problem.hidden.shape[1]), problem.accumulator
+    nll = torch.empty(shape, dtype=acc, device=problem.hidden.device)
+    return Gradients(nll=nll, kl=torch.empty_like(nll) if problem.has_reference else None)
+
+
+def keep_chunk_rows(problem: Problem, chunk: Chunk, rows: Gradients, at: slice) -> None:
+    """∂nll/∂x and ∂kl/∂x of a chunk's tokens, before any upstream weight."""
+    scale = problem.head.logit_scale
+    rows.nll[at] = chunk.times_weight(chunk.nll_direction, exact=True).mul_(scale)
+    if rows.kl is not None:
+        rows.kl[at] = chunk.times_weight(chunk.kl_direction, exact=True).mul_(scale)
+
+
 def gradients(
-    problem: Problem, upstream: Upstream, hidden: bool, weight: bool, bias: bool
+    problem: Problem, upstream: Upstream, hidden: bool, weight: bool, bias: bool, product: Product | None = None
 ) -> tuple[Statistics, Gradients]:
     """Statistics and Σ_t a_t ∂nll_t + b_t ∂kl_t in one sweep: 3 GEMMs (2 where one gradient is not wanted).
 
     `upstream` is called with the statistics of each chunk and returns (a, b), [C] each or None for zeros. So the
     weights may depend on anything known of the tokens at hand. dW and db accumulate in fp32 and stay so.
     """
-    out = _empty_statistics(problem)
-    acc = problem.accumulator
-    head = problem.head
+    out = empty_statistics(problem)
+    total = empty_gradients(problem, hidden, weight, bias)
+    for chunk in _chunks(problem, out, directions=True, product=product):
+        add_chunk(problem, chunk, *upstream(out.at(chunk.tokens), chunk.tokens), total)
+    return out, total
+
+
+def empty_gradients(problem: Problem, hidden: bool, weight: bool, bias: bool) -> Gradients:
+    """What `add_chunk` fills: the rows of hidden are written, the others are sums."""
+    acc, head = problem.accumulator, problem.head
     # The caller scales the sums, which in fp16 would come too late for what overflowed or underflowed.
     hidden_dtype = acc if problem.hidden.dtype == torch.float16 else problem.hidden.dtype
-    total = Gradients(
+    return Gradients(
         hidden=torch.empty_like(problem.hidden, dtype=hidden_dtype) if hidden else None,
         weight=head.weight.new_zeros(head.weight.shape, dtype=acc) if weight else None,
         bias=head.weight.new_zeros(head.vocabulary, dtype=acc) if bias else None,
     )
-    for chunk in _chunks(problem, out, directions=True):
-        a, b = upstream(out.at(chunk.tokens), chunk.tokens)
-        if a is None and b is None:
-            if hidden:
-                total.hidden[chunk.tokens] = 0
-            continue
-        if b is None:
-            direction, row_weight = chunk.nll_direction, a * head.logit_scale
-        elif a is None:
-            direction, row_weight = chunk.kl_direction, b * head.logit_scale
-        else:
-            direction = chunk.nll_direction.mul_(a[:, None]).addcmul_(chunk.kl_direction, b[:, None])
-            row_weight = torch.full_like(a, head.logit_scale)
-        if bias:
-            total.bias.addmv_(direction.t(), row_weight)
-        if chunk.rounds:
-            # Relative to the largest power of two among them, so that fp16 neither overflows nor underflows.
-            exponent = torch.frexp(row_weight.abs().amax()).exponent
-            direction.mul_(torch.ldexp(row_weight, -exponent)[:, None])
-            row_weight = torch.ldexp(torch.ones_like(row_weight), exponent)
-        if hidden:
-            total.hidden[chunk.tokens] = chunk.times_weight(direction).mul_(row_weight[:, None])
-        if weight:
-            chunk.add_outer(total.weight, direction, row_weight[:, None])
-    return out, total
+
+
+def add_chunk(problem: Problem, chunk: Chunk, a: Tensor | None, b: Tensor | None, total: Gradients) -> None:
+    """Σ_t a_t ∂nll_t + b_t ∂kl_t of a chunk whose buffers hold the directions; they are used up."""
+    scale = problem.head.logit_scale
+    if a is None and b is None:
+        if total.hidden is not None:
+            total.hidden[chunk.tokens] = 0
+        return
+    if b is None:
+        direction, row_weight = chunk.nll_direction, a * scale
+    elif a is None:
+        direction, row_weight = chunk.kl_direction, b * scale
+    else:
+        direction = chunk.nll_direction.mul_(a[:, None]).addcmul_(chunk.kl_direction, b[:, None])
+        row_weight = torch.full_like(a, scale)
+    if total.bias is not None:
+        total.bias.addmv_(direction.t(), row_weight)
+    if chunk.rounds:
+        # Relative to the largest power of two among them, so that fp16 neither overflows nor underflows.
+        exponent = torch.frexp(row_weight.abs().amax()).exponent
+        direction.mul_(torch.ldexp(row_weight, -exponent)[:, None])
+        row_weight = torch.ldexp(torch.ones_like(row_weight), exponent)
+    if total.hidden is not None:
+        total.hidden[chunk.tokens] = chunk.times_weight(direction).mul_(row_weight[:, None])
+    if total.weight is not None:
+        chunk.add_outer(total.weight, direction, row_weight[:, None])
+
+
+def scan(
+    problem: Problem, out: Statistics, threshold: float, capacity: int, sampled: Tensor, profile: Tensor
+) -> Iterator[tuple[Chunk, Entries]]:
+    """Sweep over the tokens for a sparse softmax: fill `out`, yield the entries of each chunk. 1 GEMM, 2 with a reference.
+
+    An entry has p or p_ref > threshold · √(1 − p[label]), or is the label's. `profile` [V] gains Σ p over what the
+    tokens `sampled` (ascending) leave out. The chunk's buffers hold what `directions` needs.
+    """
+    for chunk in logit_chunks(problem, narrow=True):
+        parts: list[Entries] = []
+        here = sampled[(sampled >= chunk.tokens.start) & (sampled < chunk.tokens.stop)] - chunk.tokens.start
+        results = out.at(chunk.tokens)
+
+        def compact(
+            rows: slice, chunk: Chunk = chunk, results: Statistics = results, parts: list[Entries] = parts,
+            here: Tensor = here,
+        ) -> None:  # fmt: skip
+            labels, nll = problem.labels[chunk.tokens][rows], results.nll[rows]
+            which = here[(here >= rows.start) & (here < rows.stop)] - rows.start
+            r = None if chunk.r is None else chunk.r[rows]
+            parts.append(_compact(chunk.z[rows], r, labels, nll, threshold, capacity, which, profile))
+
+        row_passes(problem, results, chunk, directions=True, then=compact)
+        yield chunk, _joined(parts)
+
+
+def directions(problem: Problem, chunk: Chunk) -> None:
+    """Turn the buffers of a chunk from `scan` into ∂nll/∂z and ∂kl/∂z; here they are."""
+
+
+def _compact(
+    z: Tensor, r: Tensor | None, labels: Tensor, nll: Tensor, threshold: float, capacity: int, sampled: Tensor,
+    profile: Tensor,
+) -> Entries:  # fmt: skip
+    """The entries of a few rows whose directions are z and r."""
+    bound = (threshold * torch.expm1(-nll).neg().sqrt())[:, None]
+    keep = z > bound
+    if r is not None:
+        keep |= z - r > bound
+    keep.scatter_(1, labels[:, None], True)
+    counts = keep.sum(1)
+    keep &= (counts <= capacity)[:, None]
+    left = z.masked_fill(keep, 0)
+    tails = Tails(left.sum(1), z.abs().sum(1))
+    sampled = sampled[(counts[sampled] <= capacity) & nll[sampled].isfinite()]
+    profile += left[sampled].sum(0)
+    if r is not None:
+        left = r.masked_fill(keep, 0)
+        tails.kl, tails.kl_left, tails.kl_l1 = left.sum(1), left.abs().sum(1), r.abs().sum(1)
+    columns = keep.nonzero()[:, 1].int()
+    return Entries(
+        torch.where(counts <= capacity, counts, -1), columns, z[keep], None if r is None else r[keep], tails
+    )
+
+
+def _joined(parts: list[Entries]) -> Entries:
+    def join(values: list[Tensor | None]) -> Tensor | None:
+        return None if values[0] is None else torch.cat(values)
+
+    tails = Tails(*(join([getattr(p.tails, f.name) for p in parts]) for f in fields(Tails)))
+    return Entries(*(join([getattr(p, name) for p in parts]) for name in ("counts", "columns", "nll", "kl")), tails)
+
+
+# Numbers that a product gathers at a time.
+GATHERED = 1 << 22
+
+
+def rows_product(
+    offsets: Tensor, columns: Tensor, values: Tensor, matrix: Tensor, scale: Tensor, vector: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """out[t] = Σ_j values[j] · matrix[columns[j]] + scale[t] · vector over the entries j of row t, summed in fp32."""
+    out = torch.empty(len(offsets) - 1, matrix.shape[1], dtype=dtype, device=matrix.device)
+    starts = offsets.tolist()
+    first = 0
+    while first < len(out):
+        last = first + 1
+        while last < len(out) and (starts[last + 1] - starts[first]) * matrix.shape[1] <= GATHERED:
+            last += 1
+        here = slice(starts[first], starts[last])
+        gathered = matrix.index_select(0, columns[here]).to(values.dtype).mul_(values[here, None])
+        at = offsets[first : last + 1] - offsets[first]
+        sums = torch.segment_reduce(gathered, "sum", offsets=at, axis=0, initial=0)
+        out[first:last] = sums.addcmul_(scale[first:last, None], vector)
+        first = last
+    return out
+
+
+def columns_product(
+    offsets: Tensor, columns: Tensor, values: Tensor, matrix: Tensor, scale: Tensor, vector: Tensor,
+    base: Tensor | None, base_scale: float, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """out[v] = base_scale · base[v] + Σ_j values[j] · matrix[row of j] + scale[v] · vector over the entries of column v."""
+    rows = torch.repeat_interleave(torch.arange(len(offsets) - 1, device=columns.device), offsets.diff())
+    order = columns.argsort(stable=True)
+    by_column = torch.zeros(len(scale) + 1, dtype=torch.int64, device=columns.device)
+    by_column[1:] = torch.bincount(columns, minlength=len(scale)).cumsum(0)
+    wide = dtype if base is None else values.dtype
+    out = rows_product(by_column, rows[order], values[order], matrix, scale, vector, wide)
+    return out if base is None else out.add_(base, alpha=base_scale).to(dtype)
+
+
+def weighted_sum(matrix: Tensor, scale: Tensor) -> Tensor:
+    """Σ_v scale[v] · matrix[v], [D], in the dtype of scale."""
+    out = scale.new_zeros(matrix.shape[1])
+    for rows in _slices(len(matrix), COLUMNS):
+        out.addmv_(matrix[rows].to(scale.dtype).t(), scale[rows])
+    return out
 
 
 @dataclass
-class _Chunk:
-    """Tokens whose logits were turned into directions, and the products that these need."""
+class Chunk:
+    """Tokens with their logits, which the row passes turn into directions in place, and the products of these."""
 
     tokens: slice
     hidden: Tensor
     weight: Tensor
-    nll_direction: Tensor
-    kl_direction: Tensor | None
+    z: Tensor
+    r: Tensor | None
     half: Tensor | None
+
+    @property
+    def nll_direction(self) -> Tensor:
+        return self.z
+
+    @property
+    def kl_direction(self) -> Tensor | None:
+        return self.r
 
     @property
     def rounds(self) -> bool:
         """Whether the operands of the products are rounded; then the upstream weights must be in before that."""
-        return self.weight.dtype != self.nll_direction.dtype and (self.half is not None or self.weight.is_cuda)
+        return self.weight.dtype != self.z.dtype and (self.half is not None or self.weight.is_cuda)
 
     def times_weight(self, direction: Tensor, exact: bool = False) -> Tensor:
         """direction @ weight, [C, D], in fp32; `exact`: nothing is rounded on a CPU, as more work on it follows."""
@@ -139,10 +279,27 @@ class _Chunk:
         return self.half[: len(direction)].copy_(direction)
 
 
-def _chunks(problem: Problem, out: Statistics, directions: bool) -> Iterator[_Chunk]:
+def _chunks(
+    problem: Problem, out: Statistics, directions: bool, product: Product | None = None
+) -> Iterator[Chunk]:
     """Sweep over the tokens: fill `out`, and with `directions` yield ∂nll/∂z and ∂kl/∂z of each chunk.
 
     Without `directions` the chunks are yielded too, their buffers then hold nothing of use.
+    """
+    for chunk in logit_chunks(problem, product, narrow=directions):
+        row_passes(problem, out.at(chunk.tokens), chunk, directions)
+        yield chunk
+
+
+def logit_chunks(
+    problem: Problem, product: Product | None = None, *, narrow: bool, extra: int = 0, round_difference: bool = False
+) -> Iterator[Chunk]:
+    """Chunks of tokens with z = x Wᵀ + b in their buffers, and r that of the reference; neither scaled nor capped.
+
+    With a shared head z is (x − x_ref) Wᵀ. `product` replaces the plain matrix products. `narrow`: a buffer for rounded
+    operands of further products is wanted. `extra`: bytes per token that the caller adds to the chunk.
+    `round_difference`: x − x_ref may be rounded to the operands' dtype. Where the two lie within a factor of two of each
+    other, it is exact in that dtype anyway.
     """
     count, vocabulary = len(problem.labels), problem.head.vocabulary
     if count == 0:
@@ -151,17 +308,21 @@ def _chunks(problem: Problem, out: Statistics, directions: bool) -> Iterator[_Ch
     dtype, acc, device = problem.dtype, problem.accumulator, problem.hidden.device
     weight = head.weight.to(dtype)
     ref_weight = None if reference is None else reference.weight.to(dtype)
-    # On a CPU no product of bf16 matrices comes out in fp32. Without a reference, bf16 logits are taken, as plain PyTorch
-    # does: 2–3 times as fast as fp32. But p − p_ref cancels near the reference, so there fp32 operands are worth their time.
+    if product is not None:
+        weight = weight.contiguous()
+        ref_weight = None if ref_weight is None else ref_weight.contiguous()
+    # On a CPU no product of bf16 matrices in PyTorch comes out in fp32. Without a reference, bf16 logits are then taken,
+    # as plain PyTorch does: 2–3 times as fast as fp32. But p − p_ref cancels near the reference, so there fp32 operands
+    # are worth their time.
     halves = dtype == torch.bfloat16 and device.type == "cpu" and not problem.has_reference
+    round_logits = halves and product is None
 
-    per_token = vocabulary * (acc.itemsize * (2 if problem.has_reference else 1) + 2 * (dtype != acc))
+    per_token = vocabulary * (acc.itemsize * (2 if problem.has_reference else 1) + 2 * (dtype != acc)) + extra
     size = _balanced(count, max(1, CHUNK_BYTES // per_token))
     z_buffer = torch.empty(size, vocabulary, dtype=acc, device=device)
     r_buffer = torch.empty_like(z_buffer) if problem.has_reference else None
-    half = torch.empty(size, vocabulary, dtype=dtype, device=device) if halves else None
-    block = min(size, max(1, BLOCK_NUMBERS.get(device.type, BLOCK_NUMBERS_ELSEWHERE) // vocabulary))
-    scratch = torch.empty(block, vocabulary, dtype=acc, device=device)
+    half = torch.empty(size, vocabulary, dtype=dtype, device=device) if round_logits or (halves and narrow) else None
+    multiply = _product if product is None else product
 
     for tokens in _slices(count, size):
         hidden = problem.hidden[tokens].to(dtype)
@@ -171,40 +332,72 @@ def _chunks(problem: Problem, out: Statistics, directions: bool) -> Iterator[_Ch
             r = r_buffer[: len(hidden)]
             ref_hidden = problem.reference_hidden[tokens]
             if problem.shared_head:
-                _product(r, ref_hidden.to(dtype), weight, head.bias)
-                _product(z, problem.hidden[tokens].to(acc) - ref_hidden.to(acc), weight, None)
+                multiply(r, ref_hidden.to(dtype), weight, head.bias)
+                difference = problem.hidden[tokens].to(acc) - ref_hidden.to(acc)
+                if product is not None and (round_difference or dtype == acc):
+                    multiply(z, difference.to(dtype), weight, None)
+                else:
+                    _product(z, difference, weight, None)
             else:
-                _product(z, hidden, weight, head.bias)
-                _product(r, ref_hidden.to(dtype), ref_weight, reference.bias)
-        elif half is None:
-            _product(z, hidden, weight, head.bias)
-        else:
+                multiply(z, hidden, weight, head.bias)
+                multiply(r, ref_hidden.to(dtype), ref_weight, reference.bias)
+        elif round_logits:
             z.copy_(_product(half[: len(hidden)], hidden, weight, head.bias))
-        for rows in _slices(len(hidden), block):
-            at = slice(tokens.start + rows.start, tokens.start + rows.stop)
-            _row_pass(problem, out.at(at), problem.labels[at], z[rows], None if r is None else r[rows],
-                      scratch[: rows.stop - rows.start], directions)  # fmt: skip
-        yield _Chunk(tokens, hidden, weight, z, r, half)
+        else:
+            multiply(z, hidden, weight, head.bias)
+        yield Chunk(tokens, hidden, weight, z, r, half)
+
+
+def row_passes(
+    problem: Problem, out: Statistics, chunk: Chunk, directions: bool, finished: bool = False,
+    then: Callable[[slice], None] | None = None,
+) -> None:  # fmt: skip
+    """`_row_pass` over a chunk, in blocks of rows; after each, `then(rows)`. `finished`: `finish` has been done."""
+    size = len(chunk.z)
+    device, vocabulary = chunk.z.device, chunk.z.shape[1]
+    block = min(size, max(1, BLOCK_NUMBERS.get(device.type, BLOCK_NUMBERS_ELSEWHERE) // vocabulary))
+    scratch = torch.empty(block, vocabulary, dtype=chunk.z.dtype, device=device)
+    labels = problem.labels[chunk.tokens]
+    for rows in _slices(size, block):
+        z, r = chunk.z[rows], None if chunk.r is None else chunk.r[rows]
+        if not finished:
+            finish(problem, z, r)
+        _row_pass(problem, out.at(rows), labels[rows], z, r, scratch[: len(z)], directions)
+        if then is not None:
+            then(rows)
+
+
+def keeps_difference(problem: Problem) -> bool:
+    """Whether, after `finish`, z is the difference of both models' logits; a soft-cap is not linear."""
+    return problem.shared_head and problem.head.softcap is None
+
+
+def finish(problem: Problem, z: Tensor, r: Tensor | None) -> None:
+    """Scale and soft-cap, in place: z and r become logits; with `keeps_difference` z becomes logits minus r."""
+    head = problem.head
+    if r is None:
+        _finish_logits(z, head)
+        return
+    if keeps_difference(problem):
+        if head.logit_scale != 1:
+            z.mul_(head.logit_scale)
+    else:
+        if problem.shared_head:
+            z.add_(r)
+        _finish_logits(z, head)
+    _finish_logits(r, problem.reference_head or head)
 
 
 def _row_pass(
     problem: Problem, out: Statistics, labels: Tensor, z: Tensor, r: Tensor | None, scratch: Tensor, directions: bool
 ) -> None:
-    """Statistics of a few rows; with `directions`, z becomes ∂nll/∂z and r becomes ∂kl/∂z (both without logit_scale).
-
-    On entry z holds x Wᵀ + b, and r that of the reference; with a shared head z holds (x − x_ref) Wᵀ.
-    """
+    """Statistics of a few rows; with `directions`, z becomes ∂nll/∂z and r becomes ∂kl/∂z (both without logit_scale)."""
     head = problem.head
     labels = labels[:, None]
     shared_difference = None
-    if r is not None:
-        reference = problem.reference_head or head
-        if problem.shared_head:
-            if head.softcap is None:
-                shared_difference = z.mul(head.logit_scale)
-            z.add_(r)
-        _finish_logits(r, reference)
-    _finish_logits(z, head)
+    if r is not None and keeps_difference(problem):
+        shared_difference = z.clone()
+        z.add_(r)
     slope = 1 - (z / head.softcap) ** 2 if directions and head.softcap is not None else None
 
     if out.topk_entropy is not None:
@@ -311,7 +504,7 @@ def _product(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -
     return out if bias is None else out.add_(bias)
 
 
-def _empty_statistics(problem: Problem) -> Statistics:
+def empty_statistics(problem: Problem) -> Statistics:
     count, acc, device = len(problem.labels), problem.accumulator, problem.hidden.device
 
     def vector(name: str) -> Tensor | None:

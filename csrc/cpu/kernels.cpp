@@ -1,0 +1,76 @@
+// The kernels once per instruction set, and the choice among them when the library is loaded.
+#include "kernels.h"
+
+#include <cmath>
+#include <cstdlib>
+#include <string>
+#include <cstdint>
+#include <vector>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define FL_X86 1
+#else
+#define FL_X86 0
+#endif
+#if FL_X86
+#include <immintrin.h>
+#endif
+
+#define FL_TABLE(name) {name, compact, tail_profile, rows_product, columns_product, weighted_sum}
+
+#if FL_X86
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+namespace fused_losses::avx512 {
+#define LANES 16
+#include "vector.inc"
+#include "rows.inc"
+#include "products.inc"
+#undef LANES
+static const Kernels table = FL_TABLE("AVX-512");
+}  // namespace fused_losses::avx512
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+namespace fused_losses::avx2 {
+#define LANES 8
+#include "vector.inc"
+#include "rows.inc"
+#include "products.inc"
+#undef LANES
+static const Kernels table = FL_TABLE("AVX2");
+}  // namespace fused_losses::avx2
+#pragma GCC pop_options
+#endif
+
+namespace fused_losses::baseline {
+#define LANES 4
+#include "vector.inc"
+#include "rows.inc"
+#include "products.inc"
+#undef LANES
+static const Kernels table = FL_TABLE("128-bit SIMD");
+}  // namespace fused_losses::baseline
+
+namespace fused_losses {
+
+// FUSED_LOSSES_SIMD=avx2 or baseline, read once at the first call, is for tests of the other versions.
+static const Kernels& choose() {
+  const char* wanted = std::getenv("FUSED_LOSSES_SIMD");
+  const std::string name = wanted ? wanted : "";
+#if FL_X86
+  if (name != "avx2" && name != "baseline" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    return avx512::table;
+  if (name != "baseline" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::table;
+#endif
+  return baseline::table;
+}
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
+
+}  // namespace fused_losses

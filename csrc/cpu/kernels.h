@@ -1,0 +1,81 @@
+// What the registration in ops.cpp and the kernels, compiled once per instruction set, have in common.
+#pragma once
+
+#include <cstdint>
+
+namespace fused_losses {
+
+enum class Element { Float32, BFloat16 };
+
+// Logits of one chunk and what `compact` makes of them. N tokens here are the chunk's; row-major, contiguous.
+struct Chunk {
+  int64_t vocabulary;
+  const float* z;           // [N, V] logits; with `difference`, logits minus r
+  const float* r;           // [N, V] logits of the reference, or null
+  bool difference;
+  const int64_t* labels;    // [N]
+  float softcap;            // 0: none. Only for the slope 1 − (z/softcap)²; the logits are capped already
+};
+
+struct RowResults {
+  // [N] each; the pointers of the reference's are null without r, the entropies' where not wanted
+  float *nll, *kl, *entropy, *reference_nll, *reference_entropy;
+  int64_t* prediction;
+  // Entries are logits above `bound` or r above `reference_bound`, and the label's.
+  float *bound, *reference_bound, *log_sum;
+  float *tail, *nll_l1, *kl_tail, *kl_tail_l1, *kl_l1;
+  int64_t* counts;          // entries of the row, −1 where there are more than capacity
+};
+
+struct RowEntries {
+  int64_t capacity;
+  float threshold;          // entries have p > threshold · √(1 − p[label])
+  int32_t* columns;         // [N, capacity]
+  float *nll, *kl;          // [N, capacity] ∂nll/∂z and ∂kl/∂z there
+};
+
+struct Sparse {
+  int64_t rows, columns_count, hidden;
+  const int64_t* offsets;   // [rows + 1]
+  const int32_t* columns;   // [nnz] ascending in each row
+  const float* values;      // [nnz]
+};
+
+using Range = void (*)(int64_t begin, int64_t end, const void* context);
+
+// One table per instruction set; `kernels()` picks the best that this processor runs.
+struct Kernels {
+  const char* name;
+  void (*compact)(const Chunk&, const RowResults&, const RowEntries&, int64_t begin, int64_t end);
+  void (*tail_profile)(const Chunk&, const float* bound, const float* reference_bound, const float* log_sum,
+                       const int64_t* rows, int64_t row_count, float* profile, int64_t begin, int64_t end);
+  // out[t] = Σ values · matrix[column] + scale[t] · vector, for rows [begin, end)
+  void (*rows_product)(const Sparse&, const void* matrix, Element, const float* scale, const float* vector, void* out,
+                       Element out_element, int64_t begin, int64_t end);
+  // out[v] = base_scale · base[v] + Σ values · matrix[row] + scale[v] · vector, for columns [begin, end)
+  void (*columns_product)(int64_t hidden, const int64_t* offsets, const int32_t* rows, const float* values,
+                          const void* matrix, Element, const float* scale, const float* vector, const float* base,
+                          float base_scale, void* out, Element out_element, int64_t begin, int64_t end);
+  // partial[hidden] += Σ_v scale[v] · matrix[v], for v in [begin, end)
+  void (*weighted_sum)(int64_t hidden, const void* matrix, Element, const float* scale, float* partial, int64_t begin,
+                       int64_t end);
+};
+
+const Kernels& kernels();
+
+// out[t, v] = hidden[t] · weight[v] + bias[v] in float32, by oneDNN's micro-kernels that PyTorch exports. False where
+// they are missing; then nothing was written.
+bool logits(const void* hidden, const void* weight, Element, const float* bias, float* out, int64_t tokens,
+            int64_t vocabulary, int64_t hidden_size);
+
+// f(begin, end) over [0, count) in parallel, on PyTorch's threads.
+void parallel(int64_t count, Range, const void* context);
+int threads();
+
+template <class F>
+void parallel(int64_t count, const F& f) {
+  parallel(count, [](int64_t begin, int64_t end, const void* context) { (*static_cast<const F*>(context))(begin, end); },
+           &f);
+}
+
+}  // namespace fused_losses

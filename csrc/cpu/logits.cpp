@@ -1,0 +1,100 @@
+// The forward product with a float32 result, from oneDNN's micro-kernels. PyTorch exports these
+// (at::native::cpublas::brgemm) but not in its stable interface: the symbols are weak, and their mangled names carry
+// the types of all arguments, so a PyTorch without them, or with others, makes `logits` return false.
+//
+// A block of the vocabulary (rows of the weight, read as they lie) times panels of tokens (packed once per call) gives
+// logits[v, t], transposed as they are written. Measured on 2 cores of a Zen 4 server: float32 1.5 times as fast as
+// torch.mm (MKL), bfloat16 as fast as torch.mm, whose result would be rounded to bfloat16.
+#include "kernels.h"
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <type_traits>
+
+namespace c10 {
+struct BFloat16;
+}
+namespace at::native::cpublas {
+[[gnu::weak]] void brgemm(int64_t M, int64_t N, int64_t K, int64_t ld_a, int64_t ld_b, int64_t ld_c, bool add_C,
+                          const float* A, const float* B, float* C, bool is_vnni);
+[[gnu::weak]] void brgemm(int64_t M, int64_t N, int64_t K, int64_t ld_a, int64_t ld_b, int64_t ld_c, bool add_C,
+                          const c10::BFloat16* A, const c10::BFloat16* B, float* C, bool is_vnni);
+[[gnu::weak]] void brgemm_release(bool is_vnni);
+}  // namespace at::native::cpublas
+
+namespace fused_losses {
+namespace {
+
+constexpr int64_t TOKENS = 64, VOCABULARY = 64, DEPTH = 512;
+
+template <class T>
+struct Aligned {
+  explicit Aligned(int64_t count) : data((T*)std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64)) {
+    if (!data) throw std::bad_alloc();
+  }
+  ~Aligned() { std::free(data); }
+  Aligned(const Aligned&) = delete;
+  T* data;
+};
+
+// Tokens [first, first + TOKENS) as [D][TOKENS]; bfloat16 in pairs, [D / 2][TOKENS][2]. Zeros beyond the last token.
+template <class T>
+void pack(const T* hidden, T* panel, int64_t valid, int64_t D) {
+  constexpr int64_t pair = 4 / sizeof(T);
+  for (int64_t t = 0; t < TOKENS; t++)
+    for (int64_t d = 0; d < D; d += pair) {
+      T* to = panel + d * TOKENS + t * pair;
+      if (t < valid) std::memcpy(to, hidden + t * D + d, 4);
+      else std::memset(to, 0, 4);
+    }
+}
+
+template <class T>
+bool product(const T* hidden, const T* weight, const float* bias, float* out, int64_t N, int64_t V, int64_t D) {
+  constexpr bool vnni = sizeof(T) == 2;
+  using Argument = std::conditional_t<vnni, c10::BFloat16, float>;
+  void (*brgemm)(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, const Argument*, const Argument*, float*,
+                 bool) = at::native::cpublas::brgemm;
+  if (!brgemm || !at::native::cpublas::brgemm_release || (vnni && D % 2)) return false;
+
+  const int64_t panels = (N + TOKENS - 1) / TOKENS, blocks = (V + VOCABULARY - 1) / VOCABULARY;
+  Aligned<T> packed(panels * TOKENS * D);
+  parallel(panels, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; p++)
+      pack(hidden + p * TOKENS * D, packed.data + p * TOKENS * D, std::min(TOKENS, N - p * TOKENS), D);
+  });
+  parallel(blocks, [&](int64_t begin, int64_t end) {
+    Aligned<float> tile(panels * TOKENS * VOCABULARY);
+    for (int64_t block = begin; block < end; block++) {
+      const int64_t first = block * VOCABULARY, rows = std::min(VOCABULARY, V - first);
+      for (int64_t k = 0; k < D; k += DEPTH) {
+        const int64_t depth = std::min(DEPTH, D - k);
+        for (int64_t p = 0; p < panels; p++)
+          brgemm(rows, TOKENS, depth, D, TOKENS, TOKENS, k > 0, (const Argument*)(weight + first * D + k),
+                 (const Argument*)(packed.data + p * TOKENS * D + k * TOKENS), tile.data + p * TOKENS * VOCABULARY, vnni);
+      }
+      for (int64_t t = 0; t < N; t++) {
+        const float* from = tile.data + t / TOKENS * TOKENS * VOCABULARY + t % TOKENS;
+        float* to = out + t * V + first;
+        if (bias)
+          for (int64_t v = 0; v < rows; v++) to[v] = from[v * TOKENS] + bias[first + v];
+        else
+          for (int64_t v = 0; v < rows; v++) to[v] = from[v * TOKENS];
+      }
+    }
+    at::native::cpublas::brgemm_release(vnni);
+  });
+  return true;
+}
+
+}  // namespace
+
+bool logits(const void* hidden, const void* weight, Element element, const float* bias, float* out, int64_t tokens,
+            int64_t vocabulary, int64_t hidden_size) {
+  if (element == Element::Float32)
+    return product((const float*)hidden, (const float*)weight, bias, out, tokens, vocabulary, hidden_size);
+  return product((const uint16_t*)hidden, (const uint16_t*)weight, bias, out, tokens, vocabulary, hidden_size);
+}
+
+}  // namespace fused_losses

@@ -1,0 +1,174 @@
+// The CPU implementations of the operators whose schemas are in fused_losses/kernels.py. Shapes and dtypes are checked
+// there; here they are trusted. Built on PyTorch's stable ABI: one binary serves 2.11 and later.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <numeric>
+#include <vector>
+
+#include "kernels.h"
+
+namespace fused_losses {
+
+using torch::stable::Tensor;
+
+void parallel(int64_t count, Range range, const void* context) {
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { range(begin, end, context); });
+}
+
+int threads() { return (int)torch::stable::get_num_threads(); }
+
+namespace {
+
+Element element(const Tensor& t) {
+  return t.scalar_type() == torch::headeronly::ScalarType::BFloat16 ? Element::BFloat16 : Element::Float32;
+}
+template <class T>
+T* data(const Tensor& t) {
+  return static_cast<T*>(t.data_ptr());
+}
+template <class T>
+T* data(const std::optional<Tensor>& t) {
+  return t ? data<T>(*t) : nullptr;
+}
+
+// Parts of [0, count) of about equal work, where item i costs offsets[i + 1] − offsets[i] + each.
+std::vector<int64_t> balanced(const int64_t* offsets, int64_t count, int64_t each) {
+  const int64_t parts = std::min<int64_t>(count, 4 * threads());
+  std::vector<int64_t> bounds(parts + 1, count);
+  const int64_t total = offsets[count] - offsets[0] + each * count;
+  int64_t i = 0;
+  for (int64_t part = 0; part < parts; part++) {
+    while (i < count && (offsets[i] - offsets[0]) + each * i < total * part / parts) i++;
+    bounds[part] = i;
+  }
+  bounds[0] = 0;
+  return bounds;
+}
+
+bool logits_op(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias, Tensor out) {
+  return logits(hidden.data_ptr(), weight.data_ptr(), element(hidden), data<float>(bias), data<float>(out),
+                hidden.size(0), weight.size(0), hidden.size(1));
+}
+
+Chunk chunk_of(const Tensor& z, const std::optional<Tensor>& r, bool difference, const Tensor& labels, double softcap) {
+  return {z.size(1), data<float>(z), data<float>(r), difference, data<int64_t>(labels), (float)softcap};
+}
+
+void compact_op(const Tensor& z, const std::optional<Tensor>& r, bool difference, const Tensor& labels, double softcap,
+                double threshold, Tensor nll, Tensor prediction, std::optional<Tensor> kl, std::optional<Tensor> entropy,
+                std::optional<Tensor> reference_nll, std::optional<Tensor> reference_entropy, Tensor rows, Tensor counts,
+                Tensor columns, Tensor nll_values, std::optional<Tensor> kl_values) {
+  const Chunk chunk = chunk_of(z, r, difference, labels, softcap);
+  const int64_t n = z.size(0), stride = rows.size(1);
+  float* v = data<float>(rows);  // [8, rows]: see fused_losses/kernels.py
+  const RowResults results = {
+      data<float>(nll), data<float>(kl), data<float>(entropy), data<float>(reference_nll),
+      data<float>(reference_entropy), data<int64_t>(prediction), v, v + stride, v + 2 * stride, v + 3 * stride,
+      v + 4 * stride, v + 5 * stride, v + 6 * stride, v + 7 * stride, data<int64_t>(counts)};
+  const RowEntries entries = {columns.size(1), (float)threshold, data<int32_t>(columns), data<float>(nll_values),
+                              data<float>(kl_values)};
+  parallel(n, [&](int64_t begin, int64_t end) { kernels().compact(chunk, results, entries, begin, end); });
+}
+
+// The stored entries of [rows, capacity] one after the other.
+void pack_op(const Tensor& counts, const Tensor& from, Tensor to) {
+  const int64_t n = counts.size(0), capacity = from.size(1);
+  const int64_t* count = data<int64_t>(counts);
+  std::vector<int64_t> offsets(n + 1, 0);
+  for (int64_t t = 0; t < n; t++) offsets[t + 1] = offsets[t] + std::max<int64_t>(count[t], 0);
+  const int32_t* source = data<int32_t>(from);
+  int32_t* target = data<int32_t>(to);
+  for (int64_t t = 0; t < n; t++)
+    std::copy(source + t * capacity, source + t * capacity + offsets[t + 1] - offsets[t], target + offsets[t]);
+}
+
+void tail_profile_op(const Tensor& z, const std::optional<Tensor>& r, bool difference, const Tensor& labels,
+                     double softcap, const Tensor& rows, const Tensor& which, Tensor profile) {
+  const Chunk chunk = chunk_of(z, r, difference, labels, softcap);
+  const float* v = data<float>(rows);
+  const int64_t stride = rows.size(1), V = chunk.vocabulary, width = 4096;
+  parallel((V + width - 1) / width, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; block++)
+      kernels().tail_profile(chunk, v, v + stride, v + 2 * stride, data<int64_t>(which), which.size(0),
+                             data<float>(profile), block * width, std::min(V, (block + 1) * width));
+  });
+}
+
+Sparse sparse_of(const Tensor& offsets, const Tensor& columns, const Tensor& values, int64_t columns_count, int64_t D) {
+  return {offsets.size(0) - 1, columns_count, D, data<int64_t>(offsets), data<int32_t>(columns), data<float>(values)};
+}
+
+void rows_product_op(const Tensor& offsets, const Tensor& columns, const Tensor& values, const Tensor& matrix,
+                     const Tensor& scale, const Tensor& vector, Tensor out) {
+  const Sparse s = sparse_of(offsets, columns, values, matrix.size(0), matrix.size(1));
+  const std::vector<int64_t> bounds = balanced(s.offsets, s.rows, 1);
+  parallel((int64_t)bounds.size() - 1, [&](int64_t begin, int64_t end) {
+    kernels().rows_product(s, matrix.data_ptr(), element(matrix), data<float>(scale), data<float>(vector),
+                           out.data_ptr(), element(out), bounds[begin], bounds[end]);
+  });
+}
+
+void columns_product_op(const Tensor& offsets, const Tensor& columns, const Tensor& values, const Tensor& matrix,
+                        const Tensor& scale, const Tensor& vector, const std::optional<Tensor>& base, double base_scale,
+                        Tensor out) {
+  const int64_t V = out.size(0);
+  const Sparse s = sparse_of(offsets, columns, values, V, matrix.size(1));
+  // By column: a counting sort, stable, so that every sum runs over the rows in order.
+  const int64_t entries = s.offsets[s.rows];
+  std::vector<int64_t> starts(V + 1, 0);
+  for (int64_t j = 0; j < entries; j++) starts[s.columns[j] + 1]++;
+  std::partial_sum(starts.begin(), starts.end(), starts.begin());
+  std::vector<int64_t> next(starts.begin(), starts.end() - 1);
+  std::vector<int32_t> rows(entries);
+  std::vector<float> sorted(entries);
+  for (int64_t t = 0; t < s.rows; t++)
+    for (int64_t j = s.offsets[t]; j < s.offsets[t + 1]; j++) {
+      const int64_t at = next[s.columns[j]]++;
+      rows[at] = (int32_t)t;
+      sorted[at] = s.values[j];
+    }
+  const std::vector<int64_t> bounds = balanced(starts.data(), V, 2);
+  parallel((int64_t)bounds.size() - 1, [&](int64_t begin, int64_t end) {
+    kernels().columns_product(s.hidden, starts.data(), rows.data(), sorted.data(), matrix.data_ptr(), element(matrix),
+                              data<float>(scale), data<float>(vector), data<float>(base), (float)base_scale,
+                              out.data_ptr(), element(out), bounds[begin], bounds[end]);
+  });
+}
+
+// out = Σ_v scale[v] · matrix[v], by fixed blocks: the same from run to run whatever the number of threads.
+void weighted_sum_op(const Tensor& matrix, const Tensor& scale, Tensor out) {
+  const int64_t V = matrix.size(0), D = matrix.size(1), blocks = std::min<int64_t>(V, 64);
+  std::vector<float> partial(blocks * D, 0.0f);
+  parallel(blocks, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; b++)
+      kernels().weighted_sum(D, matrix.data_ptr(), element(matrix), data<float>(scale), partial.data() + b * D,
+                             V * b / blocks, V * (b + 1) / blocks);
+  });
+  float* sum = data<float>(out);
+  for (int64_t d = 0; d < D; d++) {
+    double total = 0;
+    for (int64_t b = 0; b < blocks; b++) total += partial[b * D + d];
+    sum[d] = (float)total;
+  }
+}
+
+std::string simd_op() { return kernels().name; }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fused_losses, CPU, m) {
+  m.impl("logits", TORCH_BOX(&logits_op));
+  m.impl("compact", TORCH_BOX(&compact_op));
+  m.impl("pack", TORCH_BOX(&pack_op));
+  m.impl("tail_profile", TORCH_BOX(&tail_profile_op));
+  m.impl("rows_product", TORCH_BOX(&rows_product_op));
+  m.impl("columns_product", TORCH_BOX(&columns_product_op));
+  m.impl("weighted_sum", TORCH_BOX(&weighted_sum_op));
+}
+STABLE_TORCH_LIBRARY_IMPL(fused_losses, CompositeExplicitAutograd, m) { m.impl("simd", TORCH_BOX(&simd_op)); }
+
+}  // namespace fused_losses
