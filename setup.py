@@ -44,5 +44,7 @@ kernels = Extension(
 )  # fmt: skip
 
 if torch is None:
-    print("fused_losses: no headers of torch found; install torch first to get the compiled CPU kernels", file=sys.stderr)
+    print(
+        "fused_losses: no headers of torch found; install torch first to get the compiled CPU kernels", file=sys.stderr
+    )
 setup(cmdclass={"build_ext": BuildKernels}, ext_modules=[kernels] if torch and sys.platform == "linux" else [])

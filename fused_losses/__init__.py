@@ -17,6 +17,7 @@ from .objectives import (
 )
 from .op import TokenLosses, token_losses
 from .parameters import l2_to_initial, wise_ft
+from .sparse_softmax import GradientReport
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,7 @@ __all__ = [
     "DFTLoss",
     "EAFTLoss",
     "FLOWLoss",
+    "GradientReport",
     "LAwFLoss",
     "LMHead",
     "Objective",

@@ -129,9 +129,8 @@ class SparseTokenLossesFunction(torch.autograd.Function):
             builder = Builder(problem, backend)
             for chunk, entries in builder.scan(out):
                 one = torch.ones_like(entries.tails.nll)
-                flat = frozen and sparse_softmax.mostly_exact(
-                    entries, one, one if problem.has_reference else None, problem.tolerance
-                )
+                guesses = [(one, None), (None, one)] if problem.has_reference else [(one, None)]
+                flat = frozen and any(sparse_softmax.mostly_exact(entries, a, b, problem.tolerance) for a, b in guesses)
                 if flat:
                     rows = backend.empty_rows(problem, len(one))
                     backend.directions(problem, chunk)
@@ -174,11 +173,13 @@ class SparseSummedLossFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, problem: Problem, backend: ModuleType, report: GradientReport, loss: TokenLoss):
+    def forward(
+        ctx, hidden, weight, bias, problem: Problem, backend: ModuleType, report: GradientReport, loss: TokenLoss
+    ):
         needs = ctx.needs_input_grad[:3]
         sums: list[Tensor] = []
         upstream = _weights_of(loss, sums)
-        weights: list[tuple[Tensor | None, Tensor | None, slice]] = []
+        weights: list[tuple[list[Tensor | None], slice]] = []
         dense: Gradients | None = None
         with _no_autocast(problem):
             out = backend.empty_statistics(problem)
@@ -192,10 +193,10 @@ class SparseSummedLossFunction(torch.autograd.Function):
                     backend.directions(problem, chunk)
                     backend.add_chunk(problem, chunk, a, b, dense)
                 builder.add(entries, done=flat)
-                weights.append((a, b, chunk.tokens))
+                weights.append(([a, b], chunk.tokens))
             sparse = builder.finish()
         report.entries, report.saved_bytes = len(sparse.columns), sparse.nbytes
-        a, b = (_joined([(w[i], w[2]) for w in weights], out.nll) for i in (0, 1))
+        a, b = (_joined([(pair[i], at) for pair, at in weights], out.nll) for i in (0, 1))
         dense = dense or Gradients()
         ctx.save_for_backward(*problem.tensors(), a, b, dense.hidden, dense.weight, dense.bias, *sparse.tensors())
         ctx.problem, ctx.backend, ctx.report = problem.with_tensors((None,) * 7), backend, report

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import torch
 
-from . import __version__, backends
+from . import __version__, backends, kernels
 
 try:
     import typer
@@ -58,8 +58,11 @@ def info() -> None:
     table = Table("backend", "runs here", "what", title="Backends", title_justify="left")
     for name in backends.NAMES:
         reason = backends.unavailable(name)
-        table.add_row(name, "yes" if reason is None else f"no: {reason}", backends.PURPOSE[name])
-    table.add_row("auto", "yes", f"takes {backends.choose('auto', 'cpu')} on every device")
+        what = backends.PURPOSE[name]
+        if name == "cpu" and reason is None:
+            what += f" ({kernels.describe()})"
+        table.add_row(name, "yes" if reason is None else f"no: {reason}", what)
+    table.add_row("auto", "yes", f"takes {backends.choose('auto', 'cpu')} on a CPU, torch elsewhere")
     console.print(table)
 
 

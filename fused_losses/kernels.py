@@ -52,7 +52,7 @@ for _schema in SCHEMAS:
 def load() -> str | None:
     """Load the compiled library; why it cannot be used, or None."""
     if not LIBRARY.is_file():
-        return "not built: pip found no C++ compiler, or not the headers of torch; see csrc/README.md"
+        return "not built: at installation there was no C++ compiler, or torch was not there yet; see csrc/README.md"
     try:
         torch.ops.load_library(str(LIBRARY))
     except (OSError, RuntimeError) as error:
@@ -73,3 +73,10 @@ def has_logits(dtype: torch.dtype) -> bool:
         )
     except RuntimeError:
         return False
+
+
+def describe() -> str:
+    """Which instruction set the loaded kernels use, and where the logits come from."""
+    products = [str(dtype).removeprefix("torch.") for dtype in (torch.float32, torch.bfloat16) if has_logits(dtype)]
+    logits = f"logits of {' and '.join(products)} by oneDNN micro-kernels" if products else "logits by torch.mm"
+    return f"{torch.ops.fused_losses.simd()}; {logits}"

@@ -249,7 +249,9 @@ def prepare(
     chosen = backends.choose(backend, hidden.device.type)
     if gradient == "auto":
         # Below, entries above the threshold could be all there are, and there is little to save.
-        sparse = dtype in (torch.bfloat16, torch.float16) and head.vocabulary * THRESHOLD > 0.8 and chosen != "reference"
+        sparse = (
+            dtype in (torch.bfloat16, torch.float16) and head.vocabulary * THRESHOLD > 0.8 and chosen != "reference"
+        )
     else:
         sparse = gradient == "sparse"
     problem = Problem(

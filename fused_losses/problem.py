@@ -35,7 +35,9 @@ class Problem:
     dtype: torch.dtype  # of the GEMM operands
     wanted: frozenset[str] = frozenset()  # of entropy, reference_entropy, topk_entropy: those that cost a pass
     top_k: int = 20
-    tolerance: float | None = None  # None: exact gradients. Else sparse ones, with this bound on their relative L1 error
+    tolerance: float | None = (
+        None  # None: exact gradients. Else sparse ones, with this bound on their relative L1 error
+    )
 
     @property
     def has_reference(self) -> bool:

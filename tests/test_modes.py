@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import fused_losses as fl
 from fused_losses import reference as oracle
 
-LOSSES = [fl.CrossEntropyLoss(), fl.TALRLoss(), fl.LAwFLoss()]
+LOSSES = [loss(gradient=g) for g in ("exact", "sparse") for loss in (fl.CrossEntropyLoss, fl.TALRLoss, fl.LAwFLoss)]
 
 
 def call(loss, hidden, head, labels, ref):
@@ -22,7 +22,7 @@ def call(loss, hidden, head, labels, ref):
     return loss(hidden, head, labels)
 
 
-@pytest.fixture(params=LOSSES, ids=lambda loss: type(loss).__name__)
+@pytest.fixture(params=LOSSES, ids=lambda loss: f"{type(loss).__name__}-{loss.gradient}")
 def loss(request):
     return request.param
 

@@ -13,7 +13,14 @@ from .. import kernels
 from ..problem import Entries, Gradients, Problem, Statistics, Tails
 from . import torch as chunked
 from .torch import (
-    Chunk, Product, Upstream, add_chunk, empty_gradients, empty_rows, empty_statistics, keep_chunk_rows,
+    Chunk,
+    Product,
+    Upstream,
+    add_chunk,
+    empty_gradients,
+    empty_rows,
+    empty_statistics,
+    keep_chunk_rows,
 )  # fmt: skip
 
 __all__ = [
@@ -42,9 +49,7 @@ def product(problem: Problem) -> Product | None:
 
 
 def _logits(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    torch.ops.fused_losses.logits(
-        hidden.contiguous(), weight, None if bias is None else bias.float().contiguous(), out
-    )
+    torch.ops.fused_losses.logits(hidden.contiguous(), weight, None if bias is None else bias.float().contiguous(), out)
 
 
 def scan(

@@ -165,9 +165,7 @@ def _compact(
         left = r.masked_fill(keep, 0)
         tails.kl, tails.kl_left, tails.kl_l1 = left.sum(1), left.abs().sum(1), r.abs().sum(1)
     columns = keep.nonzero()[:, 1].int()
-    return Entries(
-        torch.where(counts <= capacity, counts, -1), columns, z[keep], None if r is None else r[keep], tails
-    )
+    return Entries(torch.where(counts <= capacity, counts, -1), columns, z[keep], None if r is None else r[keep], tails)
 
 
 def _joined(parts: list[Entries]) -> Entries:
@@ -175,7 +173,8 @@ def _joined(parts: list[Entries]) -> Entries:
         return None if values[0] is None else torch.cat(values)
 
     tails = Tails(*(join([getattr(p.tails, f.name) for p in parts]) for f in fields(Tails)))
-    return Entries(*(join([getattr(p, name) for p in parts]) for name in ("counts", "columns", "nll", "kl")), tails)
+    counts, columns, nll, kl = (join([getattr(p, name) for p in parts]) for name in ("counts", "columns", "nll", "kl"))
+    return Entries(counts, columns, nll, kl, tails)
 
 
 # Numbers that a product gathers at a time.
@@ -279,9 +278,7 @@ class Chunk:
         return self.half[: len(direction)].copy_(direction)
 
 
-def _chunks(
-    problem: Problem, out: Statistics, directions: bool, product: Product | None = None
-) -> Iterator[Chunk]:
+def _chunks(problem: Problem, out: Statistics, directions: bool, product: Product | None = None) -> Iterator[Chunk]:
     """Sweep over the tokens: fill `out`, and with `directions` yield ∂nll/∂z and ∂kl/∂z of each chunk.
 
     Without `directions` the chunks are yielded too, their buffers then hold nothing of use.

@@ -1,0 +1,541 @@
+"""Sparse-plus-rank-one gradients: exact where nothing is left out, and never further off than certified."""
+
+import contextlib
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+import torch
+from cases import errors, make, relative, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fused_losses as fl
+from fused_losses import backends, kernels, sparse_softmax
+from fused_losses import reference as oracle
+from fused_losses.backends import torch as chunked
+
+needs_kernels = pytest.mark.skipif(backends.unavailable("cpu") is not None, reason=str(backends.unavailable("cpu")))
+BACKENDS = ["torch", pytest.param("cpu", marks=needs_kernels)]
+HEADS = [dict(), dict(bias=True), dict(scale=0.3), dict(softcap=7.0), dict(bias=True, scale=-1.7, softcap=4.0)]
+REFERENCES = [None, "shared", "own"]
+
+
+def name(value):
+    if isinstance(value, dict):
+        return "-".join(value) or "plain"
+    return {True: "frozen", False: "trainable", None: "no-reference"}.get(value, str(value))
+
+
+@contextlib.contextmanager
+def coarse(threshold, capacity=sparse_softmax.CAPACITY, chunk_bytes=None, tolerance=sparse_softmax.TOLERANCE):
+    """Another threshold, so that vocabularies small enough for full logits show what large ones do.
+
+    `tolerance`: the call's, which must not make the threshold finer.
+    """
+    threshold /= min(1.0, tolerance / sparse_softmax.TOLERANCE) ** 2
+    with (
+        mock.patch.object(sparse_softmax, "THRESHOLD", threshold),
+        mock.patch.object(sparse_softmax, "CAPACITY", capacity),
+        mock.patch.object(chunked, "CHUNK_BYTES", chunk_bytes or chunked.CHUNK_BYTES),
+    ):
+        yield
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(1, 1, 2), (33, 18, 123), (130, 66, 507)], ids=lambda s: "N{}-D{}-V{}".format(*s))
+@pytest.mark.parametrize("head", HEADS, ids=name)
+@pytest.mark.parametrize("reference", REFERENCES, ids=name)
+@pytest.mark.parametrize("frozen", [False, True], ids=name)
+def test_with_nothing_left_out_it_is_exact(backend, shape, head, reference, frozen):
+    """A threshold of nearly 0: values, and gradients through the sparse products, equal the oracle."""
+    case = make(*shape, **head, reference=reference, frozen=frozen)
+    with coarse(1e-30, capacity=507, chunk_bytes=1):
+        for output, error in errors(case, torch.float32, backend, gradient="sparse").items():
+            assert error <= 1e-5, output
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("head", HEADS, ids=name)
+@pytest.mark.parametrize("reference", REFERENCES, ids=name)
+@pytest.mark.parametrize("frozen", [False, True], ids=name)
+def test_with_no_room_for_error_every_token_is_exact(backend, head, reference, frozen):
+    case = make(40, 18, 300, **head, reference=reference, frozen=frozen, ignored=0)
+    with coarse(0.5, chunk_bytes=1):
+        results = errors(case, torch.float32, backend, gradient="sparse", tolerance=1e-9)
+        for output, error in results.items():
+            assert error <= 1e-5, output
+
+
+def test_float64_has_sparse_gradients_too():
+    case = make(40, 18, 300, reference="own", bias=True)
+    with coarse(1e-30):
+        assert (
+            max(errors(case, torch.float64, "cpu" if kernels.load() is None else "torch", gradient="sparse").values())
+            < 1e-10
+        )
+
+
+# --- the certificate ---------------------------------------------------------------------------------------------------
+
+V = 257
+KINDS = ("flat", "one-hot", "two-point", "heavy-tailed", "random initialisation", "adversarial", "mixed")
+
+
+def logits_of(kind: str, n: int, g: torch.Generator) -> torch.Tensor:
+    """[n, V] float64."""
+    if kind == "flat":
+        return torch.zeros(n, V, dtype=torch.float64)
+    noise = torch.randn(n, V, generator=g, dtype=torch.float64)
+    if kind == "random initialisation":
+        return 0.3 * noise
+    if kind == "heavy-tailed":
+        return (noise / torch.randn(n, V, generator=g, dtype=torch.float64).abs().clamp(min=0.05)).clamp(-30, 30)
+    if kind == "one-hot":
+        return noise.scatter(1, torch.randint(V, (n, 1), generator=g), 40.0)
+    if kind == "two-point":
+        return (
+            noise
+            - 30
+            + 30 * torch.zeros(n, V, dtype=torch.float64).scatter(1, torch.randint(V, (n, 2), generator=g), 1)
+        )
+    if kind == "adversarial":
+        # Each token's tail lies just below the threshold, on columns that no other token's tail touches.
+        z = torch.full((n, V), -50.0, dtype=torch.float64)
+        z[:, 0] = 0
+        for t in range(n):
+            z[t, 1 + torch.arange(t, V - 1, max(n, 2))] = -7.0
+        return z
+    rows = torch.arange(n) % (len(KINDS) - 1)
+    return torch.stack([logits_of(KINDS[int(k)], 1, g)[0] for k in rows])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    kind=st.sampled_from(KINDS), reference=st.sampled_from([None, "same kind", "near"]), frozen=st.booleans(),
+    softcap=st.sampled_from([None, None, 6.0]), scale=st.sampled_from([1.0, 1.0, -0.5, 2.0]), n=st.integers(1, 40),
+    tolerance=st.sampled_from([0.02, 0.15, 0.6]), threshold=st.sampled_from([1e-3, 4e-3, 2e-2]),
+    capacity=st.sampled_from([8, 64, V]), decades=st.sampled_from([0, 3, 8]), seed=st.integers(0, 10**6),
+    small_chunks=st.booleans(), summed=st.booleans(),
+)  # fmt: skip
+def test_true_error_is_within_the_certificate_and_that_within_the_tolerance(
+    backend,
+    kind,
+    reference,
+    frozen,
+    softcap,
+    scale,
+    n,
+    tolerance,
+    threshold,
+    capacity,
+    decades,
+    seed,
+    small_chunks,
+    summed,
+):
+    """The head is the identity, so dx is the gradient of the logits itself and its L1 error is what is certified."""
+    g = torch.Generator().manual_seed(seed)
+    x = logits_of(kind, n, g)
+    ref = None
+    if reference == "near":
+        ref = x + 0.05 * torch.randn(n, V, generator=g, dtype=torch.float64)
+    elif reference is not None:
+        ref = logits_of(kind, n, g)
+    labels = torch.where(torch.rand(n, generator=g) < 0.5, x.argmax(1), torch.randint(V, (n,), generator=g))
+    upstream = [
+        torch.randn(n, generator=g, dtype=torch.float64)
+        * 10 ** (decades * (torch.rand(n, generator=g, dtype=torch.float64) - 0.5))
+        * (torch.rand(n, generator=g) < 0.8)
+        for _ in range(2)
+    ]
+    dtype = torch.float64 if backend == "torch" else torch.float32
+    rounding = 1e-10 if backend == "torch" else 2e-5
+
+    def gradient(dtype, **options):
+        hidden = x.to(dtype, copy=True).requires_grad_()
+        head = fl.LMHead(torch.eye(V, dtype=dtype, requires_grad=not frozen), None, scale, softcap)
+        given = None if ref is None else fl.Reference(ref.to(dtype))
+        a, b = (u.to(dtype) for u in upstream)
+        if summed:
+
+            class Weighted(fl.Objective):
+                def token_loss(self, out, a, b):
+                    return a * out.nll if out.kl is None else a * out.nll + b * out.kl
+
+            objective = Weighted(**options)
+            loss = objective(hidden, head, labels, reference=given, a=a, b=b)
+            loss.backward()
+            return hidden.grad.double() * n, head.weight.grad, objective.gradient_report
+        out = fl.token_losses(hidden, head, labels, reference=given, **options)
+        loss = (out.nll * a).sum() if ref is None else (out.nll * a + out.kl * b).sum()
+        loss.backward()
+        return hidden.grad.double(), head.weight.grad, out.gradient_report
+
+    truth, truth_weight, _ = gradient(torch.float64, backend="reference")
+    with coarse(threshold, capacity, 1 if small_chunks else None, tolerance):
+        got, got_weight, report = gradient(dtype, backend=backend, gradient="sparse", tolerance=tolerance)
+    assert report.mode == "sparse" and 0 <= report.bound <= tolerance
+    error, norm = (got - truth).abs().sum(), truth.abs().sum()
+    # Rounding, of which p − onehot and p − p_ref of nearly nothing are all made, in exact mode too.
+    allowed = (report.bound + rounding) * norm + (1e-14 if dtype == torch.float64 else 1e-6) * sum(
+        u.abs().sum() for u in upstream
+    )
+    assert error <= allowed
+    if not frozen:
+        # dW = dzᵀ x, so its largest error is at most that of dz times the largest x.
+        worst = (got_weight.double() - truth_weight).abs().max() * (n if summed else 1)
+        assert worst <= allowed * x.abs().max()
+
+
+def test_certificate_is_not_idle():
+    """On adversarial tails the error reaches a good part of the certificate."""
+    x = logits_of("adversarial", 24, torch.Generator())
+    hidden = x.clone().requires_grad_()
+    labels = torch.full((24,), 5)
+    with coarse(2e-3):
+        out = fl.token_losses(hidden, torch.eye(V, dtype=torch.float64), labels, gradient="sparse", tolerance=0.5)
+        out.nll.sum().backward()
+    exact = x.softmax(1) - torch.nn.functional.one_hot(labels, V)
+    error = ((hidden.grad - exact).abs().sum() / exact.abs().sum()).item()
+    assert out.gradient_report.exact_tokens == 0
+    assert 0.7 * out.gradient_report.bound < error <= out.gradient_report.bound
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_the_heavy_tokens_are_exact(backend):
+    g = torch.Generator().manual_seed(0)
+    x = torch.cat([logits_of("one-hot", 60, g), logits_of("flat", 4, g)])
+    hidden = x.float().requires_grad_()
+    weight = torch.eye(V, requires_grad=True)
+    labels = torch.randint(V, (64,), generator=g)
+    with coarse(1e-2, tolerance=0.01):
+        out = fl.token_losses(hidden, weight, labels, gradient="sparse", tolerance=0.01, backend=backend)
+    assert out.gradient_report.bound is None and "after backward" in str(out.gradient_report)
+    out.nll.sum().backward()
+    report = out.gradient_report
+    assert report.exact_tokens == 4 and report.bound <= 0.01 and report.tokens == 64
+    exact = x.softmax(1) - torch.nn.functional.one_hot(labels, V)
+    assert relative(hidden.grad[60:], exact[60:]) < 1e-6
+    assert relative(weight.grad, exact.T @ x) < 0.01
+
+
+def test_rank_one_tail_is_worth_having():
+    """Tails that resemble each other, as word frequencies make them: dropping them costs several times the error."""
+    case = make(200, 32, 3000, spread=2.0, ignored=0)
+    case = replace(
+        case, bias=-1.2 * torch.arange(1, 3001).double().log(), weight=case.weight + 0.5, hidden=case.hidden + 0.5
+    )
+    case = replace(case, nll_upstream=torch.ones(200, dtype=torch.float64))
+    truth = run(case, torch.float64, "reference")
+
+    def without_profile(self, finish=sparse_softmax.Builder.finish):
+        sparse = finish(self)
+        sparse.profile.zero_()
+        return sparse
+
+    with coarse(5e-4):
+        ours = run(case, torch.float64, gradient="sparse", tolerance=0.9)
+        with mock.patch.object(sparse_softmax.Builder, "finish", without_profile):
+            dropped = run(case, torch.float64, gradient="sparse", tolerance=0.9)
+    figures = {
+        k: (relative(ours[k], truth[k]), relative(dropped[k], truth[k])) for k in ("d_hidden", "d_weight", "d_bias")
+    }
+    print("with the rank-one tail, and without:", figures)
+    assert all(with_tail < without / 2 for with_tail, without in figures.values())
+
+
+# --- chunks computed densely in forward, and what else may happen ------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reference", REFERENCES, ids=name)
+@pytest.mark.parametrize("frozen", [False, True], ids=name)
+@pytest.mark.parametrize("summed", [False, True], ids=["per-token", "summed"])
+def test_flat_chunks_between_peaked_ones(backend, reference, frozen, summed):
+    """16 tokens a chunk; the second of four is flat and one token of the third: all three ways in one call."""
+    case = make(64, 40, 600, reference=reference, frozen=frozen, ignored=0, bias=True, spread=6.0)
+    case.hidden[16:32] *= 0.01
+    case.hidden[40] *= 0.01
+    if reference == "shared":
+        case.reference_hidden[:] = case.hidden + 0.1 * torch.randn_like(case.hidden)
+
+    def gradients(dtype, **options):
+        hidden, head, ref = case.inputs(dtype)
+        a = case.nll_upstream.to(dtype)
+        b = None if reference is None else case.kl_upstream.to(dtype)
+        if summed:
+
+            class Weighted(fl.Objective):
+                def token_loss(self, out, **weights):
+                    return sum(w * v for w, v in zip(weights.values(), (out.nll, out.kl), strict=False))
+
+            objective = Weighted(**options)
+            loss = objective(hidden, head, case.labels, reference=ref, **({"a": a} if b is None else {"a": a, "b": b}))
+            loss.backward(torch.tensor(64.0, dtype=dtype))
+            report = objective.gradient_report
+        else:
+            out = fl.token_losses(hidden, head, case.labels, reference=ref, **options)
+            ((out.nll * a).sum() + (0 if b is None else (out.kl * b).sum())).backward()
+            report = out.gradient_report
+        return (hidden.grad, head.weight.grad, head.bias.grad), report
+
+    truth, _ = gradients(torch.float64, backend="reference")
+    with coarse(5e-3, capacity=64, chunk_bytes=1):
+        got, report = gradients(torch.float32, backend=backend, gradient="sparse", tolerance=0.1)
+    assert 17 <= report.exact_tokens < 40 and report.bound <= 0.1
+    for value, expected in zip(got, truth, strict=True):
+        if expected is not None:
+            assert relative(value, expected) < 0.05
+    assert relative(got[0][16:32], truth[0][16:32]) < 1e-5 and relative(got[0][40], truth[0][40]) < 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_infinite_logit_reaches_the_gradient_of_its_token_only(backend):
+    case = make(20, 6, 300, ignored=0)
+    hidden, head, _ = case.inputs(torch.float32)
+    with torch.no_grad():
+        hidden[7] = torch.inf
+    out = fl.token_losses(hidden, head, case.labels, gradient="sparse", backend=backend)
+    out.nll.sum().backward()
+    bad = ~out.nll.isfinite()
+    assert bad.nonzero().flatten().tolist() == [7]
+    assert not hidden.grad[7].isfinite().all() and hidden.grad[~bad].isfinite().all()
+    assert not head.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_all_ignored(backend):
+    hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+    loss = fl.CrossEntropyLoss(gradient="sparse", backend=backend)(hidden, weight, torch.full((3,), -100))
+    loss.backward()
+    assert loss == 0 and (hidden.grad == 0).all() and (weight.grad == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_upstream_gradients_of_zero(backend):
+    hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+    out = fl.token_losses(hidden, weight, torch.arange(3), gradient="sparse", backend=backend)
+    (0 * out.nll).sum().backward()
+    assert (hidden.grad == 0).all() and (weight.grad == 0).all() and out.gradient_report.bound == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_results_are_the_same_from_run_to_run_and_for_any_number_of_threads(backend, dtype):
+    case = make(130, 66, 507, reference="own", bias=True, spread=6.0).rounded(dtype)
+    results = []
+    try:
+        for threads in (1, 1, 2):
+            torch.set_num_threads(threads)
+            with coarse(1e-3):
+                results.append(run(case, dtype, backend, gradient="sparse", tolerance=0.5))
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(results[0][k], results[1][k]) for k in results[0])
+    if backend == "cpu" and dtype != torch.float16:  # torch's own products differ with the number of threads
+        assert all(torch.equal(results[0][k], results[2][k]) for k in ("nll", "kl", "d_hidden", "d_weight"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reference", REFERENCES, ids=name)
+@pytest.mark.parametrize("frozen", [False, True], ids=name)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_nearer_the_truth_than_plain_pytorch(backend, reference, frozen, dtype):
+    """With entries as fine as the default's on a real vocabulary. ε as for exact mode."""
+    case = make(64, 96, 1000, reference=reference, frozen=frozen, spread=4.0)
+    with coarse(1e-6):
+        ours, plain = errors(case, dtype, backend, gradient="sparse"), errors(case, dtype, "reference")
+    for output in ours:
+        assert ours[output] <= plain[output] * 1.02, (output, ours[output], plain[output])
+
+
+@needs_kernels
+def test_compiled_bf16_logits_are_not_rounded():
+    """PyTorch's bf16 product on a CPU rounds them, which is most of the error of plain bf16."""
+    case = make(64, 96, 1000, spread=4.0)
+    for gradient in ("exact", "sparse"):
+        with coarse(1e-6):
+            ours, plain = (
+                errors(case, torch.bfloat16, b, **o) for b, o in (("cpu", {"gradient": gradient}), ("reference", {}))
+            )
+        assert ours["nll"] < plain["nll"] / 1000  # measured: 1e-7 and 1e-3
+        assert ours["d_hidden"] < plain["d_hidden"]
+
+
+def test_backward_twice_and_after_the_graph_was_kept():
+    for loss in (fl.CrossEntropyLoss(gradient="sparse"), fl.TALRLoss(gradient="sparse")):
+        case = make(48, 8, 300)
+        hidden, head, _ = case.inputs(torch.float32)
+        value = loss(hidden[None], head, case.labels[None])
+        first = torch.autograd.grad(value, (hidden, head.weight), retain_graph=True)
+        kept = [g.clone() for g in first]
+        for g in first:
+            g.zero_()
+        assert all(
+            torch.equal(a, b) for a, b in zip(torch.autograd.grad(value, (hidden, head.weight)), kept, strict=True)
+        )
+
+
+def test_changing_the_weight_between_forward_and_backward_is_noticed():
+    hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+    loss = fl.CrossEntropyLoss(gradient="sparse")(hidden, weight, torch.arange(3))
+    with torch.no_grad():
+        weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+# --- which mode, and the report ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "dtype, vocabulary, mode",
+    [(torch.float32, 9000, "exact"), (torch.bfloat16, 9000, "sparse"), (torch.float16, 9000, "sparse"),
+     (torch.bfloat16, 5000, "exact"), (torch.float64, 9000, "exact")],
+)  # fmt: skip
+def test_auto(dtype, vocabulary, mode):
+    hidden, weight = torch.randn(4, 8).to(dtype).requires_grad_(), torch.randn(vocabulary, 8).to(dtype)
+    loss = fl.CrossEntropyLoss()
+    loss(hidden, weight, torch.arange(4)).backward()
+    assert loss.gradient_report.mode == mode
+    assert loss.gradient_report.tolerance == (sparse_softmax.TOLERANCE if mode == "sparse" else None)
+    with torch.no_grad():
+        loss(hidden, weight, torch.arange(4))
+    assert loss.gradient_report.mode == "exact"
+
+
+def test_report():
+    case = make(100, 16, 4000, spread=6.0, ignored=0.2)
+    hidden, head, _ = case.inputs(torch.float32)
+    out = fl.token_losses(hidden, head, case.labels, gradient="sparse")
+    out.nll.sum().backward()
+    report = out.gradient_report
+    n = int((case.labels != -100).sum())
+    assert report.tokens == n and n <= report.entries < n * 2048 and report.exact_tokens < n
+    assert 8 * report.entries <= report.saved_bytes <= 8 * report.entries + 64 * n + 8 * 4000
+    assert 0 < report.bound <= 0.15 and f"{report.bound:.2%}" in str(report)
+    out = fl.token_losses(hidden, head, case.labels, gradient="exact")
+    assert (out.gradient_report.mode, out.gradient_report.bound, out.gradient_report.exact_tokens) == ("exact", 0, n)
+    assert str(out.gradient_report) == f"exact gradients for {n} tokens"
+
+
+def test_finer_tolerance_gets_finer_entries():
+    loose, fine = (sparse_softmax.parameters(t, 128256) for t in (0.15, 0.03))
+    assert fine[0] < loose[0] and fine[1] > loose[1]
+    assert sparse_softmax.parameters(0.9, 128256) == loose
+    assert sparse_softmax.parameters(0.15, 100)[1] == 100
+
+
+@pytest.mark.parametrize("tolerance", [0, 1, -0.1, float("nan"), "0.1", None, True])
+def test_bad_tolerance(tolerance):
+    with pytest.raises(ValueError, match="tolerance: expected a number between 0 and 1"):
+        fl.CrossEntropyLoss(tolerance=tolerance)
+    with pytest.raises(ValueError, match="gradient='exact'"):
+        fl.token_losses(torch.randn(2, 3), torch.randn(4, 3), torch.tensor([0, 1]), tolerance=tolerance)
+
+
+def test_sparse_gradients_of_the_reference_backend_are_refused():
+    with pytest.raises(ValueError, match="backend='reference'"):
+        fl.CrossEntropyLoss(gradient="sparse", backend="reference")
+
+
+# --- the operators -----------------------------------------------------------------------------------------------------
+
+
+@needs_kernels
+@pytest.mark.parametrize("matrix_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("d", [1, 17, 64, 131])
+@pytest.mark.parametrize("base", [False, True], ids=["alone", "onto-base"])
+def test_products(matrix_dtype, out_dtype, d, base):
+    n, v = 37, 53
+    g = torch.Generator().manual_seed(0)
+    dense = torch.where(torch.rand(n, v, generator=g) < 0.3, torch.randn(n, v, generator=g), 0)
+    dense[3] = 0
+    dense[:, 7] = 0
+    at = dense.nonzero()
+    offsets = torch.zeros(n + 1, dtype=torch.int64)
+    offsets[1:] = (dense != 0).sum(1).cumsum(0)
+    entries = (offsets, at[:, 1].int(), dense[dense != 0])
+    x, w = torch.randn(n, d, generator=g).to(matrix_dtype), torch.randn(v, d, generator=g).to(matrix_dtype)
+    scale, vector, q = torch.randn(n, generator=g), torch.randn(d, generator=g), torch.randn(v, generator=g)
+    onto = torch.randn(v, d, generator=g) if base else None
+    rows = dense.double() @ w.double() + scale.double()[:, None] * vector
+    columns = dense.double().T @ x.double() + q.double()[:, None] * vector
+    if base:
+        columns += 0.5 * onto
+    rounding = 2.5e-3 if out_dtype == torch.bfloat16 else 1e-6
+    for module in (backends.load("cpu"), backends.load("torch")):
+        got = module.rows_product(*entries, w, scale, vector, out_dtype)
+        assert got.dtype == out_dtype and relative(got, rows) < rounding
+        got = module.columns_product(*entries, x, q, vector, onto, 0.5, out_dtype)
+        assert got.dtype == out_dtype and relative(got, columns) < rounding
+        assert relative(module.weighted_sum(w, q), q.double() @ w.double()) < 1e-6
+
+
+@needs_kernels
+def test_bf16_output_is_rounded_to_nearest_even_and_keeps_nan():
+    x = torch.tensor([[1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 3.0e38, torch.nan, torch.inf] * 4])
+    offsets = torch.tensor([0, 1])
+    got = backends.load("cpu").rows_product(
+        offsets, torch.tensor([0], dtype=torch.int32), torch.ones(1), x, torch.zeros(1), torch.zeros(24), torch.bfloat16
+    )
+    torch.testing.assert_close(got, x.bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 2, 1), (65, 64, 64), (70, 1030, 130), (3, 514, 1000)], ids=str)
+def test_logits(dtype, shape):
+    if not kernels.has_logits(dtype):
+        pytest.skip("this PyTorch exports no micro-kernels for it")
+    n, d, v = shape
+    hidden, weight, bias = torch.randn(n, d).to(dtype), torch.randn(v, d).to(dtype), torch.randn(v)
+    out = torch.full((n, v), torch.nan)
+    for b in (None, bias):
+        assert torch.ops.fused_losses.logits(hidden, weight, b, out)
+        truth = hidden.double() @ weight.double().T + (0 if b is None else b)
+        assert relative(out, truth) < 1e-6
+
+
+SIMD = """
+import itertools, sys, torch
+sys.path.insert(0, "tests")
+from test_sparse_softmax import *
+assert torch.ops.fused_losses.simd() == sys.argv[1]
+for reference, head in itertools.product(REFERENCES, HEADS):
+    case = make(33, 18, 123, **head, reference=reference)
+    with coarse(1e-30, capacity=507, chunk_bytes=1):
+        assert max(errors(case, torch.float32, "cpu", gradient="sparse").values()) < 1e-5
+    with coarse(5e-3):
+        ours, plain = (run(case, torch.float32, b, gradient="sparse", tolerance=0.9) for b in ("cpu", "torch"))
+        assert max(relative(ours[k], plain[k]) for k in ours) < 1e-5
+for matrix_dtype, out_dtype, d in itertools.product((torch.float32, torch.bfloat16), (torch.float32, torch.bfloat16), (1, 17, 64)):
+    test_products(matrix_dtype, out_dtype, d, True)
+test_bf16_output_is_rounded_to_nearest_even_and_keeps_nan()
+"""
+
+
+@needs_kernels
+@pytest.mark.parametrize("wanted, found", [("avx2", "AVX2"), ("baseline", "128-bit SIMD")])
+def test_other_instruction_sets(wanted, found):
+    """The kernels are compiled once per instruction set; this machine's best runs in all other tests."""
+    if wanted == "avx2" and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+        pytest.skip("no AVX2 here")
+    result = subprocess.run(
+        [sys.executable, "-c", SIMD, found], capture_output=True, text=True, timeout=300,
+        env={**os.environ, "FUSED_LOSSES_SIMD": wanted},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+
+
+def test_oracle_of_the_certificate_tests_is_what_it_says():
+    """With the identity as head, dx is p − onehot."""
+    x = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
+    oracle.nll(x @ torch.eye(7, dtype=torch.float64), torch.tensor([1, 2, 3])).sum().backward()
+    torch.testing.assert_close(x.grad, x.detach().softmax(1) - torch.nn.functional.one_hot(torch.tensor([1, 2, 3]), 7))
