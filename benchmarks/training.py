@@ -23,7 +23,7 @@ import fused_losses as fl
 from fused_losses.demo.model import hidden_states
 
 RESULTS = Path(__file__).parent / "results" / "training.json"
-LEARNING_RATE = {"full": 1e-5, "LoRA": 2e-4}
+LEARNING_RATE = {"full": 1e-5, "LoRA": 1e-4}
 ROWS, LENGTH = 4, 48
 
 
