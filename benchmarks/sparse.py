@@ -1,6 +1,6 @@
 """Sparse-plus-rank-one gradients, measured: how wrong, how fast, and the figures of docs/method.md.
 
-    python benchmarks/sparse.py [accuracy] [speed] [figures]        (default: all; about 25 minutes on 2 cores)
+    python benchmarks/sparse.py [accuracy] [speed] [figures] [tables]       (default: all; about 45 minutes on 2 cores)
 
 Hidden states are those of SmolLM2-135M-Instruct on real text (benchmarks/texts.py), kept in a cache beside the results that is
 made anew when texts.py changes. D = 2048 is the same states and head in a rotated, wider basis: equal logits, wider products.
@@ -32,6 +32,7 @@ from fused_losses import backends, sparse_softmax
 RESULTS = Path(__file__).parent / "results"
 PICTURES = Path(__file__).parents[1] / "docs"
 KL_TARGET = 0.003
+STEPS = ("accuracy", "speed", "figures", "tables")
 
 
 def save(name: str, content: dict) -> None:
@@ -504,6 +505,39 @@ def figures() -> None:
     _write(figure, "sparse-training.png")
 
 
+def tables() -> None:
+    """The tables of docs/method.md and docs/benchmarks.md, from the committed results."""
+    record = json.loads((RESULTS / "sparse-accuracy.json").read_text())
+    print("| text | loss | entries | bound, % | ours | ours, bf16 | tail dropped | plain bf16 |")
+    print("|---|---|---|---|---|---|---|---|")
+    for row in record["rows"]:
+        print(accuracy_line(row))
+    kinds = {kind: [r for r in record["rows"] if r["text"] == kind] for kind in texts.TUNED}
+    for kind, rows in kinds.items():
+        saved = ", ".join(f"{r['loss']} {r['saved_MB_per_8192']:.1f} MB" for r in rows)
+        print(f"saved for backward, N = 8192, {kind}: {saved}")
+    split = json.loads((RESULTS / "sparse-speed-cpu.json").read_text())
+    print("\n| D | dtype | s | torch.mm, s |", " | ".join(split["split"][0]["parts"]), "|")
+    print("|---|---|---|---|" + "---|" * len(split["split"][0]["parts"]))
+    for row in split["split"]:
+        parts = " | ".join(f"{100 * seconds / row['seconds']:.0f} %" for seconds in row["parts"].values())
+        print(f"| {row['D']} | {row['dtype']} | {row['seconds']:.2f} | {row['gemm_seconds']:.2f} | {parts} |")
+    for dtype in ("float32", "bfloat16"):
+        print(
+            f"\n{dtype}\n\n| distribution | loss | D | | s | in forward GEMMs | time / ours |\n|---|---|---|---|---|---|---|"
+        )
+        for row in split["rows"]:
+            if row["dtype"] == dtype:
+                print(speed_line(row).replace(f" {dtype} |", ""))
+    training = json.loads((RESULTS / "training.json").read_text())["runs"]
+    print("\n| | loss, first and last step | largest difference at any step | largest bound |\n|---|---|---|---|")
+    for name in dict.fromkeys(key.rsplit(" ", 1)[0] for key in training):
+        exact, sparse = (training[f"{name} {g}"]["losses"] for g in ("exact", "sparse"))
+        worst = max(abs(a - b) / abs(a) for a, b in zip(exact, sparse, strict=True))
+        bound = max(training[f"{name} sparse"]["bounds"])
+        print(f"| {name} | {exact[0]:.3f}, {exact[-1]:.3f} | {100 * worst:.2f} % | {100 * bound:.1f} % |")
+
+
 def _write(figure, name: str, top: float | None = None) -> None:
     figure.tight_layout(rect=(0, 0, 1, top or 1))
     temporary = PICTURES / f".{name}.tmp"
@@ -514,18 +548,17 @@ def _write(figure, name: str, top: float | None = None) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("steps", nargs="*", default=["accuracy", "speed", "figures"])
+    parser.add_argument("steps", nargs="*", default=list(STEPS))
     parser.add_argument("--runs", type=int, default=5)
     options = parser.parse_args()
-    unknown = set(options.steps) - {"accuracy", "speed", "figures"}
+    unknown = set(options.steps) - set(STEPS)
     if unknown:
-        parser.error(f"unknown step {', '.join(sorted(unknown))}; there are accuracy, speed and figures")
-    if "accuracy" in options.steps:
-        accuracy()
-    if "speed" in options.steps:
-        speed(options.runs)
-    if "figures" in options.steps:
-        figures()
+        parser.error(f"unknown step {', '.join(sorted(unknown))}; there are {', '.join(STEPS)}")
+    for step in options.steps:
+        if step == "speed":
+            speed(options.runs)
+        else:
+            {"accuracy": accuracy, "figures": figures, "tables": tables}[step]()
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from . import reference as full_logits
 from .autograd import SparseSummedLossFunction, SparseTokenLossesFunction, SummedLossFunction, TokenLossesFunction
 from .head import FLOATING, LMHead, Reference, _names, as_head
 from .problem import Head, Problem, Statistics
-from .sparse_softmax import THRESHOLD, TOLERANCE, GradientReport
+from .sparse_softmax import SMALLEST_VOCABULARY, TOLERANCE, GradientReport
 
 ALL_STATISTICS = frozenset({"entropy", "reference_entropy"})
 GRADIENTS = ("auto", "exact", "sparse")
@@ -87,7 +87,7 @@ def token_losses(
             same head.
         ignore_index: tokens with this label are removed before any work.
         gradient: "exact"; "sparse": sparse-plus-rank-one softmax with a certified error (`sparse_softmax`), values are
-            exact; "auto": sparse for bfloat16 and float16 where V > 8000, else exact.
+            exact; "auto": sparse for bfloat16 and float16 where V ≥ 8192, else exact.
         tolerance: of sparse gradients: bound on ‖error‖₁ / ‖gradient‖₁ of the gradient of the logits, all tokens and the
             caller's upstream weights together, in (0, 1). Tokens that would break it get exact gradients.
             `out.gradient_report` has the bound that was reached. The default was measured to give relative L2
@@ -137,9 +137,8 @@ class Tokens:
     def count(self) -> int:
         return len(self.problem.labels)
 
-    @property
-    def sparse(self) -> bool:
-        """Whether this call takes sparse gradients; also notes it in the report."""
+    def takes_sparse_gradients(self) -> bool:
+        """Also notes it in the report."""
         head = self.problem.head
         wanted = any(t is not None and t.requires_grad for t in (self.problem.hidden, head.weight, head.bias))
         sparse = self.problem.tolerance is not None and wanted and torch.is_grad_enabled() and self.count > 0
@@ -178,7 +177,7 @@ class Tokens:
             return _full_logits_statistics(problem)
         head, backend = problem.head, backends.load(self.backend)
         tensors = (problem.hidden, head.weight, head.bias)
-        if self.sparse:
+        if self.takes_sparse_gradients():
             outputs = SparseTokenLossesFunction.apply(*tensors, problem, backend, self.report)
         else:
             outputs = TokenLossesFunction.apply(*tensors, problem, backend, torch.is_grad_enabled())
@@ -208,7 +207,7 @@ class Tokens:
         problem = _want(self.problem, wanted, top_k)
         head, backend = problem.head, backends.load(self.backend)
         tensors = (problem.hidden, head.weight, head.bias)
-        if self.sparse:
+        if self.takes_sparse_gradients():
             return SparseSummedLossFunction.apply(*tensors, problem, backend, self.report, of_chunk)
         return SummedLossFunction.apply(*tensors, problem, backend, torch.is_grad_enabled(), of_chunk)
 
@@ -248,10 +247,8 @@ def prepare(
     dtype = _compute_dtype(hidden, head)
     chosen = backends.choose(backend, hidden.device.type)
     if gradient == "auto":
-        # Below, entries above the threshold could be all there are, and there is little to save.
-        sparse = (
-            dtype in (torch.bfloat16, torch.float16) and head.vocabulary * THRESHOLD > 0.8 and chosen != "reference"
-        )
+        half = dtype in (torch.bfloat16, torch.float16)
+        sparse = half and head.vocabulary >= SMALLEST_VOCABULARY and chosen != "reference"
     else:
         sparse = gradient == "sparse"
     problem = Problem(

@@ -33,6 +33,8 @@ TOLERANCE = 0.15
 THRESHOLD = 1.1e-4
 CAPACITY = 2048
 SAMPLED_TOKENS = 256
+# Of "auto": below, most entries could be above the threshold, and there is little to save.
+SMALLEST_VOCABULARY = 8192
 
 
 def parameters(tolerance: float, vocabulary: int) -> tuple[float, int]:

@@ -70,7 +70,7 @@ def scan(
                 torch.empty(size, capacity, dtype=torch.int32),
                 *(torch.empty(size, capacity) for _ in range(values)),
             )
-        labels, results = problem.labels[chunk.tokens], out.at(chunk.tokens)
+        labels, results = problem.labels[chunk.tokens].contiguous(), out.at(chunk.tokens)
         finish(problem, chunk)
         if results.topk_entropy is not None:
             z = chunk.z if chunk.r is None or not chunked.keeps_difference(problem) else chunk.z + chunk.r
