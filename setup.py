@@ -26,6 +26,11 @@ class BuildKernels(build_ext):
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split("."))) + ".so"
 
+    def build_extension(self, ext: Extension) -> None:
+        """A library from other sources must not survive a build that fails."""
+        Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
+        super().build_extension(ext)
+
     def get_export_symbols(self, ext: Extension) -> list[str]:
         return []
 

@@ -120,7 +120,7 @@ class Truth:
         self, hidden: Tensor, weight: Tensor, labels: Tensor, a: Tensor, b: Tensor | None, reference=None
     ) -> None:
         self.hidden, self.weight = hidden.double(), weight.double()
-        self.labels, self.a, self.b, self.reference = labels, a, b, reference
+        self.labels, self.a, self.b, self.reference = labels, a.double(), None if b is None else b.double(), reference
 
     def directions(self):
         for start in range(0, len(self.labels), 256):

@@ -14,6 +14,8 @@ from . import sparse_softmax
 from .problem import Gradients, Problem, Statistics
 from .sparse_softmax import Builder, GradientReport, SparseSoftmax
 
+# Called with the report when backward has filled it in.
+Publish = Callable[[GradientReport], None]
 TokenLoss = Callable[[Statistics, slice], Tensor]
 
 
@@ -120,7 +122,9 @@ class SparseTokenLossesFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, problem: Problem, backend: ModuleType, report: GradientReport):
+    def forward(
+        ctx, hidden, weight, bias, problem: Problem, backend: ModuleType, report: GradientReport, publish: Publish
+    ):
         ctx.set_materialize_grads(False)
         frozen = not any(ctx.needs_input_grad[1:3])
         dense: list[Gradients] = []
@@ -142,7 +146,8 @@ class SparseTokenLossesFunction(torch.autograd.Function):
         rows = [None if not dense or getattr(dense[0], name) is None else torch.cat([getattr(d, name) for d in dense])
                 for name in ("nll", "kl")]  # fmt: skip
         ctx.save_for_backward(*problem.tensors(), *rows, *sparse.tensors())
-        ctx.problem, ctx.backend, ctx.report = problem.with_tensors((None,) * 7), backend, report
+        ctx.problem, ctx.backend = problem.with_tensors((None,) * 7), backend
+        ctx.report, ctx.publish = report, publish
         fixed = (out.prediction, out.entropy, out.reference_nll, out.reference_entropy, out.topk_entropy)
         ctx.mark_non_differentiable(*(v for v in fixed if v is not None))
         return out.nll, out.kl, *fixed
@@ -162,7 +167,8 @@ class SparseTokenLossesFunction(torch.autograd.Function):
             total = sparse_softmax.gradients(
                 problem, ctx.backend, sparse, a, b, ctx.needs_input_grad[:3], ctx.report, dense
             )
-        return total.hidden, total.weight, total.bias, None, None, None
+        ctx.publish(ctx.report)
+        return total.hidden, total.weight, total.bias, None, None, None, None
 
 
 class SparseSummedLossFunction(torch.autograd.Function):
@@ -174,8 +180,9 @@ class SparseSummedLossFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden, weight, bias, problem: Problem, backend: ModuleType, report: GradientReport, loss: TokenLoss
-    ):
+        ctx, hidden, weight, bias, problem: Problem, backend: ModuleType, report: GradientReport, publish: Publish,
+        loss: TokenLoss,
+    ):  # fmt: skip
         needs = ctx.needs_input_grad[:3]
         sums: list[Tensor] = []
         upstream = _weights_of(loss, sums)
@@ -199,7 +206,8 @@ class SparseSummedLossFunction(torch.autograd.Function):
         a, b = (_joined([(pair[i], at) for pair, at in weights], out.nll) for i in (0, 1))
         dense = dense or Gradients()
         ctx.save_for_backward(*problem.tensors(), a, b, dense.hidden, dense.weight, dense.bias, *sparse.tensors())
-        ctx.problem, ctx.backend, ctx.report = problem.with_tensors((None,) * 7), backend, report
+        ctx.problem, ctx.backend = problem.with_tensors((None,) * 7), backend
+        ctx.report, ctx.publish = report, publish
         return torch.stack(sums).sum()
 
     @staticmethod
@@ -214,7 +222,8 @@ class SparseSummedLossFunction(torch.autograd.Function):
                 problem, ctx.backend, sparse, a, b, ctx.needs_input_grad[:3], ctx.report, dense,
                 1.0 if dense is None else float(upstream),
             )  # fmt: skip
-        return total.hidden, total.weight, total.bias, None, None, None, None
+        ctx.publish(ctx.report)
+        return total.hidden, total.weight, total.bias, None, None, None, None, None
 
 
 def _weights_of(loss: TokenLoss, sums: list[Tensor]) -> Callable[[Statistics, slice], tuple]:

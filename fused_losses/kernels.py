@@ -37,14 +37,17 @@ SCHEMAS = (
     # out = Σ_v scale[v] · matrix[v]
     "weighted_sum(Tensor matrix, Tensor scale, Tensor(a!) out) -> ()",
     "simd() -> str",
+    "interface() -> int",
 )
+# Raised with every change of a schema or of what its arguments mean, here and in csrc/cpu/ops.cpp.
+INTERFACE = 1
 
 for _schema in SCHEMAS:
     _name = _schema.partition("(")[0]
     torch.library.define(f"fused_losses::{_name}", _schema.removeprefix(_name))
     if _name == "logits":
         torch.library.register_fake("fused_losses::logits", lambda hidden, weight, bias, out: True)
-    elif _name != "simd":
+    elif _name not in ("simd", "interface"):
         torch.library.register_fake(f"fused_losses::{_name}", lambda *args: None)
 
 
@@ -53,11 +56,13 @@ def load() -> str | None:
     """Load the compiled library; why it cannot be used, or None."""
     if not LIBRARY.is_file():
         return "not built: at installation there was no C++ compiler, or torch was not there yet; see csrc/README.md"
+    remedy = "install the package again to rebuild it"
     try:
         torch.ops.load_library(str(LIBRARY))
+        found = torch.ops.fused_losses.interface()
     except (OSError, RuntimeError) as error:
-        return f"{LIBRARY.name} does not load: {error}"
-    return None
+        return f"{LIBRARY.name} does not load ({str(error).splitlines()[0]}); {remedy}"
+    return None if found == INTERFACE else f"{LIBRARY.name} was built from other sources (interface {found}); {remedy}"
 
 
 @functools.cache

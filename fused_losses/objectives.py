@@ -30,14 +30,14 @@ class Objective(nn.Module):
     tokens. Further tensors of the labels' shape, given by keyword to the call, arrive in `per_token`. The gradient is taken while the logits are at hand: 3 GEMMs, 2 with a frozen head, one more with
     a reference.
 
-    Options of every objective: `ignore_index`, `gradient`, `tolerance` and `backend`, as in `token_losses`. After a call
-    `gradient_report` says how its gradients were formed.
+    Options of every objective: `ignore_index`, `gradient`, `tolerance` and `backend`, as in `token_losses`. `gradient_report` says how
+    gradients are formed: of the last call, and after a backward with sparse gradients, of the call that this was of.
     """
 
     wanted: frozenset[str] = frozenset()
     top_k: int = 20
 
-    gradient_report: GradientReport | None = None  # of the last call; its bound is known after backward
+    gradient_report: GradientReport | None = None  # of the last call; after a backward, of the call that it was of
 
     def __init__(
         self,
@@ -56,8 +56,9 @@ class Objective(nn.Module):
 
     def prepare(self, hidden: Tensor, head: Head, labels: Tensor, reference: Reference | None = None) -> Tokens:
         tokens = prepare(
-            hidden, head, labels, reference, self.ignore_index, self.gradient, self.backend, self.tolerance
-        )
+            hidden, head, labels, reference, self.ignore_index, self.gradient, self.backend, self.tolerance,
+            lambda report: setattr(self, "gradient_report", report),
+        )  # fmt: skip
         self.gradient_report = tokens.report
         return tokens
 

@@ -6,6 +6,7 @@ import functools
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import TypeVar
 
 import torch
@@ -132,6 +133,7 @@ class Tokens:
     index: Tensor | None  # [N] positions of the valid tokens, None where all are valid
     backend: str
     report: GradientReport
+    publish: Callable[[GradientReport], None]  # called when backward has filled the report in
 
     @property
     def count(self) -> int:
@@ -141,11 +143,12 @@ class Tokens:
         """Also notes it in the report."""
         head = self.problem.head
         wanted = any(t is not None and t.requires_grad for t in (self.problem.hidden, head.weight, head.bias))
-        sparse = self.problem.tolerance is not None and wanted and torch.is_grad_enabled() and self.count > 0
+        wanted = wanted and torch.is_grad_enabled()
+        sparse = self.problem.tolerance is not None and wanted and self.count > 0
         if sparse:
-            self.report.mode = "sparse"
-        else:
-            self.report.exact_tokens, self.report.bound, self.report.tolerance = self.count, 0.0, None
+            self.report.mode, self.report.tolerance = "sparse", self.problem.tolerance
+        elif wanted:
+            self.report.mode, self.report.exact_tokens, self.report.bound = "exact", self.count, 0.0
         return sparse
 
     def select(self, values: Tensor, name: str) -> Tensor:
@@ -173,12 +176,13 @@ class Tokens:
     def losses(self, wanted: frozenset[str], top_k: int = 20) -> Statistics:
         """Differentiable nll and kl over the valid tokens, with the statistics named in `wanted`."""
         problem = _want(self.problem, wanted, top_k)
+        sparse = self.takes_sparse_gradients()
         if self.backend == "reference":
             return _full_logits_statistics(problem)
         head, backend = problem.head, backends.load(self.backend)
         tensors = (problem.hidden, head.weight, head.bias)
-        if self.takes_sparse_gradients():
-            outputs = SparseTokenLossesFunction.apply(*tensors, problem, backend, self.report)
+        if sparse:
+            outputs = SparseTokenLossesFunction.apply(*tensors, problem, backend, self.report, self.publish)
         else:
             outputs = TokenLossesFunction.apply(*tensors, problem, backend, torch.is_grad_enabled())
         nll, kl, prediction, entropy, ref_nll, ref_entropy, topk_entropy = outputs
@@ -208,7 +212,7 @@ class Tokens:
         head, backend = problem.head, backends.load(self.backend)
         tensors = (problem.hidden, head.weight, head.bias)
         if self.takes_sparse_gradients():
-            return SparseSummedLossFunction.apply(*tensors, problem, backend, self.report, of_chunk)
+            return SparseSummedLossFunction.apply(*tensors, problem, backend, self.report, self.publish, of_chunk)
         return SummedLossFunction.apply(*tensors, problem, backend, torch.is_grad_enabled(), of_chunk)
 
 
@@ -221,6 +225,7 @@ def prepare(
     gradient: str,
     backend: str,
     tolerance: float,
+    publish: Callable[[GradientReport], None] = lambda report: None,
 ) -> Tokens:
     """All validation of the package's losses, and the removal of ignored tokens."""
     head = as_head(head)
@@ -260,8 +265,7 @@ def prepare(
         dtype=dtype,
         tolerance=float(tolerance) if sparse else None,
     )
-    report = GradientReport("exact", len(flat), problem.tolerance)
-    return Tokens(problem, labels.shape, index, chosen, report)
+    return Tokens(problem, labels.shape, index, chosen, GradientReport("none", len(flat)), publish)
 
 
 def _want(problem: Problem, wanted: frozenset[str], top_k: int) -> Problem:
@@ -291,9 +295,9 @@ def check_options(gradient: str, backend: str, ignore_index: int, tolerance: flo
         raise ValueError(
             "gradient='sparse' with backend='reference', which has full logits and is always exact; leave one of the two"
         )
-    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 < tolerance < 1:
+    if isinstance(tolerance, bool) or not isinstance(tolerance, Real) or not 0 < tolerance < 1:
         raise ValueError(
-            f"tolerance: expected a number between 0 and 1 (the default is {TOLERANCE}), got {tolerance!r}; for exact "
+            f"tolerance: expected a Python number between 0 and 1 (the default is {TOLERANCE}), got {tolerance!r}; for exact "
             "gradients give gradient='exact'"
         )
     if backend != "auto" and backend not in backends.NAMES:

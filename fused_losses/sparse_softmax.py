@@ -39,23 +39,24 @@ SMALLEST_VOCABULARY = 8192
 
 def parameters(tolerance: float, vocabulary: int) -> tuple[float, int]:
     """θ and the most entries per token. The bound falls with √θ, measured; a coarser θ than the default saves little."""
-    finer = min(1.0, tolerance / TOLERANCE) ** 2
+    finer = max(min(1.0, tolerance / TOLERANCE) ** 2, 1e-12)
     return THRESHOLD * finer, min(vocabulary, max(CAPACITY, min(int(CAPACITY * finer**-0.65), vocabulary // 8)))
 
 
 @dataclass
 class GradientReport:
-    """How the gradient of one call was formed. Certified numbers appear with backward, when the upstream weights are known.
+    """How the gradient of one call was formed. The certified numbers come with backward, which knows the upstream weights.
 
     Attributes:
-        mode: "sparse", or "exact" where nothing was approximated.
-        tolerance: the bound asked for, None in exact mode.
+        mode: "sparse"; "exact", where nothing is approximated; "none", where no gradient was asked for.
+        tolerance: the bound asked for, None but in sparse mode.
         tokens: N, without ignored ones.
         entries: kept in S, all tokens together.
         saved_bytes: of S and what belongs to it, kept for backward besides the inputs.
         exact_tokens: how many got exact gradients; None before backward.
-        bound: certified bound of the relative L1 error of the gradient of the logits, above float32 rounding; ≤ tolerance. None
-            before backward, 0 where all tokens are exact.
+        bound: certified bound of ‖error‖₁ / ‖gradient‖₁ for the gradient of the logits as computed; rounding comes on top. At
+            most `tolerance`; 0 where all tokens are exact, NaN where a loss or an upstream gradient is not finite, None
+            before backward. It does not bound the errors of dx and dW in other norms: docs/method.md has what these were.
     """
 
     mode: str
@@ -67,8 +68,8 @@ class GradientReport:
     bound: float | None = None
 
     def __str__(self) -> str:
-        if self.mode == "exact":
-            return f"exact gradients for {self.tokens} tokens"
+        if self.mode != "sparse":
+            return f"{'exact' if self.mode == 'exact' else 'no'} gradients for {self.tokens} tokens"
         text = f"sparse gradients: {self.tokens} tokens, {self.entries / max(1, self.tokens):.0f} entries each, "
         text += f"{self.saved_bytes / 2**20:.1f} MiB saved"
         if self.bound is None:
@@ -192,6 +193,8 @@ def select(error: Tensor, norm: Tensor, forced: Tensor, tolerance: float) -> tup
     count = int((remaining > tolerance * total).sum())
     forced[order[:count]] = True
     bound = float(remaining[count] / total) if count < len(error) and float(total) > 0 else 0.0
+    if not bool((error.isfinite() & norm.isfinite()).all()):
+        bound = float("nan")
     return forced.nonzero().flatten(), bound
 
 
@@ -230,7 +233,7 @@ def gradients(
     exact, report.bound = select(torch.where(sparse.done, 0, error), norm, sparse.full, problem.tolerance)
     todo = int((~sparse.done).sum())
     if len(exact) > todo / 2:
-        exact, report.bound = (~sparse.done).nonzero().flatten(), 0.0
+        exact, report.bound = (~sparse.done).nonzero().flatten(), 0.0 * report.bound
     report.exact_tokens = len(exact) + len(sparse.done) - todo
 
     out = dense

@@ -1,10 +1,14 @@
 """Sparse-plus-rank-one gradients: exact where nothing is left out, and never further off than certified."""
 
 import contextlib
+import copy
+import math
 import os
+import pickle
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -12,6 +16,7 @@ import torch
 from cases import errors, make, relative, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 
 import fused_losses as fl
 from fused_losses import backends, kernels, sparse_softmax
@@ -422,7 +427,7 @@ def test_auto(dtype, vocabulary, mode):
     assert loss.gradient_report.tolerance == (sparse_softmax.TOLERANCE if mode == "sparse" else None)
     with torch.no_grad():
         loss(hidden, weight, torch.arange(4))
-    assert loss.gradient_report.mode == "exact"
+    assert loss.gradient_report.mode == "none" and loss.gradient_report.bound is None
 
 
 def test_report():
@@ -440,16 +445,50 @@ def test_report():
     assert str(out.gradient_report) == f"exact gradients for {n} tokens"
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_report_of_a_checkpointed_loss(reentrant):
+    loss = fl.TALRLoss(gradient="sparse")
+    hidden, weight = torch.randn(1, 8, 4, requires_grad=True), torch.randn(50, 4, requires_grad=True)
+    labels = torch.arange(8)[None]
+    checkpoint(lambda x: loss(x, weight, labels), hidden, use_reentrant=reentrant).backward()
+    assert loss.gradient_report.bound is not None
+
+
+def test_report_after_a_backward_is_of_its_call():
+    loss = fl.CrossEntropyLoss(gradient="sparse")
+    hidden, weight = torch.randn(8, 4, requires_grad=True), torch.randn(50, 4, requires_grad=True)
+    value = loss(hidden, weight, torch.arange(8))
+    with torch.no_grad():
+        loss(hidden[:3], weight, torch.arange(3))
+    assert (loss.gradient_report.tokens, loss.gradient_report.mode) == (3, "none")
+    value.backward()
+    assert (loss.gradient_report.tokens, loss.gradient_report.mode) == (8, "sparse")
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(loss)))
+    assert copied.gradient_report == loss.gradient_report
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_is_certified_where_something_is_not_finite(backend):
+    case = make(20, 6, 300, ignored=0)
+    hidden, head, _ = case.inputs(torch.float32)
+    with torch.no_grad():
+        hidden[7] = torch.nan
+    out = fl.token_losses(hidden, head, case.labels, gradient="sparse", backend=backend)
+    out.nll.sum().backward()
+    assert math.isnan(out.gradient_report.bound)
+
+
 def test_finer_tolerance_gets_finer_entries():
     loose, fine = (sparse_softmax.parameters(t, 128256) for t in (0.15, 0.03))
     assert fine[0] < loose[0] and fine[1] > loose[1]
     assert sparse_softmax.parameters(0.9, 128256) == loose
     assert sparse_softmax.parameters(0.15, 100)[1] == 100
+    assert sparse_softmax.parameters(1e-300, 128256)[1] == 128256 // 8
 
 
 @pytest.mark.parametrize("tolerance", [0, 1, -0.1, float("nan"), "0.1", None, True])
 def test_bad_tolerance(tolerance):
-    with pytest.raises(ValueError, match="tolerance: expected a number between 0 and 1"):
+    with pytest.raises(ValueError, match="tolerance: expected a Python number between 0 and 1"):
         fl.CrossEntropyLoss(tolerance=tolerance)
     with pytest.raises(ValueError, match="gradient='exact'"):
         fl.token_losses(torch.randn(2, 3), torch.randn(4, 3), torch.tensor([0, 1]), tolerance=tolerance)
@@ -548,6 +587,42 @@ def test_other_instruction_sets(wanted, found):
         env={**os.environ, "FUSED_LOSSES_SIMD": wanted},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
+
+
+LIBRARY = """
+import sys, fused_losses.kernels as kernels
+from pathlib import Path
+import torch, fused_losses as fl
+kernels.LIBRARY = Path(sys.argv[1])
+hidden = torch.randn(3, 4, requires_grad=True)
+fl.CrossEntropyLoss(gradient="sparse")(hidden, torch.randn(9, 4), torch.arange(3)).backward()
+try:
+    fl.token_losses(hidden, torch.randn(9, 4), torch.arange(3), backend="cpu")
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [(None, "not built"), (b"not a library", "does not load"), ("another library", "rebuild")],
+    ids=["missing", "corrupt", "without the kernels"],
+)
+def test_a_library_that_cannot_be_used_is_passed_over_with_the_reason(content, reason, tmp_path):
+    path = tmp_path / "_kernels.so"
+    if content == "another library":
+        import ctypes.util
+
+        name = ctypes.util.find_library("m")
+        found = [p for p in Path("/").glob(f"usr/lib/*/{name}")] + [p for p in Path("/").glob(f"lib*/*/{name}")]
+        if not found:
+            pytest.skip("no shared library to take")
+        path.write_bytes(found[0].read_bytes())
+    elif content is not None:
+        path.write_bytes(content)
+    result = subprocess.run([sys.executable, "-c", LIBRARY, str(path)], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert "backend='cpu' cannot run here" in result.stdout and reason in result.stdout and "auto" in result.stdout
 
 
 def test_oracle_of_the_certificate_tests_is_what_it_says():

@@ -173,6 +173,8 @@ void weighted_sum_op(const Tensor& matrix, const Tensor& scale, Tensor out) {
   }
 }
 
+int64_t interface_op() { return 1; }  // INTERFACE of fused_losses/kernels.py
+
 std::string simd_op() { return kernels().name; }
 
 }  // namespace
@@ -186,6 +188,9 @@ STABLE_TORCH_LIBRARY_IMPL(fused_losses, CPU, m) {
   m.impl("columns_product", TORCH_BOX(&columns_product_op));
   m.impl("weighted_sum", TORCH_BOX(&weighted_sum_op));
 }
-STABLE_TORCH_LIBRARY_IMPL(fused_losses, CompositeExplicitAutograd, m) { m.impl("simd", TORCH_BOX(&simd_op)); }
+STABLE_TORCH_LIBRARY_IMPL(fused_losses, CompositeExplicitAutograd, m) {
+  m.impl("simd", TORCH_BOX(&simd_op));
+  m.impl("interface", TORCH_BOX(&interface_op));
+}
 
 }  // namespace fused_losses

@@ -5,6 +5,7 @@ and compaction in three passes over a row in cache, and the two sparse products.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ def scan(
     buffers: tuple[Tensor, ...] = ()
     softcap = problem.head.softcap or 0.0
     for chunk in chunked.logit_chunks(
-        problem, product(problem), narrow=False, extra=capacity * 4 * (1 + values), round_difference=True
+        problem, product(problem), narrow=True, extra=capacity * 4 * (1 + values), round_difference=True
     ):
         size = len(chunk.z)
         if not buffers:
@@ -105,10 +106,11 @@ def finish(problem: Problem, chunk: Chunk) -> None:
 
 
 def directions(problem: Problem, chunk: Chunk) -> None:
+    """Turn the buffers of a chunk from `scan` into ∂nll/∂z and ∂kl/∂z; its statistics are known, so these are dropped."""
     if problem.accumulator != torch.float32:
         return
-    scratch = empty_statistics(problem.rows(torch.arange(chunk.tokens.start, chunk.tokens.stop)))
-    chunked.row_passes(problem, scratch, chunk, directions=True, finished=True)
+    known = empty_statistics(replace(problem, labels=problem.labels[chunk.tokens], wanted=frozenset()))
+    chunked.row_passes(problem, known, chunk, directions=True, finished=True)
 
 
 def rows_product(
