@@ -2,7 +2,8 @@
 
     python benchmarks/training.py [--steps 60]
 
-Both runs of a pair start from the same weights and see the same batches in float32; only `gradient=` differs. Writes
+Both runs of a pair start from the same weights and see the same batches in float32, AdamW with a learning rate that falls linearly to 0 (the default of
+transformers' Trainer); only `gradient=` differs. Writes
 benchmarks/results/training.json after every finished run, and goes on from there when started again.
 """
 
@@ -52,6 +53,7 @@ def run(parameters: str, loss_name: str, gradient: str, steps: int) -> dict:
     loss_of = {"TALR": fl.TALRLoss, "LAwF": fl.LAwFLoss}[loss_name](gradient=gradient)
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=LEARNING_RATE[parameters], weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     losses, bounds = [], []
     data = batches(tokenizer, steps)
     for step in trange(steps, desc=f"{parameters} {loss_name} {gradient}"):
@@ -69,6 +71,7 @@ def run(parameters: str, loss_name: str, gradient: str, steps: int) -> dict:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        schedule.step()
         losses.append(loss.item())
         bounds.append(loss_of.gradient_report.bound)
     return {"losses": losses, "bounds": bounds}
@@ -88,7 +91,7 @@ def main() -> None:
         "learning_rate": LEARNING_RATE,
         "device": {"machine": platform.machine(), "torch": torch.__version__, "fused_losses": fl.__version__},
     }
-    for parameters in ("LoRA", "full"):
+    for parameters in ("full", "LoRA"):
         for loss_name in ("TALR", "LAwF"):
             for gradient in ("exact", "sparse"):
                 key = f"{parameters} {loss_name} {gradient}"

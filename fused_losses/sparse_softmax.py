@@ -32,7 +32,7 @@ from .problem import Entries, Gradients, Problem, Statistics, Tails
 TOLERANCE = 0.15
 THRESHOLD = 1.1e-4
 CAPACITY = 2048
-SAMPLED_TOKENS = 256
+SAMPLED_TOKENS = 1024
 # Of "auto": below, most entries could be above the threshold, and there is little to save.
 SMALLEST_VOCABULARY = 8192
 
