@@ -8,6 +8,7 @@ import torch
 from cases import errors, make, relative, run
 
 import fused_losses as fl
+from fused_losses import backends
 from fused_losses import reference as oracle
 from fused_losses.backends import torch as chunked
 
@@ -40,6 +41,17 @@ def test_equals_the_oracle(shape, head, reference, frozen, dtype, tolerance, sma
     case = make(*shape, **head, reference=reference, frozen=frozen)
     for output, error in errors(case, dtype).items():
         assert error <= tolerance, output
+
+
+@pytest.mark.skipif(backends.unavailable("cpu") is not None, reason=str(backends.unavailable("cpu")))
+@pytest.mark.parametrize("shape", SHAPES[1:4], ids=name)
+@pytest.mark.parametrize("head", HEADS, ids=name)
+@pytest.mark.parametrize("reference", REFERENCES, ids=name)
+@pytest.mark.parametrize("frozen", [False, True], ids=name)
+def test_compiled_kernels_equal_the_oracle_in_exact_mode(shape, head, reference, frozen, small_chunks):
+    case = make(*shape, **head, reference=reference, frozen=frozen)
+    for output, error in errors(case, torch.float32, "cpu").items():
+        assert error <= 1e-5, output
 
 
 def test_float32_error_is_that_of_float32():
