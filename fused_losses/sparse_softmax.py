@@ -110,13 +110,20 @@ class SparseSoftmax:
 
     def values(self, a: Tensor | None, b: Tensor | None) -> Tensor:
         """The entries of S' = a ∂nll/∂z + b ∂kl/∂z."""
-        counts = self.offsets.diff()
-        parts = [
-            torch.repeat_interleave(weight, counts, output_size=len(self.columns)).mul_(entries)
-            for weight, entries in ((a, self.nll), (b, self.kl))
-            if weight is not None
-        ]
-        return parts[0] if len(parts) == 1 else parts[0].add_(parts[1])
+        return weighted(self.offsets.diff(), self.nll, self.kl, a, b)
+
+    def shares(self, a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor]:
+        return shares(self.tails, self.offsets.diff(), self.nll, self.kl, a, b)
+
+
+def weighted(counts: Tensor, nll: Tensor, kl: Tensor | None, a: Tensor | None, b: Tensor | None) -> Tensor:
+    """a·nll + b·kl, entry by entry; `counts` per token."""
+    parts = [
+        torch.repeat_interleave(weight, counts, output_size=len(nll)).mul_(entries)
+        for weight, entries in ((a, nll), (b, kl))
+        if weight is not None
+    ]
+    return parts[0] if len(parts) == 1 else parts[0].add_(parts[1])
 
 
 class Builder:
@@ -169,14 +176,21 @@ class Builder:
         )
 
 
-def shares(tails: Tails, a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor]:
+def shares(
+    tails: Tails, counts: Tensor, nll: Tensor, kl: Tensor | None, a: Tensor | None, b: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Per token: what the error of its logits' gradient is at most, and what the gradient's L1 norm is at least."""
     if b is None:
         return 2 * a.abs() * tails.nll, a.abs() * tails.nll_l1
     if a is None:
         return b.abs() * (tails.kl_left + tails.kl.abs()), b.abs() * tails.kl_l1
-    error = a.abs() * tails.nll + b.abs() * tails.kl_left + (a * tails.nll + b * tails.kl).abs()
-    return error, (a.abs() * tails.nll_l1 - b.abs() * tails.kl_l1).abs()
+    together = (a * tails.nll + b * tails.kl).abs()
+    error = a.abs() * tails.nll + b.abs() * tails.kl_left + together
+    norm = (a.abs() * tails.nll_l1 - b.abs() * tails.kl_l1).abs()  # exact where one of a and b is 0
+    if bool(((a != 0) & (b != 0)).any()):
+        kept = torch.segment_reduce(weighted(counts, nll, kl, a, b).abs(), "sum", lengths=counts, initial=0)
+        norm = torch.maximum(norm, kept + together)
+    return error, norm
 
 
 def select(error: Tensor, norm: Tensor, forced: Tensor, tolerance: float) -> tuple[Tensor, float]:
@@ -202,7 +216,7 @@ def mostly_exact(entries: Entries, a: Tensor | None, b: Tensor | None, tolerance
     """Whether more than half of a chunk's tokens would need exact gradients, taken by itself."""
     if a is None and b is None:
         return False
-    error, norm = shares(entries.tails, a, b)
+    error, norm = shares(entries.tails, entries.counts.clamp(min=0), entries.nll, entries.kl, a, b)
     exact, _ = select(error, norm, entries.counts < 0, tolerance)
     return len(exact) > len(error) / 2
 
@@ -225,11 +239,7 @@ def gradients(
     head = problem.head
     if a is None and b is None:
         a = torch.zeros_like(sparse.tails.nll)
-    error, norm = shares(sparse.tails, a, b)
-    if a is not None and b is not None and bool(((a != 0) & (b != 0)).any()):
-        # The reverse triangle inequality is loose where both pull at a token; its own entries say more.
-        kept = torch.segment_reduce(sparse.values(a, b).abs(), "sum", offsets=sparse.offsets, initial=0)
-        norm = torch.maximum(norm, kept + (a * sparse.tails.nll + b * sparse.tails.kl).abs())
+    error, norm = sparse.shares(a, b)
     exact, report.bound = select(torch.where(sparse.done, 0, error), norm, sparse.full, problem.tolerance)
     todo = int((~sparse.done).sum())
     if len(exact) > todo / 2:
