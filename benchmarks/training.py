@@ -24,7 +24,7 @@ import fused_losses as fl
 from fused_losses.demo.model import hidden_states
 
 RESULTS = Path(__file__).parent / "results" / "training.json"
-LEARNING_RATE = {"full": 1e-5, "LoRA": 1e-4}
+LEARNING_RATE = {"full": 5e-6, "LoRA": 1e-4}
 ROWS, LENGTH = 4, 48
 
 
@@ -77,30 +77,33 @@ def run(parameters: str, loss_name: str, gradient: str, steps: int) -> dict:
     return {"losses": losses, "bounds": bounds}
 
 
+def record_of(steps: int) -> dict:
+    record = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"runs": {}}
+    settings = {"steps": steps, "rows": ROWS, "length": LENGTH, "learning_rate": LEARNING_RATE}
+    if any(record.get(key, value) != value for key, value in settings.items()):
+        record = {"runs": {}}
+    device = {"machine": platform.machine(), "torch": torch.__version__, "fused_losses": fl.__version__}
+    return record | settings | {"device": device}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--parameters", nargs="+", choices=["full", "LoRA"], default=["full", "LoRA"])
     options = parser.parse_args()
-    record = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"runs": {}}
-    if record.get("steps", options.steps) != options.steps:
-        record = {"runs": {}}
-    record |= {
-        "steps": options.steps,
-        "rows": ROWS,
-        "length": LENGTH,
-        "learning_rate": LEARNING_RATE,
-        "device": {"machine": platform.machine(), "torch": torch.__version__, "fused_losses": fl.__version__},
-    }
-    for parameters in ("full", "LoRA"):
+    for parameters in options.parameters:
         for loss_name in ("TALR", "LAwF"):
             for gradient in ("exact", "sparse"):
                 key = f"{parameters} {loss_name} {gradient}"
-                if key not in record["runs"]:
-                    record["runs"][key] = run(parameters, loss_name, gradient, options.steps)
-                    temporary = RESULTS.with_suffix(".tmp")
+                if key not in record_of(options.steps)["runs"]:
+                    result = run(parameters, loss_name, gradient, options.steps)
+                    record = record_of(options.steps)
+                    record["runs"][key] = result
+                    temporary = RESULTS.with_suffix(f".{parameters}.tmp")
                     temporary.write_text(json.dumps(record, indent=1))
                     os.replace(temporary, RESULTS)
-            exact, sparse = (record["runs"][f"{parameters} {loss_name} {g}"]["losses"] for g in ("exact", "sparse"))
+            runs = record_of(options.steps)["runs"]
+            exact, sparse = (runs[f"{parameters} {loss_name} {g}"]["losses"] for g in ("exact", "sparse"))
             worst = max(abs(a - b) / abs(a) for a, b in zip(exact, sparse, strict=True))
             print(f"{parameters} {loss_name}: loss {exact[0]:.4f} to {exact[-1]:.4f}, largest difference {worst:.3%}")
 

@@ -141,6 +141,7 @@ class SparseTokenLossesFunction(torch.autograd.Function):
                     backend.keep_chunk_rows(problem, chunk, rows, slice(None))
                     dense.append(rows)
                 builder.add(entries, done=flat)
+                del chunk  # its buffers go before the entries are joined
             sparse = builder.finish()
         report.entries, report.saved_bytes = len(sparse.columns), sparse.nbytes
         rows = [None if not dense or getattr(dense[0], name) is None else torch.cat([getattr(d, name) for d in dense])
@@ -201,9 +202,13 @@ class SparseSummedLossFunction(torch.autograd.Function):
                     backend.add_chunk(problem, chunk, a, b, dense)
                 builder.add(entries, done=flat)
                 weights.append(([a, b], chunk.tokens))
+                del chunk  # its buffers go before the entries are joined
             sparse = builder.finish()
-        report.entries, report.saved_bytes = len(sparse.columns), sparse.nbytes
+        del builder, entries
         a, b = (_joined([(pair[i], at) for pair, at in weights], out.nll) for i in (0, 1))
+        if sparse.kl is not None:
+            sparse = sparse.with_weights(a, b)
+        report.entries, report.saved_bytes = len(sparse.columns), sparse.nbytes
         dense = dense or Gradients()
         ctx.save_for_backward(*problem.tensors(), a, b, dense.hidden, dense.weight, dense.bias, *sparse.tensors())
         ctx.problem, ctx.backend = problem.with_tensors((None,) * 7), backend
@@ -215,13 +220,14 @@ class SparseSummedLossFunction(torch.autograd.Function):
     def backward(ctx, upstream):
         saved = ctx.saved_tensors
         problem, sparse = ctx.problem.with_tensors(saved[:7]), SparseSoftmax.of_tensors(saved[12:])
-        a, b = (None if w is None else w * upstream for w in saved[7:9])
+        a, b = saved[7:9]
         dense = Gradients(*saved[9:12]) if any(t is not None for t in saved[9:12]) else None
         with _no_autocast(problem):
+            if sparse.tails.error is None:
+                sparse = sparse.with_weights(a, b)
             total = sparse_softmax.gradients(
-                problem, ctx.backend, sparse, a, b, ctx.needs_input_grad[:3], ctx.report, dense,
-                1.0 if dense is None else float(upstream),
-            )  # fmt: skip
+                problem, ctx.backend, sparse, a, b, ctx.needs_input_grad[:3], ctx.report, dense, upstream
+            )
         ctx.publish(ctx.report)
         return total.hidden, total.weight, total.bias, None, None, None, None, None
 

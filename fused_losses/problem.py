@@ -123,6 +123,7 @@ class Tails:
     kl: Tensor | None = None  # Σ (p − p_ref) over what is left out
     kl_left: Tensor | None = None  # Σ |p − p_ref| over what is left out
     kl_l1: Tensor | None = None  # ‖∂kl/∂z‖₁
+    error: Tensor | None = None  # with upstream weights in `nll` already: the bound of the row's error
 
     def each(self, function: Callable[[Tensor], Tensor]) -> Tails:
         parts = {f.name: getattr(self, f.name) for f in fields(self)}

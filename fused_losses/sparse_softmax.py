@@ -85,7 +85,7 @@ class SparseSoftmax:
 
     offsets: Tensor  # [N + 1] int64
     columns: Tensor  # [entries] int32
-    nll: Tensor  # [entries] ∂nll/∂z: p, and p − 1 at the label
+    nll: Tensor  # [entries] ∂nll/∂z: p, and p − 1 at the label; after `with_weights` a ∂nll/∂z + b ∂kl/∂z
     kl: Tensor | None  # [entries] ∂kl/∂z = p − p_ref
     tails: Tails  # [N] each
     profile: Tensor  # [V]
@@ -95,8 +95,8 @@ class SparseSoftmax:
     def tensors(self) -> tuple[Tensor | None, ...]:
         t = self.tails
         return (
-            self.offsets, self.columns, self.nll, self.kl, t.nll, t.nll_l1, t.kl, t.kl_left, t.kl_l1, self.profile,
-            self.full, self.done,
+            self.offsets, self.columns, self.nll, self.kl, t.nll, t.nll_l1, t.kl, t.kl_left, t.kl_l1, t.error,
+            self.profile, self.full, self.done,
         )  # fmt: skip
 
     @staticmethod
@@ -111,6 +111,16 @@ class SparseSoftmax:
     def values(self, a: Tensor | None, b: Tensor | None) -> Tensor:
         """The entries of S' = a ∂nll/∂z + b ∂kl/∂z."""
         return weighted(self.offsets.diff(), self.nll, self.kl, a, b)
+
+    def with_weights(self, a: Tensor | None, b: Tensor | None) -> SparseSoftmax:
+        """The same with upstream weights that are known put in, so that an entry is one number also where there is a KL."""
+        if a is None and b is None:
+            a = torch.zeros_like(self.tails.nll)
+        error, norm = self.shares(a, b)
+        parts = [w * tail for w, tail in ((a, self.tails.nll), (b, self.tails.kl)) if w is not None]
+        tail = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+        tails = Tails(nll=tail, nll_l1=norm, error=error)
+        return replace(self, nll=self.values(a, b), kl=None, tails=tails)
 
     def shares(self, a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor]:
         return shares(self.tails, self.offsets.diff(), self.nll, self.kl, a, b)
@@ -180,6 +190,8 @@ def shares(
     tails: Tails, counts: Tensor, nll: Tensor, kl: Tensor | None, a: Tensor | None, b: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Per token: what the error of its logits' gradient is at most, and what the gradient's L1 norm is at least."""
+    if tails.error is not None:
+        return a.abs() * tails.error, a.abs() * tails.nll_l1
     if b is None:
         return 2 * a.abs() * tails.nll, a.abs() * tails.nll_l1
     if a is None:
@@ -230,16 +242,22 @@ def gradients(
     needs: tuple[bool, bool, bool],
     report: GradientReport,
     dense: Gradients | None = None,
-    dense_scale: float = 1.0,
+    factor: Tensor | None = None,
 ) -> Gradients:
-    """Σ_t a_t ∂nll_t + b_t ∂kl_t for hidden, weight and bias, in the inputs' dtypes, with `dense` (of the tokens that are done)
-    times `dense_scale` added.
+    """Σ_t a_t ∂nll_t + b_t ∂kl_t for hidden, weight and bias, in the inputs' dtypes.
+
+    `dense`: that of the tokens that are done. `factor`: a common factor of all weights, where `sparse` has them in itself
+    (`with_weights`) and so has `dense`.
     """
+    dense_scale = 1.0 if factor is None or dense is None else float(factor)
+    if factor is not None:
+        factor = factor.expand_as(sparse.tails.nll)
+        a, b = (None if w is None else w * factor for w in (a, b))
     need_hidden, need_weight, need_bias = needs
     head = problem.head
     if a is None and b is None:
         a = torch.zeros_like(sparse.tails.nll)
-    error, norm = sparse.shares(a, b)
+    error, norm = sparse.shares(a, b) if factor is None else sparse.shares(factor, None)
     exact, report.bound = select(torch.where(sparse.done, 0, error), norm, sparse.full, problem.tolerance)
     todo = int((~sparse.done).sum())
     if len(exact) > todo / 2:
@@ -257,6 +275,8 @@ def gradients(
     skip = sparse.done.clone()
     skip[exact] = True
     scale = head.logit_scale
+    if factor is not None:
+        a, b = factor, None
     a, b = (None if w is None else torch.where(skip, 0, w * scale) for w in (a, b))
     values = sparse.values(a, b)
     parts = [w * tail for w, tail in ((a, sparse.tails.nll), (b, sparse.tails.kl)) if w is not None]

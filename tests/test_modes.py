@@ -225,11 +225,12 @@ else:
     objective = fl.CrossEntropyLoss(gradient=gradient)
     loss = objective(hidden, weight, labels)
 loss.backward()
+peak = memory("VmHWM") - before - gradients
 if gradient == "sparse":
     report = out.gradient_report if what == "per-token" else objective.gradient_report
     assert report.exact_tokens == 0 and report.entries > 200 * n, report
 assert hidden.grad.isfinite().all() and weight.grad.abs().sum() > 0
-print(memory("VmHWM") - before - gradients)
+print(peak)
 """
 
 
