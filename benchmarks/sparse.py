@@ -458,7 +458,7 @@ def figures() -> None:
     import matplotlib.pyplot as plt
 
     record = json.loads((RESULTS / "sparse-accuracy.json").read_text())
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4.4), sharey=True)
     for axis, what, gradient in zip(axes, (0, 1), ("dx", "dW"), strict=True):
         for kind, color in zip(texts.TUNED, ("tab:blue", "tab:orange"), strict=True):
             points = [p for p in record["curve"] if p["text"] == kind]
@@ -472,12 +472,12 @@ def figures() -> None:
             )
         axis.set(xscale="log", yscale="log", xlabel="entries kept per token", title=gradient)
         axis.set_xticks([25, 50, 100, 200, 400, 800], ["25", "50", "100", "200", "400", "800"])
-        axis.set_yticks([0.1, 0.3, 1, 3, 10], ["0.1", "0.3", "1", "3", "10"])
+        axis.set_yticks([0.01, 0.03, 0.1, 0.3, 1, 3, 10], ["0.01", "0.03", "0.1", "0.3", "1", "3", "10"])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("relative L2 error, %")
-    axes[1].legend(fontsize=7, loc="upper right")
-    _write(figure, "sparse-error.png")
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, ncols=2, loc="upper center")
+    _write(figure, "sparse-error.png", top=0.8)
 
     split = json.loads((RESULTS / "sparse-speed-cpu.json").read_text())
     figure, axis = plt.subplots(figsize=(9, 3.2))
