@@ -54,9 +54,7 @@ class TokenLossesFunction(torch.autograd.Function):
         elif grad:
             ctx.save_for_backward(*problem.tensors())
             ctx.problem, ctx.backend = problem.with_tensors((None,) * 7), backend
-        fixed = (out.prediction, out.entropy, out.reference_nll, out.reference_entropy, out.topk_entropy)
-        ctx.mark_non_differentiable(*(v for v in fixed if v is not None))
-        return out.nll, out.kl, *fixed
+        return _outputs(ctx, out)
 
     @staticmethod
     @_first_order
@@ -149,9 +147,7 @@ class SparseTokenLossesFunction(torch.autograd.Function):
         ctx.save_for_backward(*problem.tensors(), *rows, *sparse.tensors())
         ctx.problem, ctx.backend = problem.with_tensors((None,) * 7), backend
         ctx.report, ctx.publish = report, publish
-        fixed = (out.prediction, out.entropy, out.reference_nll, out.reference_entropy, out.topk_entropy)
-        ctx.mark_non_differentiable(*(v for v in fixed if v is not None))
-        return out.nll, out.kl, *fixed
+        return _outputs(ctx, out)
 
     @staticmethod
     @_first_order
@@ -230,6 +226,13 @@ class SparseSummedLossFunction(torch.autograd.Function):
             )
         ctx.publish(ctx.report)
         return total.hidden, total.weight, total.bias, None, None, None, None, None
+
+
+def _outputs(ctx, out: Statistics) -> tuple[Tensor | None, ...]:
+    """All statistics, of which nll and kl have a gradient."""
+    fixed = (out.prediction, out.entropy, out.reference_nll, out.reference_entropy, out.topk_entropy)
+    ctx.mark_non_differentiable(*(v for v in fixed if v is not None))
+    return out.nll, out.kl, *fixed
 
 
 def _weights_of(loss: TokenLoss, sums: list[Tensor]) -> Callable[[Statistics, slice], tuple]:

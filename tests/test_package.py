@@ -1,6 +1,7 @@
 """What holds of the package as a whole: imports, the command line, the README."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,14 @@ def test_info_lists_versions_devices_and_backends():
     assert result.returncode == 0, result.stderr
     for word in ("torch", "2.", "cpu", "reference", "full logits", "auto"):
         assert word in result.stdout
+
+
+@pytest.mark.skipif(shutil.which("g++") is None or sys.platform != "linux", reason="nothing to compile with")
+def test_kernels_are_built_where_there_is_a_compiler():
+    """Without this, tests that need them would be skipped in silence when the build breaks."""
+    from fused_losses import backends
+
+    assert backends.unavailable("cpu") is None
 
 
 def test_command_without_arguments_shows_help():
