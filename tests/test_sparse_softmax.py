@@ -226,7 +226,7 @@ def test_only_the_heavy_tokens_are_exact(backend):
     assert report.exact_tokens == 4 and report.bound <= 0.01 and report.tokens == 64
     exact = x.softmax(1) - torch.nn.functional.one_hot(labels, V)
     assert relative(hidden.grad[60:], exact[60:]) < 1e-6
-    assert relative(weight.grad, exact.T @ x) < 0.01
+    assert relative(weight.grad, exact.T @ x) < 6.5e-8  # measured 2.2e-8
 
 
 def test_rank_one_tail_is_worth_having():
@@ -295,7 +295,7 @@ def test_flat_chunks_between_peaked_ones(backend, reference, frozen, summed):
     assert 17 <= report.exact_tokens < 40 and report.bound <= 0.1
     for value, expected in zip(got, truth, strict=True):
         if expected is not None:
-            assert relative(value, expected) < 0.05
+            assert relative(value, expected) < 0.012  # measured 0.0042
     assert relative(got[0][16:32], truth[0][16:32]) < 1e-5 and relative(got[0][40], truth[0][40]) < 1e-5
 
 
