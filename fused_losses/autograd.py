@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from . import sparse_softmax
+from .backends import Backend
 from .problem import Gradients, Problem, Statistics
 from .sparse_softmax import Builder, GradientReport, SparseSoftmax
 
@@ -42,7 +42,7 @@ class TokenLossesFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, problem: Problem, backend: ModuleType, grad: bool):
+    def forward(ctx, hidden, weight, bias, problem: Problem, backend: Backend, grad: bool):
         ctx.set_materialize_grads(False)
         need_hidden, need_weight, need_bias = (grad and need for need in ctx.needs_input_grad[:3])
         ctx.keep_rows = need_hidden and not (need_weight or need_bias)
@@ -85,7 +85,7 @@ class SummedLossFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, problem: Problem, backend: ModuleType, grad: bool, loss: TokenLoss):
+    def forward(ctx, hidden, weight, bias, problem: Problem, backend: Backend, grad: bool, loss: TokenLoss):
         needs = tuple(grad and need for need in ctx.needs_input_grad[:3])
         sums: list[Tensor] = []
 
@@ -121,23 +121,20 @@ class SparseTokenLossesFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden, weight, bias, problem: Problem, backend: ModuleType, report: GradientReport, publish: Publish
+        ctx, hidden, weight, bias, problem: Problem, backend: Backend, report: GradientReport, publish: Publish
     ):
         ctx.set_materialize_grads(False)
         frozen = not any(ctx.needs_input_grad[1:3])
         dense: list[Gradients] = []
         with _no_autocast(problem):
             out = backend.empty_statistics(problem)
-            builder = Builder(problem, backend)
+            builder = Builder(problem, backend, rows=ctx.needs_input_grad[0])
             for chunk, entries in builder.scan(out):
                 one = torch.ones_like(entries.tails.nll)
                 guesses = [(one, None), (None, one)] if problem.has_reference else [(one, None)]
                 flat = frozen and any(sparse_softmax.mostly_exact(entries, a, b, problem.tolerance) for a, b in guesses)
                 if flat:
-                    rows = backend.empty_rows(problem, len(one))
-                    backend.directions(problem, chunk)
-                    backend.keep_chunk_rows(problem, chunk, rows, slice(None))
-                    dense.append(rows)
+                    dense.append(backend.dense_rows(problem, chunk))
                 builder.add(entries, done=flat)
                 del chunk  # its buffers go before the entries are joined
             sparse = builder.finish()
@@ -177,7 +174,7 @@ class SparseSummedLossFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden, weight, bias, problem: Problem, backend: ModuleType, report: GradientReport, publish: Publish,
+        ctx, hidden, weight, bias, problem: Problem, backend: Backend, report: GradientReport, publish: Publish,
         loss: TokenLoss,
     ):  # fmt: skip
         needs = ctx.needs_input_grad[:3]
@@ -187,15 +184,14 @@ class SparseSummedLossFunction(torch.autograd.Function):
         dense: Gradients | None = None
         with _no_autocast(problem):
             out = backend.empty_statistics(problem)
-            builder = Builder(problem, backend)
+            builder = Builder(problem, backend, rows=ctx.needs_input_grad[0])
             for chunk, entries in builder.scan(out):
                 a, b = upstream(out.at(chunk.tokens), chunk.tokens)
                 flat = sparse_softmax.mostly_exact(entries, a, b, problem.tolerance)
                 if flat:
                     if dense is None:
                         dense = backend.empty_gradients(problem, *needs)
-                    backend.directions(problem, chunk)
-                    backend.add_chunk(problem, chunk, a, b, dense)
+                    backend.add_dense(problem, chunk, a, b, dense)
                 builder.add(entries, done=flat)
                 weights.append(([a, b], chunk.tokens))
                 del chunk  # its buffers go before the entries are joined

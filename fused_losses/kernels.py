@@ -6,6 +6,7 @@ and statistics are float32. Sources: csrc/README.md.
 
 from __future__ import annotations
 
+import enum
 import functools
 from pathlib import Path
 
@@ -14,6 +15,27 @@ import torch
 LIBRARY = Path(__file__).with_name("_kernels.so")
 # The rows of the tensor `rows` [8, N] of `compact`: what is known of a token besides its statistics.
 BOUND, REFERENCE_BOUND, LOG_SUM, TAIL, NLL_L1, KL_TAIL, KL_TAIL_L1, KL_L1 = range(8)
+
+
+class Row(enum.IntEnum):
+    """The rows of the tensor `rows` [9, N] of the GPU's kernels: what is known of a token besides its statistics.
+
+    p[v] = exp((z[v] − TOP) − LOG_SUM), p_ref likewise. Slope: 1 − (z/softcap)², 1 without soft-cap.
+    """
+
+    TOP = 0
+    LOG_SUM = 1
+    REF_TOP = 2
+    REF_LOG_SUM = 3
+    SHIFT = 4  # lse − lse of the reference
+    REST = 5  # Σ p·slope over all but the label
+    GAP = 6  # Σ (p − p_ref)·slope
+    GAP_L1 = 7  # Σ |p − p_ref|·slope, with TOTALS_SHIFT in place of SHIFT
+    TOTALS_SHIFT = 8
+
+
+# A segment of more entries than this is summed in slots (`segment_product`); csrc/cuda/common.cuh has it too.
+SPLIT = 512
 
 SCHEMAS = (
     # out[t, v] = hidden[t] · weight[v] + bias[v], float32 from float32 or bfloat16 operands; false: not possible here

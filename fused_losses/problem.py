@@ -139,3 +139,6 @@ class Entries:
     nll: Tensor  # [entries] ∂nll/∂z there
     kl: Tensor | None  # [entries] ∂kl/∂z there
     tails: Tails
+    # [C, D] Σ over the entries of ∂nll/∂z (∂kl/∂z) · weight, where the backend has them at hand
+    nll_rows: Tensor | None = None
+    kl_rows: Tensor | None = None

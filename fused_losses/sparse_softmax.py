@@ -19,12 +19,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .backends import Backend
 from .problem import Entries, Gradients, Problem, Statistics, Tails
 
 # Measured on SmolLM2 (docs/method.md): at this tolerance no token of ordinary text needs exact gradients, the
@@ -32,7 +32,6 @@ from .problem import Entries, Gradients, Problem, Statistics, Tails
 TOLERANCE = 0.15
 THRESHOLD = 1.1e-4
 CAPACITY = 2048
-SAMPLED_TOKENS = 1024
 # Of "auto": below, most entries could be above the threshold, and there is little to save.
 SMALLEST_VOCABULARY = 8192
 
@@ -91,18 +90,21 @@ class SparseSoftmax:
     profile: Tensor  # [V]
     full: Tensor  # [N] bool: more entries than the capacity, none stored
     done: Tensor  # [N] bool: gradient computed densely in forward
+    # [N, D] what dx takes from the entries (SW), where the backend formed it; after `with_weights` S'W
+    nll_rows: Tensor | None = None
+    kl_rows: Tensor | None = None
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         t = self.tails
         return (
             self.offsets, self.columns, self.nll, self.kl, t.nll, t.nll_l1, t.kl, t.kl_left, t.kl_l1, t.error,
-            self.profile, self.full, self.done,
+            self.profile, self.full, self.done, self.nll_rows, self.kl_rows,
         )  # fmt: skip
 
     @staticmethod
     def of_tensors(tensors: tuple[Tensor | None, ...]) -> SparseSoftmax:
-        offsets, columns, nll, kl, *tails, profile, full, done = tensors
-        return SparseSoftmax(offsets, columns, nll, kl, Tails(*tails), profile, full, done)
+        offsets, columns, nll, kl, *tails, profile, full, done, nll_rows, kl_rows = tensors
+        return SparseSoftmax(offsets, columns, nll, kl, Tails(*tails), profile, full, done, nll_rows, kl_rows)
 
     @property
     def nbytes(self) -> int:
@@ -120,7 +122,17 @@ class SparseSoftmax:
         parts = [w * tail for w, tail in ((a, self.tails.nll), (b, self.tails.kl)) if w is not None]
         tail = parts[0] if len(parts) == 1 else parts[0] + parts[1]
         tails = Tails(nll=tail, nll_l1=norm, error=error)
-        return replace(self, nll=self.values(a, b), kl=None, tails=tails)
+        rows = None if self.nll_rows is None else self.rows(a, b).to(self.nll_rows.dtype)
+        return replace(self, nll=self.values(a, b), kl=None, tails=tails, nll_rows=rows, kl_rows=None)
+
+    def rows(self, a: Tensor | None, b: Tensor | None) -> Tensor:
+        """a·nll_rows + b·kl_rows, fp32."""
+        parts = [
+            w[:, None] * rows
+            for w, rows in ((a, self.nll_rows), (b, self.kl_rows))
+            if w is not None and rows is not None
+        ]
+        return parts[0] if len(parts) == 1 else parts[0].add_(parts[1])
 
     def shares(self, a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor]:
         return shares(self.tails, self.offsets.diff(), self.nll, self.kl, a, b)
@@ -139,11 +151,11 @@ def weighted(counts: Tensor, nll: Tensor, kl: Tensor | None, a: Tensor | None, b
 class Builder:
     """Collects the entries of one chunk after the other."""
 
-    def __init__(self, problem: Problem, backend: ModuleType) -> None:
-        self.problem, self.backend = problem, backend
+    def __init__(self, problem: Problem, backend: Backend, rows: bool) -> None:
+        self.problem, self.backend, self.rows = problem, backend, rows
         self.threshold, self.capacity = parameters(problem.tolerance, problem.head.vocabulary)
         n, device = len(problem.labels), problem.hidden.device
-        most = min(n, SAMPLED_TOKENS)
+        most = min(n, backend.SAMPLED_TOKENS)
         self.sampled = torch.arange(most, device=device) * n // max(1, most)
         self.profile = torch.zeros(problem.head.vocabulary, dtype=problem.accumulator, device=device)
         self.chunks: list[Entries] = []
@@ -151,14 +163,19 @@ class Builder:
 
     def scan(self, out: Statistics) -> Iterator[tuple[Any, Entries]]:
         """The chunks of the backend's sweep, each to be given to `add`."""
-        return self.backend.scan(self.problem, out, self.threshold, self.capacity, self.sampled, self.profile)
+        return self.backend.scan(
+            self.problem, out, self.threshold, self.capacity, self.sampled, self.profile, self.rows
+        )
 
     def add(self, entries: Entries, done: bool) -> None:
         """`done`: the chunk's gradient has been computed densely, so its entries are dropped."""
         if done:
             none = entries.columns[:0]
             kl = None if entries.kl is None else entries.kl[:0]
-            entries = Entries(torch.zeros_like(entries.counts), none, entries.nll[:0], kl, entries.tails)
+            entries = Entries(
+                torch.zeros_like(entries.counts), none, entries.nll[:0], kl, entries.tails, entries.nll_rows,
+                entries.kl_rows,
+            )  # fmt: skip
         self.chunks.append(entries)
         self.done.append(torch.full_like(entries.counts, done, dtype=torch.bool))
 
@@ -183,6 +200,8 @@ class Builder:
             profile=torch.where(total > 0, self.profile / total, 0),
             full=counts < 0,
             done=torch.cat(self.done),
+            nll_rows=None if chunks[0].nll_rows is None else torch.cat([c.nll_rows for c in chunks]),
+            kl_rows=None if chunks[0].kl_rows is None else torch.cat([c.kl_rows for c in chunks]),
         )
 
 
@@ -235,7 +254,7 @@ def mostly_exact(entries: Entries, a: Tensor | None, b: Tensor | None, tolerance
 
 def gradients(
     problem: Problem,
-    backend: ModuleType,
+    backend: Backend,
     sparse: SparseSoftmax,
     a: Tensor | None,
     b: Tensor | None,
@@ -285,9 +304,12 @@ def gradients(
     hidden, weight = problem.hidden.to(problem.dtype), head.weight.to(problem.dtype)
     if need_hidden:
         mean = backend.weighted_sum(weight, sparse.profile)
-        result.hidden = backend.rows_product(
-            sparse.offsets, sparse.columns, values, weight, tail, mean, problem.hidden.dtype
-        )
+        if sparse.nll_rows is not None:
+            result.hidden = sparse.rows(a, b).addcmul_(tail[:, None], mean).to(problem.hidden.dtype)
+        else:
+            result.hidden = backend.rows_product(
+                sparse.offsets, sparse.columns, values, weight, tail, mean, problem.hidden.dtype
+            )
         if out is not None and out.hidden is not None:
             at = skip.nonzero().flatten()
             result.hidden.index_copy_(0, at, (out.hidden[at] * dense_scale).to(result.hidden.dtype))
@@ -307,7 +329,7 @@ def gradients(
 
 
 def _exact(
-    problem: Problem, backend: ModuleType, exact: Tensor, a: Tensor | None, b: Tensor | None,
+    problem: Problem, backend: Backend, exact: Tensor, a: Tensor | None, b: Tensor | None,
     needs: tuple[bool, bool, bool], dense: Gradients | None, dense_scale: float,
 ) -> Gradients:  # fmt: skip
     """The exact gradients of some tokens, their logits computed once more, plus what is there already; hidden at its rows."""

@@ -3,17 +3,62 @@
 from __future__ import annotations
 
 import importlib
-from types import ModuleType
+import importlib.util
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Protocol
 
 # torch is not imported here: the name is that of a submodule.
+if TYPE_CHECKING:
+    from torch import Tensor
 
-NAMES = ("cpu", "torch", "reference")
+    from ..problem import Entries, Gradients, Problem, Statistics
+
+NAMES = ("cuda", "triton", "cpu", "torch", "reference")
 
 PURPOSE = {
+    "cuda": "CUDA kernels for the entries and the row statistics, the scan in Triton",
+    "triton": "Triton kernels for everything, the products of exact gradients from cuBLAS",
     "cpu": "compiled kernels for the row passes and sparse products on a CPU",
     "torch": "chunked, in plain PyTorch operations, any device",
     "reference": "full logits in plain PyTorch, the specification; for checks on small inputs",
 }
+# Architectures (90: Hopper) on which the CUDA kernels were measured to be faster than Triton's; "auto" takes them there.
+CUDA_MEASURED_FASTER: frozenset[int] = frozenset()
+
+
+class Backend(Protocol):
+    """What every implementation has, as a module or an object; backends/torch.py says what each function does."""
+
+    SAMPLED_TOKENS: int
+
+    def statistics(self, problem: Problem, keep_rows: bool = False) -> tuple[Statistics, Gradients]: ...
+    def gradients(
+        self, problem: Problem, upstream: Any, hidden: bool, weight: bool, bias: bool
+    ) -> tuple[Statistics, Gradients]: ...
+    def empty_statistics(self, problem: Problem) -> Statistics: ...
+    def empty_gradients(self, problem: Problem, hidden: bool, weight: bool, bias: bool) -> Gradients: ...
+    def scan(
+        self, problem: Problem, out: Statistics, threshold: float, capacity: int, sampled: Tensor, profile: Tensor,
+        rows: bool,
+    ) -> Iterator[tuple[Any, Entries]]: ...  # fmt: skip
+    def dense_rows(self, problem: Problem, chunk: Any) -> Gradients: ...
+    def add_dense(self, problem: Problem, chunk: Any, a: Tensor | None, b: Tensor | None, total: Gradients) -> None: ...
+    def rows_product(
+        self,
+        offsets: Tensor,
+        columns: Tensor,
+        values: Tensor,
+        matrix: Tensor,
+        scale: Tensor,
+        vector: Tensor,
+        dtype: Any,
+    ) -> Tensor: ...
+    def columns_product(
+        self, offsets: Tensor, columns: Tensor, values: Tensor, matrix: Tensor, scale: Tensor, vector: Tensor,
+        base: Tensor | None, base_scale: float, dtype: Any,
+    ) -> Tensor: ...  # fmt: skip
+    def weighted_sum(self, matrix: Tensor, scale: Tensor) -> Tensor: ...
 
 
 def unavailable(name: str) -> str | None:
@@ -22,20 +67,65 @@ def unavailable(name: str) -> str | None:
         from .. import kernels
 
         return kernels.load()
+    if name == "triton":
+        return _no_triton()
+    if name == "cuda":
+        from .. import kernels
+
+        return kernels.load_cuda() or _no_triton()
     return None
 
 
-def choose(name: str, device_type: str) -> str:
-    """The backend for a call. "auto" is cpu on a CPU where it was built, else torch."""
+def _no_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; it comes with torch on Linux"
+    if interpreted():
+        return None
+    import torch
+
+    if torch.version.cuda is None:
+        return "torch is a CPU build; to run the kernels on a CPU, slowly, set TRITON_INTERPRET=1 before the first use"
+    if not torch.cuda.is_available():
+        return "no GPU visible"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, on CPU tensors: for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def choose(name: str, device_type: str, capability: tuple[int, int] | None = None) -> str:
+    """The backend for a call on a device of this type. The first of cuda, triton, cpu, torch that fits and can run."""
     if name == "auto":
-        return "cpu" if device_type == "cpu" and unavailable("cpu") is None else "torch"
-    if name == "cpu" and device_type != "cpu":
-        raise ValueError(f"backend='cpu' with tensors on {device_type}; give backend='auto', or move them to the CPU")
+        if device_type == "cuda":
+            if unavailable("cuda") is None and _measured_faster(capability):
+                return "cuda"
+            if unavailable("triton") is None:
+                return "triton"
+        elif device_type == "cpu" and unavailable("cpu") is None:
+            return "cpu"
+        return "torch"
+    fits = {"cpu": ("cpu",), "triton": ("cuda", "cpu") if interpreted() else ("cuda",), "cuda": ("cuda",)}
+    if device_type not in fits.get(name, (device_type,)):
+        move = "the CPU" if name == "cpu" else "a GPU"
+        raise ValueError(f"backend={name!r} with tensors on {device_type}; give backend='auto', or move them to {move}")
     reason = unavailable(name)
     if reason is not None:
         raise RuntimeError(f"backend={name!r} cannot run here: {reason}; give backend='auto'")
     return name
 
 
-def load(name: str) -> ModuleType:
-    return importlib.import_module(f"{__name__}.{name}")
+def _measured_faster(capability: tuple[int, int] | None) -> bool:
+    if not CUDA_MEASURED_FASTER:
+        return False
+    import torch
+
+    from ..triton_kernels.tiles import architecture
+
+    return architecture(capability or torch.cuda.get_device_capability()) in CUDA_MEASURED_FASTER
+
+
+def load(name: str) -> Backend:
+    module: Any = importlib.import_module(f"{__name__}.{name}")
+    return getattr(module, "backend", module)

@@ -13,20 +13,11 @@ from torch import Tensor
 from .. import kernels
 from ..problem import Entries, Gradients, Problem, Statistics, Tails
 from . import torch as chunked
-from .torch import (
-    Chunk,
-    Product,
-    Upstream,
-    add_chunk,
-    empty_gradients,
-    empty_rows,
-    empty_statistics,
-    keep_chunk_rows,
-)  # fmt: skip
+from .torch import SAMPLED_TOKENS, Chunk, Product, Upstream, empty_gradients, empty_statistics
 
 __all__ = [
-    "add_chunk", "columns_product", "directions", "empty_gradients", "empty_rows", "empty_statistics", "gradients",
-    "keep_chunk_rows", "rows_product", "scan", "statistics", "weighted_sum",
+    "SAMPLED_TOKENS", "add_dense", "columns_product", "dense_rows", "empty_gradients", "empty_statistics", "gradients",
+    "rows_product", "scan", "statistics", "weighted_sum",
 ]  # fmt: skip
 
 HALF_OR_SINGLE = (torch.float32, torch.bfloat16)
@@ -54,8 +45,9 @@ def _logits(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) ->
 
 
 def scan(
-    problem: Problem, out: Statistics, threshold: float, capacity: int, sampled: Tensor, profile: Tensor
-) -> Iterator[tuple[Chunk, Entries]]:
+    problem: Problem, out: Statistics, threshold: float, capacity: int, sampled: Tensor, profile: Tensor,
+    rows: bool = False,
+) -> Iterator[tuple[Chunk, Entries]]:  # fmt: skip
     if problem.accumulator != torch.float32:
         yield from chunked.scan(problem, out, threshold, capacity, sampled, profile)
         return
@@ -105,7 +97,17 @@ def finish(problem: Problem, chunk: Chunk) -> None:
         chunked.finish(problem, chunk.z[rows], None if chunk.r is None else chunk.r[rows])
 
 
-def directions(problem: Problem, chunk: Chunk) -> None:
+def dense_rows(problem: Problem, chunk: Chunk) -> Gradients:
+    _directions(problem, chunk)
+    return chunked.dense_rows(problem, chunk)
+
+
+def add_dense(problem: Problem, chunk: Chunk, a: Tensor | None, b: Tensor | None, total: Gradients) -> None:
+    _directions(problem, chunk)
+    chunked.add_dense(problem, chunk, a, b, total)
+
+
+def _directions(problem: Problem, chunk: Chunk) -> None:
     """Turn the buffers of a chunk from `scan` into ∂nll/∂z and ∂kl/∂z; its statistics are known, so these are dropped."""
     if problem.accumulator != torch.float32:
         return

@@ -21,6 +21,8 @@ CHUNK_BYTES = 96 << 20
 # accelerator the launch of a kernel costs more than its cache saves.
 BLOCK_NUMBERS = {"cpu": 1 << 18}
 BLOCK_NUMBERS_ELSEWHERE = 1 << 23
+# The tail profile is made of so many tokens.
+SAMPLED_TOKENS = 1024
 # Columns of the head that are converted at a time where a product needs another dtype.
 COLUMNS = 4096
 
@@ -116,12 +118,14 @@ def add_chunk(problem: Problem, chunk: Chunk, a: Tensor | None, b: Tensor | None
 
 
 def scan(
-    problem: Problem, out: Statistics, threshold: float, capacity: int, sampled: Tensor, profile: Tensor
-) -> Iterator[tuple[Chunk, Entries]]:
+    problem: Problem, out: Statistics, threshold: float, capacity: int, sampled: Tensor, profile: Tensor,
+    rows: bool = False,
+) -> Iterator[tuple[Chunk, Entries]]:  # fmt: skip
     """Sweep over the tokens for a sparse softmax: fill `out`, yield the entries of each chunk. 1 GEMM, 2 with a reference.
 
     An entry has p or p_ref > threshold · √(1 − p[label]), or is the label's. `profile` [V] gains Σ p over what the
-    tokens `sampled` (ascending) leave out. The chunk's buffers hold what `directions` needs.
+    tokens `sampled` (ascending) leave out. The chunk's buffers hold what `dense_rows` and `add_dense` need. `rows`: the
+    products of entries and weight are wanted too, of those backends that have them at hand; this one has not.
     """
     for chunk in logit_chunks(problem, narrow=True):
         parts: list[Entries] = []
@@ -141,8 +145,15 @@ def scan(
         yield chunk, _joined(parts)
 
 
-def directions(problem: Problem, chunk: Chunk) -> None:
-    """Turn the buffers of a chunk from `scan` into ∂nll/∂z and ∂kl/∂z; here they are."""
+def dense_rows(problem: Problem, chunk: Chunk) -> Gradients:
+    """∂nll/∂x and ∂kl/∂x of a chunk of `scan`."""
+    rows = empty_rows(problem, len(chunk.z))
+    keep_chunk_rows(problem, chunk, rows, slice(None))
+    return rows
+
+
+# Of a chunk of `scan`, whose buffers hold the directions.
+add_dense = add_chunk
 
 
 def _compact(
@@ -206,13 +217,18 @@ def columns_product(
     base: Tensor | None, base_scale: float, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """out[v] = base_scale · base[v] + Σ_j values[j] · matrix[row of j] + scale[v] · vector over the entries of column v."""
-    rows = torch.repeat_interleave(torch.arange(len(offsets) - 1, device=columns.device), offsets.diff())
-    order = columns.argsort(stable=True)
-    by_column = torch.zeros(len(scale) + 1, dtype=torch.int64, device=columns.device)
-    by_column[1:] = torch.bincount(columns, minlength=len(scale)).cumsum(0)
+    starts, rows, order = by_column(offsets, columns, len(scale))
     wide = dtype if base is None else values.dtype
-    out = rows_product(by_column, rows[order], values[order], matrix, scale, vector, wide)
+    out = rows_product(starts, rows, values[order], matrix, scale, vector, wide)
     return out if base is None else out.add_(base, alpha=base_scale).to(dtype)
+
+
+def by_column(offsets: Tensor, columns: Tensor, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Entries by column: offsets [V + 1], the entries' rows, and their order, in which rows ascend in each column."""
+    rows = torch.repeat_interleave(torch.arange(len(offsets) - 1, device=columns.device), offsets.diff())
+    sorted_columns, order = columns.sort(stable=True)
+    ids = torch.arange(vocabulary + 1, dtype=columns.dtype, device=columns.device)
+    return torch.searchsorted(sorted_columns, ids), rows[order], order
 
 
 def weighted_sum(matrix: Tensor, scale: Tensor) -> Tensor:
@@ -289,13 +305,14 @@ def _chunks(problem: Problem, out: Statistics, directions: bool, product: Produc
 
 
 def logit_chunks(
-    problem: Problem, product: Product | None = None, *, narrow: bool, extra: int = 0, round_difference: bool = False
-) -> Iterator[Chunk]:
+    problem: Problem, product: Product | None = None, *, narrow: bool, extra: int = 0, round_difference: bool = False,
+    budget: int | None = None,
+) -> Iterator[Chunk]:  # fmt: skip
     """Chunks of tokens with z = x Wᵀ + b in their buffers, and r that of the reference; neither scaled nor capped.
 
     With a shared head z is (x − x_ref) Wᵀ. `product` replaces the plain matrix products. `narrow`: a buffer for rounded
     operands of further products is wanted. `extra`: bytes per token that the caller adds to the chunk.
-    `round_difference`: x − x_ref may be rounded to the operands' dtype. Where the two lie within a factor of two of each
+    `budget`: bytes of a chunk, where not CHUNK_BYTES. `round_difference`: x − x_ref may be rounded to the operands' dtype. Where the two lie within a factor of two of each
     other, it is exact in that dtype anyway.
     """
     count, vocabulary = len(problem.labels), problem.head.vocabulary
@@ -314,8 +331,10 @@ def logit_chunks(
     halves = dtype == torch.bfloat16 and device.type == "cpu" and not problem.has_reference
     round_logits = halves and product is None
 
-    per_token = vocabulary * (acc.itemsize * (2 if problem.has_reference else 1) + 2 * (dtype != acc)) + extra
-    size = _balanced(count, max(1, CHUNK_BYTES // per_token))
+    per_token = (
+        vocabulary * (acc.itemsize * (2 if problem.has_reference else 1) + 2 * (dtype != acc and narrow)) + extra
+    )
+    size = _balanced(count, max(1, (budget or CHUNK_BYTES) // per_token))
     z_buffer = torch.empty(size, vocabulary, dtype=acc, device=device)
     r_buffer = torch.empty_like(z_buffer) if problem.has_reference else None
     half = torch.empty(size, vocabulary, dtype=dtype, device=device) if round_logits or (halves and narrow) else None

@@ -1,0 +1,651 @@
+"""The losses on a GPU over a set of kernels, Triton's or CUDA's: the same steps, other implementations of the entries' part.
+
+Sparse gradients: a scan without logits (`triton_kernels.scan`), or chunks of logits from cuBLAS where the table of tiles has no
+scan; then for both bits → columns → vocabulary attention. Exact gradients: chunks of logits, statistics, gradient in
+place, two products. What has no kernel (float64) is `backends.torch`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels import SPLIT, Row
+from ..problem import Entries, Gradients, Head, Problem, Statistics, Tails
+from ..triton_kernels import rows as row_kernels
+from ..triton_kernels import scan as scans
+from ..triton_kernels import tiles
+from ..triton_kernels.entries import weighted_sum as weighted_sum_kernel
+from ..triton_kernels.scan import Known, Sum
+from . import torch as chunked
+from .torch import Upstream, empty_gradients, empty_rows, empty_statistics
+
+# Logits of one chunk, fp32; fewer tokens than about 500 at a time, and reading the weight takes longer than the product.
+LOGIT_BYTES = 256 << 20
+# Significance bits of one chunk of the scan.
+BIT_BYTES = 32 << 20
+# Ids of the probe, and bits beyond the final entries that its bound lets through: measured on SmolLM2 1.2 to 1.4 times.
+PROBE = 4096
+CANDIDATES = 2
+# Logits of the sampled tokens at a time.
+PROFILE_BYTES = 32 << 20
+
+INTERPRETED = type(scans.scan).__name__ == "InterpretedFunction"
+# For Triton's interpreter, which runs on CPU tensors; the shape does not matter there.
+INTERPRETED_TILE = tiles.Scan(0, "any", 16, 64, 32, 2, 4, 1, True, "interpreter")
+
+
+@dataclass
+class Span:
+    """A chunk of tokens whose logits are nowhere."""
+
+    tokens: slice
+
+
+class Gpu:
+    """The functions of a backend. `kernels` has row_statistics, count_bits, columns_of_bits, entry_logits, attention,
+    segment_product, as in `kernels.GPU_SCHEMAS`."""
+
+    # The tail profile is made of so many tokens; each costs a row of logits.
+    SAMPLED_TOKENS = 256
+
+    empty_statistics = staticmethod(empty_statistics)
+    empty_gradients = staticmethod(empty_gradients)
+
+    def __init__(self, kernels: Any) -> None:
+        self.kernels = kernels
+
+    # --- exact ---------------------------------------------------------------------------------------------------------
+
+    def statistics(self, problem: Problem, keep_rows: bool = False) -> tuple[Statistics, Gradients]:
+        """1 GEMM, 2 with a reference; with `keep_rows` 1 and 2 more for ∂nll/∂x and ∂kl/∂x."""
+        if problem.accumulator != torch.float32:
+            return chunked.statistics(problem, keep_rows)
+        out = empty_statistics(problem)
+        if not keep_rows:
+            if problem.labels.numel() and (tile := _tile(problem)):
+                with _on(problem.hidden.device):
+                    self._scan_statistics(problem, out, tile)
+                return out, Gradients()
+            for _ in self._logit_chunks(problem, out):
+                pass
+            return out, Gradients()
+        rows = empty_rows(problem, len(problem.labels))
+        scale, dtype = problem.head.logit_scale, problem.dtype
+        for chunk, known in self._logit_chunks(problem, out):
+            nll, z, r = out.nll[chunk.tokens], _as(chunk.z, dtype), None if chunk.r is None else _as(chunk.r, dtype)
+            row_kernels.directions(*_logits(problem, chunk), known, nll, torch.ones_like(nll), None, z, r)
+            rows.nll[chunk.tokens] = _product(z, chunk.weight).mul_(scale)
+            if r is not None:
+                rows.kl[chunk.tokens] = _product(r, chunk.weight).mul_(scale)
+        return out, rows
+
+    def gradients(
+        self, problem: Problem, upstream: Upstream, hidden: bool, weight: bool, bias: bool
+    ) -> tuple[Statistics, Gradients]:
+        """Statistics and Σ_t a_t ∂nll_t + b_t ∂kl_t: 3 GEMMs, 2 where one gradient is not wanted, one more with a reference."""
+        if problem.accumulator != torch.float32:
+            return chunked.gradients(problem, upstream, hidden, weight, bias)
+        out, total = empty_statistics(problem), empty_gradients(problem, hidden, weight, bias)
+        self._sweep(problem, out, upstream, total)
+        return out, total
+
+    def _sweep(self, problem: Problem, out: Statistics, upstream: Upstream, total: Gradients) -> None:
+        dtype, scale = problem.dtype, problem.head.logit_scale
+        for chunk, known in self._logit_chunks(problem, out):
+            tokens = chunk.tokens
+            a, b = upstream(out.at(tokens), tokens)
+            if a is None and b is None:
+                if total.hidden is not None:
+                    total.hidden[tokens] = 0
+                continue
+            weights = [None if w is None else (w * scale).float().contiguous() for w in (a, b)]
+            factor = 1.0
+            if dtype == torch.float16:
+                # Relative to the largest power of two among them, so that it neither overflows nor underflows.
+                largest = torch.stack([w.abs().amax() for w in weights if w is not None]).amax()
+                exponent = int(torch.frexp(largest).exponent)
+                factor = 2.0**exponent
+                weights = [None if w is None else torch.ldexp(w, torch.tensor(-exponent)) for w in weights]
+            direction = _as(chunk.z, dtype)
+            row_kernels.directions(*_logits(problem, chunk), known, out.nll[tokens], *weights, direction, None)
+            if total.hidden is not None:
+                total.hidden[tokens] = _product(direction, chunk.weight).mul_(factor)
+            if total.weight is not None:
+                _add_product(total.weight, direction.t(), chunk.hidden, factor)
+            if total.bias is not None:
+                total.bias.add_(direction.sum(0, dtype=torch.float32), alpha=factor)
+
+    def _logit_chunks(self, problem: Problem, out: Statistics) -> Iterator[tuple[chunked.Chunk, Tensor]]:
+        """Chunks with raw logits in their buffers, statistics filled in, and what else is known of their tokens, [9, C]."""
+        with _on(problem.hidden.device):
+            for chunk in chunked.logit_chunks(problem, narrow=False, budget=LOGIT_BYTES):
+                here = out.at(chunk.tokens)
+                known = torch.empty(len(Row), len(chunk.z), device=chunk.z.device)
+                z, r, difference, labels, *scales = _logits(problem, chunk)
+                if here.topk_entropy is not None:
+                    _topk_entropy(problem, z, r, difference, scales, here.topk_entropy)
+                self.kernels.row_statistics(
+                    z, r, difference, labels, *scales, here.nll, here.prediction, here.kl, here.entropy,
+                    here.reference_nll, here.reference_entropy, known,
+                )  # fmt: skip
+                yield chunk, known
+
+    # --- sparse --------------------------------------------------------------------------------------------------------
+
+    def scan(
+        self, problem: Problem, out: Statistics, threshold: float, capacity: int, sampled: Tensor, profile: Tensor,
+        rows: bool,
+    ) -> Iterator[tuple[Any, Entries]]:  # fmt: skip
+        """Sweep over the tokens for a sparse softmax; see `backends.torch.scan`. `rows`: also Σ over entries, [C, D] each.
+
+        More entries than the threshold asks for are kept, 1.2 to 1.4 times as many: the scan's bound is a lower one.
+        """
+        if problem.accumulator != torch.float32:
+            yield from chunked.scan(problem, out, threshold, capacity, sampled, profile, rows)
+            return
+        tile = _tile(problem)
+        chosen: list[tuple[Tensor, ...]] = []
+        chunks = (
+            self._bits_of_logits(problem, out, threshold)
+            if tile is None
+            else self._bits_of_scan(problem, out, threshold, tile)
+        )
+        for span, known, bits in chunks:
+            with _on(problem.hidden.device):
+                entries = self._entries(problem, out, span.tokens, known, bits, capacity * CANDIDATES, rows)
+                here = sampled[(sampled >= span.tokens.start) & (sampled < span.tokens.stop)]
+                at = here - span.tokens.start
+                here, at = (i[(entries.counts[at] >= 0) & out.nll[here].isfinite()] for i in (here, at))
+                lse = known[Row.TOP, at] + known[Row.LOG_SUM, at]
+                chosen.append((here, lse, bits.index_select(0, at)))
+            yield span, entries
+        if chosen:
+            with _on(problem.hidden.device):
+                _tail_profile(problem, *(torch.cat(parts) for parts in zip(*chosen, strict=True)), profile)
+
+    def _bits_of_logits(
+        self, problem: Problem, out: Statistics, threshold: float
+    ) -> Iterator[tuple[Span, Tensor, Tensor]]:
+        words = -(-problem.head.vocabulary // row_kernels.BLOCK) * (row_kernels.BLOCK // 32)
+        for chunk, known in self._logit_chunks(problem, out):
+            z, r, difference, _, *scales = _logits(problem, chunk)
+            lse = known[Row.TOP] + known[Row.LOG_SUM]
+            least = math.log(threshold) + 0.5 * torch.log(-torch.expm1(-out.nll[chunk.tokens]))
+            bounds = torch.stack([lse + least, known[Row.REF_TOP] + known[Row.REF_LOG_SUM] + least])
+            bits = torch.empty(len(z), words, dtype=torch.int32, device=z.device)
+            row_kernels.logit_bits(z, r, difference, bounds, *scales, bits)
+            yield Span(chunk.tokens), known, bits
+
+    def _bits_of_scan(
+        self, problem: Problem, out: Statistics, threshold: float, tile: tiles.Scan
+    ) -> Iterator[tuple[Span, Tensor, Tensor]]:
+        count, vocabulary = len(problem.labels), problem.head.vocabulary
+        words = -(-vocabulary // tile.block_v) * tile.block_v // 32
+        most = max(tile.block_n, BIT_BYTES // (4 * words) // tile.block_n * tile.block_n)
+        size = -(-count // -(-count // most))  # even chunks of whole blocks
+        size = -(-size // tile.block_n) * tile.block_n
+        with _on(problem.hidden.device):
+            operands = _Operands(problem, tile)
+            label = operands.label_logits(self.kernels)
+            known = _bounds(operands, label, threshold)
+        for start in range(0, count, size):
+            tokens = slice(start, min(start + size, count))
+            with _on(problem.hidden.device):
+                bits = torch.empty(size, words, dtype=torch.int32, device=problem.hidden.device)
+                partial = operands.run(tokens, known[:, tokens], bits, vocabulary)
+                rows = _join(
+                    problem,
+                    partial,
+                    problem.labels[tokens],
+                    [v[tokens] for v in label],
+                    known[Known.SHIFT, tokens],
+                    out.at(tokens),
+                )
+            yield Span(tokens), rows, bits[: tokens.stop - tokens.start]
+
+    def _scan_statistics(self, problem: Problem, out: Statistics, tile: tiles.Scan) -> None:
+        operands = _Operands(problem, tile)
+        label = operands.label_logits(self.kernels)
+        known = torch.zeros(3, len(problem.labels), device=problem.hidden.device)
+        if problem.has_reference:
+            known = _bounds(operands, label, 1.0)
+        everything = slice(0, len(problem.labels))
+        partial = operands.run(everything, known, None, problem.head.vocabulary)
+        _join(problem, partial, problem.labels, label, known[Known.SHIFT], out)
+
+    def _entries(
+        self, problem: Problem, out: Statistics, tokens: slice, known: Tensor, bits: Tensor, capacity: int, rows: bool
+    ) -> Entries:
+        head, kernels = problem.head, self.kernels
+        labels, device = problem.labels[tokens].contiguous(), bits.device
+        size, dim = len(labels), head.weight.shape[1]
+        counts = torch.empty(size, dtype=torch.int64, device=device)
+        kernels.count_bits(bits, labels, min(capacity, head.vocabulary), counts)
+        offsets = counts.new_zeros(size + 1)
+        torch.cumsum(counts.clamp(min=0), 0, out=offsets[1:])
+        total = int(offsets[-1])
+        columns = torch.empty(total, dtype=torch.int32, device=device)
+        kernels.columns_of_bits(bits, labels, offsets, columns)
+
+        def empty(wanted: bool, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
+            return torch.empty(shape, dtype=dtype, device=device) if wanted else None
+
+        reference = problem.has_reference
+        values, kl_values = empty(True, total), empty(reference, total)
+        kept = torch.zeros(4, size, device=device)
+        nll_rows = empty(rows, size, dim, dtype=problem.hidden.dtype)
+        kl_rows = empty(rows and reference, size, dim, dtype=problem.hidden.dtype)
+        hidden, weight = problem.hidden[tokens].to(problem.dtype), head.weight.to(problem.dtype).contiguous()
+        difference = entry_reference = None
+        if problem.shared_head:
+            other = problem.reference_hidden[tokens]
+            difference = (problem.hidden[tokens].float() - other.float()).to(problem.dtype)
+            hidden = other.to(problem.dtype)
+        elif reference:
+            own = problem.reference_head
+            entry_reference = torch.empty(total, device=device)
+            kernels.entry_logits(
+                problem.reference_hidden[tokens].to(problem.dtype).contiguous(),
+                own.weight.to(problem.dtype).contiguous(), _bias(own), offsets, columns, entry_reference,
+            )  # fmt: skip
+            entry_reference.mul_(own.logit_scale)
+            if own.softcap is not None:
+                entry_reference.div_(own.softcap).tanh_().mul_(own.softcap)
+        kernels.attention(
+            hidden.contiguous(), difference, entry_reference, weight, _bias(head), labels, offsets, columns, known,
+            out.nll[tokens].contiguous(), head.logit_scale, head.softcap or 0.0, values, kl_values, kept, nll_rows,
+            kl_rows,
+        )  # fmt: skip
+        entries = Entries(counts, columns, values, kl_values, _tails(problem, out.nll[tokens], labels, known, kept))
+        entries.nll_rows, entries.kl_rows = nll_rows, kl_rows
+        return entries
+
+    def dense_rows(self, problem: Problem, span: Span) -> Gradients:
+        """∂nll/∂x and ∂kl/∂x of a chunk of `scan`, its logits computed once more."""
+        return self.statistics(_part(problem, span.tokens), keep_rows=True)[1]
+
+    def add_dense(self, problem: Problem, span: Span, a: Tensor | None, b: Tensor | None, total: Gradients) -> None:
+        part = _part(problem, span.tokens)
+        hidden = None if total.hidden is None else total.hidden[span.tokens]
+        self._sweep(
+            part, empty_statistics(part), lambda _, at: tuple(None if w is None else w[at] for w in (a, b)),
+            Gradients(hidden, total.weight, total.bias),
+        )  # fmt: skip
+
+    # --- products of entries -------------------------------------------------------------------------------------------
+
+    def rows_product(
+        self, offsets: Tensor, columns: Tensor, values: Tensor, matrix: Tensor, scale: Tensor, vector: Tensor,
+        dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        """out[t] = Σ_j values[j] · matrix[columns[j]] + scale[t] · vector over the entries of row t, summed in fp32."""
+        if values.dtype != torch.float32:
+            return chunked.rows_product(offsets, columns, values, matrix, scale, vector, dtype)
+        return self._segments(offsets, columns, values, matrix, scale, vector, None, 1.0, dtype)
+
+    def columns_product(
+        self, offsets: Tensor, columns: Tensor, values: Tensor, matrix: Tensor, scale: Tensor, vector: Tensor,
+        base: Tensor | None, base_scale: float, dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        """out[v] = base_scale · base[v] + Σ_j values[j] · matrix[row of j] + scale[v] · vector over the entries of column v."""
+        if values.dtype != torch.float32:
+            return chunked.columns_product(offsets, columns, values, matrix, scale, vector, base, base_scale, dtype)
+        starts, rows, order = chunked.by_column(offsets, columns, len(scale))
+        return self._segments(starts, rows.int(), values[order], matrix, scale, vector, base, base_scale, dtype)
+
+    def _segments(
+        self, offsets: Tensor, columns: Tensor, values: Tensor, matrix: Tensor, scale: Tensor, vector: Tensor,
+        base: Tensor | None, base_scale: float, dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        with _on(matrix.device):
+            counts = offsets.diff()
+            hot = (counts > SPLIT).nonzero().flatten()
+            hot_first = counts.new_zeros(len(hot) + 1)
+            torch.cumsum((counts[hot] + (SPLIT - 1)) // SPLIT, 0, out=hot_first[1:])
+            slots = int(hot_first[-1]) if len(hot) else 0
+            dim = matrix.shape[1]
+            partial = torch.empty(slots, dim, device=matrix.device)
+            out = torch.empty(len(counts), dim, dtype=dtype, device=matrix.device)
+            self.kernels.segment_product(
+                offsets, columns, values, matrix.contiguous(), scale.contiguous(), vector.contiguous(), base, base_scale,
+                hot, hot_first, partial, out,
+            )  # fmt: skip
+            return out
+
+    def weighted_sum(self, matrix: Tensor, scale: Tensor) -> Tensor:
+        if scale.dtype != torch.float32:
+            return chunked.weighted_sum(matrix, scale)
+        with _on(matrix.device):
+            return weighted_sum_kernel(matrix.contiguous(), scale.contiguous())
+
+
+class _Operands:
+    """What the scan kernels are given, made once for all chunks."""
+
+    def __init__(self, problem: Problem, tile: tiles.Scan) -> None:
+        self.problem, self.tile = problem, tile
+        dtype, head, own = problem.dtype, problem.head, problem.reference_head
+        self.weight = _rows_of(head.weight.to(dtype))
+        self.hidden = _rows_of(problem.hidden.to(dtype))
+        self.bias, self.reference_bias = _bias(head), None
+        self.reference_hidden = self.reference_weight = None
+        if problem.has_reference:
+            self.reference_hidden = _rows_of(problem.reference_hidden.to(dtype))
+            self.reference_weight, self.reference_bias = self.weight, self.bias
+            if own is not None:
+                self.reference_weight, self.reference_bias = _rows_of(own.weight.to(dtype)), _bias(own)
+            else:
+                self.hidden = (problem.hidden.float() - problem.reference_hidden.float()).to(dtype)
+                self.bias = None
+        tensors = [self.hidden, self.weight, self.reference_hidden, self.reference_weight]
+        self.descriptors = tile.descriptors and all(_aligned(t) for t in tensors if t is not None)
+        if tile.descriptors and not self.descriptors and not INTERPRETED:
+            self.tile = tiles.scan_tile(tile.architecture, tile.kind, descriptors=False)
+
+    def label_logits(self, kernels: Any) -> list[Tensor]:
+        """z of the labels, and with a reference z − r and r."""
+        problem, labels = self.problem, self.problem.labels
+        offsets = torch.arange(len(labels) + 1, device=labels.device)
+
+        def logit(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+            out = torch.empty(len(labels), device=labels.device)
+            kernels.entry_logits(hidden.contiguous(), weight.contiguous(), bias, offsets, labels.int(), out)
+            return out.mul_(scale)
+
+        z = logit(self.hidden, self.weight, self.bias, problem.head.logit_scale)
+        if not problem.has_reference:
+            cap = problem.head.softcap
+            return [z if cap is None else z.div_(cap).tanh_().mul_(cap)]
+        scale = (problem.reference_head or problem.head).logit_scale
+        r = logit(self.reference_hidden, self.reference_weight, self.reference_bias, scale)
+        d = z if problem.shared_head else z - r
+        return [r + d, d, r]
+
+    def run(self, tokens: slice, known: Tensor, bits: Tensor | None, vocabulary: int) -> Tensor:
+        """The scan of some tokens and the first so many ids; sums [parts, SUMS, C]."""
+        problem, tile = self.problem, self.tile
+        count, device = tokens.stop - tokens.start, problem.hidden.device
+        blocks, all_tiles = -(-count // tile.block_n), -(-vocabulary // tile.block_v)
+        parts = min(all_tiles, max(1, _processors(device) // blocks))
+        per_part = -(-all_tiles // parts)
+        parts = -(-all_tiles // per_part)
+        partial = torch.empty(parts, len(Sum), count, device=device)
+        known = known.contiguous()
+        words = bits.shape[1] if bits is not None else 0
+        left = [self.hidden[tokens], self.weight]
+        if problem.has_reference:
+            left += [self.reference_hidden[tokens], self.reference_weight]
+        strides = [t.stride(0) for t in left]
+        operands: list[Any] = left
+        if self.descriptors:
+            from triton.tools.tensor_descriptor import TensorDescriptor
+
+            blocks_of = [tile.block_n, tile.block_v] * 2
+            operands = [
+                TensorDescriptor.from_tensor(t, [b, tile.block_d]) for t, b in zip(left, blocks_of, strict=False)
+            ]
+        head, own = problem.head, problem.reference_head
+        labels = problem.labels[tokens].contiguous()
+        constants = dict(
+            **tile.constants, DESCRIPTORS=self.descriptors, FP32=problem.dtype == torch.float32,
+            HAS_BIAS=self.bias is not None, ENTROPY="entropy" in problem.wanted, BITS=bits is not None, **tile.options,
+        )  # fmt: skip
+        grid = (blocks, parts)
+        if not problem.has_reference:
+            scans.scan[grid](
+                *operands, self.bias, labels, known, bits, partial, head.logit_scale, head.softcap or 0.0, count,
+                vocabulary, self.weight.shape[1], *strides, words, per_part,
+                SCALED=head.logit_scale != 1, SOFTCAP=head.softcap is not None, **constants,
+            )  # fmt: skip
+        else:
+            reference_scale = (own or head).logit_scale
+            scans.scan_with_reference[grid](
+                *operands, self.bias, self.reference_bias, labels, known, bits, partial, head.logit_scale,
+                reference_scale, count, vocabulary, self.weight.shape[1], self.reference_weight.shape[1], *strides,
+                words, per_part, SHARED=own is None, HAS_REFERENCE_BIAS=self.reference_bias is not None,
+                SCALED=head.logit_scale != 1 or reference_scale != 1,
+                REFERENCE_ENTROPY="reference_entropy" in problem.wanted, **constants,
+            )  # fmt: skip
+        return partial
+
+
+def _bounds(operands: _Operands, label: list[Tensor], threshold: float) -> Tensor:
+    """[3, N] for the scan, from a probe: with L and R the log-sums of some ids and the label, with and without the label, both
+    lower bounds, log θ + (L + R)/2 is one of lse + log(θ √(1 − p[label])), and L_ref + log θ + (R − L)/2 of the reference's."""
+    problem = operands.problem
+    count = len(problem.labels)
+    known = torch.zeros(len(Known), count, device=problem.hidden.device)
+    partial = operands.run(slice(0, count), known, None, min(PROBE, problem.head.vocabulary))
+    others = (partial[:, Sum.TOP] + partial[:, Sum.SUM].log()).logsumexp(0)
+    lse = torch.logaddexp(others, label[0])
+    log_threshold = math.log(threshold)
+    known[Known.BOUND] = log_threshold + 0.5 * (lse + others)
+    if problem.has_reference:
+        ref_others = (partial[:, Sum.REF_TOP] + partial[:, Sum.REF_SUM].log()).logsumexp(0)
+        ref_lse = torch.logaddexp(ref_others, label[2])
+        known[Known.REF_BOUND] = log_threshold + 0.5 * (others - lse) + ref_lse
+        known[Known.SHIFT] = lse - ref_lse
+    return known
+
+
+def _join(
+    problem: Problem, partial: Tensor, labels: Tensor, label: list[Tensor], shift: Tensor, out: Statistics
+) -> Tensor:
+    """The sums of the parts and the labels' own terms: fills `out`, returns what `attention` needs, [9, C]."""
+    rows = partial.new_zeros(len(Row), partial.shape[2])
+    tops, z = partial[:, Sum.TOP], label[0]
+    top, moved = _moved(tops)
+    total = (partial[:, Sum.SUM] * moved).sum(0)
+    nll, largest, log_sum = _closed(z, top, total)
+    share = torch.exp((top - largest) - log_sum)
+    out.nll.copy_(nll)
+    index = torch.where(tops == top, partial[:, Sum.INDEX].view(torch.int32), 2**31 - 1).amin(0).long()
+    out.prediction.copy_(torch.where((z > top) | ((z == top) & (labels < index)), labels, index))
+    if out.entropy is not None:
+        weighted = _weighted(partial[:, Sum.WEIGHTED], partial[:, Sum.SUM], tops, top, moved)
+        out.entropy.copy_(_entropy(share, total, weighted, top, largest, log_sum, nll))
+    rows[Row.TOP], rows[Row.LOG_SUM] = largest, log_sum
+    softcap = problem.head.softcap
+    rows[Row.REST] = -torch.expm1(-nll) if softcap is None else share * (partial[:, Sum.SLOPED] * moved).sum(0)
+    if not problem.has_reference:
+        return rows
+
+    _, d, r = label
+    tops = partial[:, Sum.REF_TOP]
+    top, moved = _moved(tops)
+    total = (partial[:, Sum.REF_SUM] * moved).sum(0)
+    ref_nll, ref_largest, ref_log_sum = _closed(r, top, total)
+    share = torch.exp((top - ref_largest) - ref_log_sum)
+    out.reference_nll.copy_(ref_nll)
+    if out.reference_entropy is not None:
+        weighted = _weighted(partial[:, Sum.REF_WEIGHTED], partial[:, Sum.REF_SUM], tops, top, moved)
+        out.reference_entropy.copy_(_entropy(share, total, weighted, top, ref_largest, ref_log_sum, ref_nll))
+    # Σ p_ref δ, Σ p_ref (eᵟ − 1 − δ) and Σ p_ref |eᵟ − 1|, the label's term last.
+    delta, p_label = d - shift, torch.exp(-ref_nll)
+    gained = torch.expm1(delta)
+    own = (delta, gained - delta, gained.abs())
+    shifted, growth, gap_l1 = (
+        share * (partial[:, row] * moved).sum(0) + p_label * term
+        for row, term in zip((Sum.SHIFTED, Sum.GROWTH, Sum.GAP_L1), own, strict=True)
+    )
+    # lse − lse_ref is log(1 + Σ p_ref (eᵟ − 1)) + shift: accurate near the reference. Far from it δ overflows; then
+    # it is the difference of the two, and the KL that minus Σ p_ref (z − r).
+    gain = shifted + growth
+    precise = torch.log1p(gain) + shift
+    plain = (largest - ref_largest) + (log_sum - ref_log_sum)
+    near = (gain.abs() < 0.5) & ((precise - plain).abs() < 1e-3)
+    kl = torch.where(near, torch.log1p(gain) - gain + growth, plain - shift - shifted)
+    out.kl.copy_(torch.where(kl < 0, 0, kl))
+    rows[Row.REF_TOP], rows[Row.REF_LOG_SUM] = ref_largest, ref_log_sum
+    rows[Row.SHIFT] = torch.where(near, precise, plain)
+    rows[Row.GAP_L1], rows[Row.TOTALS_SHIFT] = gap_l1, shift
+    return rows
+
+
+def _moved(tops: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest of the parts' tops, and by what factor each part's sums come to it."""
+    top = tops.amax(0)
+    return top, torch.exp(tops - top)
+
+
+def _weighted(weighted: Tensor, total: Tensor, tops: Tensor, top: Tensor, moved: Tensor) -> Tensor:
+    return ((weighted + total * (tops - top)) * moved).sum(0)
+
+
+def _closed(label: Tensor, top: Tensor, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """nll, largest logit and log Σ exp(z − largest), the label's logit added to the sum total · exp(top) of the others.
+
+    NaN where the largest is infinite."""
+    delta = (top - label) + total.log()
+    largest = torch.maximum(top, label)
+    nothing = largest - largest
+    nll = delta.clamp(min=0) + torch.log1p(torch.exp(-delta.abs())) + nothing
+    rest = torch.where(label >= top, total * torch.exp(top - largest), total - 1 + torch.exp(label - largest))
+    return nll, largest, torch.log1p(rest + nothing)
+
+
+def _entropy(
+    share: Tensor, total: Tensor, weighted: Tensor, top: Tensor, largest: Tensor, log_sum: Tensor, nll: Tensor
+) -> Tensor:
+    """Σ p (lse − z) over the others and p·nll of the label: no term is negative."""
+    return share * (total * ((largest - top) + log_sum) - weighted) + torch.exp(-nll) * nll
+
+
+def _tails(problem: Problem, nll: Tensor, labels: Tensor, known: Tensor, kept: Tensor) -> Tails:
+    rest, wrong = known[Row.REST], -torch.expm1(-nll)
+    tail = rest - kept[0]
+    l1 = 2 * wrong
+    if problem.head.softcap is not None:
+        # Σ p·slope over the others and the label's |p − 1|·slope; the label is an entry, but where there are too many.
+        slope = 1 - (_label_logit(problem, nll, known) / problem.head.softcap) ** 2
+        l1 = rest + wrong * slope
+    tails = Tails(torch.where(tail < 0, 0, tail), l1)
+    if problem.has_reference:
+        tails.kl = known[Row.GAP] - kept[1]
+        # The totals were summed with another shift c: |p − p_ref| ≤ κ |p' − p_ref| + |κ − 1| p_ref, κ = exp(c − shift).
+        moved = torch.exp(known[Row.TOTALS_SHIFT] - known[Row.SHIFT])
+        left = known[Row.GAP_L1] - kept[3]
+        ref_tail = tails.nll - tails.kl
+        tails.kl_left = moved * torch.where(left < 0, 0, left) + (moved - 1).abs() * torch.where(
+            ref_tail < 0, 0, ref_tail
+        )
+        exact = moved == 1
+        tails.kl_l1 = torch.where(exact, known[Row.GAP_L1], kept[2] + tails.kl.abs())
+    return tails
+
+
+def _label_logit(problem: Problem, nll: Tensor, known: Tensor) -> Tensor:
+    """z of the label: lse − nll, within rounding."""
+    return known[Row.TOP] + known[Row.LOG_SUM] - nll
+
+
+def _tail_profile(problem: Problem, tokens: Tensor, lse: Tensor, bits: Tensor, profile: Tensor) -> None:
+    """profile += Σ p·slope over what these tokens leave out, by blocks of the vocabulary: the weight is read once."""
+    head = problem.head
+    hidden, labels = problem.hidden[tokens].to(problem.dtype), problem.labels[tokens]
+    width = max(256, PROFILE_BYTES // (4 * max(1, len(tokens))))
+    for first in range(0, head.vocabulary, width):
+        block = slice(first, min(first + width, head.vocabulary))
+        weight = head.weight[block].to(problem.dtype)
+        z = torch.empty(len(tokens), len(weight), device=hidden.device)
+        chunked._product(z, hidden, weight, None if head.bias is None else head.bias[block])
+        row_kernels.tail_profile(z, labels, lse, bits, first, head.logit_scale, head.softcap or 0.0, profile)
+
+
+def _tile(problem: Problem) -> tiles.Scan | None:
+    """The row of the table for a call; None: chunks of logits instead."""
+    own, head = problem.reference_head, problem.head
+    capped = head.softcap is not None or (own is not None and own.softcap is not None)
+    if "topk_entropy" in problem.wanted or (problem.has_reference and capped):
+        return None
+    if INTERPRETED:
+        return INTERPRETED_TILE
+    if problem.dtype == torch.float32:
+        return None  # on tensor cores only in tf32; cuBLAS has better fp32 products
+    kind = "capped" if capped or head.bias is not None else "plain"
+    if problem.has_reference:
+        kind = "shared" if own is None else "own"
+    arch = tiles.architecture(torch.cuda.get_device_capability(problem.hidden.device))
+    return tiles.scan_tile(arch, kind, descriptors=True)
+
+
+def _logits(problem: Problem, chunk: chunked.Chunk) -> tuple[Any, ...]:
+    """The first arguments of the kernels over logits."""
+    head, own = problem.head, problem.reference_head or problem.head
+    return (
+        chunk.z, chunk.r, problem.shared_head, problem.labels[chunk.tokens].contiguous(), head.logit_scale,
+        head.softcap or 0.0, own.logit_scale, own.softcap or 0.0,
+    )  # fmt: skip
+
+
+def _topk_entropy(
+    problem: Problem, z: Tensor, r: Tensor | None, difference: bool, scales: list[float], out: Tensor
+) -> None:
+    """In PyTorch's own operations, which have a selection of the largest."""
+    scale, softcap, *_ = scales
+    logits = (z + r if difference else z).mul(scale)
+    if softcap:
+        logits.div_(softcap).tanh_().mul_(softcap)
+    top = logits.topk(min(problem.top_k, z.shape[1]), dim=1).values.log_softmax(1)
+    out.copy_(-(top.exp() * top).sum(1))
+
+
+def _part(problem: Problem, tokens: slice) -> Problem:
+    """These tokens alone, for their gradients."""
+    ref = problem.reference_hidden
+    return replace(
+        problem, hidden=problem.hidden[tokens], labels=problem.labels[tokens],
+        reference_hidden=None if ref is None else ref[tokens], wanted=frozenset(),
+    )  # fmt: skip
+
+
+def _as(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """[C, V] numbers of another dtype in the memory of fp32 logits: the first part of each row."""
+    return logits.view(dtype)[:, : logits.shape[1]]
+
+
+def _product(direction: Tensor, weight: Tensor) -> Tensor:
+    """direction @ weight, fp32 whatever the operands."""
+    if direction.dtype == torch.float32:
+        return direction @ weight
+    if direction.is_cuda:
+        return torch.mm(direction, weight, out_dtype=torch.float32)
+    return direction.float() @ weight.float()
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, factor: float) -> None:
+    """total += factor · left @ right, in fp32 whatever the operands."""
+    if left.dtype == torch.float32 or not left.is_cuda:
+        total.addmm_(left.float(), right.float(), alpha=factor)
+    else:
+        torch.addmm(total, left, right, alpha=factor, out_dtype=torch.float32, out=total)
+
+
+def _rows_of(matrix: Tensor) -> Tensor:
+    """Any distance between rows, but the numbers of a row side by side."""
+    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
+
+
+def _aligned(matrix: Tensor) -> bool:
+    """For a tensor descriptor."""
+    return matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.element_size() % 16 == 0
+
+
+def _bias(head: Head) -> Tensor | None:
+    return None if head.bias is None else head.bias.detach().float().contiguous()
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Kernels are launched on the current device, which need not be the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

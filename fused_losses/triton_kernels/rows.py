@@ -1,0 +1,345 @@
+"""Kernels over rows of a chunk's logits [C, V], which cuBLAS has made: statistics, bits, gradients in place, tail profile.
+
+Logits arrive as raw products, with their bias but neither scaled nor capped; each kernel does that as it reads. Where
+`difference` is set, z holds (x − x_ref) Wᵀ and the model's logits are r + z.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..kernels import Row
+from .math import expm1, growth, log1p, soft_cap
+from .scan import _store_bits, _update
+
+TOP, LOG_SUM, REF_TOP, REF_LOG_SUM, SHIFT, REST, GAP, GAP_L1, TOTALS_SHIFT = (tl.constexpr(int(row)) for row in Row)
+LOWEST = tl.constexpr(-3e38)
+BLOCK = 2048
+WARPS = 8
+
+
+@triton.jit
+def _logits(
+    z_ptr, r_ptr, columns, V, scale, softcap, reference_scale, reference_softcap,
+    REFERENCE: tl.constexpr, DIFFERENCE: tl.constexpr, SOFTCAP: tl.constexpr, REFERENCE_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """z, d = z − r, r of some columns of a row; 0 beyond the last. Without a reference d and r are z."""
+    inside = columns < V
+    z = tl.load(z_ptr + columns, mask=inside, other=0.0)
+    d, r = z, z
+    if REFERENCE:
+        r = tl.load(r_ptr + columns, mask=inside, other=0.0)
+        if DIFFERENCE and SOFTCAP:
+            z += r
+        r = tl.maximum(r, -1e30) * reference_scale
+        if REFERENCE_SOFTCAP:
+            r = soft_cap(r, reference_softcap)
+    if DIFFERENCE and not SOFTCAP:
+        d = z * scale
+        z = r + d
+    else:
+        z = tl.maximum(z, -1e30) * scale
+        if SOFTCAP:
+            z = soft_cap(z, softcap)
+        d = z - r
+    return z, d, r
+
+
+@triton.jit
+def _gap(z, d, r, top, log_sum, ref_top, ref_log_sum, shift):
+    """p − p_ref and p_ref·(d − shift); near each other through expm1, which keeps the relative accuracy."""
+    p_ref = tl.exp((r - ref_top) - ref_log_sum)
+    moved = d - shift
+    near = p_ref * expm1(moved)
+    gap = tl.where(tl.abs(moved) < 1.0, near, tl.exp((z - top) - log_sum) - p_ref)
+    return gap, p_ref * moved
+
+
+@triton.jit
+def _nll(label_logit, top, total):
+    """log(1 + Σ e / e^label_logit), Σ e = total · e^top over the others: accurate at both ends."""
+    delta = (top - label_logit) + tl.log(total)
+    return tl.maximum(delta, 0.0) + log1p(tl.exp(-tl.abs(delta)))
+
+
+@triton.jit
+def _sums(label_logit, top, total):
+    """Largest logit, and log Σ exp(z − largest), of all ids; top and total are of all but the label."""
+    largest = tl.maximum(top, label_logit)
+    # The largest is 1 of the sum; the rest goes through log1p. `largest − largest` is NaN where it is infinite.
+    others = tl.where(label_logit >= top, total * tl.exp(top - largest), total - 1.0 + tl.exp(label_logit - largest))
+    return largest, log1p(others + (largest - largest))
+
+
+@triton.jit
+def row_statistics_kernel(
+    z_ptr, r_ptr, labels_ptr, nll_ptr, prediction_ptr, kl_ptr, entropy_ptr, reference_nll_ptr, reference_entropy_ptr,
+    rows_ptr, C, V, scale, softcap, reference_scale, reference_softcap,
+    BLOCK: tl.constexpr, REFERENCE: tl.constexpr, DIFFERENCE: tl.constexpr, SOFTCAP: tl.constexpr,
+    REFERENCE_SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, REFERENCE_ENTROPY: tl.constexpr,
+):  # fmt: skip
+    """One row a program: running sums in one pass, and with a reference a second one for p − p_ref.
+
+    Traffic: 4·C·V bytes, with a reference 16·C·V (two passes over both). Floor: that over the memory bandwidth.
+    """
+    t = tl.program_id(0)
+    z_ptr += t.to(tl.int64) * V
+    if REFERENCE:
+        r_ptr += t.to(tl.int64) * V
+    label = tl.load(labels_ptr + t).to(tl.int32)
+    top = tl.full((1,), LOWEST, tl.float32)
+    total = tl.zeros((1,), tl.float32)
+    weighted = tl.zeros((1,), tl.float32)
+    index = tl.zeros((1,), tl.int32)
+    ref_top = tl.full((1,), LOWEST, tl.float32)
+    ref_total = tl.zeros((1,), tl.float32)
+    ref_weighted = tl.zeros((1,), tl.float32)
+    ref_index = tl.zeros((1,), tl.int32)
+    sloped = tl.zeros((1,), tl.float32)
+    for start in range(0, V, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        z, d, r = _logits(
+            z_ptr, r_ptr, columns, V, scale, softcap, reference_scale, reference_softcap,
+            REFERENCE, DIFFERENCE, SOFTCAP, REFERENCE_SOFTCAP,
+        )  # fmt: skip
+        other = (columns < V) & (columns != label)
+        before = top
+        top, total, weighted, index, e = _update(
+            tl.where(other, z, -float("inf"))[None, :], start, top, total, weighted, index, ENTROPY
+        )
+        if SOFTCAP:
+            u = z / softcap
+            sloped = sloped * tl.exp(before - top) + tl.sum(e * (1 - u * u)[None, :], 1)
+        if REFERENCE:
+            ref_top, ref_total, ref_weighted, ref_index, e = _update(
+                tl.where(other, r, -float("inf"))[None, :], start, ref_top, ref_total, ref_weighted, ref_index,
+                REFERENCE_ENTROPY,
+            )  # fmt: skip
+
+    at_label = label + tl.zeros((1,), tl.int32)
+    z, d, r = _logits(
+        z_ptr, r_ptr, at_label, V, scale, softcap, reference_scale, reference_softcap,
+        REFERENCE, DIFFERENCE, SOFTCAP, REFERENCE_SOFTCAP,
+    )  # fmt: skip
+    one = tl.arange(0, 1)
+    largest, log_sum = _sums(z, top, total)
+    nll = _nll(z, top, total) + (largest - largest)  # NaN where the largest logit is infinite
+    share = tl.exp((top - largest) - log_sum)  # of e^TOP of the others
+    tl.store(nll_ptr + t + one, nll)
+    wins = (z > top) | ((z == top) & (at_label < index))
+    tl.store(prediction_ptr + t + one, tl.where(wins, at_label, index).to(tl.int64))
+    if ENTROPY:
+        # Σ p (lse − z) over the others: every term is positive.
+        entropy = share * (total * ((largest - top) + log_sum) - weighted) + tl.exp(-nll) * nll
+        tl.store(entropy_ptr + t + one, entropy)
+    out = rows_ptr + t + one
+    tl.store(out + TOP * C, largest)
+    tl.store(out + LOG_SUM * C, log_sum)
+    if SOFTCAP:
+        tl.store(out + REST * C, share * sloped)
+    else:
+        tl.store(out + REST * C, -expm1(-nll))
+    if REFERENCE:
+        ref_nll = _nll(r, ref_top, ref_total)
+        ref_largest, ref_log_sum = _sums(r, ref_top, ref_total)
+        shift = (largest - ref_largest) + (log_sum - ref_log_sum)
+        gaps = tl.zeros((BLOCK,), tl.float32)
+        sloped_gaps = tl.zeros((BLOCK,), tl.float32)
+        sizes = tl.zeros((BLOCK,), tl.float32)
+        expected = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, V, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            z, d, r = _logits(
+                z_ptr, r_ptr, columns, V, scale, softcap, reference_scale, reference_softcap,
+                REFERENCE, DIFFERENCE, SOFTCAP, REFERENCE_SOFTCAP,
+            )  # fmt: skip
+            gap, moved = _gap(z, d, r, largest, log_sum, ref_largest, ref_log_sum, shift)
+            gap = tl.where(columns < V, gap, 0.0)
+            gaps += gap
+            expected += tl.where(columns < V, moved, 0.0)
+            if SOFTCAP:
+                u = z / softcap
+                gap *= 1 - u * u
+            sloped_gaps += gap
+            sizes += tl.abs(gap)
+        # Σ gap is 0 up to rounding; with it the error of the shift cancels to first order.
+        kl = tl.sum(gaps) - tl.sum(expected)
+        tl.store(kl_ptr + t + one, tl.where(kl < 0, 0.0, kl) + tl.zeros((1,), tl.float32))
+        tl.store(reference_nll_ptr + t + one, ref_nll)
+        if REFERENCE_ENTROPY:
+            ref_share = tl.exp((ref_top - ref_largest) - ref_log_sum)
+            entropy = ref_share * (ref_total * ((ref_largest - ref_top) + ref_log_sum) - ref_weighted)
+            tl.store(reference_entropy_ptr + t + one, entropy + tl.exp(-ref_nll) * ref_nll)
+        tl.store(out + REF_TOP * C, ref_largest)
+        tl.store(out + REF_LOG_SUM * C, ref_log_sum)
+        tl.store(out + SHIFT * C, shift)
+        tl.store(out + TOTALS_SHIFT * C, shift)
+        tl.store(out + GAP * C, tl.sum(sloped_gaps) + tl.zeros((1,), tl.float32))
+        tl.store(out + GAP_L1 * C, tl.sum(sizes) + tl.zeros((1,), tl.float32))
+
+
+def row_statistics(
+    z: Tensor, r: Tensor | None, difference: bool, labels: Tensor, scale: float, softcap: float, reference_scale: float,
+    reference_softcap: float, nll: Tensor, prediction: Tensor, kl: Tensor | None, entropy: Tensor | None,
+    reference_nll: Tensor | None, reference_entropy: Tensor | None, rows: Tensor,
+) -> None:  # fmt: skip
+    """See `kernels.GPU_SCHEMAS`."""
+    count, vocabulary = z.shape
+    row_statistics_kernel[(count,)](
+        z, r, labels, nll, prediction, kl, entropy, reference_nll, reference_entropy, rows, count, vocabulary,
+        scale, softcap, reference_scale, reference_softcap,
+        BLOCK=BLOCK, REFERENCE=r is not None, DIFFERENCE=difference, SOFTCAP=softcap > 0,
+        REFERENCE_SOFTCAP=reference_softcap > 0, ENTROPY=entropy is not None,
+        REFERENCE_ENTROPY=reference_entropy is not None, num_warps=WARPS,
+    )  # fmt: skip
+
+
+@triton.jit
+def logit_bits_kernel(
+    z_ptr, r_ptr, bounds_ptr, bits_ptr, C, V, words, scale, softcap, reference_scale, reference_softcap,
+    BLOCK: tl.constexpr, REFERENCE: tl.constexpr, DIFFERENCE: tl.constexpr, SOFTCAP: tl.constexpr,
+    REFERENCE_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """bits [C, words] of the logits above bounds[0, t], or r above bounds[1, t]. Traffic: 4·C·V bytes, 8 with r."""
+    t = tl.program_id(0)
+    start = tl.program_id(1) * BLOCK
+    columns = start + tl.arange(0, BLOCK)
+    if REFERENCE:
+        r_ptr += t.to(tl.int64) * V
+    z, d, r = _logits(
+        z_ptr + t.to(tl.int64) * V, r_ptr, columns, V, scale, softcap, reference_scale, reference_softcap,
+        REFERENCE, DIFFERENCE, SOFTCAP, REFERENCE_SOFTCAP,
+    )  # fmt: skip
+    significant = z > tl.load(bounds_ptr + t)
+    if REFERENCE:
+        significant |= r > tl.load(bounds_ptr + C + t)
+    _store_bits((significant & (columns < V))[None, :], bits_ptr, t + tl.zeros((1,), tl.int32), start, words)
+
+
+def logit_bits(
+    z: Tensor, r: Tensor | None, difference: bool, bounds: Tensor, scale: float, softcap: float, reference_scale: float,
+    reference_softcap: float, bits: Tensor,
+) -> None:  # fmt: skip
+    """bits [C, words], words a multiple of BLOCK / 32."""
+    count, vocabulary = z.shape
+    logit_bits_kernel[(count, triton.cdiv(vocabulary, BLOCK))](
+        z, r, bounds, bits, count, vocabulary, bits.shape[1], scale, softcap, reference_scale, reference_softcap,
+        BLOCK=BLOCK, REFERENCE=r is not None, DIFFERENCE=difference, SOFTCAP=softcap > 0,
+        REFERENCE_SOFTCAP=reference_softcap > 0, num_warps=WARPS,
+    )  # fmt: skip
+
+
+@triton.jit
+def directions_kernel(
+    z_ptr, r_ptr, labels_ptr, rows_ptr, nll_ptr, a_ptr, b_ptr, out_ptr, kl_out_ptr, stride_out, stride_kl_out, C, V,
+    scale, softcap, reference_scale, reference_softcap,
+    BLOCK: tl.constexpr, REFERENCE: tl.constexpr, DIFFERENCE: tl.constexpr, SOFTCAP: tl.constexpr,
+    REFERENCE_SOFTCAP: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr, SEPARATE: tl.constexpr,
+):  # fmt: skip
+    """a ∂nll/∂z + b ∂kl/∂z in place of z (SEPARATE: ∂nll/∂z in place of z, ∂kl/∂z in place of r), in the type of `out`.
+
+    out shares z's memory: a row of 16-bit numbers overwrites the first half of the row of logits that it is made from.
+    The program reads a block, all its threads wait, and only then it writes, to where nothing is unread.
+    Traffic: 6·C·V bytes for a 16-bit result, 10 with a reference.
+    """
+    t = tl.program_id(0)
+    z_ptr += t.to(tl.int64) * V
+    out_ptr += t.to(tl.int64) * stride_out
+    if REFERENCE:
+        r_ptr += t.to(tl.int64) * V
+    if SEPARATE:
+        kl_out_ptr += t.to(tl.int64) * stride_kl_out
+    label = tl.load(labels_ptr + t).to(tl.int32)
+    at_label = expm1(-tl.load(nll_ptr + t))
+    top = tl.load(rows_ptr + TOP * C + t)
+    log_sum = tl.load(rows_ptr + LOG_SUM * C + t)
+    if REFERENCE:
+        ref_top = tl.load(rows_ptr + REF_TOP * C + t)
+        ref_log_sum = tl.load(rows_ptr + REF_LOG_SUM * C + t)
+        shift = tl.load(rows_ptr + SHIFT * C + t)
+    if HAS_A:
+        a = tl.load(a_ptr + t)
+    if HAS_B:
+        b = tl.load(b_ptr + t)
+    for start in range(0, V, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        z, d, r = _logits(
+            z_ptr, r_ptr, columns, V, scale, softcap, reference_scale, reference_softcap,
+            REFERENCE, DIFFERENCE, SOFTCAP, REFERENCE_SOFTCAP,
+        )  # fmt: skip
+        tl.debug_barrier()
+        slope = z * 0.0 + 1.0
+        if SOFTCAP:
+            u = z / softcap
+            slope = 1.0 - u * u
+        first = tl.where(columns == label, at_label, tl.exp((z - top) - log_sum)) * slope
+        if SEPARATE or HAS_B:
+            gap, _ = _gap(z, d, r, top, log_sum, ref_top, ref_log_sum, shift)
+            gap *= slope
+        if SEPARATE:
+            tl.store(kl_out_ptr + columns, gap.to(kl_out_ptr.dtype.element_ty), mask=columns < V)
+        elif HAS_A and HAS_B:
+            first = a * first + b * gap
+        elif HAS_B:
+            first = b * gap
+        else:
+            first *= a
+        tl.store(out_ptr + columns, first.to(out_ptr.dtype.element_ty), mask=columns < V)
+
+
+def directions(
+    z: Tensor, r: Tensor | None, difference: bool, labels: Tensor, scale: float, softcap: float, reference_scale: float,
+    reference_softcap: float, rows: Tensor, nll: Tensor, a: Tensor | None, b: Tensor | None, out: Tensor,
+    kl_out: Tensor | None,
+) -> None:  # fmt: skip
+    """`out` (and `kl_out`, then a and b are None): views of the memory of z and r in another dtype, or z and r."""
+    count, vocabulary = z.shape
+    directions_kernel[(count,)](
+        z, r, labels, rows, nll, a, b, out, kl_out, out.stride(0), 0 if kl_out is None else kl_out.stride(0),
+        count, vocabulary, scale, softcap, reference_scale, reference_softcap,
+        BLOCK=BLOCK, REFERENCE=r is not None, DIFFERENCE=difference, SOFTCAP=softcap > 0,
+        REFERENCE_SOFTCAP=reference_softcap > 0, HAS_A=a is not None, HAS_B=b is not None,
+        SEPARATE=kl_out is not None, num_warps=WARPS,
+    )  # fmt: skip
+
+
+@triton.jit
+def tail_profile_kernel(
+    z_ptr, labels_ptr, lse_ptr, bits_ptr, profile_ptr, C, width, first, words, scale, softcap,
+    BLOCK: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """profile[v] += Σ over C tokens of p·slope where neither the bit is set nor v the label. Traffic: 4·C·V bytes."""
+    offset = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = offset < width
+    columns = first + offset
+    total = tl.zeros((BLOCK,), tl.float32)
+    for t in range(0, C):
+        z = tl.load(z_ptr + offset, mask=inside, other=0.0)
+        z = tl.maximum(z, -1e30) * scale
+        slope = z * 0.0 + 1.0
+        if SOFTCAP:
+            z = soft_cap(z, softcap)
+            u = z / softcap
+            slope = 1.0 - u * u
+        word = tl.load(bits_ptr + columns // 32, mask=inside, other=0)
+        left = ((word >> (columns % 32)) & 1) == 0
+        left &= columns != tl.load(labels_ptr + t).to(tl.int32)
+        total += tl.where(left, tl.exp(z - tl.load(lse_ptr + t)) * slope, 0.0)
+        z_ptr += width
+        bits_ptr += words
+    here = tl.load(profile_ptr + columns, mask=inside, other=0.0)
+    tl.store(profile_ptr + columns, here + total, mask=inside)
+
+
+def tail_profile(
+    z: Tensor, labels: Tensor, lse: Tensor, bits: Tensor, first: int, scale: float, softcap: float, profile: Tensor
+) -> None:
+    """z [C, width]: raw products of the columns from `first` on. bits [C, words] of all columns."""
+    count, width = z.shape
+    block = 256
+    tail_profile_kernel[(triton.cdiv(width, block),)](
+        z, labels, lse, bits, profile, count, width, first, bits.shape[1], scale, softcap,
+        BLOCK=block, SOFTCAP=softcap > 0, num_warps=4,
+    )  # fmt: skip

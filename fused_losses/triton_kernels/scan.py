@@ -1,0 +1,290 @@
+"""The scan: logits of a chunk of tokens, their sums and their significance bits, and no logit ever in memory.
+
+A program owns a block of tokens and a part of the vocabulary. It goes through the part tile by tile: a product of
+[BLOCK_N, D] and [BLOCK_V, D] in registers, then the epilogue, which updates running sums and writes one bit per logit.
+The epilogue takes the tile in SLICES, so that its temporaries fit beside the accumulator: whole, it spills. Parts are
+joined afterwards, [parts, N] numbers each (`backends.gpu`).
+
+Traffic, one pass over N tokens: the weight once from memory, 2·V·D bytes in bf16; N·V/8 bytes of bits; from the L2 cache
+2·N·V·D·(1/BLOCK_N + 1/BLOCK_V) bytes. FLOP: 2·N·V·D, with a reference twice that. Floor: the FLOP over the measured rate
+of a matrix product of that shape; at 128 × 256 the L2 cache must give 96 bytes for 64 kFLOP.
+"""
+
+from __future__ import annotations
+
+import enum
+
+import triton
+import triton.language as tl
+
+from .math import growth, soft_cap
+
+
+class Sum(enum.IntEnum):
+    """Rows of `partial` [parts, len(Sum), N], over all ids but the label; δ = z − r − shift."""
+
+    TOP = 0  # largest z
+    SUM = 1  # Σ e, e = exp(z − TOP)
+    WEIGHTED = 2  # Σ e (z − TOP)
+    SLOPED = 3  # Σ e (1 − (z/softcap)²)
+    INDEX = 4  # where TOP is, the bits of an int32
+    REF_TOP = 5  # largest r
+    REF_SUM = 6  # Σ w, w = exp(r − REF_TOP)
+    REF_WEIGHTED = 7  # Σ w (r − REF_TOP)
+    SHIFTED = 8  # Σ w δ
+    GROWTH = 9  # Σ w (exp(δ) − 1 − δ)
+    GAP_L1 = 10  # Σ w |exp(δ) − 1|
+
+
+class Known(enum.IntEnum):
+    """Rows of `known` [3, N]."""
+
+    BOUND = 0  # a bit is set where z is above
+    REF_BOUND = 1  # or r above this
+    SHIFT = 2  # about lse − lse of the reference
+
+
+TOP, SUM, WEIGHTED, SLOPED, INDEX, REF_TOP, REF_SUM, REF_WEIGHTED, SHIFTED, GROWTH, GAP_L1 = (
+    tl.constexpr(int(row)) for row in Sum
+)
+SUMS = tl.constexpr(len(Sum))
+BOUND, REF_BOUND, SHIFT = (tl.constexpr(int(row)) for row in Known)
+LOWEST = tl.constexpr(-3e38)  # below every logit, and finite: a difference of two of them is not NaN
+
+
+@triton.jit
+def scan(
+    x, w, bias_ptr, labels_ptr, known_ptr, bits_ptr, partial_ptr, scale, softcap,
+    N, V, D, stride_xn, stride_wv, words, tiles_per_part,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, SLICES: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    FP32: tl.constexpr, HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr,
+    BITS: tl.constexpr,
+):  # fmt: skip
+    """x [N, D] · w [V, D]ᵀ as a stream of tiles; sums into partial [parts, SUMS, N], bits into [N, words].
+
+    A bit is set where z > known[BOUND]. Taken from a probe over some ids and the label, that is a lower bound of
+    lse + log(θ √(1 − p[label])), so no entry is missed.
+    """
+    row = tl.program_id(0) * BLOCK_N
+    part = tl.program_id(1)
+    rows = row + tl.arange(0, BLOCK_N)
+    valid = rows < N
+    label = tl.load(labels_ptr + rows, mask=valid, other=-1).to(tl.int32)
+    top = tl.full((BLOCK_N,), LOWEST, tl.float32)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    weighted = tl.zeros((BLOCK_N,), tl.float32)
+    sloped = tl.zeros((BLOCK_N,), tl.float32)
+    index = tl.zeros((BLOCK_N,), tl.int32)
+    bound = top
+    if BITS:
+        bound = tl.load(known_ptr + BOUND * N + rows, mask=valid, other=0.0)
+
+    WIDTH: tl.constexpr = BLOCK_V // SLICES
+    first = part * tiles_per_part
+    for tile in range(first, min(first + tiles_per_part, tl.cdiv(V, BLOCK_V))):
+        acc = _tile(
+            x, w, row, tile * BLOCK_V, N, V, D, stride_xn, stride_wv, BLOCK_N, BLOCK_V, BLOCK_D, DESCRIPTORS, FP32
+        )
+        slices = _slices(acc, SLICES)
+        for i in tl.static_range(SLICES):
+            z = slices[i]
+            column = tile * BLOCK_V + i * WIDTH
+            columns = column + tl.arange(0, WIDTH)
+            z = _finish(z, bias_ptr, columns, V, scale, HAS_BIAS, SCALED)
+            if SOFTCAP:
+                z = soft_cap(z, softcap)
+            z = tl.where((columns < V)[None, :], z, -float("inf"))
+            if BITS:
+                _store_bits(z > bound[:, None], bits_ptr, rows, column, words)
+            z = tl.where(columns[None, :] == label[:, None], -float("inf"), z)
+            before = top
+            top, total, weighted, index, e = _update(z, column, top, total, weighted, index, ENTROPY)
+            if SOFTCAP:
+                u = tl.where(e > 0, z / softcap, 0.0)
+                sloped = sloped * tl.exp(before - top) + tl.sum(e * (1.0 - u * u), 1)
+
+    out = partial_ptr + part.to(tl.int64) * SUMS * N + rows
+    tl.store(out + TOP * N, top, mask=valid)
+    tl.store(out + SUM * N, total, mask=valid)
+    tl.store(out + INDEX * N, index.to(tl.float32, bitcast=True), mask=valid)
+    if ENTROPY:
+        tl.store(out + WEIGHTED * N, weighted, mask=valid)
+    if SOFTCAP:
+        tl.store(out + SLOPED * N, sloped, mask=valid)
+
+
+@triton.jit
+def scan_with_reference(
+    x, w, reference_x, reference_w, bias_ptr, reference_bias_ptr, labels_ptr, known_ptr, bits_ptr, partial_ptr,
+    scale, reference_scale, N, V, D, D_REF, stride_xn, stride_wv, stride_rn, stride_rv, words,
+    tiles_per_part,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, SLICES: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    FP32: tl.constexpr, SHARED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_REFERENCE_BIAS: tl.constexpr,
+    SCALED: tl.constexpr, ENTROPY: tl.constexpr, REFERENCE_ENTROPY: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    """`scan` of the model and of the reference together, for sums over p_ref of functions of z − r.
+
+    SHARED: x holds the difference of the hidden states, w serves both, and z = r + x·w. δ = z − r − shift is small near the
+    reference, where Σ w (eᵟ − 1 − δ), without cancellation, is what the KL is made of. Without soft-cap: with one,
+    Σ |p − p_ref|·slope needs the final sums.
+    """
+    row = tl.program_id(0) * BLOCK_N
+    part = tl.program_id(1)
+    rows = row + tl.arange(0, BLOCK_N)
+    valid = rows < N
+    label = tl.load(labels_ptr + rows, mask=valid, other=-1).to(tl.int32)
+    top = tl.full((BLOCK_N,), LOWEST, tl.float32)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    weighted = tl.zeros((BLOCK_N,), tl.float32)
+    index = tl.zeros((BLOCK_N,), tl.int32)
+    ref_top = tl.full((BLOCK_N,), LOWEST, tl.float32)
+    ref_total = tl.zeros((BLOCK_N,), tl.float32)
+    ref_weighted = tl.zeros((BLOCK_N,), tl.float32)
+    ref_index = tl.zeros((BLOCK_N,), tl.int32)
+    shifted_sum = tl.zeros((BLOCK_N,), tl.float32)
+    growth_sum = tl.zeros((BLOCK_N,), tl.float32)
+    gap_sum = tl.zeros((BLOCK_N,), tl.float32)
+    shift = tl.load(known_ptr + SHIFT * N + rows, mask=valid, other=0.0)
+    bound, ref_bound = top, top
+    if BITS:
+        bound = tl.load(known_ptr + BOUND * N + rows, mask=valid, other=0.0)
+        ref_bound = tl.load(known_ptr + REF_BOUND * N + rows, mask=valid, other=0.0)
+
+    WIDTH: tl.constexpr = BLOCK_V // SLICES
+    first = part * tiles_per_part
+    for tile in range(first, min(first + tiles_per_part, tl.cdiv(V, BLOCK_V))):
+        ref_acc = _tile(
+            reference_x, reference_w, row, tile * BLOCK_V, N, V, D_REF, stride_rn, stride_rv,
+            BLOCK_N, BLOCK_V, BLOCK_D, DESCRIPTORS, FP32,
+        )  # fmt: skip
+        acc = _tile(
+            x, w, row, tile * BLOCK_V, N, V, D, stride_xn, stride_wv, BLOCK_N, BLOCK_V, BLOCK_D, DESCRIPTORS, FP32
+        )
+        ref_slices = _slices(ref_acc, SLICES)
+        slices = _slices(acc, SLICES)
+        for i in tl.static_range(SLICES):
+            column = tile * BLOCK_V + i * WIDTH
+            columns = column + tl.arange(0, WIDTH)
+            r = _finish(ref_slices[i], reference_bias_ptr, columns, V, reference_scale, HAS_REFERENCE_BIAS, SCALED)
+            d = _finish(slices[i], bias_ptr, columns, V, scale, HAS_BIAS, SCALED)
+            if not SHARED:
+                d -= r
+            inside = columns < V
+            z = r + d
+            if BITS:
+                significant = ((z > bound[:, None]) | (r > ref_bound[:, None])) & inside[None, :]
+                _store_bits(significant, bits_ptr, rows, column, words)
+            other = inside[None, :] & (columns[None, :] != label[:, None])
+            z = tl.where(other, z, -float("inf"))
+            top, total, weighted, index, e = _update(z, column, top, total, weighted, index, ENTROPY)
+            r = tl.where(other, r, -float("inf"))
+            before = ref_top
+            ref_top, ref_total, ref_weighted, ref_index, e = _update(
+                r, column, ref_top, ref_total, ref_weighted, ref_index, REFERENCE_ENTROPY
+            )
+            shrink = tl.exp(before - ref_top)
+            delta = tl.where(other, d - shift[:, None], 0.0)
+            shifted_sum = shifted_sum * shrink + tl.sum(e * delta, 1)
+            grown = growth(delta)
+            growth_sum = growth_sum * shrink + tl.sum(e * grown, 1)
+            gap_sum = gap_sum * shrink + tl.sum(e * tl.abs(grown + delta), 1)
+
+    out = partial_ptr + part.to(tl.int64) * SUMS * N + rows
+    tl.store(out + TOP * N, top, mask=valid)
+    tl.store(out + SUM * N, total, mask=valid)
+    tl.store(out + INDEX * N, index.to(tl.float32, bitcast=True), mask=valid)
+    tl.store(out + REF_TOP * N, ref_top, mask=valid)
+    tl.store(out + REF_SUM * N, ref_total, mask=valid)
+    tl.store(out + SHIFTED * N, shifted_sum, mask=valid)
+    tl.store(out + GROWTH * N, growth_sum, mask=valid)
+    tl.store(out + GAP_L1 * N, gap_sum, mask=valid)
+    if ENTROPY:
+        tl.store(out + WEIGHTED * N, weighted, mask=valid)
+    if REFERENCE_ENTROPY:
+        tl.store(out + REF_WEIGHTED * N, ref_weighted, mask=valid)
+
+
+@triton.jit
+def _tile(
+    a, b, row, column, N, V, D, stride_a, stride_b,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, DESCRIPTORS: tl.constexpr, FP32: tl.constexpr,
+):  # fmt: skip
+    """a[row :] · b[column :]ᵀ, [BLOCK_N, BLOCK_V] in fp32; 0 beyond the last row or column."""
+    acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    if DESCRIPTORS:
+        for k in range(0, tl.cdiv(D, BLOCK_D)):
+            acc = tl.dot(a.load([row, k * BLOCK_D]), b.load([column, k * BLOCK_D]).T, acc)
+    else:
+        rows = row + tl.arange(0, BLOCK_N)
+        columns = column + tl.arange(0, BLOCK_V)
+        ks = tl.arange(0, BLOCK_D)
+        left_ptr = a + rows.to(tl.int64)[:, None] * stride_a + ks[None, :]
+        right_ptr = b + columns.to(tl.int64)[:, None] * stride_b + ks[None, :]
+        for k in range(0, tl.cdiv(D, BLOCK_D)):
+            inside = ks < D - k * BLOCK_D
+            left = tl.load(left_ptr, mask=(rows < N)[:, None] & inside[None, :], other=0.0)
+            right = tl.load(right_ptr, mask=(columns < V)[:, None] & inside[None, :], other=0.0)
+            acc = tl.dot(left, right.T, acc, input_precision="ieee" if FP32 else "tf32")
+            left_ptr += BLOCK_D
+            right_ptr += BLOCK_D
+    return acc
+
+
+@triton.jit
+def _slices(tile, SLICES: tl.constexpr):
+    """The tile's columns in SLICES (1, 2 or 4) equal slices, by selecting registers: no data moves."""
+    if SLICES == 1:
+        slices = (tile,)
+    elif SLICES == 2:
+        slices = _halves(tile)
+    else:
+        left, right = _halves(tile)
+        a, b = _halves(left)
+        c, d = _halves(right)
+        slices = (a, b, c, d)
+    return slices
+
+
+@triton.jit
+def _halves(tile):
+    return tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _finish(z, bias_ptr, columns, V, scale, HAS_BIAS: tl.constexpr, SCALED: tl.constexpr):
+    """scale · (z + bias); a token ruled out by a bias of −inf gets −1e30, which must not make 0 · ∞."""
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + columns, mask=columns < V, other=0.0)
+        z = tl.maximum(z + bias[None, :], -1e30)
+    if SCALED:
+        z *= scale
+    return z
+
+
+@triton.jit
+def _update(z, column, top, total, weighted, index, ENTROPY: tl.constexpr):
+    """Running maximum, where it is, Σ e and, for the entropy, Σ e (z − top); −inf where a logit does not count."""
+    # NaN does not win a maximum, but enters the sums through exp.
+    slice_top, slice_index = tl.max(z, 1, return_indices=True)
+    index = tl.where(slice_top > top, slice_index + column, index)
+    new_top = tl.maximum(top, slice_top)
+    shrink = tl.exp(top - new_top)
+    shifted = z - new_top[:, None]
+    e = tl.exp(shifted)
+    if ENTROPY:
+        # What is summed is moved to the new top first. The maximum is for 0 · −∞.
+        weighted = (weighted + total * tl.maximum(top - new_top, -1e30)) * shrink
+        weighted += tl.sum(e * tl.maximum(shifted, -1e30), 1)
+    total = total * shrink + tl.sum(e, 1)
+    return new_top, total, weighted, index, e
+
+
+@triton.jit
+def _store_bits(significant, bits_ptr, rows, column, words):
+    """Bit j of word k of a row is column 32 k + j. Whole tiles are written, so `bits` has room for them."""
+    WORDS: tl.constexpr = significant.shape[1] // 32
+    bits = tl.reshape(significant.to(tl.uint32), (significant.shape[0], WORDS, 32))
+    packed = tl.sum(bits << tl.arange(0, 32).to(tl.uint32)[None, None, :], axis=2).to(tl.int32, bitcast=True)
+    word = column // 32 + tl.arange(0, WORDS)
+    where = bits_ptr + rows.to(tl.int64)[:, None] * words + word[None, :]
+    tl.store(where, packed)

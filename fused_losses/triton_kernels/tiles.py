@@ -1,0 +1,76 @@
+"""Which tile each kernel takes, by architecture and shape: a committed table, so that the first call is as fast as the last.
+
+`fused-losses tune` measures on a GPU and prints rows for SCANS. Every row is compiled ahead of time in the tests, for the
+architectures that it may run on, and must not spill (docs/kernels.md has registers and shared memory of each).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Scan(NamedTuple):
+    """A row of the table: what it is for, then the tile."""
+
+    architecture: int  # compute capability × 10, of the smallest that takes it
+    kind: str  # plain; capped: with soft-cap or bias; shared, own: with a reference, by whose head
+    block_n: int
+    block_v: int
+    block_d: int
+    slices: int
+    warps: int
+    stages: int
+    descriptors: bool  # tensor memory accelerator; else plain pointers
+    source: str  # how it was chosen
+
+    @property
+    def constants(self) -> dict[str, int]:
+        return dict(BLOCK_N=self.block_n, BLOCK_V=self.block_v, BLOCK_D=self.block_d, SLICES=self.slices)
+
+    @property
+    def options(self) -> dict[str, int]:
+        return dict(num_warps=self.warps, num_stages=self.stages)
+
+
+COMPILED = "largest that compiles without spills; not timed"
+SCANS = (
+    Scan(80, "plain", 128, 128, 32, 2, 8, 4, False, COMPILED),
+    Scan(80, "capped", 128, 128, 32, 2, 8, 3, False, COMPILED),
+    Scan(80, "shared", 64, 128, 64, 2, 8, 2, False, COMPILED),
+    Scan(80, "own", 64, 64, 32, 2, 8, 3, False, COMPILED),
+    Scan(90, "plain", 128, 256, 64, 2, 8, 3, True, COMPILED),
+    Scan(90, "capped", 128, 128, 64, 2, 8, 4, True, COMPILED),
+    Scan(90, "shared", 128, 128, 64, 2, 8, 4, True, COMPILED),
+    Scan(90, "own", 128, 64, 64, 2, 8, 4, True, COMPILED),
+    Scan(100, "plain", 128, 256, 64, 4, 8, 3, True, COMPILED),
+    Scan(100, "capped", 128, 256, 64, 4, 8, 3, True, COMPILED),
+    Scan(100, "shared", 128, 128, 64, 4, 8, 4, True, COMPILED),
+    Scan(100, "own", 128, 128, 64, 4, 8, 4, True, COMPILED),
+)
+KINDS = ("plain", "capped", "shared", "own")
+
+
+def architecture(capability: tuple[int, int]) -> int:
+    """Of the table: 80 for everything that has neither Hopper's wgmma nor Blackwell's tcgen05, consumer Blackwell included."""
+    major = capability[0]
+    return {9: 90, 10: 100}.get(major, 80)
+
+
+def scan_tile(arch: int, kind: str, descriptors: bool) -> Scan:
+    """The row for a call. `descriptors`: the operands are aligned for them (16 bytes); else the same tile by pointers."""
+    row = next(row for row in SCANS if (row.architecture, row.kind) == (arch, kind))
+    if row.descriptors and not descriptors:
+        # Pointers take registers that the large tiles do not leave.
+        row = next(row for row in SCANS if (row.architecture, row.kind) == (80, kind))
+    return row
+
+
+def gather_tile(dim: int, accumulators: int) -> dict[str, int]:
+    """Rows of `dim` numbers gathered whole, about 32 numbers a thread, and as many threads as a row has groups of 8."""
+    block = 16
+    while block < dim:
+        block *= 2
+    warps = min(16, max(1, block // 256))
+    each = block // (32 * warps)
+    group = max(1, min(8, (64 if accumulators == 1 else 32) // max(1, each)))
+    return dict(GROUP=group, BLOCK_D=block, num_warps=warps)
