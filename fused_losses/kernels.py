@@ -88,6 +88,12 @@ def load() -> str | None:
 
 
 @functools.cache
+def load_cuda() -> str | None:
+    """Load the CUDA kernels; why they cannot be used, or None."""
+    return "not built"
+
+
+@functools.cache
 def has_logits(dtype: torch.dtype) -> bool:
     """Whether `logits` works here, tried on a small product."""
     if load() is not None or dtype not in (torch.float32, torch.bfloat16):

@@ -46,7 +46,7 @@ def _logits(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) ->
 
 def scan(
     problem: Problem, out: Statistics, threshold: float, capacity: int, sampled: Tensor, profile: Tensor,
-    rows: bool = False,
+    with_rows: bool = False,
 ) -> Iterator[tuple[Chunk, Entries]]:  # fmt: skip
     if problem.accumulator != torch.float32:
         yield from chunked.scan(problem, out, threshold, capacity, sampled, profile)

@@ -141,14 +141,14 @@ class Gpu:
 
     def scan(
         self, problem: Problem, out: Statistics, threshold: float, capacity: int, sampled: Tensor, profile: Tensor,
-        rows: bool,
+        with_rows: bool,
     ) -> Iterator[tuple[Any, Entries]]:  # fmt: skip
-        """Sweep over the tokens for a sparse softmax; see `backends.torch.scan`. `rows`: also Σ over entries, [C, D] each.
+        """Sweep over the tokens for a sparse softmax; see `backends.torch.scan`. `with_rows`: also Σ over entries, [C, D] each.
 
         More entries than the threshold asks for are kept, 1.2 to 1.4 times as many: the scan's bound is a lower one.
         """
         if problem.accumulator != torch.float32:
-            yield from chunked.scan(problem, out, threshold, capacity, sampled, profile, rows)
+            yield from chunked.scan(problem, out, threshold, capacity, sampled, profile, with_rows)
             return
         tile = _tile(problem)
         chosen: list[tuple[Tensor, ...]] = []
@@ -159,7 +159,7 @@ class Gpu:
         )
         for span, known, bits in chunks:
             with _on(problem.hidden.device):
-                entries = self._entries(problem, out, span.tokens, known, bits, capacity * CANDIDATES, rows)
+                entries = self._entries(problem, out, span.tokens, known, bits, capacity * CANDIDATES, with_rows)
                 here = sampled[(sampled >= span.tokens.start) & (sampled < span.tokens.stop)]
                 at = here - span.tokens.start
                 here, at = (i[(entries.counts[at] >= 0) & out.nll[here].isfinite()] for i in (here, at))
@@ -168,7 +168,8 @@ class Gpu:
             yield span, entries
         if chosen:
             with _on(problem.hidden.device):
-                _tail_profile(problem, *(torch.cat(parts) for parts in zip(*chosen, strict=True)), profile)
+                tokens, lse, bits = (torch.cat(parts) for parts in zip(*chosen, strict=True))
+                _tail_profile(problem, tokens, lse, bits, profile)
 
     def _bits_of_logits(
         self, problem: Problem, out: Statistics, threshold: float
@@ -274,10 +275,11 @@ class Gpu:
     def add_dense(self, problem: Problem, span: Span, a: Tensor | None, b: Tensor | None, total: Gradients) -> None:
         part = _part(problem, span.tokens)
         hidden = None if total.hidden is None else total.hidden[span.tokens]
-        self._sweep(
-            part, empty_statistics(part), lambda _, at: tuple(None if w is None else w[at] for w in (a, b)),
-            Gradients(hidden, total.weight, total.bias),
-        )  # fmt: skip
+
+        def upstream(_: Statistics, at: slice) -> tuple[Tensor | None, Tensor | None]:
+            return None if a is None else a[at], None if b is None else b[at]
+
+        self._sweep(part, empty_statistics(part), upstream, Gradients(hidden, total.weight, total.bias))
 
     # --- products of entries -------------------------------------------------------------------------------------------
 
@@ -576,7 +578,7 @@ def _tile(problem: Problem) -> tiles.Scan | None:
     return tiles.scan_tile(arch, kind, descriptors=True)
 
 
-def _logits(problem: Problem, chunk: chunked.Chunk) -> tuple[Any, ...]:
+def _logits(problem: Problem, chunk: chunked.Chunk) -> Any:
     """The first arguments of the kernels over logits."""
     head, own = problem.head, problem.reference_head or problem.head
     return (

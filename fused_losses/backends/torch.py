@@ -119,13 +119,13 @@ def add_chunk(problem: Problem, chunk: Chunk, a: Tensor | None, b: Tensor | None
 
 def scan(
     problem: Problem, out: Statistics, threshold: float, capacity: int, sampled: Tensor, profile: Tensor,
-    rows: bool = False,
+    with_rows: bool = False,
 ) -> Iterator[tuple[Chunk, Entries]]:  # fmt: skip
     """Sweep over the tokens for a sparse softmax: fill `out`, yield the entries of each chunk. 1 GEMM, 2 with a reference.
 
     An entry has p or p_ref > threshold · √(1 − p[label]), or is the label's. `profile` [V] gains Σ p over what the
-    tokens `sampled` (ascending) leave out. The chunk's buffers hold what `dense_rows` and `add_dense` need. `rows`: the
-    products of entries and weight are wanted too, of those backends that have them at hand; this one has not.
+    tokens `sampled` (ascending) leave out. The chunk's buffers hold what `dense_rows` and `add_dense` need. `with_rows`:
+    the products of entries and weight are wanted too, of those backends that have them at hand; this one has not.
     """
     for chunk in logit_chunks(problem, narrow=True):
         parts: list[Entries] = []

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..kernels import Row
-from .math import expm1, growth, log1p, soft_cap
+from .math import expm1, log1p, soft_cap
 from .scan import _store_bits, _update
 
 TOP, LOG_SUM, REF_TOP, REF_LOG_SUM, SHIFT, REST, GAP, GAP_L1, TOTALS_SHIFT = (tl.constexpr(int(row)) for row in Row)
@@ -208,7 +208,7 @@ def logit_bits_kernel(
     columns = start + tl.arange(0, BLOCK)
     if REFERENCE:
         r_ptr += t.to(tl.int64) * V
-    z, d, r = _logits(
+    z, _, r = _logits(
         z_ptr + t.to(tl.int64) * V, r_ptr, columns, V, scale, softcap, reference_scale, reference_softcap,
         REFERENCE, DIFFERENCE, SOFTCAP, REFERENCE_SOFTCAP,
     )  # fmt: skip

@@ -241,7 +241,7 @@ def _slices(tile, SLICES: tl.constexpr):
         left, right = _halves(tile)
         a, b = _halves(left)
         c, d = _halves(right)
-        slices = (a, b, c, d)
+        slices = (a, b, c, d)  # type: ignore[assignment]
     return slices
 
 
