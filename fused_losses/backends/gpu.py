@@ -80,7 +80,8 @@ class Gpu:
         scale, dtype = problem.head.logit_scale, problem.dtype
         for chunk, known in self._logit_chunks(problem, out):
             nll, z, r = out.nll[chunk.tokens], _as(chunk.z, dtype), None if chunk.r is None else _as(chunk.r, dtype)
-            row_kernels.directions(*_logits(problem, chunk), known, nll, torch.ones_like(nll), None, z, r)
+            one = torch.ones_like(nll)
+            row_kernels.directions(*_logits(problem, chunk), known, nll, one, None, z, r)  # type: ignore[call-arg]
             rows.nll[chunk.tokens] = _product(z, chunk.weight).mul_(scale)
             if r is not None:
                 rows.kl[chunk.tokens] = _product(r, chunk.weight).mul_(scale)
@@ -113,14 +114,16 @@ class Gpu:
                 exponent = int(torch.frexp(largest).exponent)
                 factor = 2.0**exponent
                 weights = [None if w is None else torch.ldexp(w, torch.tensor(-exponent)) for w in weights]
-            direction = _as(chunk.z, dtype)
-            row_kernels.directions(*_logits(problem, chunk), known, out.nll[tokens], *weights, direction, None)
+            # The gradient of the bias is a sum of nothing else, so it is taken before any rounding.
+            direction = chunk.z if total.bias is not None else _as(chunk.z, dtype)
+            row_kernels.directions(*_logits(problem, chunk), known, out.nll[tokens], *weights, direction, None)  # type: ignore[call-arg]
+            if total.bias is not None:
+                total.bias.add_(direction.sum(0), alpha=factor)
+                direction = direction.to(dtype)
             if total.hidden is not None:
                 total.hidden[tokens] = _product(direction, chunk.weight).mul_(factor)
             if total.weight is not None:
                 _add_product(total.weight, direction.t(), chunk.hidden, factor)
-            if total.bias is not None:
-                total.bias.add_(direction.sum(0, dtype=torch.float32), alpha=factor)
 
     def _logit_chunks(self, problem: Problem, out: Statistics) -> Iterator[tuple[chunked.Chunk, Tensor]]:
         """Chunks with raw logits in their buffers, statistics filled in, and what else is known of their tokens, [9, C]."""
@@ -181,7 +184,7 @@ class Gpu:
             least = math.log(threshold) + 0.5 * torch.log(-torch.expm1(-out.nll[chunk.tokens]))
             bounds = torch.stack([lse + least, known[Row.REF_TOP] + known[Row.REF_LOG_SUM] + least])
             bits = torch.empty(len(z), words, dtype=torch.int32, device=z.device)
-            row_kernels.logit_bits(z, r, difference, bounds, *scales, bits)
+            row_kernels.logit_bits(z, r, difference, bounds, *scales, bits)  # type: ignore[call-arg]
             yield Span(chunk.tokens), known, bits
 
     def _bits_of_scan(
@@ -241,6 +244,7 @@ class Gpu:
         reference = problem.has_reference
         values, kl_values = empty(True, total), empty(reference, total)
         kept = torch.zeros(4, size, device=device)
+        rows = rows and dim <= tiles.ROWS_UP_TO
         nll_rows = empty(rows, size, dim, dtype=problem.hidden.dtype)
         kl_rows = empty(rows and reference, size, dim, dtype=problem.hidden.dtype)
         hidden, weight = problem.hidden[tokens].to(problem.dtype), head.weight.to(problem.dtype).contiguous()
@@ -483,12 +487,18 @@ def _join(
     precise = torch.log1p(gain) + shift
     plain = (largest - ref_largest) + (log_sum - ref_log_sum)
     near = (gain.abs() < 0.5) & ((precise - plain).abs() < 1e-3)
-    kl = torch.where(near, torch.log1p(gain) - gain + growth, plain - shift - shifted)
+    kl = torch.where(near, growth - _saturation(gain), plain - shift - shifted)
     out.kl.copy_(torch.where(kl < 0, 0, kl))
     rows[Row.REF_TOP], rows[Row.REF_LOG_SUM] = ref_largest, ref_log_sum
     rows[Row.SHIFT] = torch.where(near, precise, plain)
     rows[Row.GAP_L1], rows[Row.TOTALS_SHIFT] = gap_l1, shift
     return rows
+
+
+def _saturation(x: Tensor) -> Tensor:
+    """x − log(1 + x), without cancellation near 0."""
+    series = x * x * (1 / 2 - x * (1 / 3 - x * (1 / 4 - x * (1 / 5 - x * (1 / 6 - x / 7)))))
+    return torch.where(x.abs() < 0.05, series, x - torch.log1p(x))
 
 
 def _moved(tops: Tensor) -> tuple[Tensor, Tensor]:

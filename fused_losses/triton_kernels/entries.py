@@ -209,7 +209,7 @@ def attention(
         kept, nll_rows, kl_rows, count, dim, scale, softcap,
         HAS_BIAS=bias is not None, DIFFERENCE=difference is not None, ENTRY_REFERENCE=entry_reference is not None,
         SOFTCAP=softcap > 0, NLL_ROWS=nll_rows is not None, KL_ROWS=kl_rows is not None,
-        **gather_tile(dim, 2 + (difference is not None)),
+        **gather_tile(dim, 1 + sum(t is not None for t in (difference, nll_rows, kl_rows))),
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from .scan import _store_bits, _update
 TOP, LOG_SUM, REF_TOP, REF_LOG_SUM, SHIFT, REST, GAP, GAP_L1, TOTALS_SHIFT = (tl.constexpr(int(row)) for row in Row)
 LOWEST = tl.constexpr(-3e38)
 BLOCK = 2048
-WARPS = 8
+WARPS = 16
 
 
 @triton.jit
@@ -119,16 +119,16 @@ def row_statistics_kernel(
             )  # fmt: skip
 
     at_label = label + tl.zeros((1,), tl.int32)
-    z, d, r = _logits(
+    label_z, _, label_r = _logits(
         z_ptr, r_ptr, at_label, V, scale, softcap, reference_scale, reference_softcap,
         REFERENCE, DIFFERENCE, SOFTCAP, REFERENCE_SOFTCAP,
     )  # fmt: skip
     one = tl.arange(0, 1)
-    largest, log_sum = _sums(z, top, total)
-    nll = _nll(z, top, total) + (largest - largest)  # NaN where the largest logit is infinite
+    largest, log_sum = _sums(label_z, top, total)
+    nll = _nll(label_z, top, total) + (largest - largest)  # NaN where the largest logit is infinite
     share = tl.exp((top - largest) - log_sum)  # of e^TOP of the others
     tl.store(nll_ptr + t + one, nll)
-    wins = (z > top) | ((z == top) & (at_label < index))
+    wins = (label_z > top) | ((label_z == top) & (at_label < index))
     tl.store(prediction_ptr + t + one, tl.where(wins, at_label, index).to(tl.int64))
     if ENTROPY:
         # Σ p (lse − z) over the others: every term is positive.
@@ -142,8 +142,8 @@ def row_statistics_kernel(
     else:
         tl.store(out + REST * C, -expm1(-nll))
     if REFERENCE:
-        ref_nll = _nll(r, ref_top, ref_total)
-        ref_largest, ref_log_sum = _sums(r, ref_top, ref_total)
+        ref_nll = _nll(label_r, ref_top, ref_total)
+        ref_largest, ref_log_sum = _sums(label_r, ref_top, ref_total)
         shift = (largest - ref_largest) + (log_sum - ref_log_sum)
         gaps = tl.zeros((BLOCK,), tl.float32)
         sloped_gaps = tl.zeros((BLOCK,), tl.float32)

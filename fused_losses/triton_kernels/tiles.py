@@ -65,12 +65,17 @@ def scan_tile(arch: int, kind: str, descriptors: bool) -> Scan:
     return row
 
 
-def gather_tile(dim: int, accumulators: int) -> dict[str, int]:
-    """Rows of `dim` numbers gathered whole, about 32 numbers a thread, and as many threads as a row has groups of 8."""
+# Of a token's hidden size: up to here the attention holds what it accumulates in registers.
+ROWS_UP_TO = 8192
+
+
+def gather_tile(dim: int, vectors: int) -> dict[str, int]:
+    """For rows of `dim` numbers gathered whole, GROUP at a time, beside so many vectors of that length in registers."""
     block = 16
     while block < dim:
         block *= 2
-    warps = min(16, max(1, block // 256))
-    each = block // (32 * warps)
-    group = max(1, min(8, (64 if accumulators == 1 else 32) // max(1, each)))
+    warps = min(16 if vectors <= 2 else 8 if block <= 4096 else 16, max(1, block // 256))
+    each = block // (32 * warps) or 1  # numbers of a row in one thread
+    room = (80 if warps > 8 else 144) // each - vectors
+    group = next(g for g in (8, 4, 2, 1) if g <= max(1, room))
     return dict(GROUP=group, BLOCK_D=block, num_warps=warps)
