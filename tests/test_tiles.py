@@ -27,18 +27,9 @@ def test_compiles_without_spills_and_with_the_instructions_meant(specimen, archi
         assert instruction in found.ptx
 
 
-@pytest.mark.parametrize("architecture", [90, 100])
-@pytest.mark.parametrize("kind", tiles.KINDS)
-def test_pointer_tiles_serve_unaligned_operands_elsewhere(kind, architecture):
-    """A hidden size that tensor descriptors cannot take: the rows for sm_80, compiled for the newer ones."""
-    row = tiles.scan_tile(architecture, kind, descriptors=False)
-    assert not row.descriptors
-    assert ahead.compile_for(ahead.scan_specimen(row), architecture).spilled <= 64
-
-
 @pytest.mark.parametrize("operand", ["fp16", "fp32"])
 def test_scan_compiles_for_other_operands(operand):
-    row = tiles.scan_tile(80, "plain", descriptors=False)
+    row = tiles.scan_tile(80, "plain")
     assert ahead.compile_for(ahead.scan_specimen(row, operand), 80).shared <= ahead.SHARED_LIMIT[80]
 
 

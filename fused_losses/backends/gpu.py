@@ -352,8 +352,6 @@ class _Operands:
                 self.bias = None
         tensors = [self.hidden, self.weight, self.reference_hidden, self.reference_weight]
         self.descriptors = tile.descriptors and all(_aligned(t) for t in tensors if t is not None)
-        if tile.descriptors and not self.descriptors and not INTERPRETED:
-            self.tile = tiles.scan_tile(tile.architecture, tile.kind, descriptors=False)
 
     def label_logits(self, kernels: Any) -> list[Tensor]:
         """z of the labels, and with a reference z − r and r."""
@@ -584,8 +582,10 @@ def _tile(problem: Problem) -> tiles.Scan | None:
     kind = "capped" if capped or head.bias is not None else "plain"
     if problem.has_reference:
         kind = "shared" if own is None else "own"
-    arch = tiles.architecture(torch.cuda.get_device_capability(problem.hidden.device))
-    return tiles.scan_tile(arch, kind, descriptors=True)
+    widths = [h.weight.shape[1] for h in (head, own) if h is not None]
+    if any(width % 8 for width in widths):
+        return None  # rows that are not whole units of 16 bytes can neither be described nor loaded so
+    return tiles.scan_tile(tiles.architecture(torch.cuda.get_device_capability(problem.hidden.device)), kind)
 
 
 def _logits(problem: Problem, chunk: chunked.Chunk) -> Any:
@@ -641,8 +641,10 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, factor: float) -> N
 
 
 def _rows_of(matrix: Tensor) -> Tensor:
-    """Any distance between rows, but the numbers of a row side by side."""
-    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
+    """Any distance between rows, but the numbers of a row side by side, and the first of each where 16 bytes begin."""
+    if (matrix.stride(1) == 1 or matrix.shape[1] == 1) and _aligned(matrix):
+        return matrix
+    return matrix.clone(memory_format=torch.contiguous_format)
 
 
 def _aligned(matrix: Tensor) -> bool:

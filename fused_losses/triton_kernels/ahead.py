@@ -101,15 +101,16 @@ def specimens() -> Iterator[Specimen]:
     both = flags | dict(REFERENCE=True, DIFFERENCE=True)
     capped = flags | dict(REFERENCE=True, SOFTCAP=True, REFERENCE_SOFTCAP=True)
     warps = dict(num_warps=rows.WARPS)
-    of_reference = ("r_ptr", "kl_ptr", "reference_nll_ptr", "reference_entropy_ptr")
+    of_reference: tuple[str, ...] = ("r_ptr", "kl_ptr", "reference_nll_ptr", "reference_entropy_ptr")
     for name, some, absent in (("", flags, of_reference), (", shared", both, ()), (", own, soft-cap", capped, ())):
         entropy = dict(ENTROPY=True, REFERENCE_ENTROPY=some["REFERENCE"])
         yield Specimen(
             "row_statistics" + name, rows.row_statistics_kernel, ARCHITECTURES, some | entropy, warps, absent
         )
-        yield Specimen("logit_bits" + name, rows.logit_bits_kernel, ARCHITECTURES, some, warps, absent[:1])
+        no_r = () if some["REFERENCE"] else ("r_ptr",)
+        yield Specimen("logit_bits" + name, rows.logit_bits_kernel, ARCHITECTURES, some, warps, no_r)
         weights = dict(HAS_A=True, HAS_B=some["REFERENCE"], SEPARATE=False)
-        none = ("kl_out_ptr", *(() if some["REFERENCE"] else ("r_ptr", "b_ptr")))
+        none = ("kl_out_ptr", *no_r, *(() if some["REFERENCE"] else ("b_ptr",)))
         yield Specimen("directions" + name, rows.directions_kernel, ARCHITECTURES, some | weights, warps, none)
     separate = both | dict(HAS_A=True, HAS_B=False, SEPARATE=True)
     yield Specimen("directions, separate", rows.directions_kernel, ARCHITECTURES, separate, warps, ("b_ptr",))
@@ -163,7 +164,7 @@ def scan_specimen(row: tiles.Scan, operand: str = "bf16") -> Specimen:
 
     left, right = operand_type(row.block_n), operand_type(row.block_v)
     types = dict(x=left, w=right, reference_x=left, reference_w=right, words="i32")
-    expected = {
+    expected: dict[int, tuple[str, ...]] = {
         80: ("mma.sync",),
         90: ("wgmma", "cp.async.bulk.tensor") if row.descriptors else ("wgmma",),
         100: ("tcgen05", "cp.async.bulk.tensor") if row.descriptors else ("tcgen05",),

@@ -56,13 +56,9 @@ def architecture(capability: tuple[int, int]) -> int:
     return {9: 90, 10: 100}.get(major, 80)
 
 
-def scan_tile(arch: int, kind: str, descriptors: bool) -> Scan:
-    """The row for a call. `descriptors`: the operands are aligned for them (16 bytes); else the same tile by pointers."""
-    row = next(row for row in SCANS if (row.architecture, row.kind) == (arch, kind))
-    if row.descriptors and not descriptors:
-        # Pointers take registers that the large tiles do not leave.
-        row = next(row for row in SCANS if (row.architecture, row.kind) == (80, kind))
-    return row
+def scan_tile(arch: int, kind: str) -> Scan:
+    """The row for a call."""
+    return next(row for row in SCANS if (row.architecture, row.kind) == (arch, kind))
 
 
 # Of a token's hidden size: up to here the attention holds what it accumulates in registers.
