@@ -32,6 +32,7 @@ from .problem import Entries, Gradients, Problem, Statistics, Tails
 TOLERANCE = 0.15
 THRESHOLD = 1.1e-4
 CAPACITY = 2048
+ROWS = 1024  # tokens whose rows are in fp32 at a time
 # Of "auto": below, most entries could be above the threshold, and there is little to save.
 SMALLEST_VOCABULARY = 8192
 
@@ -122,17 +123,24 @@ class SparseSoftmax:
         parts = [w * tail for w, tail in ((a, self.tails.nll), (b, self.tails.kl)) if w is not None]
         tail = parts[0] if len(parts) == 1 else parts[0] + parts[1]
         tails = Tails(nll=tail, nll_l1=norm, error=error)
-        rows = None if self.nll_rows is None else self.rows(a, b).to(self.nll_rows.dtype)
+        rows = None if self.nll_rows is None else self.rows(a, b)
         return replace(self, nll=self.values(a, b), kl=None, tails=tails, nll_rows=rows, kl_rows=None)
 
-    def rows(self, a: Tensor | None, b: Tensor | None) -> Tensor:
-        """a·nll_rows + b·kl_rows, fp32."""
-        parts = [
-            w[:, None] * rows
-            for w, rows in ((a, self.nll_rows), (b, self.kl_rows))
-            if w is not None and rows is not None
-        ]
-        return parts[0] if len(parts) == 1 else parts[0].add_(parts[1])
+    def rows(
+        self, a: Tensor | None, b: Tensor | None, tail: Tensor | None = None, mean: Tensor | None = None
+    ) -> Tensor:
+        """a·nll_rows + b·kl_rows + tail·mean in the dtype of the rows, computed in fp32, some tokens at a time."""
+        out = torch.empty_like(self.nll_rows)
+        for at in (slice(i, i + ROWS) for i in range(0, len(out), ROWS)):
+            parts = [
+                w[at, None] * rows[at]
+                for w, rows in ((a, self.nll_rows), (b, self.kl_rows))
+                if w is not None and rows is not None
+            ]
+            if tail is not None:
+                parts.append(tail[at, None] * mean)
+            out[at] = sum(parts)
+        return out
 
     def shares(self, a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor]:
         return shares(self.tails, self.offsets.diff(), self.nll, self.kl, a, b)
@@ -305,7 +313,7 @@ def gradients(
     if need_hidden:
         mean = backend.weighted_sum(weight, sparse.profile)
         if sparse.nll_rows is not None:
-            result.hidden = sparse.rows(a, b).addcmul_(tail[:, None], mean).to(problem.hidden.dtype)
+            result.hidden = sparse.rows(a, b, tail, mean)
         else:
             result.hidden = backend.rows_product(
                 sparse.offsets, sparse.columns, values, weight, tail, mean, problem.hidden.dtype

@@ -153,6 +153,7 @@ class Gpu:
         if problem.accumulator != torch.float32:
             yield from chunked.scan(problem, out, threshold, capacity, sampled, profile, with_rows)
             return
+        problem = _cast(problem)
         tile = _tile(problem)
         chosen: list[tuple[Tensor, ...]] = []
         chunks = (
@@ -607,6 +608,16 @@ def _topk_entropy(
         logits.div_(softcap).tanh_().mul_(softcap)
     top = logits.topk(min(problem.top_k, z.shape[1]), dim=1).values.log_softmax(1)
     out.copy_(-(top.exp() * top).sum(1))
+
+
+def _cast(problem: Problem) -> Problem:
+    """Heads in the operands' dtype: under autocast this is a copy, made once."""
+    own = problem.reference_head
+
+    def cast(head: Head) -> Head:
+        return head._replace(weight=head.weight.to(problem.dtype))
+
+    return replace(problem, head=cast(problem.head), reference_head=None if own is None else cast(own))
 
 
 def _part(problem: Problem, tokens: slice) -> Problem:
