@@ -127,11 +127,14 @@ _objectives: WeakValueDictionary[int, Any] = WeakValueDictionary()
 _numbers = itertools.count(1)
 
 
-def handle(objective: Any) -> Tensor:
-    """What stands for the objective in a graph: a tensor, as graphs are specialised on numbers."""
+def handle(objective: Any) -> Tensor | None:
+    """What stands for the objective in a graph: a tensor, as graphs are specialised on numbers. None for one made in a graph."""
+    if torch.compiler.is_compiling():
+        return None
     number = next(_numbers)
     _objectives[number] = objective
-    return torch.tensor(number, device="cpu")
+    with torch.inference_mode(False):
+        return torch.tensor(number, device="cpu")
 
 
 def publish(handle: Tensor | None, report: GradientReport) -> None:
@@ -227,9 +230,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 @torch.no_grad()
-def _backward(
-    a: Tensor | None, b: Tensor | None, saved: Tensor, layout: Tensor, *arguments: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(a: Tensor | None, b: Tensor | None, saved: Tensor, layout: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     call = Call(*arguments)
     labels = call.labels
     index = valid_index(labels, call.ignore_index)
@@ -238,7 +239,7 @@ def _backward(
     report = GradientReport("none", len(labels) if index is None else len(index))
     sparse = report.begin(call.tolerance, True)
     kept, report.entries = unpack(saved, layout)
-    context = Context(call.needs, report=report, publish=lambda report: publish(call.handle, report))
+    context: Any = Context(call.needs, report=report, publish=lambda report: publish(call.handle, report))
     context.keep_rows, context.dtype = call.keeps_rows, call.hidden_dtype
     if call.keeps_rows:
         context.saved_tensors = tuple(kept)
@@ -251,8 +252,8 @@ def _backward(
     if d_hidden is not None and index is not None:
         everywhere = d_hidden.new_zeros(len(labels), d_hidden.shape[1])
         d_hidden = everywhere.index_copy_(0, index, d_hidden)
-    empty = labels.new_empty(0, dtype=call.hidden_dtype)
-    return tuple(empty.clone() if g is None else g for g in (d_hidden, *others[:2]))
+    gradients = (d_hidden, *others[:2])
+    return tuple(labels.new_empty(0, dtype=call.hidden_dtype) if g is None else g.contiguous() for g in gradients)
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -306,16 +307,17 @@ def _fake_backward(a: Any, b: Any, saved: Tensor, layout: Tensor, *arguments: An
     like = (call.hidden, call.weight, call.bias)
     if call.keeps_rows:
         like = (call.labels.new_empty(call.labels.shape[0], call.width, dtype=call.hidden_dtype), None, None)
-    empty = call.labels.new_empty(0, dtype=call.hidden_dtype)
     return tuple(
-        torch.empty_like(tensor, memory_format=torch.contiguous_format) if need else torch.empty_like(empty)
+        torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        if need
+        else call.labels.new_empty(0, dtype=call.hidden_dtype)
         for tensor, need in zip(like, call.needs, strict=True)
     )
 
 
 def _checked(values: Tensor, valid: Tensor | None, check: str, name: str, limit: int) -> Tensor:
     checks.BY_NAME[check](values if valid is None else values[valid], name, limit)
-    return values.clone()
+    return values.clone(memory_format=torch.contiguous_format)
 
 
 def register(name: str, schema: str, implementation: Callable, fake: Callable) -> None:
@@ -327,6 +329,6 @@ def register(name: str, schema: str, implementation: Callable, fake: Callable) -
 
 register("losses_forward", SCHEMAS["losses_forward"], _forward, _fake_forward)
 register("losses_backward", SCHEMAS["losses_backward"], _backward, _fake_backward)
-register("checked", SCHEMAS["checked"], _checked, lambda values, *_: torch.empty_like(values))
+register("checked", SCHEMAS["checked"], _checked, lambda values, *_: values.new_empty(values.shape))
 torch.library.register_autograd("fused_losses::losses_forward", _autograd, setup_context=_setup)
 torch.library.register_autograd("fused_losses::losses_backward", _no_second_derivatives)

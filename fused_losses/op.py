@@ -45,13 +45,17 @@ class TokenLosses:
 def capturable(function: F) -> F:
     """Under `torch.compile` the call becomes part of a graph that may have tensors of unknown sizes (`fullgraph=True`).
 
-    Elsewhere it is a graph break and runs as it is, which is cheaper by a GEMM. Costs nothing at import.
+    Elsewhere it is a graph break and runs as it is, for objectives with a GEMM less. So is a call with a `process_group`,
+    whose ranks talk to each other. Costs nothing at import.
     """
 
     @functools.wraps(function)
     def call(*args, **kwargs):
-        if torch.compiler.is_compiling() and not compiled.captures():
-            return torch.compiler.disable(function)(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            distributed = bool(args) and getattr(args[0], "process_group", None) is not None
+            if distributed or not compiled.captures():
+                eagerly = torch.compiler.disable(function)  # no part of a graph with a process_group
+                return eagerly(*args, **kwargs)
         return function(*args, **kwargs)
 
     return call  # type: ignore[return-value]
@@ -238,11 +242,6 @@ class TracedTokens(Tokens):
     def total(self, values: Tensor) -> Tensor:
         return torch.where(self.valid, values, 0).sum()
 
-    def in_place(self, values: Tensor | None, fill: int = 0) -> Tensor | None:
-        if values is None:
-            return None
-        return torch.where(self.valid, values, fill).reshape(self.shape)
-
     def losses(self, wanted: frozenset[str], top_k: int = 20) -> Statistics:
         self.takes_sparse_gradients()
         if self.backend == "reference":
@@ -275,9 +274,12 @@ class TracedTokens(Tokens):
             for rows in (problem.hidden, problem.reference_hidden)
         )
         labels = labels.masked_fill(~self.valid, 0)
-        return _full_logits_statistics(
-            replace(problem, hidden=hidden, labels=labels, reference_hidden=reference_hidden)
-        )
+        out = _full_logits_statistics(replace(problem, hidden=hidden, labels=labels, reference_hidden=reference_hidden))
+        for name in compiled.OUTPUTS:
+            values = getattr(out, name)
+            if values is not None:
+                setattr(out, name, torch.where(self.valid, values, -1 if name == "prediction" else 0))
+        return out
 
     def summed(
         self, loss: Callable[..., Tensor], wanted: frozenset[str], top_k: int = 20, **per_token: Tensor
