@@ -75,6 +75,7 @@ class Call(NamedTuple):
         )  # fmt: skip
 
 
+TENSORS = Call._fields.index("ignore_index")  # so many come first; the last is `handle`
 _CALL = (
     "Tensor? hidden, Tensor? weight, Tensor? bias, Tensor labels, Tensor? reference_hidden, Tensor? reference_weight, "
     "Tensor? reference_bias, int ignore_index, float logit_scale, float? softcap, float reference_logit_scale, "
@@ -260,14 +261,14 @@ def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     call = Call(*inputs)
     *results, saved, layout = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*results[2:], saved, layout)
+    ctx.mark_non_differentiable(*results[1 if call.reference_hidden is None else 2 :], saved, layout)
     tensors = (call.hidden, call.weight, call.bias)
     if call.keeps_rows:
         tensors = (None,) * 3
         call = call._replace(reference_hidden=None, reference_weight=None, reference_bias=None)
     references = (call.reference_hidden, call.reference_weight, call.reference_bias)
     ctx.save_for_backward(saved, layout, *tensors, call.labels, *references, call.handle)
-    ctx.options = call[7:-1]
+    ctx.options = call[TENSORS:-1]
 
 
 def _autograd(ctx: Any, a: Tensor | None, b: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -276,8 +277,8 @@ def _autograd(ctx: Any, a: Tensor | None, b: Tensor | None, *_: None) -> tuple[T
         return none
     saved, layout, *tensors, handle = ctx.saved_tensors
     gradients = torch.ops.fused_losses.losses_backward(a, b, saved, layout, *tensors, *ctx.options, handle)
-    needs = Call._fields.index("needs") - len(tensors)
-    return tuple(g if need else None for g, need in zip(gradients, ctx.options[needs], strict=True)) + none[3:]
+    needs = ctx.options[Call._fields.index("needs") - TENSORS]
+    return tuple(g if need else None for g, need in zip(gradients, needs, strict=True)) + none[3:]
 
 
 def _no_second_derivatives(ctx: Any, *_: Any) -> None:

@@ -115,6 +115,10 @@ def token_losses(
     Memory: 96 MiB of chunk buffers; sparse: 8 bytes per entry (12 with a reference), of which there are 50 to 300 per
     token of ordinary text; exact: the gradients in fp32, and with a frozen head [N, D] rows per loss.
 
+    `torch.compile(fullgraph=True)`: the call is part of the graph, with the same numbers; the number of tokens may change, a
+    new logit_scale, softcap or tolerance compiles anew. The report has mode and tolerance only. Labels out of range are
+    reported when the graph runs. Without fullgraph a call is a graph break and runs as in eager mode.
+
     Source: chunked cross-entropy with the gradient taken chunk by chunk is known from Liger Kernel and
     others; the per-token form with two upstream vectors, and the difference form of the KL, are this package's.
     """
@@ -222,7 +226,7 @@ class TracedTokens(Tokens):
     """The tokens of a call in a graph, T rows with the ignored ones: which are valid is in the mask, and known when it runs.
 
     What `Tokens` has [N] of is [T] here, with 0 at ignored tokens, and `count` is a tensor. `summed` takes the losses per token
-    from the operator and adds them up, so in exact mode it costs one GEMM more than in eager mode.
+    from the operator and adds them up, so exact gradients cost one GEMM more than in eager mode, or two with a reference.
     """
 
     valid: Tensor  # [T] bool
@@ -357,8 +361,10 @@ def prepare(
         tolerance=float(tolerance) if sparse else None,
     )
     if tracing:
-        report, valid = GradientReport("none", None), flat != ignore_index
-        return TracedTokens(problem, labels.shape, None, chosen, report, publish, valid, ignore_index, handle)
+        report = GradientReport("none", None, entries=None, saved_bytes=None)
+        return TracedTokens(
+            problem, labels.shape, None, chosen, report, publish, flat != ignore_index, ignore_index, handle
+        )
     return Tokens(problem, labels.shape, index, chosen, GradientReport("none", len(flat)), publish)
 
 

@@ -50,7 +50,8 @@ class GradientReport:
     Attributes:
         mode: "sparse"; "exact", where nothing is approximated; "none", where no gradient was asked for.
         tolerance: the bound asked for, None but in sparse mode.
-        tokens: N, without ignored ones; None where `torch.compile` has made a graph of `token_losses`, which does not know it.
+        tokens: N, without ignored ones. It and the numbers below are None where `torch.compile` has made `token_losses` part
+            of a graph; those of objectives are filled in also there.
         entries: kept in S, all tokens together.
         saved_bytes: of S and what belongs to it, kept for backward besides the inputs.
         exact_tokens: how many got exact gradients; None before backward.
@@ -62,8 +63,8 @@ class GradientReport:
     mode: str
     tokens: int | None
     tolerance: float | None = None
-    entries: int = 0
-    saved_bytes: int = 0
+    entries: int | None = 0
+    saved_bytes: int | None = 0
     exact_tokens: int | None = None
     bound: float | None = None
 
