@@ -159,9 +159,9 @@ DTYPES = (
 )
 
 
-def pack(tensors: list[Tensor | None], device: torch.device, entries: int) -> tuple[Tensor, Tensor]:
+def pack(tensors: list[Tensor | None], device: torch.device, numbers: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Tensors of up to two dimensions one after the other, as bytes, and the layout, on the CPU: a row (dtype, dimensions,
-    sizes) for each, in the last their number and `entries`. The list is emptied.
+    sizes) for each, in the last how many there are and two numbers more. The list is emptied.
     """
     assert len(tensors) < SLOTS
     rows = [(-1, 0, 0, 0)] * SLOTS
@@ -172,7 +172,7 @@ def pack(tensors: list[Tensor | None], device: torch.device, entries: int) -> tu
             rows[slot] = (DTYPES.index(tensor.dtype), tensor.dim(), *[*tensor.shape, 1, 1][:2])
             size = -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
         starts.append(starts[-1] + size)
-    rows[-1] = (len(tensors), 0, 0, entries)
+    rows[-1] = (len(tensors), 0, *numbers)
     saved = torch.empty(starts[-1], dtype=torch.uint8, device=device)
     for start, stop in itertools.pairwise(starts):
         tensor = tensors.pop(0)
@@ -182,8 +182,8 @@ def pack(tensors: list[Tensor | None], device: torch.device, entries: int) -> tu
     return saved, torch.tensor(rows, device="cpu")
 
 
-def unpack(saved: Tensor, layout: Tensor) -> tuple[list[Tensor | None], int]:
-    *rows, (count, _, _, entries) = layout.tolist()
+def unpack(saved: Tensor, layout: Tensor) -> tuple[list[Tensor | None], list[int]]:
+    *rows, (count, _, *numbers) = layout.tolist()
     tensors: list[Tensor | None] = []
     start = 0
     for code, dimensions, *sizes in rows[:count]:
@@ -193,7 +193,7 @@ def unpack(saved: Tensor, layout: Tensor) -> tuple[list[Tensor | None], int]:
         size = DTYPES[code].itemsize * sizes[0] * sizes[1]
         tensors.append(saved[start : start + size].view(DTYPES[code]).view(sizes[:dimensions]))
         start += -(-size // ALIGNMENT) * ALIGNMENT
-    return tensors, entries
+    return tensors, numbers
 
 
 @torch.no_grad()
@@ -217,7 +217,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
             kept = list(context.saved_tensors)
     publish(call.handle, report)
     del context, tensors, problem  # now `kept` alone holds its tensors, and `pack` frees one after the other
-    saved, layout = pack(kept, labels.device, report.entries)
+    saved, layout = pack(kept, labels.device, (report.entries, report.saved_bytes))
 
     results: list[Tensor] = []
     for name, values in zip(OUTPUTS, outputs, strict=True):
@@ -239,7 +239,7 @@ def _backward(a: Tensor | None, b: Tensor | None, saved: Tensor, layout: Tensor,
         a, b = (None if w is None else w.index_select(0, index) for w in (a, b))
     report = GradientReport("none", len(labels) if index is None else len(index))
     sparse = report.begin(call.tolerance, True)
-    kept, report.entries = unpack(saved, layout)
+    kept, (report.entries, report.saved_bytes) = unpack(saved, layout)
     context: Any = Context(call.needs, report=report, publish=lambda report: publish(call.handle, report))
     context.keep_rows, context.dtype = call.keeps_rows, call.hidden_dtype
     if call.keeps_rows:
@@ -248,7 +248,6 @@ def _backward(a: Tensor | None, b: Tensor | None, saved: Tensor, layout: Tensor,
         context.backend = backends.load(backends.choose(call.backend, labels.device.type))
         context.problem = call.problem() if index is None else call.problem().rows(index)
         context.saved_tensors = (*context.problem.tensors(), *kept)
-        report.saved_bytes = len(saved)
     d_hidden, *others = (SparseTokenLossesFunction if sparse else TokenLossesFunction).backward(context, a, b)
     if d_hidden is not None and index is not None:
         everywhere = d_hidden.new_zeros(len(labels), d_hidden.shape[1])

@@ -318,7 +318,7 @@ class FLOWLoss(Objective):
             raise ValueError("FLOWLoss needs initial_nll=: the initial model's mean nll of each sequence, [sequences]")
         if not isinstance(initial_nll, Tensor) or initial_nll.dim() != 1 or not initial_nll.is_floating_point():
             raise ValueError("initial_nll: expected a float tensor [sequences], the initial model's mean nll of each")
-        initial_nll = checked(initial_nll, "initial_nll", "losses")
+        initial_nll = checked(initial_nll.detach(), "initial_nll", "losses")
         sequence = sequence_numbers(tokens, labels, sequence_ids)
         if sequence_ids is not None:
             sequence = tokens.check(sequence, "sequence_ids", "indices", len(initial_nll))
@@ -326,9 +326,7 @@ class FLOWLoss(Objective):
             raise ValueError(
                 f"initial_nll: expected {labels.shape[0]} numbers, one per row of labels, got {len(initial_nll)}"
             )
-        weight = (-initial_nll.detach().to(sequence.device, tokens.problem.accumulator) / self.temperature).exp()[
-            sequence
-        ]
+        weight = (-initial_nll.to(sequence.device, tokens.problem.accumulator) / self.temperature).exp()[sequence]
         return self.reduce(tokens, num_items, weight=weight)
 
 

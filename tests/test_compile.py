@@ -124,9 +124,9 @@ def test_saved_bytes_are_the_tensors():
         torch.arange(5).int(),
         torch.rand(2).double(),
     ]
-    saved, layout = compiled.pack(list(tensors), torch.device("cpu"), entries=6)
-    back, entries = compiled.unpack(saved, layout)
-    assert entries == 6
+    saved, layout = compiled.pack(list(tensors), torch.device("cpu"), numbers=(6, 7))
+    back, numbers = compiled.unpack(saved, layout)
+    assert numbers == [6, 7]
     for a, b in zip(tensors, back, strict=True):
         assert (a is None and b is None) or (a.dtype == b.dtype and torch.equal(a, b))
 
@@ -194,7 +194,7 @@ def test_objective(name, gradient, frozen):
         return hidden, head.weight, head.bias, labels, ref_hidden, ref_weight
 
     assert_same(step, arguments)
-    # One report of each call, which backward has filled in; saved bytes and the bound's rounding differ.
+    # One report of each call, which backward has filled in; with a KL eager mode saves one number less per entry.
     eager, captured = reports[1], loss.gradient_report
     assert captured is not eager
     assert (captured.mode, captured.tokens, captured.exact_tokens) == (eager.mode, eager.tokens, eager.exact_tokens)
@@ -260,8 +260,8 @@ def test_bfloat16_takes_sparse_gradients():
     assert loss.gradient_report.mode == "sparse" and 0 < loss.gradient_report.bound < 0.15
 
 
-@pytest.mark.parametrize(("dynamic", "backend"), [(None, "aot_eager"), (True, "aot_eager"), (True, "inductor")])
-def test_number_of_tokens_changes(dynamic, backend):
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_number_of_tokens_changes(dynamic):
     talr, lawf = fl.TALRLoss(gradient="sparse"), fl.LAwFLoss()
 
     def step(hidden, weight, labels):
@@ -270,7 +270,7 @@ def test_number_of_tokens_changes(dynamic, backend):
             hidden.tanh(), weight, labels, confidence=(labels % 3 == 0).float(), reference=ref
         )
 
-    counter = CompileCounterWithBackend(backend)
+    counter = CompileCounterWithBackend("aot_eager")
     compiled_step = one_graph(step, counter, dynamic=dynamic)
     for seed, length in enumerate((12, 15, 24, 5, 4)):
         assert_same(step, lambda seed=seed, length=length: inputs(length, seed=seed), compiled_function=compiled_step)
