@@ -315,9 +315,7 @@ def test_nothing_comes_from_ignored_tokens(backend, mode):
     def step(hidden, weight, labels):
         confidence = torch.where(labels < 0, torch.nan, (labels % 3 == 0).float())
         reference = fl.Reference(hidden.detach() * 0.9)
-        return loss(hidden, weight, labels, confidence=confidence, reference=reference) + torch.stack(
-            [fl.token_losses(hidden, weight, labels, reference=reference, backend=backend).kl.sum()]
-        )
+        return loss(hidden, weight, labels, confidence=confidence, reference=reference)
 
     def make_inputs():
         hidden, weight, labels = inputs()
@@ -522,15 +520,14 @@ class TinyModel(nn.Module):
     def __init__(self, loss):
         super().__init__()
         self.embedding = nn.Embedding(V, D)
-        self.block = nn.Sequential(nn.Linear(D, 2 * D), nn.GELU(), nn.Linear(2 * D, D))
-        self.norm = nn.LayerNorm(D)
+        self.block = nn.Sequential(nn.Linear(D, D), nn.Tanh())
         self.lm_head = nn.Linear(D, V, bias=False)
         self.lm_head.weight = self.embedding.weight
         self.loss = loss
 
     def forward(self, input_ids, labels, num_items=None):
         x = self.embedding(input_ids)
-        hidden = self.norm(x + self.block(x))
+        hidden = x + self.block(x)
         return self.loss(hidden[:, :-1], self.lm_head, labels[:, 1:], num_items=num_items), hidden
 
 
