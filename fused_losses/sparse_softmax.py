@@ -50,7 +50,8 @@ class GradientReport:
     Attributes:
         mode: "sparse"; "exact", where nothing is approximated; "none", where no gradient was asked for.
         tolerance: the bound asked for, None but in sparse mode.
-        tokens: N, without ignored ones.
+        tokens: N, without ignored ones. It and the numbers below are None where `torch.compile` has made `token_losses` part
+            of a graph; those of objectives are filled in also there.
         entries: kept in S, all tokens together.
         saved_bytes: of S and what belongs to it, kept for backward besides the inputs.
         exact_tokens: how many got exact gradients; None before backward.
@@ -60,16 +61,28 @@ class GradientReport:
     """
 
     mode: str
-    tokens: int
+    tokens: int | None
     tolerance: float | None = None
-    entries: int = 0
-    saved_bytes: int = 0
+    entries: int | None = 0
+    saved_bytes: int | None = 0
     exact_tokens: int | None = None
     bound: float | None = None
 
+    def begin(self, tolerance: float | None, wanted: bool) -> bool:
+        """Whether gradients will be sparse; notes it. `wanted`: whether there will be any."""
+        sparse = tolerance is not None and wanted and self.tokens != 0
+        if sparse:
+            self.mode, self.tolerance = "sparse", tolerance
+        elif wanted:
+            self.mode, self.exact_tokens, self.bound = "exact", self.tokens, 0.0
+        return sparse
+
     def __str__(self) -> str:
         if self.mode != "sparse":
-            return f"{'exact' if self.mode == 'exact' else 'no'} gradients for {self.tokens} tokens"
+            kind = "exact" if self.mode == "exact" else "no"
+            return f"{kind} gradients" + ("" if self.tokens is None else f" for {self.tokens} tokens")
+        if self.tokens is None:
+            return f"sparse gradients (tolerance {self.tolerance:.2%})"
         text = f"sparse gradients: {self.tokens} tokens, {self.entries / max(1, self.tokens):.0f} entries each, "
         text += f"{self.saved_bytes / 2**20:.1f} MiB saved"
         if self.bound is None:
