@@ -100,7 +100,7 @@ def specimens() -> Iterator[Specimen]:
     flags = dict(DIFFERENCE=False, REFERENCE=False, SOFTCAP=False, REFERENCE_SOFTCAP=False, BLOCK=rows.BLOCK)
     both = flags | dict(REFERENCE=True, DIFFERENCE=True)
     capped = flags | dict(REFERENCE=True, SOFTCAP=True, REFERENCE_SOFTCAP=True)
-    warps = dict(num_warps=rows.WARPS)
+    warps = rows.OPTIONS
     of_reference: tuple[str, ...] = ("r_ptr", "kl_ptr", "reference_nll_ptr", "reference_entropy_ptr")
     for name, some, absent in (("", flags, of_reference), (", shared", both, ()), (", own, soft-cap", capped, ())):
         entropy = dict(ENTROPY=True, REFERENCE_ENTROPY=some["REFERENCE"])
@@ -115,9 +115,9 @@ def specimens() -> Iterator[Specimen]:
     separate = both | dict(HAS_A=True, HAS_B=False, SEPARATE=True)
     yield Specimen("directions, separate", rows.directions_kernel, ARCHITECTURES, separate, warps, ("b_ptr",))
     profile = dict(BLOCK=256, SOFTCAP=True)
-    yield Specimen("tail_profile", rows.tail_profile_kernel, ARCHITECTURES, profile, dict(num_warps=4))
+    yield Specimen("tail_profile", rows.tail_profile_kernel, ARCHITECTURES, profile, dict(num_warps=4, **tiles.FUSED))
 
-    small = dict(num_warps=4)
+    small = dict(num_warps=4, **tiles.FUSED)
     yield Specimen("count_bits", entries.count_bits_kernel, ARCHITECTURES, dict(BLOCK=1024), small)
     yield Specimen("columns_of_bits", entries.columns_of_bits_kernel, ARCHITECTURES, dict(WORDS=entries.WORDS), small)
     yield Specimen("weighted_sum", entries.weighted_sum_kernel, ARCHITECTURES, dict(BLOCK=16, BLOCK_D=256), small)
@@ -141,7 +141,7 @@ def specimens() -> Iterator[Specimen]:
         yield _gather(f"segment_product, D {dim}", entries.segment_product_kernel, based, dim, 1, ())
         tile = tiles.gather_tile(dim, 1)
         yield Specimen(f"join_slots, D {dim}", entries.join_slots_kernel, ARCHITECTURES,
-                       based | dict(BLOCK_D=tile["BLOCK_D"]), dict(num_warps=tile["num_warps"]))  # fmt: skip
+                       based | dict(BLOCK_D=tile["BLOCK_D"]), dict(num_warps=tile["num_warps"], **tiles.FUSED))  # fmt: skip
 
 
 def scan_specimen(row: tiles.Scan, operand: str = "bf16") -> Specimen:
@@ -179,7 +179,7 @@ def _gather(
     name: str, kernel: Any, constants: dict[str, Any], dim: int, vectors: int, absent: tuple[str, ...], **types: str
 ) -> Specimen:
     tile = tiles.gather_tile(dim, vectors)
-    warps = dict(num_warps=tile.pop("num_warps"))
+    warps = {name: tile.pop(name) for name in ("num_warps", *tiles.FUSED)}
     return Specimen(name, kernel, ARCHITECTURES, constants | tile, warps, absent, types)
 
 

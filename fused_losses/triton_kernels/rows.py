@@ -13,11 +13,12 @@ from torch import Tensor
 from ..kernels import Row
 from .math import expm1, log1p, soft_cap
 from .scan import _store_bits, _update
+from .tiles import FUSED
 
 TOP, LOG_SUM, REF_TOP, REF_LOG_SUM, SHIFT, REST, GAP, GAP_L1, TOTALS_SHIFT = (tl.constexpr(int(row)) for row in Row)
 LOWEST = tl.constexpr(-3e38)
 BLOCK = 2048
-WARPS = 16
+OPTIONS = dict(num_warps=16, **FUSED)
 
 
 @triton.jit
@@ -192,7 +193,7 @@ def row_statistics(
         scale, softcap, reference_scale, reference_softcap,
         BLOCK=BLOCK, REFERENCE=r is not None, DIFFERENCE=difference, SOFTCAP=softcap > 0,
         REFERENCE_SOFTCAP=reference_softcap > 0, ENTROPY=entropy is not None,
-        REFERENCE_ENTROPY=reference_entropy is not None, num_warps=WARPS,
+        REFERENCE_ENTROPY=reference_entropy is not None, **OPTIONS,
     )  # fmt: skip
 
 
@@ -227,7 +228,7 @@ def logit_bits(
     logit_bits_kernel[(count, triton.cdiv(vocabulary, BLOCK))](
         z, r, bounds, bits, count, vocabulary, bits.shape[1], scale, softcap, reference_scale, reference_softcap,
         BLOCK=BLOCK, REFERENCE=r is not None, DIFFERENCE=difference, SOFTCAP=softcap > 0,
-        REFERENCE_SOFTCAP=reference_softcap > 0, num_warps=WARPS,
+        REFERENCE_SOFTCAP=reference_softcap > 0, **OPTIONS,
     )  # fmt: skip
 
 
@@ -301,7 +302,7 @@ def directions(
         count, vocabulary, scale, softcap, reference_scale, reference_softcap,
         BLOCK=BLOCK, REFERENCE=r is not None, DIFFERENCE=difference, SOFTCAP=softcap > 0,
         REFERENCE_SOFTCAP=reference_softcap > 0, HAS_A=a is not None, HAS_B=b is not None,
-        SEPARATE=kl_out is not None, num_warps=WARPS,
+        SEPARATE=kl_out is not None, **OPTIONS,
     )  # fmt: skip
 
 
@@ -341,5 +342,5 @@ def tail_profile(
     block = 256
     tail_profile_kernel[(triton.cdiv(width, block),)](
         z, labels, lse, bits, profile, count, width, first, bits.shape[1], scale, softcap,
-        BLOCK=block, SOFTCAP=softcap > 0, num_warps=4,
+        BLOCK=block, SOFTCAP=softcap > 0, num_warps=4, **FUSED,
     )  # fmt: skip
