@@ -10,20 +10,102 @@
 namespace fused_losses::cuda {
 namespace {
 
-constexpr int MOST_WARPS = 16;
+// What the values of a token's entries depend on; in shared memory, since every register counts in the loops.
+struct Token {
+  float top, log_sum, ref_top, ref_log_sum, shift, totals_shift, label_value;
+  int label;
 
-// One block a token. A thread owns WORDS words of 16 bytes of a row of D elements, word k of thread i being number
-// k · threads + i; it sees only its own part of hidden and difference, which stay in shared memory to save registers.
-// GROUP entries at a time: every thread loads its part of GROUP rows of the weight and multiplies; the dot products meet in
-// shared memory; every warp then forms the GROUP values itself, lane g that of entry g, and adds its part to its sums.
-template <class T, int WORDS, bool REFERENCE, bool VECTOR>
-__global__ __launch_bounds__(32 * MOST_WARPS) void attention_kernel(const Attention a) {
-  constexpr int E = ELEMENTS<T>, GROUP = 8 / WORDS;  // 32 registers of the weight
+  template <bool REFERENCE>
+  __device__ __forceinline__ void read(const Attention& a, int64_t t) {
+    const int64_t N = a.tokens;
+    const float* rows = a.rows + t;
+    top = rows[TOP * N], log_sum = rows[LOG_SUM * N];
+    label = static_cast<int>(a.labels[t]), label_value = expm1f(-a.nll[t]);
+    if constexpr (REFERENCE) {
+      ref_top = rows[REF_TOP * N], ref_log_sum = rows[REF_LOG_SUM * N];
+      shift = rows[SHIFT * N], totals_shift = rows[TOTALS_SHIFT * N];
+    }
+  }
+};
+
+// Of one thread's or one token's entries: see `kept` in fused_losses/kernels.py.
+struct Kept {
+  float x[4] = {};
+};
+
+struct Values {
+  float nll, kl;
+};
+
+// ∂nll/∂z and ∂kl/∂z at entry j, from the dot products of the weight's row with hidden and with difference.
+template <bool REFERENCE>
+__device__ __forceinline__ Values values_of(const Attention& a, const Token& token, int64_t j, int column,
+                                            float product, float product_difference, Kept& kept) {
+  const Softcap cap(a.softcap);
+  if (a.bias) product += __ldg(a.bias + column);
+  float z = a.scale * at_least(product), r = 0, d = 0;
+  if (REFERENCE && a.difference) {
+    r = z;
+    d = a.scale * product_difference;
+    z = r + d;
+  }
+  if (a.softcap > 0) z = cap(z);
+  if constexpr (REFERENCE) {
+    if (!a.difference) {
+      r = a.entry_reference[j];
+      d = z - r;
+    } else if (a.softcap > 0) {
+      r = cap(r);
+      d = z - r;
+    }
+  }
+  const bool is_label = column == token.label;
+  const float slope = a.softcap > 0 ? cap.slope(z) : 1;
+  const float log_p = (z - token.top) - token.log_sum, p = expf(log_p);
+  Values values = {(is_label ? token.label_value : p) * slope, 0};
+  kept.x[0] += is_label ? 0 : p * slope;
+  if constexpr (REFERENCE) {
+    const float log_p_ref = (r - token.ref_top) - token.ref_log_sum, x = d - token.totals_shift;
+    values.kl = Gap(log_p, log_p_ref, d - token.shift).gap * slope;
+    kept.x[1] += values.kl;
+    kept.x[2] += fabsf(values.kl);
+    kept.x[3] += fabsf(Gap(log_p_ref + x, log_p_ref, x).gap * slope);
+  }
+  return values;
+}
+
+// Elements [first, first + E) of the rows' row t.
+template <class T, bool VECTOR>
+__device__ __forceinline__ void store_row(const Attention& a, void* rows, int64_t t, int64_t first,
+                                          const float (&x)[ELEMENTS<T>]) {
+  const int64_t D = a.width;
+  if (a.rows_in_float) store_elements<float, VECTOR>(static_cast<float*>(rows) + t * D, first, D, x);
+  else store_elements<T, VECTOR>(static_cast<T*>(rows) + t * D, first, D, x);
+}
+
+// How attention_kernel divides a row of the weight: WORDS of 16 bytes a thread and at most WARPS warps.
+template <class T, int SIZE>
+struct Division {
+  static constexpr int HALVES = sizeof(T) / 2;  // 4-byte elements need twice the words
+  static constexpr int WORDS = SIZE == 0 ? HALVES : 2 * HALVES, WARPS = SIZE == 0 ? 4 : 16;
+  static constexpr int64_t ELEMENTS_OF_WARP = 32 * WORDS * ELEMENTS<T>;
+  static constexpr int64_t LARGEST = WARPS * ELEMENTS_OF_WARP;  // D: 1,024 and 8,192
+};
+
+// One block a token. Word k of thread i is number k · threads + i of a row; a thread sees only its own part of hidden and
+// difference, which stay in shared memory to save registers. GROUP entries at a time: every thread loads its part of GROUP
+// rows of the weight and multiplies; the dot products meet in shared memory; every warp then forms the GROUP values itself,
+// lane g that of entry g, and adds its part of the rows, still in registers, to its sums.
+template <class T, int SIZE, bool REFERENCE>
+__global__ __launch_bounds__(32 * Division<T, SIZE>::WARPS, SIZE == 0 ? 5 : 1) void attention_kernel(const Attention a) {
+  constexpr int E = ELEMENTS<T>, WORDS = Division<T, SIZE>::WORDS;
+  constexpr int GROUP = (REFERENCE && sizeof(T) == 2 ? 4 : 8) / WORDS;  // more would spill registers
   FL_DYNAMIC_SHARED(shared);
-  __shared__ float partial[2][2][GROUP][MOST_WARPS];
+  __shared__ float partial[2][2][GROUP][Division<T, SIZE>::WARPS];
+  __shared__ Token token;
   const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
   const int lane = thread % 32, warp = thread / 32, warps = threads / 32;
-  const int64_t t = blockIdx.x, D = a.width, N = a.tokens;
+  const int64_t t = blockIdx.x, D = a.width;
   const int64_t begin = a.offsets[t], end = a.offsets[t + 1];
   const T* weight = static_cast<const T*>(a.weight);
   const bool shared_head = REFERENCE && a.difference;
@@ -33,117 +115,75 @@ __global__ __launch_bounds__(32 * MOST_WARPS) void attention_kernel(const Attent
 #pragma unroll
   for (int k = 0; k < WORDS; k++) {
     const int word = k * threads + thread;
-    const int64_t first = static_cast<int64_t>(word) * E;
-    hidden[word] = load_word<T, VECTOR>(static_cast<const T*>(a.hidden) + t * D, first, D);
-    if (shared_head)
-      difference[word] = load_word<T, VECTOR>(static_cast<const T*>(a.difference) + t * D, first, D);
+    hidden[word] = load_word<T, true>(static_cast<const T*>(a.hidden) + t * D, word * E, D);
+    if (shared_head) difference[word] = load_word<T, true>(static_cast<const T*>(a.difference) + t * D, word * E, D);
   }
-
-  const Softcap cap(a.softcap);
-  const int64_t label = a.labels[t];
-  const float label_value = expm1f(-a.nll[t]);
-  const float top = a.rows[TOP * N + t], log_sum = a.rows[LOG_SUM * N + t];
-  float ref_top = 0, ref_log_sum = 0, shift = 0, totals_shift = 0;
-  if constexpr (REFERENCE) {
-    ref_top = a.rows[REF_TOP * N + t], ref_log_sum = a.rows[REF_LOG_SUM * N + t];
-    shift = a.rows[SHIFT * N + t], totals_shift = a.rows[TOTALS_SHIFT * N + t];
-  }
+  if (thread == 0) token.read<REFERENCE>(a, t);  // used after the first __syncthreads
 
   float nll_sum[WORDS][E] = {}, kl_sum[REFERENCE ? WORDS : 1][E] = {};
-  float kept[4] = {};  // of lane g: of the entries that it forms the values of
-  int32_t next = lane < GROUP && begin + lane < end ? a.columns[begin + lane] : 0;
+  Kept kept;  // of lane g: of the entries that it forms the values of
+  int next = lane < GROUP && begin + lane < end ? a.columns[begin + lane] : 0;
   int parity = 0;
   for (int64_t j = begin; j < end; j += GROUP, parity ^= 1) {
     const int count = end - j < GROUP ? static_cast<int>(end - j) : GROUP;
-    const int32_t column = next;  // lane g: of entry j + g
+    const int column = next;  // lane g: of entry j + g
     uint4 words[GROUP][WORDS];
 #pragma unroll
     for (int g = 0; g < GROUP; g++) {
       const T* row = weight + __shfl_sync(ALL_LANES, column, g) * D;
 #pragma unroll
       for (int k = 0; k < WORDS; k++)
-        words[g][k] = g < count ? load_word<T, VECTOR>(row, static_cast<int64_t>(k * threads + thread) * E, D)
-                                : make_uint4(0, 0, 0, 0);
+        words[g][k] = g < count ? load_word<T, true>(row, (k * threads + thread) * E, D) : make_uint4(0, 0, 0, 0);
     }
     next = lane < GROUP && j + GROUP + lane < end ? a.columns[j + GROUP + lane] : 0;
 
-    float dot[GROUP] = {}, dot_difference[GROUP] = {};
+    const auto dots = [&](const uint4* factor, float* out) {
+      float dot[GROUP] = {};
 #pragma unroll
-    for (int k = 0; k < WORDS; k++) {
-      float h[E], d[E], w[E];
-      unpack<T>(hidden[k * threads + thread], h);
-      if (shared_head) unpack<T>(difference[k * threads + thread], d);
+      for (int k = 0; k < WORDS; k++) {
+        float x[E], w[E];
+        unpack<T>(factor[k * threads + thread], x);
 #pragma unroll
-      for (int g = 0; g < GROUP; g++) {
-        unpack<T>(words[g][k], w);
+        for (int g = 0; g < GROUP; g++) {
+          unpack<T>(words[g][k], w);
 #pragma unroll
-        for (int e = 0; e < E; e++) {
-          dot[g] = fmaf(h[e], w[e], dot[g]);
-          if (shared_head) dot_difference[g] = fmaf(d[e], w[e], dot_difference[g]);
+          for (int e = 0; e < E; e++) dot[g] = fmaf(x[e], w[e], dot[g]);
         }
       }
-    }
-    const float sum = warp_sums<GROUP>(dot, lane);
-    const float sum_difference = shared_head ? warp_sums<GROUP>(dot_difference, lane) : 0;
-    if (lane % (32 / GROUP) == 0) {
-      partial[parity][0][lane / (32 / GROUP)][warp] = sum;
-      if (shared_head) partial[parity][1][lane / (32 / GROUP)][warp] = sum_difference;
-    }
+      const float sum = warp_sums<GROUP>(dot, lane);
+      if (lane % (32 / GROUP) == 0) out[lane / (32 / GROUP) * Division<T, SIZE>::WARPS + warp] = sum;
+    };
+    dots(hidden, partial[parity][0][0]);
+    if (shared_head) dots(difference, partial[parity][1][0]);
     __syncthreads();  // the only one: the next group writes to the other half of `partial`
 
-    float nll_value = 0, kl_value = 0;
+    Values values = {0, 0};
     if (lane < count) {
-      float product = 0;
+      float product = 0, product_difference = 0;
       for (int w = 0; w < warps; w++) product += partial[parity][0][lane][w];
-      if (a.bias) product += __ldg(a.bias + column);
-      float z = a.scale * at_least(product), r = 0, d = 0;
-      if (shared_head) {
-        float product_difference = 0;
+      if (shared_head)
         for (int w = 0; w < warps; w++) product_difference += partial[parity][1][lane][w];
-        r = z;
-        d = a.scale * product_difference;
-        z = r + d;
-      }
-      if (a.softcap > 0) z = cap(z);
-      if constexpr (REFERENCE) {
-        if (!shared_head) {
-          r = a.entry_reference[j + lane];
-          d = z - r;
-        } else if (a.softcap > 0) {
-          r = cap(r);
-          d = z - r;
-        }
-      }
-      const float slope = a.softcap > 0 ? cap.slope(z) : 1;
-      const float log_p = (z - top) - log_sum, p = expf(log_p);
-      nll_value = (column == label ? label_value : p) * slope;
-      kept[0] += column == label ? 0 : p * slope;
-      if constexpr (REFERENCE) {
-        const float log_p_ref = (r - ref_top) - ref_log_sum, x = d - totals_shift;
-        kl_value = Gap(log_p, log_p_ref, d - shift).gap * slope;
-        kept[1] += kl_value;
-        kept[2] += fabsf(kl_value);
-        kept[3] += fabsf(Gap(log_p_ref + x, log_p_ref, x).gap * slope);
-      }
+      values = values_of<REFERENCE>(a, token, j + lane, column, product, product_difference, kept);
       if (warp == 0) {
-        a.nll_values[j + lane] = nll_value;
-        if constexpr (REFERENCE) a.kl_values[j + lane] = kl_value;
+        a.nll_values[j + lane] = values.nll;
+        if constexpr (REFERENCE) a.kl_values[j + lane] = values.kl;
       }
     }
 
     if (a.nll_rows == nullptr && (!REFERENCE || a.kl_rows == nullptr)) continue;
 #pragma unroll
     for (int g = 0; g < GROUP; g++) {
-      const float nll_factor = __shfl_sync(ALL_LANES, nll_value, g);
-      const float kl_factor = REFERENCE ? __shfl_sync(ALL_LANES, kl_value, g) : 0;
+      const float nll_value = __shfl_sync(ALL_LANES, values.nll, g);
+      const float kl_value = REFERENCE ? __shfl_sync(ALL_LANES, values.kl, g) : 0;
 #pragma unroll
       for (int k = 0; k < WORDS; k++) {
         float w[E];
+        keep_packed(words[g][k]);
         unpack<T>(words[g][k], w);
 #pragma unroll
         for (int e = 0; e < E; e++) {
-          nll_sum[k][e] = fmaf(nll_factor, w[e], nll_sum[k][e]);
-          if constexpr (REFERENCE) kl_sum[k][e] = fmaf(kl_factor, w[e], kl_sum[k][e]);
+          nll_sum[k][e] = fmaf(nll_value, w[e], nll_sum[k][e]);
+          if constexpr (REFERENCE) kl_sum[k][e] = fmaf(kl_value, w[e], kl_sum[k][e]);
         }
       }
     }
@@ -152,83 +192,151 @@ __global__ __launch_bounds__(32 * MOST_WARPS) void attention_kernel(const Attent
   if (warp == 0) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      const float sum = warp_sum(kept[i]);
-      if (lane == 0) a.kept[i * N + t] = sum;
+      const float sum = warp_sum(kept.x[i]);
+      if (lane == 0) a.kept[i * a.tokens + t] = sum;
     }
   }
-  const auto store = [&](void* rows, const float(&x)[E], int64_t first) {
-    if (a.rows_in_float) store_elements<float, VECTOR, E>(static_cast<float*>(rows) + t * D, first, D, x);
-    else store_elements<T, VECTOR, E>(static_cast<T*>(rows) + t * D, first, D, x);
-  };
 #pragma unroll
   for (int k = 0; k < WORDS; k++) {
-    const int64_t first = static_cast<int64_t>(k * threads + thread) * E;
-    if (a.nll_rows) store(a.nll_rows, nll_sum[k], first);
+    const int first = (k * threads + thread) * E;
+    if (a.nll_rows) store_row<T, true>(a, a.nll_rows, t, first, nll_sum[k]);
     if constexpr (REFERENCE)
-      if (a.kl_rows) store(a.kl_rows, kl_sum[k], first);
+      if (a.kl_rows) store_row<T, true>(a, a.kl_rows, t, first, kl_sum[k]);
   }
 }
 
-constexpr int ENTRY_THREADS = 256;
+// Σ x · row over D elements, the same in every lane.
+template <class T, bool VECTOR>
+__device__ __forceinline__ float warp_dot(const T* x, const T* row, int64_t D, int lane) {
+  constexpr int E = ELEMENTS<T>, BATCH = 4;  // loads in flight
+  float sum = 0;
+  for (int64_t first = lane * E; first < D; first += BATCH * 32 * E) {
+    uint4 words[BATCH];
+#pragma unroll
+    for (int k = 0; k < BATCH; k++) words[k] = load_word<T, VECTOR>(row, first + k * 32 * E, D);
+#pragma unroll
+    for (int k = 0; k < BATCH; k++) {
+      float h[E], w[E];
+      unpack<T>(load_word<T, VECTOR>(x, first + k * 32 * E, D), h);
+      unpack<T>(words[k], w);
+#pragma unroll
+      for (int e = 0; e < E; e++) sum = fmaf(h[e], w[e], sum);
+    }
+  }
+  return warp_sum(sum);
+}
+
+constexpr int PART_THREADS = 256, PART_WARPS = PART_THREADS / 32;
+
+// The same for any D and any alignment, one block a token, in two steps that gather the weight once each: the values, one
+// warp an entry; then the sums, part of D by part.
+template <class T, bool REFERENCE, bool VECTOR>
+__global__ __launch_bounds__(PART_THREADS) void attention_parts_kernel(const Attention a) {
+  constexpr int E = ELEMENTS<T>, GROUP = 4;
+  __shared__ Token token;
+  __shared__ Kept of_warp[PART_WARPS];
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  const int64_t t = blockIdx.x, D = a.width, begin = a.offsets[t], end = a.offsets[t + 1];
+  const T* weight = static_cast<const T*>(a.weight);
+  if (thread == 0) token.read<REFERENCE>(a, t);
+  __syncthreads();
+
+  Kept kept;
+  for (int64_t j = begin + warp; j < end; j += PART_WARPS) {
+    const int column = a.columns[j];
+    const T* row = weight + column * D;
+    const float product = warp_dot<T, VECTOR>(static_cast<const T*>(a.hidden) + t * D, row, D, lane);
+    float product_difference = 0;
+    if (REFERENCE && a.difference)
+      product_difference = warp_dot<T, VECTOR>(static_cast<const T*>(a.difference) + t * D, row, D, lane);
+    const Values values = values_of<REFERENCE>(a, token, j, column, product, product_difference, kept);
+    if (lane == 0) {
+      a.nll_values[j] = values.nll;
+      if constexpr (REFERENCE) a.kl_values[j] = values.kl;
+    }
+  }
+  if (lane == 0) of_warp[warp] = kept;
+  __syncthreads();  // also for the values in global memory
+  if (thread < 4) {
+    float sum = 0;
+    for (int w = 0; w < PART_WARPS; w++) sum += of_warp[w].x[thread];
+    a.kept[thread * a.tokens + t] = sum;
+  }
+
+  if (a.nll_rows == nullptr && (!REFERENCE || a.kl_rows == nullptr)) return;
+  for (int64_t first = thread * E; first < D; first += PART_THREADS * E) {
+    float nll_sum[E] = {}, kl_sum[E] = {};
+    for (int64_t j = begin; j < end; j += GROUP) {
+      uint4 words[GROUP];
+      Values values[GROUP];
+#pragma unroll
+      for (int g = 0; g < GROUP; g++) {
+        const bool valid = j + g < end;
+        values[g] = {valid ? a.nll_values[j + g] : 0, REFERENCE && valid ? a.kl_values[j + g] : 0};
+        words[g] = valid ? load_word<T, VECTOR>(weight + a.columns[j + g] * D, first, D) : make_uint4(0, 0, 0, 0);
+      }
+#pragma unroll
+      for (int g = 0; g < GROUP; g++) {
+        float w[E];
+        unpack<T>(words[g], w);
+#pragma unroll
+        for (int e = 0; e < E; e++) {
+          nll_sum[e] = fmaf(values[g].nll, w[e], nll_sum[e]);
+          if constexpr (REFERENCE) kl_sum[e] = fmaf(values[g].kl, w[e], kl_sum[e]);
+        }
+      }
+    }
+    if (a.nll_rows) store_row<T, VECTOR>(a, a.nll_rows, t, first, nll_sum);
+    if constexpr (REFERENCE)
+      if (a.kl_rows) store_row<T, VECTOR>(a, a.kl_rows, t, first, kl_sum);
+  }
+}
 
 // One block a token, one warp an entry; hidden[t] comes from L1.
 template <class T, bool VECTOR>
-__global__ __launch_bounds__(ENTRY_THREADS) void entry_logits_kernel(const EntryLogits a) {
-  constexpr int E = ELEMENTS<T>, BATCH = 4;  // loads in flight
+__global__ __launch_bounds__(PART_THREADS) void entry_logits_kernel(const EntryLogits a) {
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int64_t t = blockIdx.x, D = a.width, end = a.offsets[t + 1];
-  const T* hidden = static_cast<const T*>(a.hidden) + t * D;
-  for (int64_t j = a.offsets[t] + warp; j < end; j += ENTRY_THREADS / 32) {
+  for (int64_t j = a.offsets[t] + warp; j < end; j += PART_WARPS) {
     const int64_t column = a.columns[j];
     const T* row = static_cast<const T*>(a.weight) + column * D;
-    float sum = 0;
-    for (int64_t first = lane * E; first < D; first += BATCH * 32 * E) {
-      uint4 words[BATCH];
-#pragma unroll
-      for (int k = 0; k < BATCH; k++) words[k] = load_word<T, VECTOR>(row, first + k * 32 * E, D);
-#pragma unroll
-      for (int k = 0; k < BATCH; k++) {
-        float h[E], w[E];
-        unpack<T>(load_word<T, VECTOR>(hidden, first + k * 32 * E, D), h);
-        unpack<T>(words[k], w);
-#pragma unroll
-        for (int e = 0; e < E; e++) sum = fmaf(h[e], w[e], sum);
-      }
-    }
-    sum = warp_sum(sum);
+    const float sum = warp_dot<T, VECTOR>(static_cast<const T*>(a.hidden) + t * D, row, D, lane);
     if (lane == 0) a.out[j] = at_least(a.bias ? sum + __ldg(a.bias + column) : sum);
   }
 }
 
-template <class T, int WORDS, bool VECTOR>
-void launch(const Attention& a, Stream stream) {
-  constexpr int64_t elements_of_warp = 32 * WORDS * ELEMENTS<T>;
-  const int64_t threads = 32 * ((a.width + elements_of_warp - 1) / elements_of_warp);
-  const bool reference = a.difference || a.entry_reference;
-  const auto kernel = reference ? attention_kernel<T, WORDS, true, VECTOR> : attention_kernel<T, WORDS, false, VECTOR>;
-  const int64_t shared_bytes = threads * WORDS * 16 * (a.difference ? 2 : 1);
+template <class T, int SIZE, bool REFERENCE>
+void launch_whole(const Attention& a, Stream stream) {
+  using Part = Division<T, SIZE>;
+  const int64_t threads = 32 * ((a.width + Part::ELEMENTS_OF_WARP - 1) / Part::ELEMENTS_OF_WARP);
+  const int64_t shared_bytes = threads * Part::WORDS * 16 * (a.difference ? 2 : 1);
+  const auto kernel = attention_kernel<T, SIZE, REFERENCE>;
   allow_shared(kernel, shared_bytes, "attention_kernel");
   FL_LAUNCH(kernel, static_cast<unsigned>(a.tokens), static_cast<unsigned>(threads),
             static_cast<unsigned>(shared_bytes), stream, a);
 }
 
-// As few words a thread as 16 warps allow: more rows of the weight are then in flight.
-template <class T>
-void launch(const Attention& a, Stream stream) {
-  constexpr int HALVES = sizeof(T) / 2;  // 4-byte elements need twice the words
+template <class T, bool REFERENCE>
+void launch_attention(const Attention& a, Stream stream) {
   const bool vector = a.width % ELEMENTS<T> == 0 && aligned(a.hidden) && aligned(a.difference) && aligned(a.weight) &&
                       aligned(a.nll_rows) && aligned(a.kl_rows);
-  if (!vector) launch<T, 4 * HALVES, false>(a, stream);
-  else if (a.width <= LARGEST_HIDDEN / 4) launch<T, HALVES, true>(a, stream);
-  else if (a.width <= LARGEST_HIDDEN / 2) launch<T, 2 * HALVES, true>(a, stream);
-  else launch<T, 4 * HALVES, true>(a, stream);
+  if (vector && a.width <= Division<T, 0>::LARGEST) return launch_whole<T, 0, REFERENCE>(a, stream);
+  if (vector && a.width <= Division<T, 1>::LARGEST) return launch_whole<T, 1, REFERENCE>(a, stream);
+  const auto kernel = vector ? attention_parts_kernel<T, REFERENCE, true> : attention_parts_kernel<T, REFERENCE, false>;
+  FL_LAUNCH(kernel, static_cast<unsigned>(a.tokens), PART_THREADS, 0, stream, a);
+}
+
+template <class T>
+void launch(const Attention& a, Stream stream) {
+  if (a.difference || a.entry_reference) launch_attention<T, true>(a, stream);
+  else launch_attention<T, false>(a, stream);
 }
 
 template <class T>
 void launch(const EntryLogits& a, Stream stream) {
   const bool vector = a.width % ELEMENTS<T> == 0 && aligned(a.hidden) && aligned(a.weight);
   const auto kernel = vector ? entry_logits_kernel<T, true> : entry_logits_kernel<T, false>;
-  FL_LAUNCH(kernel, static_cast<unsigned>(a.tokens), ENTRY_THREADS, 0, stream, a);
+  FL_LAUNCH(kernel, static_cast<unsigned>(a.tokens), PART_THREADS, 0, stream, a);
 }
 
 template <class Arguments>

@@ -155,6 +155,11 @@ __device__ __forceinline__ void unpack(const uint4& word, float (&x)[ELEMENTS<T>
   }
 }
 
+// After this the compiler unpacks the word anew instead of keeping twice the registers from the last time.
+__device__ __forceinline__ void keep_packed(uint4& word) {
+  asm volatile("" : "+r"(word.x), "+r"(word.y), "+r"(word.z), "+r"(word.w));
+}
+
 // The bits of elements [first, first + 16 bytes) of a row of `size` elements, zeros beyond its end. VECTOR: the row starts
 // at a multiple of 16 bytes and so does its end.
 template <class T, bool VECTOR>

@@ -16,8 +16,6 @@ enum class Element { Float32, BFloat16, Float16 };
 
 // Longest segment that segment_product sums in one piece. SPLIT of fused_losses/kernels.py is the same number.
 constexpr int64_t SPLIT = 512;
-// Largest D of attention: 16 warps of 32 lanes with 32 elements each.
-constexpr int64_t LARGEST_HIDDEN = 16384;
 
 // The rows of the tensor `rows` [9, N], as in fused_losses/kernels.py.
 enum Row { TOP, LOG_SUM, REF_TOP, REF_LOG_SUM, SHIFT, REST, GAP, GAP_L1, TOTALS_SHIFT, ROWS };
