@@ -30,7 +30,7 @@ struct Token {
 
 // Of one thread's or one token's entries: see `kept` in fused_losses/kernels.py.
 struct Kept {
-  float x[4] = {};
+  float x[4];
 };
 
 struct Values {
@@ -121,7 +121,7 @@ __global__ __launch_bounds__(32 * Division<T, SIZE>::WARPS, SIZE == 0 ? 5 : 1) v
   if (thread == 0) token.read<REFERENCE>(a, t);  // used after the first __syncthreads
 
   float nll_sum[WORDS][E] = {}, kl_sum[REFERENCE ? WORDS : 1][E] = {};
-  Kept kept;  // of lane g: of the entries that it forms the values of
+  Kept kept = {};  // of lane g: of the entries that it forms the values of
   int next = lane < GROUP && begin + lane < end ? a.columns[begin + lane] : 0;
   int parity = 0;
   for (int64_t j = begin; j < end; j += GROUP, parity ^= 1) {
@@ -241,7 +241,7 @@ __global__ __launch_bounds__(PART_THREADS) void attention_parts_kernel(const Att
   if (thread == 0) token.read<REFERENCE>(a, t);
   __syncthreads();
 
-  Kept kept;
+  Kept kept = {};
   for (int64_t j = begin + warp; j < end; j += PART_WARPS) {
     const int column = a.columns[j];
     const T* row = weight + column * D;
@@ -312,7 +312,7 @@ void launch_whole(const Attention& a, Stream stream) {
   const int64_t shared_bytes = threads * Part::WORDS * 16 * (a.difference ? 2 : 1);
   const auto kernel = attention_kernel<T, SIZE, REFERENCE>;
   allow_shared(kernel, shared_bytes, "attention_kernel");
-  FL_LAUNCH(kernel, static_cast<unsigned>(a.tokens), static_cast<unsigned>(threads),
+  FL_LAUNCH("attention_kernel", kernel, static_cast<unsigned>(a.tokens), static_cast<unsigned>(threads),
             static_cast<unsigned>(shared_bytes), stream, a);
 }
 
@@ -323,7 +323,7 @@ void launch_attention(const Attention& a, Stream stream) {
   if (vector && a.width <= Division<T, 0>::LARGEST) return launch_whole<T, 0, REFERENCE>(a, stream);
   if (vector && a.width <= Division<T, 1>::LARGEST) return launch_whole<T, 1, REFERENCE>(a, stream);
   const auto kernel = vector ? attention_parts_kernel<T, REFERENCE, true> : attention_parts_kernel<T, REFERENCE, false>;
-  FL_LAUNCH(kernel, static_cast<unsigned>(a.tokens), PART_THREADS, 0, stream, a);
+  FL_LAUNCH("attention_parts_kernel", kernel, static_cast<unsigned>(a.tokens), PART_THREADS, 0, stream, a);
 }
 
 template <class T>
@@ -336,7 +336,7 @@ template <class T>
 void launch(const EntryLogits& a, Stream stream) {
   const bool vector = a.width % ELEMENTS<T> == 0 && aligned(a.hidden) && aligned(a.weight);
   const auto kernel = vector ? entry_logits_kernel<T, true> : entry_logits_kernel<T, false>;
-  FL_LAUNCH(kernel, static_cast<unsigned>(a.tokens), PART_THREADS, 0, stream, a);
+  FL_LAUNCH("entry_logits_kernel", kernel, static_cast<unsigned>(a.tokens), PART_THREADS, 0, stream, a);
 }
 
 template <class Arguments>

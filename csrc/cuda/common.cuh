@@ -13,9 +13,9 @@
 #include <string>
 
 // A kernel is launched through this macro only, so that the tests can run it on a CPU.
-#define FL_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
-  kernel<<<grid, block, shared_bytes, stream>>>(__VA_ARGS__);     \
-  ::fused_losses::cuda::check(cudaGetLastError(), #kernel)
+#define FL_LAUNCH(name, kernel, grid, block, shared_bytes, stream, ...) \
+  kernel<<<grid, block, shared_bytes, stream>>>(__VA_ARGS__);           \
+  ::fused_losses::cuda::check(cudaGetLastError(), name)
 #define FL_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #endif
 

@@ -382,7 +382,7 @@ template <int WIDTH>
 void launch(const RowStatistics& a, Stream stream) {
   if (a.r && launch_held<WIDTH>(a, stream)) return;
   const auto kernel = a.r ? row_kernel<true, WIDTH> : row_kernel<false, WIDTH>;
-  FL_LAUNCH(kernel, static_cast<unsigned>(a.tokens), THREADS, EXCHANGE_BYTES, stream, a);
+  FL_LAUNCH("row_kernel", kernel, static_cast<unsigned>(a.tokens), THREADS, EXCHANGE_BYTES, stream, a);
 }
 
 }  // namespace

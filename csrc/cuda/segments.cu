@@ -166,13 +166,13 @@ void launch(const SegmentProduct& a, Element out, Stream stream) {
   const int64_t threads = threads_for(a.width, elements), stride = ceil_div(a.segments, SEGMENTS_OF_BLOCK);
   const dim3 grid(static_cast<unsigned>(a.slots + stride), static_cast<unsigned>(ceil_div(a.width, threads * elements)));
   const auto kernel = segment_kernel<T, WORDS, VECTOR>;
-  FL_LAUNCH(kernel, grid, static_cast<unsigned>(threads), 0, stream, a, out, stride);
+  FL_LAUNCH("segment_kernel", kernel, grid, static_cast<unsigned>(threads), 0, stream, a, out, stride);
   if (a.hot_segments == 0) return;
   const int64_t hot_threads = threads_for(a.width, 4);
   const dim3 hot_grid(static_cast<unsigned>(a.hot_segments),
                       static_cast<unsigned>(ceil_div(a.width, 4 * hot_threads)));
   const auto hot_kernel = hot_segment_kernel<VECTOR>;
-  FL_LAUNCH(hot_kernel, hot_grid, static_cast<unsigned>(hot_threads), 0, stream, a, out);
+  FL_LAUNCH("hot_segment_kernel", hot_kernel, hot_grid, static_cast<unsigned>(hot_threads), 0, stream, a, out);
 }
 
 template <class T>
