@@ -195,7 +195,7 @@ ROW_MODES = {
     "own": ("own", (1.0, 0.0, 0.9, 0.0)),
     "own-capped": ("own", (0.8, 6.0, -1.0, 4.0)),
     "shared": ("shared", (-0.5, 0.0, 1.0, 0.0)),
-    "shared-capped": ("shared", (1.5, 5.0, 1.0, 0.0)),
+    "shared-capped": ("shared", (0.5, 5.0, 1.0, 0.0)),
 }
 # Relative L2 errors, at most, of what was measured over all cases below (in brackets) times 3.
 ROW_TOLERANCES = dict.fromkeys((*ROW_NAMES, "nll", "entropy", "kl", "reference_nll", "reference_entropy"), 1e-4)
@@ -229,12 +229,17 @@ def check(results: dict[str, Tensor], truth: dict[str, Tensor], tolerances: dict
         if expected.dtype == torch.int64:
             assert torch.equal(results[name], expected), name
             continue
-        # Sums in which positive and negative terms cancel are measured against the sum of absolute values.
-        size = truth.get(SIZE_OF.get(name, name), expected)
-        error = ((results[name].double() - expected).norm() / size.norm().clamp(min=1e-30)).item()
+        # Sums in which terms cancel are measured against the sum of absolute values, differences against what they are of.
+        size = truth[SIZE_OF.get(name, name)].norm().clamp(min=1e-30)
+        if "SHIFT" in name:
+            size = torch.hypot(truth["TOP"], truth["LOG_SUM"]).norm()
+        error = ((results[name].double() - expected).norm() / size).item()
+        assert math.isfinite(error), f"{name} is not finite"
+        MEASURED[name] = max(MEASURED.get(name, 0.0), error)
         assert error <= tolerances[name], f"{name}: relative error {error:.2g}"
 
 
+MEASURED: dict[str, float] = {}  # for whoever changes a kernel: print it after a run to set the tolerances again
 SIZE_OF = {"GAP": "GAP_L1", "KEPT_GAP": "KEPT_GAP_L1"}
 
 
@@ -302,17 +307,18 @@ def test_row_statistics_of_what_is_not_finite(shim, bad, where, v, reference):
 
 @needs_compiler
 def test_row_statistics_keep_tiny_and_offset_numbers(shim):
-    """nll of an almost certain label, a KL near 0, and a large offset common to all logits."""
-    z = torch.zeros(2, 512)
-    z[0, 3] = 60.0
-    z[1] = torch.arange(512) % 7 * 0.25 + 2.0**15
+    """nll of an almost certain label, a KL of 10⁻⁸, and an offset common to all logits."""
+    r = torch.zeros(2, 512)
+    r[0, 3] = 60.0
+    r[1] = torch.arange(512) % 7 * 0.25 + 2.0**8
     labels = torch.tensor([3, 5])
     difference = normal(2, 512, spread=1e-4).float()
-    out = row_statistics(shim, difference, z, labels, True)
-    truth = row_truth(difference, z, labels, True, 1.0, 0.0, 1.0, 0.0)
-    for name in ("reference_nll", "kl", "GAP_L1"):
-        assert relative(out[name][:1], truth[name][:1]) < 1e-4, name
-        assert relative(out[name][1:], truth[name][1:]) < 1e-4, name
+    out = row_statistics(shim, difference, r, labels, True)
+    truth = row_truth(difference, r, labels, True, 1.0, 0.0, 1.0, 0.0)
+    assert relative(out["reference_nll"][:1], truth["reference_nll"][:1]) < 5e-7
+    assert relative(out["reference_nll"][1:], truth["reference_nll"][1:]) < 5e-7
+    for name in ("kl", "GAP_L1"):
+        assert relative(out[name][1:], truth[name][1:]) < 1e-3, name
 
 
 @needs_compiler
@@ -483,8 +489,10 @@ def attention_case(mode: str, dtype: torch.dtype, n: int, d: int, v: int, counts
         rows[2], rows[3], rows[4], rows[8] = ref_top, ref_log_sum, shift, shift + TOTALS_OFFSET
         rows = rows.float()
         # The shift is a number given, so the truth takes it as it was rounded; so do the totals.
-        gap = (p_ref * torch.expm1(d_logits - rows[4].double()[:, None]) * slope)[t, at]
-        other = (p_ref * torch.expm1(d_logits - rows[8].double()[:, None]) * slope)[t, at]
+        gap, other = (
+            torch.where(p_ref > 0, p_ref * torch.expm1(d_logits - rows[row].double()[:, None]) * slope, 0)[t, at]
+            for row in (4, 8)
+        )
         truth["kl_values"] = gap
         truth["KEPT_GAP"] = zero.index_add(0, t, gap)
         truth["KEPT_GAP_L1"] = zero.index_add(0, t, gap.abs())

@@ -125,14 +125,15 @@ struct Logits {
   float z, r, d;
 };
 
-// z and r as they are read to finished logits, which `held` and `of_held` keep as two numbers.
+// From z and r as they are read to finished logits; `held` and `of_held` keep these as two numbers.
 struct Finish {
-  bool difference;
+  bool difference, keeps_difference;  // a soft-cap is not linear
   float scale, reference_scale;
   Softcap cap, reference_cap;
 
   __device__ __forceinline__ explicit Finish(const RowStatistics& a)
       : difference(a.difference),
+        keeps_difference(a.difference && a.softcap == 0),
         scale(a.scale),
         reference_scale(a.difference ? a.scale : a.reference_scale),
         cap(a.softcap),
@@ -144,7 +145,7 @@ struct Finish {
     r = at_least(r);
     Logits out;
     out.r = reference_cap(reference_scale * r);
-    if (difference && cap.cap == 0) {
+    if (keeps_difference) {
       out.d = scale * z;
       out.z = out.r + out.d;
     } else {
@@ -155,9 +156,9 @@ struct Finish {
   }
 
   // The number kept beside r.
-  __device__ __forceinline__ float held(const Logits& x) const { return difference && cap.cap == 0 ? x.d : x.z; }
+  __device__ __forceinline__ float held(const Logits& x) const { return keeps_difference ? x.d : x.z; }
   __device__ __forceinline__ Logits of_held(float x, float r) const {
-    return difference && cap.cap == 0 ? Logits{r + x, r, x} : Logits{x, r, x - r};
+    return keeps_difference ? Logits{r + x, r, x} : Logits{x, r, x - r};
   }
 };
 
