@@ -101,7 +101,7 @@ def build_cuda(verbose: bool = True) -> Path:
     """Build for the devices of this machine into the cache, unless it is there; the library. Raises RuntimeError.
 
     The cache is $XDG_CACHE_HOME/fused_losses, by default ~/.cache/fused_losses; a folder in it for each combination of sources,
-    torch and devices. About 20 seconds a device type.
+    torch and devices. About 20 seconds a device type. `kernels.load_cuda` takes it, in processes started afterwards.
     """
     nvcc, reason = find_nvcc()
     if nvcc is None:

@@ -101,7 +101,7 @@ __global__ __launch_bounds__(32 * Division<T, SIZE>::WARPS, SIZE == 0 ? 5 : 1) v
   constexpr int E = ELEMENTS<T>, WORDS = Division<T, SIZE>::WORDS;
   constexpr int GROUP = (REFERENCE && sizeof(T) == 2 ? 4 : 8) / WORDS;  // more would spill registers
   FL_DYNAMIC_SHARED(shared);
-  __shared__ float partial[2][2][GROUP][Division<T, SIZE>::WARPS];
+  __shared__ float partial[2][2][Division<T, SIZE>::WARPS][GROUP];
   __shared__ Token token;
   const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
   const int lane = thread % 32, warp = thread / 32, warps = threads / 32;
@@ -151,7 +151,7 @@ __global__ __launch_bounds__(32 * Division<T, SIZE>::WARPS, SIZE == 0 ? 5 : 1) v
         }
       }
       const float sum = warp_sums<GROUP>(dot, lane);
-      if (lane % (32 / GROUP) == 0) out[lane / (32 / GROUP) * Division<T, SIZE>::WARPS + warp] = sum;
+      if (lane % (32 / GROUP) == 0) out[warp * GROUP + lane / (32 / GROUP)] = sum;
     };
     dots(hidden, partial[parity][0][0]);
     if (shared_head) dots(difference, partial[parity][1][0]);
@@ -160,9 +160,9 @@ __global__ __launch_bounds__(32 * Division<T, SIZE>::WARPS, SIZE == 0 ? 5 : 1) v
     Values values = {0, 0};
     if (lane < count) {
       float product = 0, product_difference = 0;
-      for (int w = 0; w < warps; w++) product += partial[parity][0][lane][w];
+      for (int w = 0; w < warps; w++) product += partial[parity][0][w][lane];
       if (shared_head)
-        for (int w = 0; w < warps; w++) product_difference += partial[parity][1][lane][w];
+        for (int w = 0; w < warps; w++) product_difference += partial[parity][1][w][lane];
       values = values_of<REFERENCE>(a, token, j + lane, column, product, product_difference, kept);
       if (warp == 0) {
         a.nll_values[j + lane] = values.nll;

@@ -49,22 +49,21 @@ fl_switch:
 )");
 using Context = void*;
 void change(Context& from, Context& to) { fl_switch(&from, to); }
-Context start(char* stack, void (*entry)()) {
+void start(Context& context, char* stack, void (*entry)()) {
   void** top = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(stack + STACK_BYTES) / 16 * 16);
   *--top = nullptr;  // entry starts with the stack as after a call
   *--top = reinterpret_cast<void*>(entry);
-  return top - 6;
+  context = top - 6;
 }
 #else
 using Context = ucontext_t;
 void change(Context& from, Context& to) { swapcontext(&from, &to); }
-Context start(char* stack, void (*entry)()) {
-  Context context;
+void start(Context& context, char* stack, void (*entry)()) {
   getcontext(&context);
-  context.uc_stack = {stack, 0, STACK_BYTES};
+  context.uc_stack.ss_sp = stack;
+  context.uc_stack.ss_size = STACK_BYTES;
   context.uc_link = nullptr;
   makecontext(&context, entry, 0);
-  return context;
 }
 #endif
 
@@ -177,7 +176,7 @@ void run(const char* name, dim3 grid, dim3 block, int64_t shared_bytes, int clus
       thread.lane = i % LANES, thread.rank = static_cast<unsigned>(rank), thread.exchanges = 0;
       thread.slots = reinterpret_cast<uint64_t(*)[32]>(&slots[i / LANES * 2 * LANES]);
       thread.shared = shared.data();
-      fibres[i].context = start(stacks[i].get(), entry);
+      start(fibres[i].context, stacks[i].get(), entry);
       fibres[i].state = State::Ready;
     }
     failure.clear();
