@@ -2,9 +2,10 @@
 // the other, the threads of a block as fibres of one thread of the system (fibres.cpp). Blocks of a cluster run together, each
 // with shared memory of its own, so distributed shared memory works too.
 //
-// What it finds: barriers, shuffles and ballots that not all threads reach; 16-byte loads that are not aligned; shared
-// memory read before it is written (dynamic one starts as NaN); with `reversed`, results that depend on the order in which
-// blocks, warps and lanes run. What it cannot find: anything of the memory model, of launch limits and of speed.
+// What it finds: barriers, shuffles and ballots that not all threads reach; 16-byte loads that are not aligned; dynamic
+// shared memory read before it is written (it starts as NaN), written just beyond its end, or read after its block has ended;
+// with `reversed`, results that depend on the order in which blocks, warps and lanes run, as where a barrier is missing.
+// What it cannot find: anything of the memory model, of launch limits and of speed.
 #pragma once
 
 #define FUSED_LOSSES_ON_CPU
@@ -38,6 +39,7 @@ struct Thread {
   unsigned exchanges;           // shuffles and ballots so far
   uint64_t (*slots)[32];        // [2][32] of the warp
   unsigned char* const* shared;  // of each block of the cluster
+  size_t* running;               // threads of each that have not ended
 };
 extern Thread* current;
 extern dim3 block_dim, grid_dim;
@@ -196,6 +198,7 @@ inline unsigned cluster_blocks() { return shim::cluster_blocks; }
 inline void cluster_sync() { shim::wait(shim::Scope::Cluster, "cluster_sync"); }
 template <class X>
 const X* of_rank(X* shared, unsigned rank) {
+  if (shim::current->running[rank] == 0) throw std::runtime_error("shared memory of a block that has ended is read");
   const auto offset = reinterpret_cast<unsigned char*>(shared) - shim::current->shared[shim::current->rank];
   return reinterpret_cast<const X*>(shim::current->shared[rank] + offset);
 }

@@ -21,6 +21,7 @@ namespace {
 
 constexpr size_t STACK_BYTES = 64 << 10;
 constexpr unsigned LANES = 32;
+constexpr int64_t BEYOND = 1024;  // bytes behind the dynamic shared memory that must stay as they are
 
 #ifdef __x86_64__
 // Saves the registers that a call must keep, changes stacks, and restores them: some 20 times as fast as swapcontext,
@@ -89,6 +90,7 @@ void entry() {
     failure = error.what();
   }
   running->state = State::Done;
+  running->thread.running[running->thread.rank]--;
   change(running->context, scheduler);
 }
 
@@ -154,11 +156,12 @@ void run(const char* name, dim3 grid, dim3 block, int64_t shared_bytes, int clus
   static std::vector<std::unique_ptr<char[]>> stacks;
   while (stacks.size() < all) stacks.emplace_back(new char[STACK_BYTES]);
 
-  std::vector<std::vector<uint64_t>> memory(size, std::vector<uint64_t>(static_cast<size_t>(shared_bytes) / 8 + 4));
+  std::vector<std::vector<uint64_t>> memory(size, std::vector<uint64_t>(static_cast<size_t>(shared_bytes + BEYOND) / 8 + 4));
   std::vector<unsigned char*> shared;
   for (auto& part : memory)
     shared.push_back(reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(part.data()) + 15) / 16 * 16));
   std::vector<Fibre> fibres(all);
+  std::vector<size_t> threads_running(size);
   std::vector<uint64_t> slots(all / LANES * 2 * LANES);
   body = &kernel;
   block_dim = block, grid_dim = grid, cluster_blocks = static_cast<unsigned>(size);
@@ -166,6 +169,7 @@ void run(const char* name, dim3 grid, dim3 block, int64_t shared_bytes, int clus
   const size_t clusters = grid.x / size * grid.y;
   for (size_t c = 0; c < clusters; c++) {
     const size_t cluster = reversed ? clusters - 1 - c : c;
+    threads_running.assign(size, threads);
     for (auto& part : memory) std::memset(part.data(), 0xff, part.size() * 8);
     for (size_t i = 0; i < all; i++) {
       const size_t rank = i / threads, per_line = grid.x / size;
@@ -175,12 +179,16 @@ void run(const char* name, dim3 grid, dim3 block, int64_t shared_bytes, int clus
           dim3(static_cast<unsigned>(cluster % per_line * size + rank), static_cast<unsigned>(cluster / per_line), 0);
       thread.lane = i % LANES, thread.rank = static_cast<unsigned>(rank), thread.exchanges = 0;
       thread.slots = reinterpret_cast<uint64_t(*)[32]>(&slots[i / LANES * 2 * LANES]);
-      thread.shared = shared.data();
+      thread.shared = shared.data(), thread.running = threads_running.data();
       start(fibres[i].context, stacks[i].get(), entry);
       fibres[i].state = State::Ready;
     }
     failure.clear();
     run_cluster(name, fibres, threads);
+    for (const unsigned char* part : shared)
+      for (int64_t i = 0; i < BEYOND; i++)
+        if (part[shared_bytes + i] != 0xff)
+          throw std::runtime_error(std::string(name) + ": shared memory is written beyond its end");
   }
 }
 
