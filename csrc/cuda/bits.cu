@@ -98,14 +98,16 @@ void count_bits(const uint32_t* bits, int64_t tokens, int64_t words, const int64
                 int64_t* counts, Stream stream) {
   if (tokens == 0) return;
   const auto kernel = vector(bits, words) ? count_bits_kernel<true> : count_bits_kernel<false>;
-  FL_LAUNCH("count_bits_kernel", kernel, static_cast<unsigned>(tokens), THREADS, 0, stream, bits, words, labels, capacity, counts);
+  FL_LAUNCH("count_bits_kernel", kernel, static_cast<unsigned>(tokens), THREADS, 0, stream, bits, words,
+            labels, capacity, counts);
 }
 
 void columns_of_bits(const uint32_t* bits, int64_t tokens, int64_t words, const int64_t* labels,
                      const int64_t* offsets, int32_t* columns, Stream stream) {
   if (tokens == 0) return;
   const auto kernel = vector(bits, words) ? columns_of_bits_kernel<true> : columns_of_bits_kernel<false>;
-  FL_LAUNCH("columns_of_bits_kernel", kernel, static_cast<unsigned>(tokens), THREADS, 0, stream, bits, words, labels, offsets, columns);
+  FL_LAUNCH("columns_of_bits_kernel", kernel, static_cast<unsigned>(tokens), THREADS, 0, stream, bits, words,
+            labels, offsets, columns);
 }
 
 }  // namespace fused_losses::cuda

@@ -27,7 +27,10 @@ constexpr int64_t ANY = -1;
 
 std::string shape_of(const int64_t* sizes, size_t count) {
   std::string text = "[";
-  for (size_t i = 0; i < count; i++) text += (i ? ", " : "") + (sizes[i] == ANY ? std::string("any") : std::to_string(sizes[i]));
+  for (size_t i = 0; i < count; i++) {
+    if (i) text += ", ";
+    text += sizes[i] == ANY ? "any" : std::to_string(sizes[i]);
+  }
   return text + "]";
 }
 std::string name_of(ScalarType type) { return torch::headeronly::toString(type); }
