@@ -22,7 +22,8 @@ BOUND, REFERENCE_BOUND, LOG_SUM, TAIL, NLL_L1, KL_TAIL, KL_TAIL_L1, KL_L1 = rang
 
 
 class Row(enum.IntEnum):
-    """The rows of the tensor `rows` [9, N] of the GPU's kernels: what is known of a token besides its statistics.
+    """The rows of the tensor `rows` [9, N] of the GPU's kernels: what is known of a token besides its statistics. Here and in
+    csrc/cuda/kernels.h.
 
     p[v] = exp((z[v] − TOP) − LOG_SUM), p_ref likewise. Slope: 1 − (z/softcap)², 1 without soft-cap.
     """
@@ -38,7 +39,7 @@ class Row(enum.IntEnum):
     TOTALS_SHIFT = 8
 
 
-# A segment of more entries than this is summed in slots (`segment_product`); csrc/cuda/common.cuh has it too.
+# Segments of `segment_product` with more entries than this are listed in `hot`. Here and in csrc/cuda/kernels.h.
 SPLIT = 512
 
 SCHEMAS = (
@@ -68,14 +69,9 @@ SCHEMAS = (
 # Raised with every change of a schema or of what its arguments mean, here and in csrc/cpu/ops.cpp.
 INTERFACE = 1
 
-# The rows of the tensor `rows` [9, N] of `row_statistics` and `attention`; p = exp((z − TOP) − LOG_SUM), SHIFT = lse − lse_ref.
-# Here and in csrc/cuda/kernels.h.
-TOP, ROW_LOG_SUM, REF_TOP, REF_LOG_SUM, SHIFT, REST, GAP, GAP_L1, TOTALS_SHIFT = range(9)
 # The rows of `kept` [4, N] of `attention`: Σ p·slope over entries but the label's; over all entries Σ gap·slope, Σ |gap·slope|, and
-# the last with TOTALS_SHIFT in place of SHIFT. gap = p − p_ref; slope = 1 − (z/softcap)², 1 without a soft-cap.
+# the last with TOTALS_SHIFT in place of SHIFT. gap = p − p_ref.
 KEPT, KEPT_GAP, KEPT_GAP_L1, KEPT_GAP_L1_OF_TOTALS = range(4)
-# Segments of `segment_product` with more entries than this are listed in `hot`. Here and in csrc/cuda/kernels.h.
-SPLIT = 512
 
 GPU_SCHEMAS = (
     # All that is known of tokens from their rows of products x·W + b; r: the reference's. With `difference` z is (x − x_ref)·W
@@ -148,12 +144,6 @@ def _load(library: Path, interface: str, expected: int) -> str | None:
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-@functools.cache
-def load_cuda() -> str | None:
-    """Load the CUDA kernels; why they cannot be used, or None."""
-    return "not built"
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import SPLIT, Row
+from ..kernels import KEPT, KEPT_GAP, KEPT_GAP_L1, KEPT_GAP_L1_OF_TOTALS, SPLIT, Row
 from ..problem import Entries, Gradients, Head, Problem, Statistics, Tails
 from ..triton_kernels import rows as row_kernels
 from ..triton_kernels import scan as scans
@@ -531,7 +531,7 @@ def _entropy(
 
 def _tails(problem: Problem, nll: Tensor, labels: Tensor, known: Tensor, kept: Tensor) -> Tails:
     rest, wrong = known[Row.REST], -torch.expm1(-nll)
-    tail = rest - kept[0]
+    tail = rest - kept[KEPT]
     l1 = 2 * wrong
     if problem.head.softcap is not None:
         # Σ p·slope over the others and the label's |p − 1|·slope; the label is an entry, but where there are too many.
@@ -539,16 +539,16 @@ def _tails(problem: Problem, nll: Tensor, labels: Tensor, known: Tensor, kept: T
         l1 = rest + wrong * slope
     tails = Tails(torch.where(tail < 0, 0, tail), l1)
     if problem.has_reference:
-        tails.kl = known[Row.GAP] - kept[1]
+        tails.kl = known[Row.GAP] - kept[KEPT_GAP]
         # The totals were summed with another shift c: |p − p_ref| ≤ κ |p' − p_ref| + |κ − 1| p_ref, κ = exp(c − shift).
         moved = torch.exp(known[Row.TOTALS_SHIFT] - known[Row.SHIFT])
-        left = known[Row.GAP_L1] - kept[3]
+        left = known[Row.GAP_L1] - kept[KEPT_GAP_L1_OF_TOTALS]
         ref_tail = tails.nll - tails.kl
         tails.kl_left = moved * torch.where(left < 0, 0, left) + (moved - 1).abs() * torch.where(
             ref_tail < 0, 0, ref_tail
         )
         exact = moved == 1
-        tails.kl_l1 = torch.where(exact, known[Row.GAP_L1], kept[2] + tails.kl.abs())
+        tails.kl_l1 = torch.where(exact, known[Row.GAP_L1], kept[KEPT_GAP_L1] + tails.kl.abs())
     return tails
 
 
