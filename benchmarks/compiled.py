@@ -1,4 +1,4 @@
-"""What the kernels take of registers and shared memory, by compiling them ahead of time: no GPU needed.
+"""What the kernels take of registers and shared memory, by compiling them ahead of time: no GPU needed, but nvcc.
 
 python benchmarks/compiled.py      # prints the tables, puts them into docs/kernels.md, writes results/compiled-kernels.json
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import cuda_resources
 import triton
 
 from fused_losses.triton_kernels import ahead
@@ -29,6 +30,20 @@ def triton_table(found: dict[tuple[str, int], ahead.Resources]) -> str:
     return "\n".join(lines)
 
 
+def cuda_table(records: list[dict]) -> str:
+    """Of each kernel of csrc/cuda the variant with the most registers / bytes of static shared memory."""
+    architectures = sorted({r["architecture"] for r in records}, key=lambda a: int("".join(filter(str.isdigit, a))))
+    lines = ["| kernel | source | " + " | ".join(architectures) + " |", "|---|---|" + "---|" * len(architectures)]
+    for source, name in sorted({(r["source"], r["kernel"].partition("<")[0]) for r in records}):
+        cells = []
+        for architecture in architectures:
+            mine = [r for r in records if r["kernel"].partition("<")[0] == name and r["architecture"] == architecture]
+            most = max(mine, key=lambda r: r["registers"])
+            cells.append(f"{most['registers']} / {most['shared']}")
+        lines.append(f"| {name} | {source} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def put_between(path: Path, marker: str, text: str) -> None:
     """Replace what stands between <!-- marker --> and <!-- /marker -->."""
     before, _, rest = path.read_text().partition(f"<!-- {marker} -->\n")
@@ -45,13 +60,18 @@ def main() -> None:
     table = triton_table(found)
     print(table)
     put_between(ROOT / "docs" / "kernels.md", "triton", table)
+    cuda = cuda_resources.resources()
+    table = cuda_table(cuda)
+    print(table)
+    put_between(ROOT / "docs" / "kernels.md", "cuda", table)
     results = ROOT / "benchmarks" / "results" / "compiled-kernels.json"
     rows = [
         dict(kernel=name, architecture=f"sm_{a}", registers=r.registers, spilled_bytes=r.spilled, shared_bytes=r.shared)
         for (name, a), r in found.items()
     ]
     written = results.with_suffix(".new")
-    written.write_text(json.dumps(dict(triton=triton.__version__, kernels=rows), indent=1) + "\n")
+    content = dict(triton=triton.__version__, kernels=rows, nvcc=cuda_resources.version(), cuda=cuda)
+    written.write_text(json.dumps(content, indent=1) + "\n")
     written.replace(results)
 
 

@@ -38,6 +38,14 @@ def resources() -> list[dict]:
         return [record for records in pool.map(compile_one, build.KERNELS) for record in records]
 
 
+def version() -> str:
+    """Of nvcc, "13.0"."""
+    nvcc, reason = build.find_nvcc()
+    if nvcc is None:
+        raise RuntimeError(f"the CUDA kernels cannot be compiled: {reason}")
+    return re.search(r"release (\S+),", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)[1]
+
+
 def parse(report: str) -> list[dict]:
     """What `ptxas -v` prints."""
     records = []

@@ -17,6 +17,7 @@ from . import build
 
 LIBRARY = Path(__file__).with_name("_kernels.so")
 CUDA_LIBRARY = Path(__file__).with_name("_cuda.so")
+NOT_BUILT = "not built"
 # The rows of the tensor `rows` [8, N] of `compact`: what is known of a token besides its statistics.
 BOUND, REFERENCE_BOUND, LOG_SUM, TAIL, NLL_L1, KL_TAIL, KL_TAIL_L1, KL_L1 = range(8)
 
@@ -126,10 +127,23 @@ def load_cuda() -> str | None:
         return f"not built, and the cache cannot be looked at ({_first_line(error)})"
     if library is None:
         return (
-            "not built: at installation there was no nvcc of CUDA 12.8 or later, or torch was not there yet; "
-            "python -m fused_losses.build builds it where there is one; see csrc/README.md"
+            f"{NOT_BUILT}: at installation there was no nvcc of CUDA 12.8 or later, or torch was not there yet; "
+            "where there is one, backend='cuda' builds it when first used, and so does python -m fused_losses.build"
         )
     return _load(library, "cuda_interface", CUDA_INTERFACE)
+
+
+def build_and_load_cuda() -> str | None:
+    """`load_cuda`, but where only the library is missing it is built now, once, into a cache. Why it cannot be used, or None."""
+    reason = load_cuda()
+    if reason is not None and reason.startswith(NOT_BUILT):
+        try:
+            build.build_cuda()
+        except (RuntimeError, OSError) as error:
+            return f"{reason}; building it now failed: {error}"
+        load_cuda.cache_clear()
+        reason = load_cuda()
+    return reason
 
 
 def _load(library: Path, interface: str, expected: int) -> str | None:

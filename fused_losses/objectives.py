@@ -170,8 +170,9 @@ class TALRLoss(Objective):
 
 def median_temperature(nll: Tensor, sequence: Tensor, count: int, process_group: Any = None) -> Tensor:
     """The median over sequences of their mean nll."""
-    sums = nll.new_zeros(count).index_add_(0, sequence, nll)
-    sizes = nll.new_zeros(count).index_add_(0, sequence, torch.ones_like(nll))
+    # index_put_ and not index_add_, which on a GPU adds in any order.
+    sums = nll.new_zeros(count).index_put_((sequence,), nll, accumulate=True)
+    sizes = nll.new_zeros(count).index_put_((sequence,), torch.ones_like(nll), accumulate=True)
     means = (sums / sizes)[sizes > 0]
     if process_group is not None:
         means = _gather(means, process_group)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from .backends import Backend
+from .backends.torch import by_column
 from .problem import Entries, Gradients, Problem, Statistics, Tails
 
 # Measured on SmolLM2 (docs/method.md): at this tolerance no token of ordinary text needs exact gradients, the
@@ -250,18 +251,25 @@ def select(error: Tensor, norm: Tensor, forced: Tensor, tolerance: float) -> tup
 
     `forced` tokens are among them, and so is every token whose error is not a number.
     """
-    forced = forced | ~error.isfinite()
-    total = torch.where(norm.isfinite(), norm, 0).double().sum()
+    finite = error.isfinite()
+    forced = forced | ~finite
     left = torch.where(forced, 0, error).double()
-    order = left.argsort(descending=True, stable=True)
-    # What is left when the k largest are taken out; from the small end, so that it does not cancel.
-    remaining = torch.cat([left[order].flip(0).cumsum(0).flip(0), left.new_zeros(1)])
-    count = int((remaining > tolerance * total).sum())
-    forced[order[:count]] = True
-    bound = float(remaining[count] / total) if count < len(error) and float(total) > 0 else 0.0
-    if not bool((error.isfinite() & norm.isfinite()).all()):
-        bound = float("nan")
-    return forced.nonzero().flatten(), bound
+    total = torch.where(norm.isfinite(), norm, 0).double().sum()
+    numbers = (left.sum(), total, forced.any(), (finite & norm.isfinite()).all())
+    everything, total, some_forced, all_finite = torch.stack([n.double() for n in numbers]).tolist()
+    exact, bound = forced[:0].long(), everything
+    if some_forced or not everything <= tolerance * total:
+        # Rare. On the CPU: on a GPU a running sum is not the same from run to run.
+        chosen, left = forced.cpu(), left.cpu()
+        order = left.argsort(descending=True, stable=True)
+        # What is left when the k largest are taken out; from the small end, so that it does not cancel.
+        remaining = torch.cat([left[order].flip(0).cumsum(0).flip(0), left.new_zeros(1)])
+        count = int((remaining > tolerance * total).sum())
+        chosen[order[:count]] = True
+        exact, bound = chosen.nonzero().flatten().to(error.device), float(remaining[count])
+    if not all_finite:
+        return exact, float("nan")
+    return exact, bound / total if len(exact) < len(error) and total > 0 else 0.0
 
 
 def mostly_exact(entries: Entries, a: Tensor | None, b: Tensor | None, tolerance: float) -> bool:
@@ -342,7 +350,8 @@ def gradients(
         )  # fmt: skip
     if need_bias:
         bias = sparse.profile * tail.sum()
-        bias.index_add_(0, sparse.columns, values)
+        starts, _, order = by_column(sparse.offsets, sparse.columns, len(bias))
+        bias += torch.segment_reduce(values[order], "sum", offsets=starts, initial=0)
         if out is not None and out.bias is not None:
             bias.add_(out.bias, alpha=dense_scale)
         result.bias = bias.to(head.bias.dtype)

@@ -18,10 +18,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_losses import build, kernels
+from fused_losses import backends, build, kernels
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
+import compiled  # noqa: E402
 import cuda_resources  # noqa: E402
 from cuda_shim import shim as shim_module  # noqa: E402
 
@@ -742,9 +743,14 @@ needs_nvcc = pytest.mark.skipif(NVCC is None, reason=NO_NVCC)
 
 @needs_nvcc
 @needs_compiler
-def test_no_warnings_and_no_spilled_registers():
+def test_no_warnings_no_spilled_registers_and_documented_figures(capsys):
     """For every architecture, warnings being errors."""
     found = cuda_resources.resources()
+    table = compiled.cuda_table(found)
+    with capsys.disabled():
+        print("\n" + table)
+    if cuda_resources.version() == "13.0":
+        assert table in (ROOT / "docs" / "kernels.md").read_text(), "run benchmarks/compiled.py"
     assert {x["architecture"] for x in found} == {f"sm_{a}" for a in build.architectures(NVCC)}
     names = {x["kernel"].partition("<")[0] for x in found}
     for source in build.KERNELS:
@@ -845,3 +851,23 @@ def test_load_cuda_states_why(tmp_path, monkeypatch):
     assert "built from other sources (interface 0)" in reason()
     monkeypatch.setattr(torch.version, "cuda", None)
     assert "without CUDA" in reason()
+
+
+def test_first_use_of_the_backend_builds_it_or_says_why_not(monkeypatch):
+    monkeypatch.setattr(kernels, "load_cuda", lambda: "not built: no nvcc then")
+    monkeypatch.setattr(build, "find_nvcc", lambda: (None, "no nvcc on PATH"))
+    with pytest.raises(RuntimeError, match=r"not built: no nvcc then; building it now failed: .* no nvcc on PATH"):
+        backends.choose("cuda", "cuda")
+
+    class Loaded:
+        reason = "not built"
+
+        def __call__(self):
+            return self.reason
+
+        def cache_clear(self):
+            self.reason = None
+
+    monkeypatch.setattr(kernels, "load_cuda", Loaded())
+    monkeypatch.setattr(build, "build_cuda", lambda: None)
+    assert kernels.build_and_load_cuda() is None

@@ -123,6 +123,10 @@ def choose(name: str, device_type: str) -> str:
         move = "the CPU" if name == "cpu" else "a GPU"
         raise ValueError(f"backend={name!r} with tensors on {device_type}; give backend='auto', or move them to {move}")
     reason = unavailable(name)
+    if reason is not None and name == "cuda":
+        from .. import kernels
+
+        reason = kernels.build_and_load_cuda() or unavailable(name)
     if reason is not None:
         raise RuntimeError(f"backend={name!r} cannot run here: {reason}; give backend='auto'")
     return name
