@@ -17,7 +17,10 @@ from fused_losses import sparse_softmax
 from fused_losses.backends import gpu
 
 # The interpreter computes with numpy, which warns where a GPU just makes an infinity or a NaN.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+WARNINGS = pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),  # of Triton 3.6
+]
 
 HEADS = [dict(), dict(bias=True), dict(scale=0.3), dict(softcap=7.0), dict(bias=True, scale=-1.7, softcap=4.0)]
 REFERENCES = [None, "shared", "own"]

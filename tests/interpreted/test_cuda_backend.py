@@ -6,13 +6,13 @@ import pytest
 import torch
 from cases import errors, make
 from cuda_shim import shim as shim_module
-from test_backend import HEADS, REFERENCES, name, path, small_chunks  # noqa: F401
+from test_backend import HEADS, REFERENCES, WARNINGS, name, path, small_chunks  # noqa: F401
 from test_sparse_softmax import coarse
 
 from fused_losses import backends
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+    *WARNINGS,
     pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile the kernels for a CPU with"),
 ]
 
