@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import errors, make, relative, run
+from cases import HEADS, REFERENCES, errors, make, name, relative, run
 
 import fused_losses as fl
 from fused_losses import backends
@@ -13,17 +13,7 @@ from fused_losses import reference as oracle
 from fused_losses.backends import torch as chunked
 
 SHAPES = [(1, 1, 2), (1, 576, 252), (33, 17, 123), (129, 65, 507), (64, 64, 4097)]
-HEADS = [dict(), dict(bias=True), dict(scale=0.3), dict(softcap=7.0), dict(bias=True, scale=-1.7, softcap=4.0)]
-REFERENCES = [None, "shared", "own"]
 GRID = list(itertools.product(SHAPES, HEADS, REFERENCES, [False, True]))
-
-
-def name(value):
-    if isinstance(value, tuple):
-        return "N{}-D{}-V{}".format(*value)
-    if isinstance(value, dict):
-        return "-".join(value) or "plain"
-    return {True: "frozen", False: "trainable", None: "no-reference"}.get(value, str(value))
 
 
 @pytest.fixture
