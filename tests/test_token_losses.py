@@ -1,11 +1,10 @@
 """The op against the float64 oracle: values and gradients, over shapes, heads, references and dtypes."""
 
 import itertools
-from dataclasses import replace
 
 import pytest
 import torch
-from cases import HEADS, REFERENCES, errors, make, name, relative, run
+from cases import HEADS, REFERENCES, errors, make, name, near_the_reference, relative, run
 
 import fused_losses as fl
 from fused_losses import backends
@@ -88,10 +87,7 @@ def test_half_precision_errors_are_not_above_those_of_plain_pytorch(
 @pytest.mark.parametrize("reference", ["shared", "own"])
 def test_kl_gradient_near_the_reference_survives_bf16(reference):
     """KL about 0.003: p − p_ref cancels. bf16 logits lose a third of the gradient and more."""
-    case = make(64, 256, 4096, reference="shared", ignored=0, near=0.018, spread=4.5)
-    case = replace(case.rounded(torch.bfloat16), nll_upstream=torch.zeros(64), kl_upstream=torch.ones(64))
-    if reference == "own":
-        case = replace(case, reference_weight=case.weight.clone())
+    case = near_the_reference(reference)
     truth = run(case, torch.float64, "reference")
     assert 0.002 < truth["kl"].mean() < 0.005
     ours, plain = run(case, torch.bfloat16), run(case, torch.bfloat16, "reference")
