@@ -21,7 +21,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from gpu_common import DRY, RESULTS, ROOT, facts, require_gpu, result_path, save
+from gpu_common import DRY, RESULTS, ROOT, build_kernels, facts, require_gpu, result_path, save
 
 KERNELS, LOSSES = "tests/gpu/test_gpu_kernels.py", "tests/gpu/test_gpu_losses.py"
 # Groups by what they compile, so that no two compile the same. Name: (file, -k).
@@ -119,6 +119,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     require_gpu()
+    build_kernels()
     wanted = [n for n in [*GROUPS, *SANITIZERS] if not options.only or any(o in n for o in options.only)]
     if not wanted:
         parser.error(f"--only: there are {', '.join([*GROUPS, *SANITIZERS])}")

@@ -7,20 +7,23 @@ there is a GPU. By `--dry` or FUSED_LOSSES_GPU_DRY=1.
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import json
 import os
 import platform
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 DRY = os.environ.get("FUSED_LOSSES_GPU_DRY") == "1" or "--dry" in sys.argv
 if DRY:
     os.environ["FUSED_LOSSES_GPU_DRY"] = os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
 
+# Results of a dry run mean nothing, and are kept apart.
+RESULTS = Path(tempfile.gettempdir()) / "fused-losses-dry" if DRY else ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
@@ -31,6 +34,19 @@ def require_gpu() -> None:
     if not DRY and not torch.cuda.is_available():
         built = "no GPU visible" if torch.version.cuda else "torch is a CPU build"
         sys.exit(f"{built}; --dry runs the same code on the CPU, on tiny shapes")
+
+
+def build_kernels() -> None:
+    """The CUDA kernels, where they are neither there nor impossible; says why not."""
+    from fused_losses import kernels
+
+    if DRY or kernels.load_cuda() is None or importlib.util.find_spec("fused_losses.build") is None:
+        return
+    try:
+        importlib.import_module("fused_losses.build").build_cuda()
+    except (OSError, RuntimeError) as error:
+        print(f"CUDA kernels are not built: {error}")
+    kernels.load_cuda.cache_clear()
 
 
 def facts() -> dict[str, str | None]:
