@@ -334,7 +334,7 @@ class Bench:
 
     def targets(self) -> None:
         found = []
-        print("\ntargets, at", MAIN)
+        print("\ntargets, at", MAIN, "(dry run: of no meaning)" if DRY else "")
         for objective, frozen, gradient, figure, most in TARGETS:
             row = next(
                 (r for r in self.content["losses"] if r["distribution"] == "language-like" and tuple(r["shape"]) == MAIN
