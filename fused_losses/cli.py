@@ -63,7 +63,14 @@ def info() -> None:
         if name == "cpu" and reason is None:
             what += f" ({kernels.describe()})"
         table.add_row(name, "yes" if reason is None else f"no: {reason}", what)
-    table.add_row("auto", "yes", f"takes {backends.choose('auto', 'cpu')} on a CPU, torch elsewhere")
+    console.print(table)
+
+    table = Table(
+        "tensors on", "backend", "taken", title='What backend="auto" takes: the first that can', title_justify="left"
+    )
+    for device_type in ("cuda", "cpu"):
+        for name, reason in backends.chain(device_type):
+            table.add_row(device_type, name, "yes" if reason is None else f"no: {reason}")
     console.print(table)
 
 

@@ -1,4 +1,5 @@
-"""The operators of csrc/: schemas and fakes here, implementations in the compiled library `_kernels.so`, where built.
+"""The operators of csrc/: schemas and fakes here, implementations in the compiled libraries, where built: `_kernels.so` for
+CPUs (SCHEMAS), `_cuda.so` for CUDA devices (GPU_SCHEMAS).
 
 All write into tensors that the caller made, so fakes have nothing to return. Everything is contiguous; logits, values
 and statistics are float32. Sources: csrc/README.md.
@@ -12,13 +13,18 @@ from pathlib import Path
 
 import torch
 
+from . import build
+
 LIBRARY = Path(__file__).with_name("_kernels.so")
+CUDA_LIBRARY = Path(__file__).with_name("_cuda.so")
+NOT_BUILT = "not built"
 # The rows of the tensor `rows` [8, N] of `compact`: what is known of a token besides its statistics.
 BOUND, REFERENCE_BOUND, LOG_SUM, TAIL, NLL_L1, KL_TAIL, KL_TAIL_L1, KL_L1 = range(8)
 
 
 class Row(enum.IntEnum):
-    """The rows of the tensor `rows` [9, N] of the GPU's kernels: what is known of a token besides its statistics.
+    """The rows of the tensor `rows` [9, N] of the GPU's kernels: what is known of a token besides its statistics. Here and in
+    csrc/cuda/kernels.h.
 
     p[v] = exp((z[v] − TOP) − LOG_SUM), p_ref likewise. Slope: 1 − (z/softcap)², 1 without soft-cap.
     """
@@ -34,7 +40,7 @@ class Row(enum.IntEnum):
     TOTALS_SHIFT = 8
 
 
-# A segment of more entries than this is summed in slots (`segment_product`); csrc/cuda/common.cuh has it too.
+# Segments of `segment_product` with more entries than this are listed in `hot`. Here and in csrc/cuda/kernels.h.
 SPLIT = 512
 
 SCHEMAS = (
@@ -64,33 +70,94 @@ SCHEMAS = (
 # Raised with every change of a schema or of what its arguments mean, here and in csrc/cpu/ops.cpp.
 INTERFACE = 1
 
-for _schema in SCHEMAS:
+# The rows of `kept` [4, N] of `attention`: Σ p·slope over entries but the label's; over all entries Σ gap·slope, Σ |gap·slope|, and
+# the last with TOTALS_SHIFT in place of SHIFT. gap = p − p_ref.
+KEPT, KEPT_GAP, KEPT_GAP_L1, KEPT_GAP_L1_OF_TOTALS = range(4)
+
+GPU_SCHEMAS = (
+    # All that is known of tokens from their rows of products x·W + b; r: the reference's. With `difference` z is (x − x_ref)·W
+    "row_statistics(Tensor z, Tensor? r, bool difference, Tensor labels, float scale, float softcap, "
+    "float reference_scale, float reference_softcap, Tensor(a!) nll, Tensor(b!) prediction, Tensor(c!)? kl, "
+    "Tensor(d!)? entropy, Tensor(e!)? reference_nll, Tensor(f!)? reference_entropy, Tensor(g!) rows) -> ()",
+    # counts[t]: set bits of row t, the label's among them; −1: more than the capacity. Bits of columns ≥ V must be 0
+    "count_bits(Tensor bits, Tensor labels, int capacity, Tensor(a!) counts) -> ()",
+    # Their columns, ascending, from offsets[t] on; rows without room are skipped
+    "columns_of_bits(Tensor bits, Tensor labels, Tensor offsets, Tensor(a!) columns) -> ()",
+    # out[j] = hidden[t] · weight[columns[j]] + bias[columns[j]], j over row t
+    "entry_logits(Tensor hidden, Tensor weight, Tensor? bias, Tensor offsets, Tensor columns, Tensor(a!) out) -> ()",
+    # ∂nll/∂z and ∂kl/∂z at the entries and their products with the weight, without the factor scale
+    "attention(Tensor hidden, Tensor? difference, Tensor? entry_reference, Tensor weight, Tensor? bias, Tensor labels, "
+    "Tensor offsets, Tensor columns, Tensor rows, Tensor nll, float scale, float softcap, Tensor(a!) nll_values, "
+    "Tensor(b!)? kl_values, Tensor(c!) kept, Tensor(d!)? nll_rows, Tensor(e!)? kl_rows) -> ()",
+    # out[i] = base_scale · base[i] + Σ_j values[j] · matrix[columns[j]] + scale[i] · vector, j over segment i
+    "segment_product(Tensor offsets, Tensor columns, Tensor values, Tensor matrix, Tensor scale, Tensor vector, "
+    "Tensor? base, float base_scale, Tensor hot, Tensor hot_first, Tensor(a!) partial, Tensor(b!) out) -> ()",
+    "cuda_interface() -> int",
+)
+# As INTERFACE, for GPU_SCHEMAS and csrc/cuda/ops.cpp.
+CUDA_INTERFACE = 1
+
+for _schema in SCHEMAS + GPU_SCHEMAS:
     _name = _schema.partition("(")[0]
     torch.library.define(f"fused_losses::{_name}", _schema.removeprefix(_name))
     if _name == "logits":
         torch.library.register_fake("fused_losses::logits", lambda hidden, weight, bias, out: True)
-    elif _name not in ("simd", "interface"):
+    elif _name not in ("simd", "interface", "cuda_interface"):
         torch.library.register_fake(f"fused_losses::{_name}", lambda *args: None)
 
 
 @functools.cache
 def load() -> str | None:
-    """Load the compiled library; why it cannot be used, or None."""
+    """Load the compiled library for CPUs; why it cannot be used, or None."""
     if not LIBRARY.is_file():
         return "not built: at installation there was no C++ compiler, or torch was not there yet; see csrc/README.md"
-    remedy = "install the package again to rebuild it"
-    try:
-        torch.ops.load_library(str(LIBRARY))
-        found = torch.ops.fused_losses.interface()
-    except (OSError, RuntimeError) as error:
-        return f"{LIBRARY.name} does not load ({str(error).splitlines()[0]}); {remedy}"
-    return None if found == INTERFACE else f"{LIBRARY.name} was built from other sources (interface {found}); {remedy}"
+    return _load(LIBRARY, "interface", INTERFACE)
 
 
 @functools.cache
 def load_cuda() -> str | None:
-    """Load the CUDA kernels; why they cannot be used, or None."""
-    return "not built"
+    """Load the compiled library for CUDA devices, the installed one or what `build.build_cuda` made; why it cannot be used, or
+    None. CUDA itself is left alone where torch is a CPU build.
+    """
+    if torch.version.cuda is None:
+        return "torch is a build without CUDA; install one with it, then this package again"
+    try:
+        library = CUDA_LIBRARY if CUDA_LIBRARY.is_file() else build.cached_cuda()
+    except (OSError, RuntimeError) as error:
+        return f"not built, and the cache cannot be looked at ({_first_line(error)})"
+    if library is None:
+        return (
+            f"{NOT_BUILT}: at installation there was no nvcc of CUDA 12.8 or later, or torch was not there yet; "
+            "where there is one, backend='cuda' builds it when first used, and so does python -m fused_losses.build"
+        )
+    return _load(library, "cuda_interface", CUDA_INTERFACE)
+
+
+def build_and_load_cuda() -> str | None:
+    """`load_cuda`, but where only the library is missing it is built now, once, into a cache. Why it cannot be used, or None."""
+    reason = load_cuda()
+    if reason is not None and reason.startswith(NOT_BUILT):
+        try:
+            build.build_cuda()
+        except (RuntimeError, OSError) as error:
+            return f"{reason}; building it now failed: {error}"
+        load_cuda.cache_clear()
+        reason = load_cuda()
+    return reason
+
+
+def _load(library: Path, interface: str, expected: int) -> str | None:
+    remedy = "install the package again to rebuild it"
+    try:
+        torch.ops.load_library(str(library))
+        found = getattr(torch.ops.fused_losses, interface)()
+    except (OSError, RuntimeError) as error:
+        return f"{library.name} does not load ({_first_line(error)}); {remedy}"
+    return None if found == expected else f"{library.name} was built from other sources (interface {found}); {remedy}"
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 @functools.cache

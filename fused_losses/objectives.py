@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from . import checks, compiled
 from .head import LMHead, Reference
-from .op import Tokens, check_options, eager, prepare
+from .op import Tokens, TracedTokens, capturable, check_options, prepare
 from .problem import Statistics
 from .sparse_softmax import TOLERANCE, GradientReport
 
@@ -32,6 +33,11 @@ class Objective(nn.Module):
 
     Options of every objective: `ignore_index`, `gradient`, `tolerance` and `backend`, as in `token_losses`. `gradient_report` says how
     gradients are formed: of the last call, and after a backward with sparse gradients, of the call that this was of.
+
+    Under `torch.compile(fullgraph=True)` the call is part of the graph. There `token_loss` sees all tokens, with zeros for those
+    without a label, and is followed by the backward of `token_losses`: exact gradients then cost as many GEMMs as there, so 4
+    instead of 3, with a reference 6 instead of 4, and 4 instead of 3 if the head is frozen; sparse ones cost the same. Without
+    fullgraph a call is a graph break and runs as in eager mode.
     """
 
     wanted: frozenset[str] = frozenset()
@@ -50,6 +56,12 @@ class Objective(nn.Module):
         super().__init__()
         check_options(gradient, backend, ignore_index, tolerance)
         self.ignore_index, self.gradient, self.tolerance, self.backend = ignore_index, gradient, tolerance, backend
+        self._handle = compiled.handle(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy is another objective, with reports of its own."""
+        super().__setstate__(state)
+        self._handle = compiled.handle(self)
 
     def token_loss(self, out: Statistics, **per_token: Tensor) -> Tensor:
         raise TypeError(f"{type(self).__name__} must define token_loss(self, out, **per_token)")
@@ -57,9 +69,10 @@ class Objective(nn.Module):
     def prepare(self, hidden: Tensor, head: Head, labels: Tensor, reference: Reference | None = None) -> Tokens:
         tokens = prepare(
             hidden, head, labels, reference, self.ignore_index, self.gradient, self.backend, self.tolerance,
-            lambda report: setattr(self, "gradient_report", report),
+            lambda report: setattr(self, "gradient_report", report), self._handle,
         )  # fmt: skip
-        self.gradient_report = tokens.report
+        if not torch.compiler.is_compiling():  # else the operator does it, when the graph runs
+            self.gradient_report = tokens.report
         return tokens
 
     def reduce(self, tokens: Tokens, num_items: Any, **per_token: Tensor) -> Tensor:
@@ -72,7 +85,7 @@ class Objective(nn.Module):
         n = item_count(num_items, tokens.count)
         return tokens.summed(self.token_loss, self.wanted, self.top_k, **per_token) / n
 
-    @eager
+    @capturable
     def forward(
         self,
         hidden: Tensor,
@@ -97,7 +110,7 @@ class CrossEntropyLoss(Objective):
     def token_loss(self, out: Statistics) -> Tensor:
         return out.nll
 
-    @eager
+    @capturable
     def forward(self, hidden: Tensor, head: Head, labels: Tensor, *, num_items: Any = None) -> Tensor:
         return self.reduce(self.prepare(hidden, head, labels), num_items)
 
@@ -136,7 +149,7 @@ class TALRLoss(Objective):
         tau: Any = self.temperature if temperature is None else temperature
         return (-out.nll.detach() / tau).exp().clamp(min=self.floor) * out.nll
 
-    @eager
+    @capturable
     def forward(
         self, hidden: Tensor, head: Head, labels: Tensor, *, sequence_ids: Tensor | None = None, num_items: Any = None
     ) -> Tensor:
@@ -144,18 +157,39 @@ class TALRLoss(Objective):
         if self.temperature != "median":
             return self.reduce(tokens, num_items)
         n = item_count(num_items, tokens.count)
-        sequence, count = sequences(tokens, labels, sequence_ids, self.process_group is not None)
-        out = tokens.losses(self.wanted)
-        tau = self._median(out.nll.detach(), sequence, count)
-        return self.token_loss(out, temperature=tau).sum() / n
+        if isinstance(tokens, TracedTokens):
+            ids = sequence_numbers(tokens, labels, sequence_ids)
+            out = tokens.losses(self.wanted)
+            tau = torch.ops.fused_losses.median_temperature(out.nll.detach(), ids, tokens.valid)
+        else:
+            sequence, count = sequences(tokens, labels, sequence_ids)
+            out = tokens.losses(self.wanted)
+            tau = median_temperature(out.nll.detach(), sequence, count, self.process_group)
+        return tokens.total(self.token_loss(out, temperature=tau)) / n
 
-    def _median(self, nll: Tensor, sequence: Tensor, count: int) -> Tensor:
-        sums = nll.new_zeros(count).index_add_(0, sequence, nll)
-        sizes = nll.new_zeros(count).index_add_(0, sequence, torch.ones_like(nll))
-        means = (sums / sizes)[sizes > 0]
-        if self.process_group is not None:
-            means = _gather(means, self.process_group)
-        return means.quantile(0.5).clamp(min=1e-6) if len(means) else nll.new_tensor(1e-6)
+
+def median_temperature(nll: Tensor, sequence: Tensor, count: int, process_group: Any = None) -> Tensor:
+    """The median over sequences of their mean nll."""
+    # index_put_ and not index_add_, which on a GPU adds in any order.
+    sums = nll.new_zeros(count).index_put_((sequence,), nll, accumulate=True)
+    sizes = nll.new_zeros(count).index_put_((sequence,), torch.ones_like(nll), accumulate=True)
+    means = (sums / sizes)[sizes > 0]
+    if process_group is not None:
+        means = _gather(means, process_group)
+    return means.quantile(0.5).clamp(min=1e-6) if len(means) else nll.new_tensor(1e-6)
+
+
+def _numbered(ids: Tensor) -> tuple[Tensor, int]:
+    unique, inverse = ids.unique(return_inverse=True)
+    return inverse, len(unique)
+
+
+compiled.register(
+    "median_temperature",
+    "(Tensor nll, Tensor ids, Tensor valid) -> Tensor",
+    lambda nll, ids, valid: median_temperature(nll[valid], *_numbered(ids[valid])),
+    lambda nll, ids, valid: nll.new_empty(()),
+)
 
 
 class LAwFLoss(Objective):
@@ -202,7 +236,7 @@ class LAwFLoss(Objective):
         )
         return weight * (c * out.nll + (1 - c) * out.kl + constant)
 
-    @eager
+    @capturable
     def forward(
         self,
         hidden: Tensor,
@@ -221,22 +255,24 @@ class LAwFLoss(Objective):
         if confidence is None:
             raise ValueError("LAwFLoss needs confidence=: 1 at anchors, 0 at tokens to retain, of the labels' shape")
         tokens = self.prepare(hidden, head, labels, reference)
-        c = fractions(tokens.select(confidence, "confidence"), "confidence", tokens.problem.accumulator)
+        c = tokens.select(confidence, "confidence").detach().to(tokens.problem.accumulator)
+        c = tokens.check(c, "confidence", "fractions")
         anchor = c > 0
-        anchor_weight, retain_weight = c.new_tensor(self.anchor_weight), c.new_tensor(self.retain_weight)
+        # Products, as a graph is specialised on numbers that become tensors otherwise.
+        anchor_weight, retain_weight = c.new_ones(()) * self.anchor_weight, c.new_ones(()) * self.retain_weight
         if self.reduction == "group_mean":
             # `reduce` divides by n again.
-            anchors, others = self._group_counts(num_items, anchor)
+            anchors, others = self._group_counts(num_items, anchor, tokens.count)
             anchor_weight, retain_weight = anchor_weight * tokens.count / anchors, retain_weight * tokens.count / others
             num_items = None
         weight = torch.where(anchor, anchor_weight, retain_weight)
         return self.reduce(tokens, num_items, confidence=c, weight=weight)
 
     @staticmethod
-    def _group_counts(num_items: Any, anchor: Tensor) -> tuple[Tensor | float, Tensor | float]:
+    def _group_counts(num_items: Any, anchor: Tensor, count: int | Tensor) -> tuple[Tensor | float, Tensor | float]:
         if num_items is None:
             anchors = anchor.sum()
-            return anchors.clamp(min=1), (anchor.numel() - anchors).clamp(min=1)
+            return anchors.clamp(min=1), (count - anchors).clamp(min=1)
         if not isinstance(num_items, (tuple, list)) or len(num_items) != 2:
             raise ValueError(
                 f"num_items: for reduction='group_mean' expected a pair (anchors, other tokens), got {num_items!r}"
@@ -267,7 +303,7 @@ class FLOWLoss(Objective):
     def token_loss(self, out: Statistics, weight: Tensor) -> Tensor:
         return weight * out.nll
 
-    @eager
+    @capturable
     def forward(
         self,
         hidden: Tensor,
@@ -283,25 +319,15 @@ class FLOWLoss(Objective):
             raise ValueError("FLOWLoss needs initial_nll=: the initial model's mean nll of each sequence, [sequences]")
         if not isinstance(initial_nll, Tensor) or initial_nll.dim() != 1 or not initial_nll.is_floating_point():
             raise ValueError("initial_nll: expected a float tensor [sequences], the initial model's mean nll of each")
-        wrong = ~(initial_nll.isfinite() & (initial_nll >= 0))
-        if bool(wrong.any()):
-            raise ValueError(f"initial_nll: expected finite numbers ≥ 0, got {initial_nll[wrong][0].item()}")
-        if sequence_ids is None:
-            sequence, count = sequences(tokens, labels, None, False)
-            if len(initial_nll) != count:
-                raise ValueError(
-                    f"initial_nll: expected {count} numbers, one per row of labels, got {len(initial_nll)}"
-                )
-        else:
-            sequence = integers(tokens.select(sequence_ids, "sequence_ids"), "sequence_ids")
-            if len(sequence) and not 0 <= int(sequence.min()) <= int(sequence.max()) < len(initial_nll):
-                raise ValueError(
-                    f"sequence_ids: expected 0 ≤ id < {len(initial_nll)}, the length of initial_nll, got "
-                    f"{int(sequence.min())} to {int(sequence.max())}"
-                )
-        weight = (-initial_nll.detach().to(sequence.device, tokens.problem.accumulator) / self.temperature).exp()[
-            sequence
-        ]
+        initial_nll = checked(initial_nll.detach(), "initial_nll", "losses")
+        sequence = sequence_numbers(tokens, labels, sequence_ids)
+        if sequence_ids is not None:
+            sequence = tokens.check(sequence, "sequence_ids", "indices", len(initial_nll))
+        elif len(initial_nll) != labels.shape[0]:
+            raise ValueError(
+                f"initial_nll: expected {labels.shape[0]} numbers, one per row of labels, got {len(initial_nll)}"
+            )
+        weight = (-initial_nll.to(sequence.device, tokens.problem.accumulator) / self.temperature).exp()[sequence]
         return self.reduce(tokens, num_items, weight=weight)
 
 
@@ -332,7 +358,7 @@ class ASFTLoss(Objective):
     def token_loss(self, out: Statistics) -> Tensor:
         return (-out.nll.detach()).exp() * out.nll + self.kl_weight * out.kl
 
-    @eager
+    @capturable
     def forward(
         self, hidden: Tensor, head: Head, labels: Tensor, *, reference: Reference | None = None, num_items: Any = None
     ) -> Tensor:
@@ -365,11 +391,11 @@ class EAFTLoss(CrossEntropyLoss):
     def token_loss(self, out: Statistics, log_k: Tensor) -> Tensor:
         return (out.topk_entropy / log_k) ** self.alpha * out.nll
 
-    @eager
+    @capturable
     def forward(self, hidden: Tensor, head: Head, labels: Tensor, *, num_items: Any = None) -> Tensor:
         tokens = self.prepare(hidden, head, labels)
         k = max(2, min(self.top_k, tokens.problem.head.vocabulary))
-        log_k = hidden.new_full((tokens.count,), math.log(k), dtype=tokens.problem.accumulator)
+        log_k = hidden.new_full(tokens.problem.labels.shape, math.log(k), dtype=tokens.problem.accumulator)
         return self.reduce(tokens, num_items, log_k=log_k)
 
 
@@ -394,7 +420,7 @@ class PSFTLoss(Objective):
         ratio = (old_nll - out.nll).clamp(max=20).exp()  # clipped anyway; exp must not overflow
         return -torch.minimum(ratio, ratio.clamp(1 - self.epsilon, 1 + self.epsilon))
 
-    @eager
+    @capturable
     def forward(
         self, hidden: Tensor, head: Head, labels: Tensor, *, old_nll: Tensor | None = None, num_items: Any = None
     ) -> Tensor:
@@ -404,46 +430,47 @@ class PSFTLoss(Objective):
             )
         tokens = self.prepare(hidden, head, labels)
         old = tokens.select(old_nll, "old_nll").detach().to(tokens.problem.accumulator)
-        if not bool(old.isfinite().all()):
-            raise ValueError("old_nll: expected finite numbers at tokens with a label, got NaN or infinity")
-        return self.reduce(tokens, num_items, old_nll=old)
+        return self.reduce(tokens, num_items, old_nll=tokens.check(old, "old_nll", "finite"))
 
 
-def sequences(tokens: Tokens, labels: Tensor, sequence_ids: Tensor | None, distributed: bool) -> tuple[Tensor, int]:
+def sequences(tokens: Tokens, labels: Tensor, sequence_ids: Tensor | None) -> tuple[Tensor, int]:
     """For each valid token the number of its sequence, [N], and how many sequences there may be."""
+    ids = sequence_numbers(tokens, labels, sequence_ids)
+    return _numbered(ids) if sequence_ids is not None else (ids, labels.shape[0])
+
+
+def sequence_numbers(tokens: Tokens, labels: Tensor, sequence_ids: Tensor | None) -> Tensor:
+    """For each valid token a number that is the same for all of its sequence."""
     if sequence_ids is not None:
-        ids = integers(tokens.select(sequence_ids, "sequence_ids"), "sequence_ids")
-        unique, inverse = ids.unique(return_inverse=True)
-        return inverse, len(unique)
+        return integers(tokens.select(sequence_ids, "sequence_ids"), "sequence_ids")
     if labels.dim() != 2:
         raise ValueError(
             f"labels: expected [sequences, tokens] so that rows are sequences, got shape {list(labels.shape)}; give "
             "sequence_ids of that shape"
         )
     rows = torch.arange(labels.shape[0], device=labels.device)[:, None].expand(labels.shape)
-    return tokens.select(rows, "rows"), labels.shape[0]
+    return tokens.select(rows, "rows")
 
 
-def item_count(num_items: Any, default: int) -> Any:
+def item_count(num_items: Any, default: int | Tensor) -> Any:
     """The divisor n: `num_items` as it came, checked, or at least 1."""
     if num_items is None:
-        return max(default, 1)
+        return default.clamp(min=1) if isinstance(default, Tensor) else max(default, 1)
     if isinstance(num_items, Tensor):
         if num_items.numel() != 1:
             raise ValueError(f"num_items: expected one number, got a tensor of shape {list(num_items.shape)}")
-        num_items = num_items.detach().reshape(())
-    elif not isinstance(num_items, (int, float)) or isinstance(num_items, bool):
+        return checked(num_items.detach().reshape(()), "num_items", "items")
+    if not isinstance(num_items, (int, float)) or isinstance(num_items, bool):
         raise TypeError(f"num_items: expected a number or a tensor of one, got {num_items!r}")
-    if not 0 < float(num_items) < math.inf:
-        raise ValueError(f"num_items: expected the number of tokens the loss is divided by, > 0, got {num_items!r}")
+    checks.items(num_items)
     return num_items
 
 
-def fractions(values: Tensor, name: str, dtype: torch.dtype) -> Tensor:
-    values = values.detach().to(dtype)
-    if len(values) and not bool(((values >= 0) & (values <= 1)).all()):
-        wrong = values[~((values >= 0) & (values <= 1))][0].item()
-        raise ValueError(f"{name}: expected numbers in [0, 1] at every token with a label, got {wrong}")
+def checked(values: Tensor, name: str, check: str) -> Tensor:
+    """The values of a tensor that is not one per token, after a check of checks.py."""
+    if torch.compiler.is_compiling():
+        return torch.ops.fused_losses.checked(values, None, check, name, 0)
+    checks.BY_NAME[check](values, name)
     return values
 
 

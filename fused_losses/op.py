@@ -12,11 +12,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from . import backends
+from . import backends, checks, compiled
 from . import reference as full_logits
 from .autograd import SparseSummedLossFunction, SparseTokenLossesFunction, SummedLossFunction, TokenLossesFunction
 from .head import FLOATING, LMHead, Reference, _names, as_head
-from .problem import Head, Problem, Statistics
+from .problem import Head, Problem, Statistics, valid_index
 from .sparse_softmax import SMALLEST_VOCABULARY, TOLERANCE, GradientReport
 
 ALL_STATISTICS = frozenset({"entropy", "reference_entropy"})
@@ -42,19 +42,26 @@ class TokenLosses:
     gradient_report: GradientReport
 
 
-def eager(function: F) -> F:
-    """Under `torch.compile` the call is a graph break, run as it is. Costs nothing at import, unlike the decorator."""
+def capturable(function: F) -> F:
+    """Under `torch.compile` the call becomes part of a graph that may have tensors of unknown sizes (`fullgraph=True`).
+
+    Elsewhere it is a graph break and runs as it is, for objectives with a GEMM less. So is a call with a `process_group`,
+    whose ranks talk to each other. Costs nothing at import.
+    """
 
     @functools.wraps(function)
     def call(*args, **kwargs):
         if torch.compiler.is_compiling():
-            return torch.compiler.disable(function)(*args, **kwargs)
+            distributed = bool(args) and getattr(args[0], "process_group", None) is not None
+            if distributed or not compiled.captures():
+                eagerly = torch.compiler.disable(function)  # no part of a graph with a process_group
+                return eagerly(*args, **kwargs)
         return function(*args, **kwargs)
 
     return call  # type: ignore[return-value]
 
 
-@eager
+@capturable
 def token_losses(
     hidden: Tensor,
     head: LMHead | Tensor | nn.Linear,
@@ -108,6 +115,10 @@ def token_losses(
     Memory: 96 MiB of chunk buffers; sparse: 8 bytes per entry (12 with a reference), of which there are 50 to 300 per
     token of ordinary text; exact: the gradients in fp32, and with a frozen head [N, D] rows per loss.
 
+    `torch.compile(fullgraph=True)`: the call is part of the graph, with the same numbers; the number of tokens may change, a
+    new logit_scale, softcap or tolerance compiles anew. The report has mode and tolerance only. Labels out of range are
+    reported when the graph runs. Without fullgraph a call is a graph break and runs as in eager mode.
+
     Source: chunked cross-entropy with the gradient taken chunk by chunk is known from Liger Kernel and
     others; the per-token form with two upstream vectors, and the difference form of the KL, are this package's.
     """
@@ -136,20 +147,22 @@ class Tokens:
     publish: Callable[[GradientReport], None]  # called when backward has filled the report in
 
     @property
-    def count(self) -> int:
+    def count(self) -> int | Tensor:
         return len(self.problem.labels)
+
+    def needs(self) -> list[bool]:
+        """Whether hidden, weight and bias need a gradient."""
+        head, enabled = self.problem.head, torch.is_grad_enabled()
+        return [enabled and t is not None and t.requires_grad for t in (self.problem.hidden, head.weight, head.bias)]
 
     def takes_sparse_gradients(self) -> bool:
         """Also notes it in the report."""
-        head = self.problem.head
-        wanted = any(t is not None and t.requires_grad for t in (self.problem.hidden, head.weight, head.bias))
-        wanted = wanted and torch.is_grad_enabled()
-        sparse = self.problem.tolerance is not None and wanted and self.count > 0
-        if sparse:
-            self.report.mode, self.report.tolerance = "sparse", self.problem.tolerance
-        elif wanted:
-            self.report.mode, self.report.exact_tokens, self.report.bound = "exact", self.count, 0.0
-        return sparse
+        return self.report.begin(self.problem.tolerance, any(self.needs()))
+
+    def check(self, values: Tensor, name: str, check: str, limit: int = 0) -> Tensor:
+        """The values, which are those of valid tokens, after a check of checks.py."""
+        checks.BY_NAME[check](values, name, limit)
+        return values
 
     def select(self, values: Tensor, name: str) -> Tensor:
         """The entries of a per-token tensor of the labels' shape that belong to valid tokens, [N]."""
@@ -162,8 +175,13 @@ class Tokens:
         device = self.problem.labels.device
         if values.device != device:
             raise ValueError(f"{name} is on {values.device}, hidden on {device}; move it with .to({str(device)!r})")
-        flat = values.reshape(-1)
+        return self._select(values.reshape(-1))
+
+    def _select(self, flat: Tensor) -> Tensor:
         return flat if self.index is None else flat.index_select(0, self.index)
+
+    def total(self, values: Tensor) -> Tensor:
+        return values.sum()
 
     def in_place(self, values: Tensor | None, fill: int = 0) -> Tensor | None:
         """A vector over the valid tokens, in the caller's shape."""
@@ -192,20 +210,7 @@ class Tokens:
         self, loss: Callable[..., Tensor], wanted: frozenset[str], top_k: int = 20, **per_token: Tensor
     ) -> Tensor:
         """Σ_t loss(statistics, **per_token) for a loss of each token by itself; saves one GEMM over `losses`."""
-        for name, values in per_token.items():
-            if values.requires_grad and torch.is_grad_enabled():
-                raise TypeError(f"{name}: requires a gradient, which would be lost here; give {name}.detach()")
-
-        def of_chunk(out: Statistics, at: slice) -> Tensor:
-            result = loss(out, **{name: values[at] for name, values in per_token.items()})
-            if not isinstance(result, Tensor) or result.shape != out.nll.shape or not result.is_floating_point():
-                what = f"{result.dtype} {list(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
-                raise ValueError(
-                    f"token_loss: expected one float per token, shape {list(out.nll.shape)} as out.nll, got {what}; sums and "
-                    "means over tokens are taken afterwards"
-                )
-            return result
-
+        of_chunk = _of_chunk(loss, per_token)
         if self.backend == "reference":
             return of_chunk(self.losses(wanted, top_k), slice(None)).sum()
         problem = _want(self.problem, wanted, top_k)
@@ -214,6 +219,98 @@ class Tokens:
         if self.takes_sparse_gradients():
             return SparseSummedLossFunction.apply(*tensors, problem, backend, self.report, self.publish, of_chunk)
         return SummedLossFunction.apply(*tensors, problem, backend, torch.is_grad_enabled(), of_chunk)
+
+
+@dataclass(frozen=True)
+class TracedTokens(Tokens):
+    """The tokens of a call in a graph, T rows with the ignored ones: which are valid is in the mask, and known when it runs.
+
+    What `Tokens` has [N] of is [T] here, with 0 at ignored tokens, and `count` is a tensor. `summed` takes the losses per token
+    from the operator and adds them up, so exact gradients cost one GEMM more than in eager mode, or two with a reference.
+    """
+
+    valid: Tensor  # [T] bool
+    ignore_index: int
+    handle: Tensor | None
+
+    @property
+    def count(self) -> Tensor:
+        return self.valid.sum()
+
+    def check(self, values: Tensor, name: str, check: str, limit: int = 0) -> Tensor:
+        return torch.ops.fused_losses.checked(values, self.valid, check, name, limit)
+
+    def _select(self, flat: Tensor) -> Tensor:
+        return flat.masked_fill(~self.valid, 0)
+
+    def total(self, values: Tensor) -> Tensor:
+        return torch.where(self.valid, values, 0).sum()
+
+    def losses(self, wanted: frozenset[str], top_k: int = 20) -> Statistics:
+        self.takes_sparse_gradients()
+        if self.backend == "reference":
+            return self._full_logits(wanted, top_k)
+        problem, reference = self.problem, self.problem.reference_head or Head(None, None, 1.0, None)
+        outputs = torch.ops.fused_losses.losses_forward(
+            problem.hidden, problem.head.weight, problem.head.bias, problem.labels,
+            problem.reference_hidden, reference.weight, reference.bias, self.ignore_index,
+            problem.head.logit_scale, problem.head.softcap, reference.logit_scale, reference.softcap,
+            problem.dtype, problem.hidden.dtype, problem.hidden.shape[1],
+            ",".join(sorted(wanted)), top_k, problem.tolerance, self.backend, self.needs(), self.handle,
+        )  # fmt: skip
+        nll, kl, prediction, entropy, ref_nll, ref_entropy, topk_entropy, _, _ = outputs
+        out = Statistics(nll, prediction)
+        if problem.has_reference:
+            out.kl, out.reference_nll = kl, ref_nll
+            out.reference_entropy = ref_entropy if "reference_entropy" in wanted else None
+        out.entropy = entropy if "entropy" in wanted else None
+        out.topk_entropy = topk_entropy if "topk_entropy" in wanted else None
+        return out
+
+    def _full_logits(self, wanted: frozenset[str], top_k: int) -> Statistics:
+        """Ordinary operations of the graph; ignored tokens become zeros with label 0."""
+        problem = _want(self.problem, wanted, top_k)
+        labels = torch.ops.fused_losses.checked(
+            problem.labels, self.valid, "labels", str(self.ignore_index), problem.head.vocabulary
+        )
+        hidden, reference_hidden = (
+            None if rows is None else torch.where(self.valid[:, None], rows, 0)
+            for rows in (problem.hidden, problem.reference_hidden)
+        )
+        labels = labels.masked_fill(~self.valid, 0)
+        out = _full_logits_statistics(replace(problem, hidden=hidden, labels=labels, reference_hidden=reference_hidden))
+        for name in compiled.OUTPUTS:
+            values = getattr(out, name)
+            if values is not None:
+                setattr(out, name, torch.where(self.valid, values, -1 if name == "prediction" else 0))
+        return out
+
+    def summed(
+        self, loss: Callable[..., Tensor], wanted: frozenset[str], top_k: int = 20, **per_token: Tensor
+    ) -> Tensor:
+        of_tokens = _of_chunk(loss, per_token)
+        out = self.losses(wanted, top_k)
+        with torch.autocast(self.valid.device.type, enabled=False):
+            return self.total(of_tokens(out, slice(None)))
+
+
+def _of_chunk(loss: Callable[..., Tensor], per_token: dict[str, Tensor]) -> Callable[[Statistics, slice], Tensor]:
+    """The loss of some of the tokens, checked."""
+    for name, values in per_token.items():
+        if values.requires_grad and torch.is_grad_enabled():
+            raise TypeError(f"{name}: requires a gradient, which would be lost here; give {name}.detach()")
+
+    def of_chunk(out: Statistics, at: slice) -> Tensor:
+        result = loss(out, **{name: values[at] for name, values in per_token.items()})
+        if not isinstance(result, Tensor) or result.shape != out.nll.shape or not result.is_floating_point():
+            what = f"{result.dtype} {list(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
+            raise ValueError(
+                f"token_loss: expected one float per token, shape {list(out.nll.shape)} as out.nll, got {what}; sums and "
+                "means over tokens are taken afterwards"
+            )
+        return result
+
+    return of_chunk
 
 
 def prepare(
@@ -226,31 +323,29 @@ def prepare(
     backend: str,
     tolerance: float,
     publish: Callable[[GradientReport], None] = lambda report: None,
+    handle: Tensor | None = None,
 ) -> Tokens:
-    """All validation of the package's losses, and the removal of ignored tokens."""
+    """All validation of the package's losses, and the removal of ignored tokens.
+
+    In a graph (`capturable`) values are checked, and ignored tokens removed, when it runs. `handle`: of the objective.
+    """
     head = as_head(head)
     check_options(gradient, backend, ignore_index, tolerance)
     _check_hidden(hidden, head)
     _check_labels(labels, hidden)
     reference_hidden, reference_head = _check_reference(reference, hidden, head)
 
+    tracing = torch.compiler.is_compiling()
     flat = labels.reshape(-1)
-    valid = flat != ignore_index
-    index = None if bool(valid.all()) else valid.nonzero().flatten()
+    index = None if tracing else valid_index(flat, ignore_index)
     rows = [None if x is None else x.reshape(-1, x.shape[-1]) for x in (hidden, reference_hidden)]
     if index is not None:
         flat = flat.index_select(0, index)
         rows = [None if x is None else x.index_select(0, index) for x in rows]
-    if len(flat):
-        low, high = (int(x) for x in torch.stack(torch.aminmax(flat)).tolist())
-        if low < 0 or high >= head.vocabulary:
-            wrong = low if low < 0 else high
-            raise ValueError(
-                f"labels: expected 0 ≤ label < {head.vocabulary} (the rows of the head's weight) or "
-                f"ignore_index = {ignore_index}, got {wrong}; mask it with ignore_index or resize the head"
-            )
+    if not tracing:
+        checks.labels(flat, ignore_index, head.vocabulary)
     dtype = _compute_dtype(hidden, head)
-    chosen = backends.choose(backend, hidden.device.type)
+    chosen = backend if tracing else backends.choose(backend, hidden.device.type)
     if gradient == "auto":
         half = dtype in (torch.bfloat16, torch.float16)
         sparse = half and head.vocabulary >= SMALLEST_VOCABULARY and chosen != "reference"
@@ -265,6 +360,11 @@ def prepare(
         dtype=dtype,
         tolerance=float(tolerance) if sparse else None,
     )
+    if tracing:
+        report = GradientReport("none", None, entries=None, saved_bytes=None)
+        return TracedTokens(
+            problem, labels.shape, None, chosen, report, publish, flat != ignore_index, ignore_index, handle
+        )
     return Tokens(problem, labels.shape, index, chosen, GradientReport("none", len(flat)), publish)
 
 

@@ -23,6 +23,12 @@ class Head(NamedTuple):
         return self.weight.shape[0]
 
 
+def valid_index(labels: Tensor, ignore_index: int) -> Tensor | None:
+    """The positions of the tokens with a label, None where that is all of them."""
+    valid = labels != ignore_index
+    return None if bool(valid.all()) else valid.nonzero().flatten()
+
+
 @dataclass(frozen=True)
 class Problem:
     """N tokens without ignored ones. `reference_head` None and a reference hidden: both models share the head."""

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from .backends import Backend
+from .backends.torch import by_column
 from .problem import Entries, Gradients, Problem, Statistics, Tails
 
 # Measured on SmolLM2 (docs/method.md): at this tolerance no token of ordinary text needs exact gradients, the
@@ -32,6 +33,7 @@ from .problem import Entries, Gradients, Problem, Statistics, Tails
 TOLERANCE = 0.15
 THRESHOLD = 1.1e-4
 CAPACITY = 2048
+ROWS = 1024  # tokens whose rows are in fp32 at a time
 # Of "auto": below, most entries could be above the threshold, and there is little to save.
 SMALLEST_VOCABULARY = 8192
 
@@ -49,7 +51,8 @@ class GradientReport:
     Attributes:
         mode: "sparse"; "exact", where nothing is approximated; "none", where no gradient was asked for.
         tolerance: the bound asked for, None but in sparse mode.
-        tokens: N, without ignored ones.
+        tokens: N, without ignored ones. It and the numbers below are None where `torch.compile` has made `token_losses` part
+            of a graph; those of objectives are filled in also there.
         entries: kept in S, all tokens together.
         saved_bytes: of S and what belongs to it, kept for backward besides the inputs.
         exact_tokens: how many got exact gradients; None before backward.
@@ -59,16 +62,28 @@ class GradientReport:
     """
 
     mode: str
-    tokens: int
+    tokens: int | None
     tolerance: float | None = None
-    entries: int = 0
-    saved_bytes: int = 0
+    entries: int | None = 0
+    saved_bytes: int | None = 0
     exact_tokens: int | None = None
     bound: float | None = None
 
+    def begin(self, tolerance: float | None, wanted: bool) -> bool:
+        """Whether gradients will be sparse; notes it. `wanted`: whether there will be any."""
+        sparse = tolerance is not None and wanted and self.tokens != 0
+        if sparse:
+            self.mode, self.tolerance = "sparse", tolerance
+        elif wanted:
+            self.mode, self.exact_tokens, self.bound = "exact", self.tokens, 0.0
+        return sparse
+
     def __str__(self) -> str:
         if self.mode != "sparse":
-            return f"{'exact' if self.mode == 'exact' else 'no'} gradients for {self.tokens} tokens"
+            kind = "exact" if self.mode == "exact" else "no"
+            return f"{kind} gradients" + ("" if self.tokens is None else f" for {self.tokens} tokens")
+        if self.tokens is None:
+            return f"sparse gradients (tolerance {self.tolerance:.2%})"
         text = f"sparse gradients: {self.tokens} tokens, {self.entries / max(1, self.tokens):.0f} entries each, "
         text += f"{self.saved_bytes / 2**20:.1f} MiB saved"
         if self.bound is None:
@@ -122,17 +137,24 @@ class SparseSoftmax:
         parts = [w * tail for w, tail in ((a, self.tails.nll), (b, self.tails.kl)) if w is not None]
         tail = parts[0] if len(parts) == 1 else parts[0] + parts[1]
         tails = Tails(nll=tail, nll_l1=norm, error=error)
-        rows = None if self.nll_rows is None else self.rows(a, b).to(self.nll_rows.dtype)
+        rows = None if self.nll_rows is None else self.rows(a, b)
         return replace(self, nll=self.values(a, b), kl=None, tails=tails, nll_rows=rows, kl_rows=None)
 
-    def rows(self, a: Tensor | None, b: Tensor | None) -> Tensor:
-        """a·nll_rows + b·kl_rows, fp32."""
-        parts = [
-            w[:, None] * rows
-            for w, rows in ((a, self.nll_rows), (b, self.kl_rows))
-            if w is not None and rows is not None
-        ]
-        return parts[0] if len(parts) == 1 else parts[0].add_(parts[1])
+    def rows(
+        self, a: Tensor | None, b: Tensor | None, tail: Tensor | None = None, mean: Tensor | None = None
+    ) -> Tensor:
+        """a·nll_rows + b·kl_rows + tail·mean in the dtype of the rows, computed in fp32, some tokens at a time."""
+        out = torch.empty_like(self.nll_rows)
+        for at in (slice(i, i + ROWS) for i in range(0, len(out), ROWS)):
+            parts = [
+                w[at, None] * rows[at]
+                for w, rows in ((a, self.nll_rows), (b, self.kl_rows))
+                if w is not None and rows is not None
+            ]
+            if tail is not None:
+                parts.append(tail[at, None] * mean)
+            out[at] = sum(parts)
+        return out
 
     def shares(self, a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor]:
         return shares(self.tails, self.offsets.diff(), self.nll, self.kl, a, b)
@@ -229,18 +251,25 @@ def select(error: Tensor, norm: Tensor, forced: Tensor, tolerance: float) -> tup
 
     `forced` tokens are among them, and so is every token whose error is not a number.
     """
-    forced = forced | ~error.isfinite()
-    total = torch.where(norm.isfinite(), norm, 0).double().sum()
+    finite = error.isfinite()
+    forced = forced | ~finite
     left = torch.where(forced, 0, error).double()
-    order = left.argsort(descending=True, stable=True)
-    # What is left when the k largest are taken out; from the small end, so that it does not cancel.
-    remaining = torch.cat([left[order].flip(0).cumsum(0).flip(0), left.new_zeros(1)])
-    count = int((remaining > tolerance * total).sum())
-    forced[order[:count]] = True
-    bound = float(remaining[count] / total) if count < len(error) and float(total) > 0 else 0.0
-    if not bool((error.isfinite() & norm.isfinite()).all()):
-        bound = float("nan")
-    return forced.nonzero().flatten(), bound
+    total = torch.where(norm.isfinite(), norm, 0).double().sum()
+    numbers = (left.sum(), total, forced.any(), (finite & norm.isfinite()).all())
+    everything, total, some_forced, all_finite = torch.stack([n.double() for n in numbers]).tolist()
+    exact, bound = forced[:0].long(), everything
+    if some_forced or not everything <= tolerance * total:
+        # Rare. On the CPU: on a GPU a running sum is not the same from run to run.
+        chosen, left = forced.cpu(), left.cpu()
+        order = left.argsort(descending=True, stable=True)
+        # What is left when the k largest are taken out; from the small end, so that it does not cancel.
+        remaining = torch.cat([left[order].flip(0).cumsum(0).flip(0), left.new_zeros(1)])
+        count = int((remaining > tolerance * total).sum())
+        chosen[order[:count]] = True
+        exact, bound = chosen.nonzero().flatten().to(error.device), float(remaining[count])
+    if not all_finite:
+        return exact, float("nan")
+    return exact, bound / total if len(exact) < len(error) and total > 0 else 0.0
 
 
 def mostly_exact(entries: Entries, a: Tensor | None, b: Tensor | None, tolerance: float) -> bool:
@@ -305,7 +334,7 @@ def gradients(
     if need_hidden:
         mean = backend.weighted_sum(weight, sparse.profile)
         if sparse.nll_rows is not None:
-            result.hidden = sparse.rows(a, b).addcmul_(tail[:, None], mean).to(problem.hidden.dtype)
+            result.hidden = sparse.rows(a, b, tail, mean)
         else:
             result.hidden = backend.rows_product(
                 sparse.offsets, sparse.columns, values, weight, tail, mean, problem.hidden.dtype
@@ -321,7 +350,8 @@ def gradients(
         )  # fmt: skip
     if need_bias:
         bias = sparse.profile * tail.sum()
-        bias.index_add_(0, sparse.columns, values)
+        starts, _, order = by_column(sparse.offsets, sparse.columns, len(bias))
+        bias += torch.segment_reduce(values[order], "sum", offsets=starts, initial=0)
         if out is not None and out.bias is not None:
             bias.add_(out.bias, alpha=dense_scale)
         result.bias = bias.to(head.bias.dtype)

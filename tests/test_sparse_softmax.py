@@ -93,31 +93,26 @@ def logits_of(kind: str, n: int, g: torch.Generator) -> torch.Tensor:
     return torch.stack([logits_of(KINDS[int(k)], 1, g)[0] for k in rows])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=150, deadline=None, derandomize=True)
-@given(
+CERTIFICATE = dict(
     kind=st.sampled_from(KINDS), reference=st.sampled_from([None, "same kind", "near"]), frozen=st.booleans(),
     softcap=st.sampled_from([None, None, 6.0]), scale=st.sampled_from([1.0, 1.0, -0.5, 2.0]), n=st.integers(1, 40),
     tolerance=st.sampled_from([0.02, 0.15, 0.6]), threshold=st.sampled_from([1e-3, 4e-3, 2e-2]),
     capacity=st.sampled_from([8, 64, V]), decades=st.sampled_from([0, 3, 8]), seed=st.integers(0, 10**6),
     small_chunks=st.booleans(), summed=st.booleans(),
 )  # fmt: skip
-def test_true_error_is_within_the_certificate_and_that_within_the_tolerance(
-    backend,
-    kind,
-    reference,
-    frozen,
-    softcap,
-    scale,
-    n,
-    tolerance,
-    threshold,
-    capacity,
-    decades,
-    seed,
-    small_chunks,
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(**CERTIFICATE)
+def test_true_error_is_within_the_certificate_and_that_within_the_tolerance(backend, **options):
+    check_certificate(backend, **options)
+
+
+def check_certificate(
+    backend, kind, reference, frozen, softcap, scale, n, tolerance, threshold, capacity, decades, seed, small_chunks,
     summed,
-):
+):  # fmt: skip
     """The head is the identity, so dx is the gradient of the logits itself and its L1 error is what is certified."""
     g = torch.Generator().manual_seed(seed)
     x = logits_of(kind, n, g)

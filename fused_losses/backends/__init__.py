@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -68,18 +69,19 @@ def unavailable(name: str) -> str | None:
 
         return kernels.load()
     if name == "triton":
-        return _no_triton()
+        return _no_triton(interpreted())
     if name == "cuda":
         from .. import kernels
 
-        return kernels.load_cuda() or _no_triton()
+        return kernels.load_cuda() or _no_triton(interpreted())
     return None
 
 
-def _no_triton() -> str | None:
+@functools.cache
+def _no_triton(interpreted: bool) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; it comes with torch on Linux"
-    if interpreted():
+    if interpreted:
         return None
     import torch
 
@@ -95,35 +97,49 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def choose(name: str, device_type: str, capability: tuple[int, int] | None = None) -> str:
-    """The backend for a call on a device of this type. The first of cuda, triton, cpu, torch that fits and can run."""
+def chain(device_type: str) -> list[tuple[str, str | None]]:
+    """What "auto" goes through on a device of this type: names, each with why it is passed over, None for the one taken."""
+    if device_type == "cpu":
+        candidates = {"cpu": unavailable("cpu")}
+    elif device_type == "cuda":
+        reason = unavailable("cuda")
+        candidates = {"cuda": reason or _not_faster(), "triton": unavailable("triton")}
+    else:
+        candidates = {}
+    steps: list[tuple[str, str | None]] = []
+    for name, reason in {**candidates, "torch": None}.items():
+        steps.append((name, reason))
+        if reason is None:
+            break
+    return steps
+
+
+def choose(name: str, device_type: str) -> str:
+    """The backend for a call on a device of this type."""
     if name == "auto":
-        if device_type == "cuda":
-            if unavailable("cuda") is None and _measured_faster(capability):
-                return "cuda"
-            if unavailable("triton") is None:
-                return "triton"
-        elif device_type == "cpu" and unavailable("cpu") is None:
-            return "cpu"
-        return "torch"
+        return chain(device_type)[-1][0]
     fits = {"cpu": ("cpu",), "triton": ("cuda", "cpu") if interpreted() else ("cuda",), "cuda": ("cuda",)}
     if device_type not in fits.get(name, (device_type,)):
         move = "the CPU" if name == "cpu" else "a GPU"
         raise ValueError(f"backend={name!r} with tensors on {device_type}; give backend='auto', or move them to {move}")
     reason = unavailable(name)
+    if reason is not None and name == "cuda":
+        from .. import kernels
+
+        reason = kernels.build_and_load_cuda() or unavailable(name)
     if reason is not None:
         raise RuntimeError(f"backend={name!r} cannot run here: {reason}; give backend='auto'")
     return name
 
 
-def _measured_faster(capability: tuple[int, int] | None) -> bool:
-    if not CUDA_MEASURED_FASTER:
-        return False
+def _not_faster() -> str | None:
+    """Why the CUDA kernels are passed over where they can run: Triton's were not measured to be slower."""
     import torch
 
     from ..triton_kernels.tiles import architecture
 
-    return architecture(capability or torch.cuda.get_device_capability()) in CUDA_MEASURED_FASTER
+    here = architecture(torch.cuda.get_device_capability())
+    return None if here in CUDA_MEASURED_FASTER else f"not measured to be faster than triton on sm_{here}"
 
 
 def load(name: str) -> Backend:

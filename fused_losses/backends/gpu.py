@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import SPLIT, Row
+from ..kernels import KEPT, KEPT_GAP, KEPT_GAP_L1, KEPT_GAP_L1_OF_TOTALS, SPLIT, Row
 from ..problem import Entries, Gradients, Head, Problem, Statistics, Tails
 from ..triton_kernels import rows as row_kernels
 from ..triton_kernels import scan as scans
@@ -80,7 +80,8 @@ class Gpu:
         scale, dtype = problem.head.logit_scale, problem.dtype
         for chunk, known in self._logit_chunks(problem, out):
             nll, z, r = out.nll[chunk.tokens], _as(chunk.z, dtype), None if chunk.r is None else _as(chunk.r, dtype)
-            row_kernels.directions(*_logits(problem, chunk), known, nll, torch.ones_like(nll), None, z, r)
+            one = torch.ones_like(nll)
+            row_kernels.directions(*_logits(problem, chunk), known, nll, one, None, z, r)  # type: ignore[call-arg]
             rows.nll[chunk.tokens] = _product(z, chunk.weight).mul_(scale)
             if r is not None:
                 rows.kl[chunk.tokens] = _product(r, chunk.weight).mul_(scale)
@@ -113,14 +114,16 @@ class Gpu:
                 exponent = int(torch.frexp(largest).exponent)
                 factor = 2.0**exponent
                 weights = [None if w is None else torch.ldexp(w, torch.tensor(-exponent)) for w in weights]
-            direction = _as(chunk.z, dtype)
-            row_kernels.directions(*_logits(problem, chunk), known, out.nll[tokens], *weights, direction, None)
+            # The gradient of the bias is a sum of nothing else, so it is taken before any rounding.
+            direction = chunk.z if total.bias is not None else _as(chunk.z, dtype)
+            row_kernels.directions(*_logits(problem, chunk), known, out.nll[tokens], *weights, direction, None)  # type: ignore[call-arg]
+            if total.bias is not None:
+                total.bias.add_(direction.sum(0), alpha=factor)
+                direction = direction.to(dtype)
             if total.hidden is not None:
                 total.hidden[tokens] = _product(direction, chunk.weight).mul_(factor)
             if total.weight is not None:
                 _add_product(total.weight, direction.t(), chunk.hidden, factor)
-            if total.bias is not None:
-                total.bias.add_(direction.sum(0, dtype=torch.float32), alpha=factor)
 
     def _logit_chunks(self, problem: Problem, out: Statistics) -> Iterator[tuple[chunked.Chunk, Tensor]]:
         """Chunks with raw logits in their buffers, statistics filled in, and what else is known of their tokens, [9, C]."""
@@ -150,6 +153,7 @@ class Gpu:
         if problem.accumulator != torch.float32:
             yield from chunked.scan(problem, out, threshold, capacity, sampled, profile, with_rows)
             return
+        problem = _cast(problem)
         tile = _tile(problem)
         chosen: list[tuple[Tensor, ...]] = []
         chunks = (
@@ -181,7 +185,7 @@ class Gpu:
             least = math.log(threshold) + 0.5 * torch.log(-torch.expm1(-out.nll[chunk.tokens]))
             bounds = torch.stack([lse + least, known[Row.REF_TOP] + known[Row.REF_LOG_SUM] + least])
             bits = torch.empty(len(z), words, dtype=torch.int32, device=z.device)
-            row_kernels.logit_bits(z, r, difference, bounds, *scales, bits)
+            row_kernels.logit_bits(z, r, difference, bounds, *scales, bits)  # type: ignore[call-arg]
             yield Span(chunk.tokens), known, bits
 
     def _bits_of_scan(
@@ -241,6 +245,7 @@ class Gpu:
         reference = problem.has_reference
         values, kl_values = empty(True, total), empty(reference, total)
         kept = torch.zeros(4, size, device=device)
+        rows = rows and dim <= tiles.ROWS_UP_TO
         nll_rows = empty(rows, size, dim, dtype=problem.hidden.dtype)
         kl_rows = empty(rows and reference, size, dim, dtype=problem.hidden.dtype)
         hidden, weight = problem.hidden[tokens].to(problem.dtype), head.weight.to(problem.dtype).contiguous()
@@ -349,8 +354,6 @@ class _Operands:
                 self.bias = None
         tensors = [self.hidden, self.weight, self.reference_hidden, self.reference_weight]
         self.descriptors = tile.descriptors and all(_aligned(t) for t in tensors if t is not None)
-        if tile.descriptors and not self.descriptors and not INTERPRETED:
-            self.tile = tiles.scan_tile(tile.architecture, tile.kind, descriptors=False)
 
     def label_logits(self, kernels: Any) -> list[Tensor]:
         """z of the labels, and with a reference z − r and r."""
@@ -484,12 +487,18 @@ def _join(
     precise = torch.log1p(gain) + shift
     plain = (largest - ref_largest) + (log_sum - ref_log_sum)
     near = (gain.abs() < 0.5) & ((precise - plain).abs() < 1e-3)
-    kl = torch.where(near, torch.log1p(gain) - gain + growth, plain - shift - shifted)
+    kl = torch.where(near, growth - _saturation(gain), plain - shift - shifted)
     out.kl.copy_(torch.where(kl < 0, 0, kl))
     rows[Row.REF_TOP], rows[Row.REF_LOG_SUM] = ref_largest, ref_log_sum
     rows[Row.SHIFT] = torch.where(near, precise, plain)
     rows[Row.GAP_L1], rows[Row.TOTALS_SHIFT] = gap_l1, shift
     return rows
+
+
+def _saturation(x: Tensor) -> Tensor:
+    """x − log(1 + x), without cancellation near 0."""
+    series = x * x * (1 / 2 - x * (1 / 3 - x * (1 / 4 - x * (1 / 5 - x * (1 / 6 - x / 7)))))
+    return torch.where(x.abs() < 0.05, series, x - torch.log1p(x))
 
 
 def _moved(tops: Tensor) -> tuple[Tensor, Tensor]:
@@ -523,7 +532,7 @@ def _entropy(
 
 def _tails(problem: Problem, nll: Tensor, labels: Tensor, known: Tensor, kept: Tensor) -> Tails:
     rest, wrong = known[Row.REST], -torch.expm1(-nll)
-    tail = rest - kept[0]
+    tail = rest - kept[KEPT]
     l1 = 2 * wrong
     if problem.head.softcap is not None:
         # Σ p·slope over the others and the label's |p − 1|·slope; the label is an entry, but where there are too many.
@@ -531,16 +540,16 @@ def _tails(problem: Problem, nll: Tensor, labels: Tensor, known: Tensor, kept: T
         l1 = rest + wrong * slope
     tails = Tails(torch.where(tail < 0, 0, tail), l1)
     if problem.has_reference:
-        tails.kl = known[Row.GAP] - kept[1]
+        tails.kl = known[Row.GAP] - kept[KEPT_GAP]
         # The totals were summed with another shift c: |p − p_ref| ≤ κ |p' − p_ref| + |κ − 1| p_ref, κ = exp(c − shift).
         moved = torch.exp(known[Row.TOTALS_SHIFT] - known[Row.SHIFT])
-        left = known[Row.GAP_L1] - kept[3]
+        left = known[Row.GAP_L1] - kept[KEPT_GAP_L1_OF_TOTALS]
         ref_tail = tails.nll - tails.kl
         tails.kl_left = moved * torch.where(left < 0, 0, left) + (moved - 1).abs() * torch.where(
             ref_tail < 0, 0, ref_tail
         )
         exact = moved == 1
-        tails.kl_l1 = torch.where(exact, known[Row.GAP_L1], kept[2] + tails.kl.abs())
+        tails.kl_l1 = torch.where(exact, known[Row.GAP_L1], kept[KEPT_GAP_L1] + tails.kl.abs())
     return tails
 
 
@@ -575,8 +584,10 @@ def _tile(problem: Problem) -> tiles.Scan | None:
     kind = "capped" if capped or head.bias is not None else "plain"
     if problem.has_reference:
         kind = "shared" if own is None else "own"
-    arch = tiles.architecture(torch.cuda.get_device_capability(problem.hidden.device))
-    return tiles.scan_tile(arch, kind, descriptors=True)
+    widths = [h.weight.shape[1] for h in (head, own) if h is not None]
+    if any(width % 8 for width in widths):
+        return None  # rows that are not whole units of 16 bytes can neither be described nor loaded so
+    return tiles.scan_tile(tiles.architecture(torch.cuda.get_device_capability(problem.hidden.device)), kind)
 
 
 def _logits(problem: Problem, chunk: chunked.Chunk) -> Any:
@@ -598,6 +609,16 @@ def _topk_entropy(
         logits.div_(softcap).tanh_().mul_(softcap)
     top = logits.topk(min(problem.top_k, z.shape[1]), dim=1).values.log_softmax(1)
     out.copy_(-(top.exp() * top).sum(1))
+
+
+def _cast(problem: Problem) -> Problem:
+    """Heads in the operands' dtype: under autocast this is a copy, made once."""
+    own = problem.reference_head
+
+    def cast(head: Head) -> Head:
+        return head._replace(weight=head.weight.to(problem.dtype))
+
+    return replace(problem, head=cast(problem.head), reference_head=None if own is None else cast(own))
 
 
 def _part(problem: Problem, tokens: slice) -> Problem:
@@ -632,8 +653,10 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, factor: float) -> N
 
 
 def _rows_of(matrix: Tensor) -> Tensor:
-    """Any distance between rows, but the numbers of a row side by side."""
-    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
+    """Any distance between rows, but the numbers of a row side by side, and the first of each where 16 bytes begin."""
+    if (matrix.stride(1) == 1 or matrix.shape[1] == 1) and _aligned(matrix):
+        return matrix
+    return matrix.clone(memory_format=torch.contiguous_format)
 
 
 def _aligned(matrix: Tensor) -> bool:

@@ -225,7 +225,8 @@ def columns_product(
 
 def by_column(offsets: Tensor, columns: Tensor, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
     """Entries by column: offsets [V + 1], the entries' rows, and their order, in which rows ascend in each column."""
-    rows = torch.repeat_interleave(torch.arange(len(offsets) - 1, device=columns.device), offsets.diff())
+    ids = torch.arange(len(offsets) - 1, device=columns.device)
+    rows = torch.repeat_interleave(ids, offsets.diff(), output_size=len(columns))
     sorted_columns, order = columns.sort(stable=True)
     ids = torch.arange(vocabulary + 1, dtype=columns.dtype, device=columns.device)
     return torch.searchsorted(sorted_columns, ids), rows[order], order

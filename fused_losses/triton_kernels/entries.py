@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import kernels
 from .math import expm1, soft_cap
 from .rows import LOG_SUM, REF_LOG_SUM, REF_TOP, SHIFT, TOP, TOTALS_SHIFT, _gap
-from .tiles import gather_tile
+from .tiles import FUSED, gather_tile
 
 SPLIT = tl.constexpr(kernels.SPLIT)
 WORDS = 64
@@ -50,7 +50,7 @@ def count_bits_kernel(bits_ptr, labels_ptr, counts_ptr, words, capacity, BLOCK: 
 
 
 def count_bits(bits: Tensor, labels: Tensor, capacity: int, counts: Tensor) -> None:
-    count_bits_kernel[(len(bits),)](bits, labels, counts, bits.shape[1], capacity, BLOCK=1024, num_warps=4)
+    count_bits_kernel[(len(bits),)](bits, labels, counts, bits.shape[1], capacity, BLOCK=1024, num_warps=4, **FUSED)
 
 
 @triton.jit
@@ -74,7 +74,9 @@ def columns_of_bits_kernel(bits_ptr, labels_ptr, offsets_ptr, columns_ptr, words
 
 
 def columns_of_bits(bits: Tensor, labels: Tensor, offsets: Tensor, columns: Tensor) -> None:
-    columns_of_bits_kernel[(len(bits),)](bits, labels, offsets, columns, bits.shape[1], WORDS=WORDS, num_warps=4)
+    columns_of_bits_kernel[(len(bits),)](
+        bits, labels, offsets, columns, bits.shape[1], WORDS=WORDS, num_warps=4, **FUSED
+    )
 
 
 @triton.jit
@@ -209,7 +211,7 @@ def attention(
         kept, nll_rows, kl_rows, count, dim, scale, softcap,
         HAS_BIAS=bias is not None, DIFFERENCE=difference is not None, ENTRY_REFERENCE=entry_reference is not None,
         SOFTCAP=softcap > 0, NLL_ROWS=nll_rows is not None, KL_ROWS=kl_rows is not None,
-        **gather_tile(dim, 2 + (difference is not None)),
+        **gather_tile(dim, 1 + sum(t is not None for t in (difference, nll_rows, kl_rows))),
     )  # fmt: skip
 
 
@@ -296,7 +298,7 @@ def segment_product(
     if len(hot):
         join_slots_kernel[(len(hot),)](
             hot, hot_first, partial, scale, vector, base, base_scale, out, dim,
-            BLOCK_D=tile["BLOCK_D"], HAS_BASE=base is not None, num_warps=tile["num_warps"],
+            BLOCK_D=tile["BLOCK_D"], HAS_BASE=base is not None, num_warps=tile["num_warps"], **FUSED,
         )  # fmt: skip
 
 
@@ -324,6 +326,6 @@ def weighted_sum(matrix: Tensor, scale: Tensor) -> Tensor:
     parts = min(256, triton.cdiv(count, 16))
     partial = scale.new_empty(parts, dim)
     weighted_sum_kernel[(triton.cdiv(dim, 256), parts)](
-        matrix, scale, partial, count, dim, triton.cdiv(count, parts), BLOCK=16, BLOCK_D=256, num_warps=4
+        matrix, scale, partial, count, dim, triton.cdiv(count, parts), BLOCK=16, BLOCK_D=256, num_warps=4, **FUSED
     )
     return partial.sum(0)

@@ -13,11 +13,12 @@ from torch import Tensor
 from ..kernels import Row
 from .math import expm1, log1p, soft_cap
 from .scan import _store_bits, _update
+from .tiles import FUSED
 
 TOP, LOG_SUM, REF_TOP, REF_LOG_SUM, SHIFT, REST, GAP, GAP_L1, TOTALS_SHIFT = (tl.constexpr(int(row)) for row in Row)
 LOWEST = tl.constexpr(-3e38)
 BLOCK = 2048
-WARPS = 8
+OPTIONS = dict(num_warps=16, **FUSED)
 
 
 @triton.jit
@@ -119,16 +120,16 @@ def row_statistics_kernel(
             )  # fmt: skip
 
     at_label = label + tl.zeros((1,), tl.int32)
-    z, d, r = _logits(
+    label_z, _, label_r = _logits(
         z_ptr, r_ptr, at_label, V, scale, softcap, reference_scale, reference_softcap,
         REFERENCE, DIFFERENCE, SOFTCAP, REFERENCE_SOFTCAP,
     )  # fmt: skip
     one = tl.arange(0, 1)
-    largest, log_sum = _sums(z, top, total)
-    nll = _nll(z, top, total) + (largest - largest)  # NaN where the largest logit is infinite
+    largest, log_sum = _sums(label_z, top, total)
+    nll = _nll(label_z, top, total) + (largest - largest)  # NaN where the largest logit is infinite
     share = tl.exp((top - largest) - log_sum)  # of e^TOP of the others
     tl.store(nll_ptr + t + one, nll)
-    wins = (z > top) | ((z == top) & (at_label < index))
+    wins = (label_z > top) | ((label_z == top) & (at_label < index))
     tl.store(prediction_ptr + t + one, tl.where(wins, at_label, index).to(tl.int64))
     if ENTROPY:
         # Σ p (lse − z) over the others: every term is positive.
@@ -142,8 +143,8 @@ def row_statistics_kernel(
     else:
         tl.store(out + REST * C, -expm1(-nll))
     if REFERENCE:
-        ref_nll = _nll(r, ref_top, ref_total)
-        ref_largest, ref_log_sum = _sums(r, ref_top, ref_total)
+        ref_nll = _nll(label_r, ref_top, ref_total)
+        ref_largest, ref_log_sum = _sums(label_r, ref_top, ref_total)
         shift = (largest - ref_largest) + (log_sum - ref_log_sum)
         gaps = tl.zeros((BLOCK,), tl.float32)
         sloped_gaps = tl.zeros((BLOCK,), tl.float32)
@@ -192,7 +193,7 @@ def row_statistics(
         scale, softcap, reference_scale, reference_softcap,
         BLOCK=BLOCK, REFERENCE=r is not None, DIFFERENCE=difference, SOFTCAP=softcap > 0,
         REFERENCE_SOFTCAP=reference_softcap > 0, ENTROPY=entropy is not None,
-        REFERENCE_ENTROPY=reference_entropy is not None, num_warps=WARPS,
+        REFERENCE_ENTROPY=reference_entropy is not None, **OPTIONS,
     )  # fmt: skip
 
 
@@ -227,7 +228,7 @@ def logit_bits(
     logit_bits_kernel[(count, triton.cdiv(vocabulary, BLOCK))](
         z, r, bounds, bits, count, vocabulary, bits.shape[1], scale, softcap, reference_scale, reference_softcap,
         BLOCK=BLOCK, REFERENCE=r is not None, DIFFERENCE=difference, SOFTCAP=softcap > 0,
-        REFERENCE_SOFTCAP=reference_softcap > 0, num_warps=WARPS,
+        REFERENCE_SOFTCAP=reference_softcap > 0, **OPTIONS,
     )  # fmt: skip
 
 
@@ -301,7 +302,7 @@ def directions(
         count, vocabulary, scale, softcap, reference_scale, reference_softcap,
         BLOCK=BLOCK, REFERENCE=r is not None, DIFFERENCE=difference, SOFTCAP=softcap > 0,
         REFERENCE_SOFTCAP=reference_softcap > 0, HAS_A=a is not None, HAS_B=b is not None,
-        SEPARATE=kl_out is not None, num_warps=WARPS,
+        SEPARATE=kl_out is not None, **OPTIONS,
     )  # fmt: skip
 
 
@@ -341,5 +342,5 @@ def tail_profile(
     block = 256
     tail_profile_kernel[(triton.cdiv(width, block),)](
         z, labels, lse, bits, profile, count, width, first, bits.shape[1], scale, softcap,
-        BLOCK=block, SOFTCAP=softcap > 0, num_warps=4,
+        BLOCK=block, SOFTCAP=softcap > 0, num_warps=4, **FUSED,
     )  # fmt: skip

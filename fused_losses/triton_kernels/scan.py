@@ -80,8 +80,9 @@ def scan(
         bound = tl.load(known_ptr + BOUND * N + rows, mask=valid, other=0.0)
 
     WIDTH: tl.constexpr = BLOCK_V // SLICES
+    # Nothing is moved out of the loop: addresses kept over a product would not fit beside the accumulator.
     first = part * tiles_per_part
-    for tile in range(first, min(first + tiles_per_part, tl.cdiv(V, BLOCK_V))):
+    for tile in tl.range(first, min(first + tiles_per_part, tl.cdiv(V, BLOCK_V)), disable_licm=True):
         acc = _tile(
             x, w, row, tile * BLOCK_V, N, V, D, stride_xn, stride_wv, BLOCK_N, BLOCK_V, BLOCK_D, DESCRIPTORS, FP32
         )
@@ -152,7 +153,7 @@ def scan_with_reference(
 
     WIDTH: tl.constexpr = BLOCK_V // SLICES
     first = part * tiles_per_part
-    for tile in range(first, min(first + tiles_per_part, tl.cdiv(V, BLOCK_V))):
+    for tile in tl.range(first, min(first + tiles_per_part, tl.cdiv(V, BLOCK_V)), disable_licm=True):
         ref_acc = _tile(
             reference_x, reference_w, row, tile * BLOCK_V, N, V, D_REF, stride_rn, stride_rv,
             BLOCK_N, BLOCK_V, BLOCK_D, DESCRIPTORS, FP32,
@@ -265,7 +266,9 @@ def _finish(z, bias_ptr, columns, V, scale, HAS_BIAS: tl.constexpr, SCALED: tl.c
 def _update(z, column, top, total, weighted, index, ENTROPY: tl.constexpr):
     """Running maximum, where it is, Σ e and, for the entropy, Σ e (z − top); −inf where a logit does not count."""
     # NaN does not win a maximum, but enters the sums through exp.
-    slice_top, slice_index = tl.max(z, 1, return_indices=True)
+    slice_top = tl.max(z, 1)
+    # Fewer registers than a maximum with its index.
+    slice_index = tl.min(tl.where(z == slice_top[:, None], tl.arange(0, z.shape[1])[None, :], 1 << 30), 1)
     index = tl.where(slice_top > top, slice_index + column, index)
     new_top = tl.maximum(top, slice_top)
     shrink = tl.exp(top - new_top)

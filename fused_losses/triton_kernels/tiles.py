@@ -29,9 +29,11 @@ class Scan(NamedTuple):
 
     @property
     def options(self) -> dict[str, int]:
-        return dict(num_warps=self.warps, num_stages=self.stages)
+        return dict(num_warps=self.warps, num_stages=self.stages, **FUSED)
 
 
+# Multiply and add in one instruction; Triton 3.10 no longer does so by itself.
+FUSED = dict(enable_fp_fusion=True)
 COMPILED = "largest that compiles without spills; not timed"
 SCANS = (
     Scan(80, "plain", 128, 128, 32, 2, 8, 4, False, COMPILED),
@@ -56,21 +58,22 @@ def architecture(capability: tuple[int, int]) -> int:
     return {9: 90, 10: 100}.get(major, 80)
 
 
-def scan_tile(arch: int, kind: str, descriptors: bool) -> Scan:
-    """The row for a call. `descriptors`: the operands are aligned for them (16 bytes); else the same tile by pointers."""
-    row = next(row for row in SCANS if (row.architecture, row.kind) == (arch, kind))
-    if row.descriptors and not descriptors:
-        # Pointers take registers that the large tiles do not leave.
-        row = next(row for row in SCANS if (row.architecture, row.kind) == (80, kind))
-    return row
+def scan_tile(arch: int, kind: str) -> Scan:
+    """The row for a call."""
+    return next(row for row in SCANS if (row.architecture, row.kind) == (arch, kind))
 
 
-def gather_tile(dim: int, accumulators: int) -> dict[str, int]:
-    """Rows of `dim` numbers gathered whole, about 32 numbers a thread, and as many threads as a row has groups of 8."""
+# Of a token's hidden size: up to here the attention holds what it accumulates in registers.
+ROWS_UP_TO = 8192
+
+
+def gather_tile(dim: int, vectors: int) -> dict[str, int]:
+    """For rows of `dim` numbers gathered whole, GROUP at a time, beside so many vectors of that length in registers."""
     block = 16
     while block < dim:
         block *= 2
-    warps = min(16, max(1, block // 256))
-    each = block // (32 * warps)
-    group = max(1, min(8, (64 if accumulators == 1 else 32) // max(1, each)))
-    return dict(GROUP=group, BLOCK_D=block, num_warps=warps)
+    warps = min(16 if vectors <= 2 else 8 if block <= 4096 else 16, max(1, block // 256))
+    each = block // (32 * warps) or 1  # numbers of a row in one thread
+    room = (80 if warps > 8 else 144) // each - vectors
+    group = next(g for g in (8, 4, 2, 1) if g <= max(1, room))
+    return dict(GROUP=group, BLOCK_D=block, num_warps=warps, **FUSED)

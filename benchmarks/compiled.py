@@ -1,0 +1,79 @@
+"""What the kernels take of registers and shared memory, by compiling them ahead of time: no GPU needed, but nvcc.
+
+python benchmarks/compiled.py      # prints the tables, puts them into docs/kernels.md, writes results/compiled-kernels.json
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import cuda_resources
+import triton
+
+from fused_losses.triton_kernels import ahead
+
+ROOT = Path(__file__).parents[1]
+
+
+def triton_table(found: dict[tuple[str, int], ahead.Resources]) -> str:
+    """Registers / shared memory in KiB, one column an architecture; all without spills."""
+    names = list(dict.fromkeys(name for name, _ in found))
+    lines = ["| kernel | " + " | ".join(f"sm_{a}" for a in ahead.ARCHITECTURES) + " |", "|---|" + "---|" * 3]
+    for name in names:
+        cells = []
+        for architecture in ahead.ARCHITECTURES:
+            r = found.get((name, architecture))
+            spilled = f", {r.spilled} B spilled" if r and r.spilled else ""
+            cells.append(f"{r.registers} / {r.shared / 1024:.0f}{spilled}" if r else "")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def cuda_table(records: list[dict]) -> str:
+    """Of each kernel of csrc/cuda the variant with the most registers / bytes of static shared memory."""
+    architectures = sorted({r["architecture"] for r in records}, key=lambda a: int("".join(filter(str.isdigit, a))))
+    lines = ["| kernel | source | " + " | ".join(architectures) + " |", "|---|---|" + "---|" * len(architectures)]
+    for source, name in sorted({(r["source"], r["kernel"].partition("<")[0]) for r in records}):
+        cells = []
+        for architecture in architectures:
+            mine = [r for r in records if r["kernel"].partition("<")[0] == name and r["architecture"] == architecture]
+            most = max(mine, key=lambda r: r["registers"])
+            cells.append(f"{most['registers']} / {most['shared']}")
+        lines.append(f"| {name} | {source} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def put_between(path: Path, marker: str, text: str) -> None:
+    """Replace what stands between <!-- marker --> and <!-- /marker -->."""
+    before, _, rest = path.read_text().partition(f"<!-- {marker} -->\n")
+    _, end, after = rest.partition(f"<!-- /{marker} -->")
+    if not end:
+        raise ValueError(f"{path}: expected the markers <!-- {marker} --> and <!-- /{marker} -->, found none")
+    written = path.with_suffix(".new")
+    written.write_text(f"{before}<!-- {marker} -->\n{text}\n{end}{after}")
+    written.replace(path)
+
+
+def main() -> None:
+    found = {(s.name, a): ahead.compile_for(s, a) for s in ahead.specimens() for a in s.architectures}
+    table = triton_table(found)
+    print(table)
+    put_between(ROOT / "docs" / "kernels.md", "triton", table)
+    cuda = cuda_resources.resources()
+    table = cuda_table(cuda)
+    print(table)
+    put_between(ROOT / "docs" / "kernels.md", "cuda", table)
+    results = ROOT / "benchmarks" / "results" / "compiled-kernels.json"
+    rows = [
+        dict(kernel=name, architecture=f"sm_{a}", registers=r.registers, spilled_bytes=r.spilled, shared_bytes=r.shared)
+        for (name, a), r in found.items()
+    ]
+    written = results.with_suffix(".new")
+    content = dict(triton=triton.__version__, kernels=rows, nvcc=cuda_resources.version(), cuda=cuda)
+    written.write_text(json.dumps(content, indent=1) + "\n")
+    written.replace(results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,334 @@
+"""The per-token losses as operators, opaque to `torch.compile`, for callers that shall become one graph.
+
+A graph has tensors of sizes it knows, but the losses work on the tokens with a label, whose number it does not know. So the
+operators take all tokens, drop the ignored ones inside, and return vectors over all tokens. What is kept for backward
+besides the inputs has a size that depends on the data (entries of the sparse softmax): all of it goes into one tensor of
+bytes. Inside run the same autograd functions as in eager mode, with `Context` in the place of autograd's ctx.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from . import backends, checks
+from .autograd import SparseTokenLossesFunction, TokenLossesFunction
+from .head import LMHead
+from .problem import Head, Problem, valid_index
+from .sparse_softmax import GradientReport
+
+OUTPUTS = ("nll", "kl", "prediction", "entropy", "reference_nll", "reference_entropy", "topk_entropy")
+
+
+class Call(NamedTuple):
+    """The arguments of one call, all tokens."""
+
+    hidden: Tensor | None  # [T, D]
+    weight: Tensor | None
+    bias: Tensor | None
+    labels: Tensor  # [T]
+    reference_hidden: Tensor | None
+    reference_weight: Tensor | None
+    reference_bias: Tensor | None
+    ignore_index: int
+    logit_scale: float
+    softcap: float | None
+    reference_logit_scale: float
+    reference_softcap: float | None
+    dtype: torch.dtype
+    hidden_dtype: torch.dtype
+    width: int  # D
+    wanted: str  # names with commas between
+    top_k: int
+    tolerance: float | None
+    backend: str
+    needs: list[bool]  # whether hidden, weight and bias need a gradient
+    handle: Tensor | None  # of the objective, for `publish`
+
+    @property
+    def accumulator(self) -> torch.dtype:
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether forward keeps the rows ∂nll/∂x and ∂kl/∂x; then backward needs no other input than the labels."""
+        return self.tolerance is None and self.needs[0] and not any(self.needs[1:])
+
+    def problem(self) -> Problem:
+        """With the ignored tokens."""
+        head, reference = Head(self.weight, self.bias, self.logit_scale, self.softcap), None
+        if self.reference_weight is not None:
+            reference = Head(
+                self.reference_weight, self.reference_bias, self.reference_logit_scale, self.reference_softcap
+            )
+            # Known only here: while tracing, tensors have no addresses.
+            if LMHead(*head).is_same(LMHead(*reference)):
+                reference = None
+        wanted = frozenset(filter(None, self.wanted.split(",")))
+        return Problem(
+            self.hidden, self.labels, head, self.reference_hidden, reference, self.dtype, wanted, self.top_k, self.tolerance
+        )  # fmt: skip
+
+
+TENSORS = Call._fields.index("ignore_index")  # so many come first; the last is `handle`
+_CALL = (
+    "Tensor? hidden, Tensor? weight, Tensor? bias, Tensor labels, Tensor? reference_hidden, Tensor? reference_weight, "
+    "Tensor? reference_bias, int ignore_index, float logit_scale, float? softcap, float reference_logit_scale, "
+    "float? reference_softcap, ScalarType dtype, ScalarType hidden_dtype, SymInt width, str wanted, SymInt top_k, float? tolerance, "
+    "str backend, bool[] needs, Tensor? handle"
+)
+SCHEMAS = {
+    # Outputs that are not wanted are empty.
+    "losses_forward": f"({_CALL}) -> ({', '.join(f'Tensor {name}' for name in OUTPUTS)}, Tensor saved, Tensor layout)",
+    "losses_backward": f"(Tensor? a, Tensor? b, Tensor saved, Tensor layout, {_CALL}) "
+    "-> (Tensor hidden, Tensor weight, Tensor bias)",
+    # `values`, after one of the checks of checks.py on those where `valid`
+    "checked": "(Tensor values, Tensor? valid, str check, str name, SymInt limit) -> Tensor",
+}
+
+
+def captures() -> bool:
+    """Whether the graph being traced may have tensors whose size depends on the data, as with `fullgraph=True`."""
+    if torch.compiler.is_exporting():
+        return True
+    context = torch._guards.TracingContext.try_get()
+    shapes = None if context is None or context.fake_mode is None else context.fake_mode.shape_env
+    return shapes is not None and shapes.allow_dynamic_output_shape_ops
+
+
+# What torch.compiler.assume_constant_result does, which would import the compiler: the tracer calls it, and keeps the answer.
+captures._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+class Context:
+    """What the autograd functions use of autograd's ctx."""
+
+    def __init__(self, needs: list[bool], **attributes: Any) -> None:
+        self.needs_input_grad = needs
+        self.saved_tensors: tuple[Tensor | None, ...] = ()
+        vars(self).update(attributes)
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        self.saved_tensors = tensors
+
+    def mark_non_differentiable(self, *tensors: Tensor) -> None:
+        pass
+
+    def set_materialize_grads(self, value: bool) -> None:
+        pass
+
+
+# A graph cannot set an attribute from inside an operator, so it carries a number by which the objective is found.
+_objectives: WeakValueDictionary[int, Any] = WeakValueDictionary()
+_numbers = itertools.count(1)
+
+
+def handle(objective: Any) -> Tensor | None:
+    """What stands for the objective in a graph: a tensor, as graphs are specialised on numbers. None for one made in a graph."""
+    if torch.compiler.is_compiling():
+        return None
+    number = next(_numbers)
+    _objectives[number] = objective
+    with torch.inference_mode(False):
+        return torch.tensor(number, device="cpu")
+
+
+def publish(handle: Tensor | None, report: GradientReport) -> None:
+    objective = None if handle is None else _objectives.get(int(handle))
+    if objective is not None:
+        objective.gradient_report = report
+
+
+# Each tensor in `saved` starts at a multiple of this, so that views of every dtype are possible.
+ALIGNMENT = 64
+SLOTS = 32
+DTYPES = (
+    torch.bool,
+    torch.uint8,
+    torch.int32,
+    torch.int64,
+    torch.bfloat16,
+    torch.float16,
+    torch.float32,
+    torch.float64,
+)
+
+
+def pack(tensors: list[Tensor | None], device: torch.device, numbers: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Tensors of up to two dimensions one after the other, as bytes, and the layout, on the CPU: a row (dtype, dimensions,
+    sizes) for each, in the last how many there are and two numbers more. The list is emptied.
+    """
+    assert len(tensors) < SLOTS
+    rows = [(-1, 0, 0, 0)] * SLOTS
+    starts = [0]
+    for slot, tensor in enumerate(tensors):
+        size = 0
+        if tensor is not None:
+            rows[slot] = (DTYPES.index(tensor.dtype), tensor.dim(), *[*tensor.shape, 1, 1][:2])
+            size = -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        starts.append(starts[-1] + size)
+    rows[-1] = (len(tensors), 0, *numbers)
+    saved = torch.empty(starts[-1], dtype=torch.uint8, device=device)
+    for start, stop in itertools.pairwise(starts):
+        tensor = tensors.pop(0)
+        if tensor is not None:
+            saved[start : start + tensor.nbytes] = tensor.contiguous().view(-1).view(torch.uint8)
+            saved[start + tensor.nbytes : stop] = 0
+    return saved, torch.tensor(rows, device="cpu")
+
+
+def unpack(saved: Tensor, layout: Tensor) -> tuple[list[Tensor | None], list[int]]:
+    *rows, (count, _, *numbers) = layout.tolist()
+    tensors: list[Tensor | None] = []
+    start = 0
+    for code, dimensions, *sizes in rows[:count]:
+        if code < 0:
+            tensors.append(None)
+            continue
+        size = DTYPES[code].itemsize * sizes[0] * sizes[1]
+        tensors.append(saved[start : start + size].view(DTYPES[code]).view(sizes[:dimensions]))
+        start += -(-size // ALIGNMENT) * ALIGNMENT
+    return tensors, numbers
+
+
+@torch.no_grad()
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+    call = Call(*arguments)
+    labels = call.labels
+    module = backends.load(backends.choose(call.backend, labels.device.type))
+    index = valid_index(labels, call.ignore_index)
+    problem = call.problem() if index is None else call.problem().rows(index)
+    checks.labels(problem.labels, call.ignore_index, problem.head.vocabulary)
+
+    context, report = Context(call.needs), GradientReport("none", len(problem.labels))
+    tensors = (problem.hidden, call.weight, call.bias)
+    kept: list[Tensor | None] = []
+    if report.begin(call.tolerance, any(call.needs)):
+        outputs = SparseTokenLossesFunction.forward(context, *tensors, problem, module, report, lambda report: None)
+        kept = list(context.saved_tensors[len(problem.tensors()) :])
+    else:
+        outputs = TokenLossesFunction.forward(context, *tensors, problem, module, any(call.needs))
+        if call.keeps_rows:
+            kept = list(context.saved_tensors)
+    publish(call.handle, report)
+    del context, tensors, problem  # now `kept` alone holds its tensors, and `pack` frees one after the other
+    saved, layout = pack(kept, labels.device, (report.entries, report.saved_bytes))
+
+    results: list[Tensor] = []
+    for name, values in zip(OUTPUTS, outputs, strict=True):
+        if values is None:
+            values = labels.new_empty(0, dtype=call.accumulator)
+        elif index is not None:
+            everywhere = values.new_full((len(labels),), -1 if name == "prediction" else 0)
+            values = everywhere.index_copy_(0, index, values)
+        results.append(values)
+    return (*results, saved, layout)
+
+
+@torch.no_grad()
+def _backward(a: Tensor | None, b: Tensor | None, saved: Tensor, layout: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    call = Call(*arguments)
+    labels = call.labels
+    index = valid_index(labels, call.ignore_index)
+    if index is not None:
+        a, b = (None if w is None else w.index_select(0, index) for w in (a, b))
+    report = GradientReport("none", len(labels) if index is None else len(index))
+    sparse = report.begin(call.tolerance, True)
+    kept, (report.entries, report.saved_bytes) = unpack(saved, layout)
+    context: Any = Context(call.needs, report=report, publish=lambda report: publish(call.handle, report))
+    context.keep_rows, context.dtype = call.keeps_rows, call.hidden_dtype
+    if call.keeps_rows:
+        context.saved_tensors = tuple(kept)
+    else:
+        context.backend = backends.load(backends.choose(call.backend, labels.device.type))
+        context.problem = call.problem() if index is None else call.problem().rows(index)
+        context.saved_tensors = (*context.problem.tensors(), *kept)
+    d_hidden, *others = (SparseTokenLossesFunction if sparse else TokenLossesFunction).backward(context, a, b)
+    if d_hidden is not None and index is not None:
+        everywhere = d_hidden.new_zeros(len(labels), d_hidden.shape[1])
+        d_hidden = everywhere.index_copy_(0, index, d_hidden)
+    gradients = (d_hidden, *others[:2])
+    return tuple(labels.new_empty(0, dtype=call.hidden_dtype) if g is None else g.contiguous() for g in gradients)
+
+
+def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    call = Call(*inputs)
+    *results, saved, layout = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*results[1 if call.reference_hidden is None else 2 :], saved, layout)
+    tensors = (call.hidden, call.weight, call.bias)
+    if call.keeps_rows:
+        tensors = (None,) * 3
+        call = call._replace(reference_hidden=None, reference_weight=None, reference_bias=None)
+    references = (call.reference_hidden, call.reference_weight, call.reference_bias)
+    ctx.save_for_backward(saved, layout, *tensors, call.labels, *references, call.handle)
+    ctx.options = call[TENSORS:-1]
+
+
+def _autograd(ctx: Any, a: Tensor | None, b: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    none = (None,) * len(Call._fields)
+    if a is None and b is None:
+        return none
+    saved, layout, *tensors, handle = ctx.saved_tensors
+    gradients = torch.ops.fused_losses.losses_backward(a, b, saved, layout, *tensors, *ctx.options, handle)
+    needs = ctx.options[Call._fields.index("needs") - TENSORS]
+    return tuple(g if need else None for g, need in zip(gradients, needs, strict=True)) + none[3:]
+
+
+def _no_second_derivatives(ctx: Any, *_: Any) -> None:
+    raise RuntimeError("fused_losses has no second derivatives; backend='reference' has, with full logits")
+
+
+def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
+    call = Call(*arguments)
+    wanted = {"nll", "prediction", *call.wanted.split(",")}
+    if call.reference_hidden is None:
+        wanted.discard("reference_entropy")
+    else:
+        wanted |= {"kl", "reference_nll"}
+    results = []
+    for name in OUTPUTS:
+        dtype = torch.int64 if name == "prediction" else call.accumulator
+        results.append(call.labels.new_empty(call.labels.shape if name in wanted else 0, dtype=dtype))
+    size: Any = 0
+    if call.keeps_rows or (call.tolerance is not None and any(call.needs)):
+        size = torch.library.get_ctx().new_dynamic_size()
+    saved = call.labels.new_empty(size, dtype=torch.uint8)
+    return (*results, saved, torch.empty(SLOTS, 4, dtype=torch.int64, device="cpu"))
+
+
+def _fake_backward(a: Any, b: Any, saved: Tensor, layout: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    call = Call(*arguments)
+    like = (call.hidden, call.weight, call.bias)
+    if call.keeps_rows:
+        like = (call.labels.new_empty(call.labels.shape[0], call.width, dtype=call.hidden_dtype), None, None)
+    return tuple(
+        torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        if need
+        else call.labels.new_empty(0, dtype=call.hidden_dtype)
+        for tensor, need in zip(like, call.needs, strict=True)
+    )
+
+
+def _checked(values: Tensor, valid: Tensor | None, check: str, name: str, limit: int) -> Tensor:
+    checks.BY_NAME[check](values if valid is None else values[valid], name, limit)
+    return values.clone(memory_format=torch.contiguous_format)
+
+
+def register(name: str, schema: str, implementation: Callable, fake: Callable) -> None:
+    # They wait for the device, and what they allocate depends on the data: nothing for a CUDA graph.
+    torch.library.define(f"fused_losses::{name}", schema, tags=(torch.Tag.cudagraph_unsafe,))
+    torch.library.impl(f"fused_losses::{name}", "CompositeExplicitAutograd", implementation)
+    torch.library.register_fake(f"fused_losses::{name}", fake)
+
+
+register("losses_forward", SCHEMAS["losses_forward"], _forward, _fake_forward)
+register("losses_backward", SCHEMAS["losses_backward"], _backward, _fake_backward)
+register("checked", SCHEMAS["checked"], _checked, lambda values, *_: values.new_empty(values.shape))
+torch.library.register_autograd("fused_losses::losses_forward", _autograd, setup_context=_setup)
+torch.library.register_autograd("fused_losses::losses_backward", _no_second_derivatives)

@@ -1,0 +1,188 @@
+"""Ahead-of-time compilation of the kernels, no GPU needed: what each takes of registers and shared memory, and whether it spills.
+
+`specimens()` lists every kernel with every row of the table of tiles; `compile_for` compiles one for an architecture.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from . import entries, rows, scan, tiles
+
+ARCHITECTURES = (80, 90, 100)
+# Dynamic shared memory that a block may have, by architecture (CUDA C++ Programming Guide, technical specifications).
+SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+HIDDEN = (576, 2048, 4096, 8192, 16384)
+
+POINTERS = {
+    "labels_ptr": "*i64", "bits_ptr": "*i32", "columns_ptr": "*i32", "offsets_ptr": "*i64", "counts_ptr": "*i64",
+    "prediction_ptr": "*i64", "hot_ptr": "*i64", "hot_first_ptr": "*i64",
+}  # fmt: skip
+# Pointers to numbers of the operands' type; all others are to fp32.
+OPERANDS = (
+    "hidden_ptr",
+    "difference_ptr",
+    "weight_ptr",
+    "matrix_ptr",
+    "nll_rows_ptr",
+    "kl_rows_ptr",
+    "out_ptr",
+    "kl_out_ptr",
+)
+FLOATS = ("scale", "softcap", "reference_scale", "reference_softcap", "base_scale")
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """A kernel with the constants and options of one use."""
+
+    name: str
+    kernel: Any
+    architectures: tuple[int, ...]
+    constants: dict[str, Any]
+    options: dict[str, int]
+    absent: tuple[str, ...] = ()  # pointers that are None
+    types: dict[str, str] = field(default_factory=dict)
+    operand: str = "bf16"
+    expected: dict[int, tuple[str, ...]] = field(default_factory=dict)  # what the PTX must have, by architecture
+
+
+@dataclass(frozen=True)
+class Resources:
+    registers: int  # of a thread
+    spilled: int  # bytes of a thread's stack
+    shared: int  # bytes of a block
+    ptx: str = field(repr=False)
+
+
+def compile_for(specimen: Specimen, architecture: int) -> Resources:
+    kernel, signature, constants, attributes = specimen.kernel, {}, dict(specimen.constants), {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants or name in specimen.absent:
+            signature[name] = "constexpr"
+            constants.setdefault(name, None)
+            continue
+        if name in specimen.types:
+            signature[name] = specimen.types[name]
+        elif name.endswith("_ptr"):
+            signature[name] = POINTERS.get(name, "*" + (specimen.operand if name in OPERANDS else "fp32"))
+        else:
+            signature[name] = "fp32" if name in FLOATS else "i64" if name.startswith("stride") else "i32"
+        if signature[name][0] == "*" or name in ("V", "D", "D_REF") or name.startswith("stride"):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=specimen.options)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = subprocess.run([_tool(), "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump -res-usage: expected a line REG:… STACK:…, got {usage!r}")
+    registers, stack, shared, local = map(int, found.groups())
+    return Resources(registers, stack + local, max(shared, compiled.metadata.shared), compiled.asm["ptx"])
+
+
+def specimens() -> Iterator[Specimen]:
+    for row in tiles.SCANS:
+        yield scan_specimen(row)
+    flags = dict(DIFFERENCE=False, REFERENCE=False, SOFTCAP=False, REFERENCE_SOFTCAP=False, BLOCK=rows.BLOCK)
+    both = flags | dict(REFERENCE=True, DIFFERENCE=True)
+    capped = flags | dict(REFERENCE=True, SOFTCAP=True, REFERENCE_SOFTCAP=True)
+    warps = rows.OPTIONS
+    of_reference: tuple[str, ...] = ("r_ptr", "kl_ptr", "reference_nll_ptr", "reference_entropy_ptr")
+    for name, some, absent in (("", flags, of_reference), (", shared", both, ()), (", own, soft-cap", capped, ())):
+        entropy = dict(ENTROPY=True, REFERENCE_ENTROPY=some["REFERENCE"])
+        yield Specimen(
+            "row_statistics" + name, rows.row_statistics_kernel, ARCHITECTURES, some | entropy, warps, absent
+        )
+        no_r = () if some["REFERENCE"] else ("r_ptr",)
+        yield Specimen("logit_bits" + name, rows.logit_bits_kernel, ARCHITECTURES, some, warps, no_r)
+        weights = dict(HAS_A=True, HAS_B=some["REFERENCE"], SEPARATE=False)
+        none = ("kl_out_ptr", *no_r, *(() if some["REFERENCE"] else ("b_ptr",)))
+        yield Specimen("directions" + name, rows.directions_kernel, ARCHITECTURES, some | weights, warps, none)
+    separate = both | dict(HAS_A=True, HAS_B=False, SEPARATE=True)
+    yield Specimen("directions, separate", rows.directions_kernel, ARCHITECTURES, separate, warps, ("b_ptr",))
+    profile = dict(BLOCK=256, SOFTCAP=True)
+    yield Specimen("tail_profile", rows.tail_profile_kernel, ARCHITECTURES, profile, dict(num_warps=4, **tiles.FUSED))
+
+    small = dict(num_warps=4, **tiles.FUSED)
+    yield Specimen("count_bits", entries.count_bits_kernel, ARCHITECTURES, dict(BLOCK=1024), small)
+    yield Specimen("columns_of_bits", entries.columns_of_bits_kernel, ARCHITECTURES, dict(WORDS=entries.WORDS), small)
+    yield Specimen("weighted_sum", entries.weighted_sum_kernel, ARCHITECTURES, dict(BLOCK=16, BLOCK_D=256), small)
+    for dim in HIDDEN:
+        with_rows = dim <= tiles.ROWS_UP_TO
+        plain = dict(
+            HAS_BIAS=False, DIFFERENCE=False, ENTRY_REFERENCE=False, SOFTCAP=False, NLL_ROWS=with_rows, KL_ROWS=False
+        )  # fmt: skip
+        rest = () if with_rows else ("nll_rows_ptr", "kl_rows_ptr")
+        absent = ("difference_ptr", "entry_reference_ptr", "bias_ptr", "kl_values_ptr", "kl_rows_ptr", *rest)
+        yield _gather(f"attention, D {dim}", entries.attention_kernel, plain, dim, 1 + with_rows, absent)
+        shared = plain | dict(DIFFERENCE=True, KL_ROWS=with_rows)
+        yield _gather(f"attention, shared, D {dim}", entries.attention_kernel, shared, dim, 2 + 2 * with_rows,
+                      (*absent[1:3], *rest))  # fmt: skip
+        own = plain | dict(ENTRY_REFERENCE=True, KL_ROWS=with_rows, HAS_BIAS=True, SOFTCAP=True)
+        yield _gather(
+            f"attention, own, D {dim}", entries.attention_kernel, own, dim, 1 + 2 * with_rows, (absent[0], *rest)
+        )
+        biased, based = dict(HAS_BIAS=True), dict(HAS_BASE=True)
+        yield _gather(f"entry_logits, D {dim}", entries.entry_logits_kernel, biased, dim, 1, (), out_ptr="*fp32")
+        yield _gather(f"segment_product, D {dim}", entries.segment_product_kernel, based, dim, 1, ())
+        tile = tiles.gather_tile(dim, 1)
+        yield Specimen(f"join_slots, D {dim}", entries.join_slots_kernel, ARCHITECTURES,
+                       based | dict(BLOCK_D=tile["BLOCK_D"]), dict(num_warps=tile["num_warps"], **tiles.FUSED))  # fmt: skip
+
+
+def scan_specimen(row: tiles.Scan, operand: str = "bf16") -> Specimen:
+    """A scan with everything on that the row may have to do: bits, entropies, and for its kind bias, scale and soft-cap."""
+    capped, reference = row.kind == "capped", row.kind in ("shared", "own")
+    constants: dict[str, Any] = dict(
+        **row.constants, DESCRIPTORS=row.descriptors, FP32=operand == "fp32", HAS_BIAS=capped or row.kind == "own",
+        SCALED=capped, ENTROPY=True, BITS=True,
+    )  # fmt: skip
+    absent = [] if constants["HAS_BIAS"] else ["bias_ptr"]
+    if reference:
+        own = row.kind == "own"
+        constants |= dict(SHARED=not own, HAS_REFERENCE_BIAS=own, REFERENCE_ENTROPY=True)
+        absent += [] if own else ["reference_bias_ptr"]
+    else:
+        constants |= dict(SOFTCAP=capped)
+
+    def operand_type(block: int) -> str:
+        return f"tensordesc<{operand}{[block, row.block_d]}>" if row.descriptors else f"*{operand}"
+
+    left, right = operand_type(row.block_n), operand_type(row.block_v)
+    types = dict(x=left, w=right, reference_x=left, reference_w=right, words="i32")
+    expected: dict[int, tuple[str, ...]] = {
+        80: ("mma.sync",),
+        90: ("wgmma", "cp.async.bulk.tensor") if row.descriptors else ("wgmma",),
+        100: ("tcgen05", "cp.async.bulk.tensor") if row.descriptors else ("tcgen05",),
+    }
+    return Specimen(
+        f"scan, {row.kind}, {row.block_n}×{row.block_v}×{row.block_d}", scan.scan_with_reference if reference else scan.scan,
+        (row.architecture,), constants, row.options, tuple(absent), types, operand, expected,
+    )  # fmt: skip
+
+
+def _gather(
+    name: str, kernel: Any, constants: dict[str, Any], dim: int, vectors: int, absent: tuple[str, ...], **types: str
+) -> Specimen:
+    tile = tiles.gather_tile(dim, vectors)
+    warps = {name: tile.pop(name) for name in ("num_warps", *tiles.FUSED)}
+    return Specimen(name, kernel, ARCHITECTURES, constants | tile, warps, absent, types)
+
+
+def _tool() -> str:
+    folder = Path(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
+    return str(folder / "cuobjdump")
