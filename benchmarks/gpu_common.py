@@ -7,7 +7,6 @@ there is a GPU. By `--dry` or FUSED_LOSSES_GPU_DRY=1.
 from __future__ import annotations
 
 import datetime
-import importlib.util
 import json
 import os
 import platform
@@ -37,16 +36,12 @@ def require_gpu() -> None:
 
 
 def build_kernels() -> None:
-    """The CUDA kernels, where they are neither there nor impossible; says why not."""
+    """The CUDA kernels, once for all processes of the run; says why not."""
     from fused_losses import kernels
 
-    if DRY or kernels.load_cuda() is None or importlib.util.find_spec("fused_losses.build") is None:
-        return
-    try:
-        importlib.import_module("fused_losses.build").build_cuda()
-    except (OSError, RuntimeError) as error:
-        print(f"CUDA kernels are not built: {error}")
-    kernels.load_cuda.cache_clear()
+    reason = None if DRY else kernels.build_and_load_cuda()
+    if reason is not None:
+        print(f"CUDA kernels: {reason}", flush=True)
 
 
 def facts() -> dict[str, str | None]:

@@ -96,7 +96,7 @@ def demo(
 
 @app.command()
 def tune(
-    hidden_size: Annotated[int, typer.Option(min=1, help="D.")] = 4096,
+    hidden: Annotated[int, typer.Option(min=1, help="D.")] = 4096,
     vocabulary: Annotated[int, typer.Option(min=2, help="V.")] = 128256,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
     tokens: Annotated[int, typer.Option(min=1, help="N.")] = 8192,
@@ -118,7 +118,7 @@ def tune(
     from . import tune as tuning
     from .triton_kernels.tiles import KINDS
 
-    reason = tuning.unavailable(types[dtype])
+    reason = tuning.unavailable(hidden, types[dtype])
     if reason is not None:
         sys.exit(f"nothing to tune here: {reason}")
     unknown = [k for k in kind or () if k not in KINDS]
@@ -129,7 +129,7 @@ def tune(
         print("# in Triton's interpreter: these times mean nothing")
     outcomes = []
     for one in kind or KINDS:
-        workload = tuning.Workload(one, tokens, hidden_size, vocabulary, types[dtype], "cpu" if interpreted else "cuda")
+        workload = tuning.Workload(one, tokens, hidden, vocabulary, types[dtype], "cpu" if interpreted else "cuda")
         outcomes.append(tuning.run(workload, seconds, jobs, lambda text: print(f"# {text}", flush=True)))
         if output is not None:
             temporary = output.with_name(output.name + ".tmp")

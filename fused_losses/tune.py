@@ -95,47 +95,46 @@ class Outcome:
         return f"# chunks of logits are faster:\n# {line}" if self.logits_win else line
 
 
-def unavailable(dtype: torch.dtype) -> str | None:
-    """Why nothing can be timed here; None where it can."""
+def unavailable(width: int, dtype: torch.dtype) -> str | None:
+    """Why there is nothing to time; None where there is."""
     reason = backends.unavailable("triton")
-    if reason is None and not backends.interpreted() and dtype not in (torch.bfloat16, torch.float16):
-        reason = f"the scan takes bfloat16 and float16, got {dtype}; float32 always goes by chunks of logits"
+    if reason is None and not backends.interpreted():
+        if dtype not in (torch.bfloat16, torch.float16):
+            reason = f"the scan takes bfloat16 and float16, got {dtype}; float32 always goes by chunks of logits"
+        elif width % 8:
+            reason = f"the scan takes hidden sizes that are multiples of 8, got {width}; others go by chunks of logits"
     return reason
 
 
-def candidates(
-    architecture: int, kind: str, itemsize: int, aligned: bool, shared_memory: int = SHARED_MEMORY
-) -> list[Scan]:
+# Of each block of tokens and ids, the most promising so many.
+VARIANTS = 6
+
+
+def candidates(architecture: int, kind: str, itemsize: int, shared_memory: int = SHARED_MEMORY) -> list[Scan]:
     """Tiles that may fit, the table's own first, then the larger ones: those need less of the L2 cache."""
     if backends.interpreted():
         some = gpu.INTERPRETED_TILE
         return [some._replace(kind=kind), some._replace(kind=kind, block_v=32, slices=1)]
-    own = tiles.scan_tile(architecture, kind, descriptors=aligned)
+    own = tiles.scan_tile(architecture, kind)
     accumulators = 2 if kind in ("shared", "own") else 1
-    found = []
+    registers = 256 if architecture == 100 else 128  # sums of a thread; on Blackwell they are in memory of their own
+    found: dict[tuple[int, int], list[Scan]] = {}
     for n, v, d, slices, warps, stages in itertools.product(
         (64, 128, 256), (64, 128, 256), (32, 64, 128), (1, 2, 4), (4, 8), (2, 3, 4, 5)
     ):
-        numbers = n * v * accumulators / (32 * warps)  # registers of the sums, per thread
-        fits = numbers <= (128 if architecture != 100 else 256) and (n + v) * d * itemsize * stages <= shared_memory
-        # Half of the sums at most beside the epilogue's temporaries; a slice is whole words of bits.
-        sliced = v // slices >= 32 and numbers / slices <= 64
-        if fits and numbers >= 32 and sliced and d * itemsize <= 256:
-            for descriptors in (True, False) if aligned and architecture >= 90 else (False,):
-                found.append(Scan(architecture, kind, n, v, d, slices, warps, stages, descriptors, ""))
+        sums = n * v * accumulators / (32 * warps)
+        fits = 32 <= sums <= registers and (n + v) * d * itemsize * stages <= shared_memory
+        # A slice is whole words of bits, and small enough beside the sums.
+        if fits and v // slices >= 32 and sums / slices <= 64 and d * itemsize <= 256:
+            tile = Scan(architecture, kind, n, v, d, slices, warps, stages, architecture >= 90, "")
+            found.setdefault((n, v), []).append(tile)
 
     def rank(tile: Scan) -> tuple[float, ...]:
-        traffic = 1 / tile.block_n + 1 / tile.block_v
-        return (
-            -float(tile.descriptors),
-            round(traffic, 4),
-            abs(tile.block_d * itemsize - 128),
-            tile.slices,
-            -tile.stages,
-        )
+        return abs(tile.block_d * itemsize - 128), tile.slices, -tile.warps, -tile.stages
 
-    ordered = sorted(found, key=rank)
-    return [own, *(tile for tile in ordered if tile[:-1] != own[:-1])]
+    by_traffic = sorted(found, key=lambda block: (1 / block[0] + 1 / block[1], block))
+    chosen = [tile for block in by_traffic for tile in sorted(found[block], key=rank)[:VARIANTS]]
+    return [own, *(tile for tile in chosen if tile[:-1] != own[:-1])]
 
 
 def run(
@@ -148,8 +147,7 @@ def run(
         found = torch.cuda.get_device_properties(workload.device)
         name, architecture = found.name, tiles.architecture((found.major, found.minor))
         shared_memory = getattr(found, "shared_memory_per_block_optin", SHARED_MEMORY)
-    aligned = workload.width * workload.dtype.itemsize % 16 == 0
-    every = candidates(architecture, workload.kind, workload.dtype.itemsize, aligned, shared_memory)
+    every = candidates(architecture, workload.kind, workload.dtype.itemsize, shared_memory)
     if jobs is None:
         jobs = min(8, max(1, (os.cpu_count() or 1) - 1))
     problem, clock = workload.problem(), measure.Clock(workload.device)
@@ -203,8 +201,6 @@ def _compile(workload: Workload, tile: Scan) -> str:
     try:
         problem = _problem_here(workload)
         operands = gpu._Operands(problem, tile)
-        if operands.tile != tile:
-            return "the operands are not aligned for descriptors"
         # As the sweep does: the probe without bits, then a chunk with them.
         known = gpu._bounds(operands, operands.label_logits(backends.load("triton").kernels), THRESHOLD)  # type: ignore[attr-defined]
         tokens = slice(0, len(problem.labels))

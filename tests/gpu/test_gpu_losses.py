@@ -222,7 +222,7 @@ def test_more_logits_than_an_int32_counts(backend, path, within):
 @every_backend
 @every_gradient
 def test_operands_that_are_not_aligned_for_descriptors(backend, gradient, within):
-    """An odd D, and a V that leaves an odd number of narrow tiles: the scan then takes a smaller tile, by pointers."""
+    """A D that is no multiple of 8, and a V that leaves part of a tile."""
     for n, d, v in pick([(9, 17, 70)], [(70, 65, 100), (70, 65, 33000), (200, 575, 33100), (70, 7, 333)]):
         for reference in pick(["own"], [None, "own"]):
             case = make(n, d, v, spread=4.0, reference=reference)
