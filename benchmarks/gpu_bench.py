@@ -98,12 +98,12 @@ class Bench:
     # --- ceilings ------------------------------------------------------------------------------------------------------
 
     def ceilings(self) -> None:
-        def fastest(function: Callable[[], object]) -> float:
+        def typical(function: Callable[[], object]) -> float:
             return median(self.clock.rounds({"": function}, self.rounds, warm=3)[""])
 
         size = 1 << 16 if DRY else 4 << 30
         one, other = (torch.empty(size // 2, dtype=torch.int8, device=DEVICE).random_() for _ in range(2))
-        memory = size / fastest(lambda: one.copy_(other)) * 1e3
+        memory = size / typical(lambda: one.copy_(other)) * 1e3
         del one, other
         cached, repeats = 1 << 12 if DRY else 8 << 20, 50
         one, other = (torch.empty(cached, dtype=torch.int8, device=DEVICE).random_() for _ in range(2))
@@ -119,7 +119,7 @@ class Bench:
             with torch.cuda.graph(graph):
                 copies()
             replay = graph.replay
-        cache = 2 * cached * repeats / fastest(replay) * 1e3
+        cache = 2 * cached * repeats / typical(replay) * 1e3
         self.content["ceilings"] = {"memory_bytes_per_s": memory, "cache_bytes_per_s": cache, "products": []}
         print(
             f"copies: memory {memory / 1e12:.2f} TB/s, L2 cache {cache / 1e12:.2f} TB/s, read and written", flush=True
@@ -130,7 +130,7 @@ class Bench:
             rates = {}
             for out_dtype in (DTYPE, torch.float32):
                 out = torch.empty(n, v, dtype=out_dtype, device=DEVICE)
-                rates[str(out_dtype)] = flop / fastest(lambda x=x, w=w, out=out: _product(x, w, out)) * 1e3
+                rates[str(out_dtype)] = flop / typical(lambda x=x, w=w, out=out: _product(x, w, out)) * 1e3
                 del out
             self.content["ceilings"]["products"].append({"shape": [n, d, v], "flop_per_s": rates})
             texts = ", ".join(f"{rate / 1e12:.0f} TFLOP/s into {name[6:]}" for name, rate in rates.items())
@@ -185,6 +185,7 @@ class Bench:
         head = "" if objective == "forward" else ", frozen head" if frozen else ", trainable head"
         print(f"\n{objective}{head}, {distribution}, {shape}\n{LINE}", flush=True)
         expected = None if objective == "forward" else truth.gradients(objective)
+        torch.compiler.reset()  # else one function may be compiled so often only
         steps: dict[str, Callable[[], object]] = {}
         rows: dict[str, dict] = {}
         leaves = _leaves(given, objective == "forward", frozen)

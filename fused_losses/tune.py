@@ -10,8 +10,9 @@ import itertools
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import TimeoutError as OutOfTime
 from dataclasses import dataclass, replace
 
 import torch
@@ -149,14 +150,16 @@ def run(
         shared_memory = getattr(found, "shared_memory_per_block_optin", SHARED_MEMORY)
     every = candidates(architecture, workload.kind, workload.dtype.itemsize, shared_memory)
     if jobs is None:
-        jobs = min(8, max(1, (os.cpu_count() or 1) - 1))
+        jobs = min(6, max(1, (os.cpu_count() or 1) - 1))
     problem, clock = workload.problem(), measure.Clock(workload.device)
     backend: gpu.Gpu = backends.load("triton")  # type: ignore[assignment]
     truth, logits = _logits(backend, problem, clock, ROUNDS if on_gpu else 1)
     tell(f"{workload.kind}, {workload}: logits {logits:.2f} ms, {len(every)} tiles to try")
-    timings: list[Timing] = []
     stop = time.monotonic() + seconds
-    for tile, note in _compiled(workload, every, jobs if on_gpu else 0, stop):
+    # All are compiled before any is timed, as the processes that do it try them on the same device.
+    notes = _compiled(workload, every, jobs if on_gpu else 0, stop - 0.4 * seconds)
+    timings: list[Timing] = []
+    for tile, note in zip(every, notes, strict=False):
         timing = Timing(tile, None, note)
         if not note:
             timing = _time(backend, problem, tile, truth, clock, ROUNDS if on_gpu else 1)
@@ -174,26 +177,26 @@ def shape_of(tile: Scan) -> str:
     return f"{tile.block_n} × {tile.block_v} × {tile.block_d}, {tile.slices} slices, {tile.warps} warps, {tile.stages} stages, {by}"
 
 
-def _compiled(workload: Workload, every: list[Scan], jobs: int, stop: float) -> Iterator[tuple[Scan, str]]:
-    """The tiles with why they cannot be used, in order, compiled in other processes: Triton's cache has them then."""
+def _compiled(workload: Workload, every: list[Scan], jobs: int, stop: float) -> list[str]:
+    """Why each tile cannot be used, or nothing; the first ones only, if the time is over before the last. Compiled in `jobs`
+    other processes: Triton's cache has them then."""
     if not jobs:
-        for tile in every:
-            yield tile, _compile(workload, tile)
-        return
+        return [_compile(workload, tile) for tile in every]
     # A few tokens compile the same kernel: what counts is whether numbers divide by 16.
     few = replace(workload, tokens=min(workload.tokens, 2048))
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        waiting = [(tile, pool.submit(_compile, few, tile)) for tile in every]
-        try:
-            for tile, future in waiting:
-                try:
-                    yield tile, future.result(timeout=max(1.0, stop - time.monotonic()))
-                except TimeoutError:
-                    return
-                except Exception as error:  # a process that died
-                    yield tile, _short(error)
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    notes: list[str] = []
+    pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        for future in [pool.submit(_compile, few, tile) for tile in every]:
+            try:
+                notes.append(future.result(timeout=max(1.0, stop - time.monotonic())))
+            except OutOfTime:
+                break
+            except Exception as error:  # a process that died
+                notes.append(_short(error))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return notes
 
 
 def _compile(workload: Workload, tile: Scan) -> str:

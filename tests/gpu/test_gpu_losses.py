@@ -213,7 +213,7 @@ def test_more_logits_than_an_int32_counts(backend, path, within):
         dx[here] = dz[tokens[here] - at[0]] @ weight
     within(loss=(abs(value.item() * n / total - 1), 1e-5), bound=(report.bound, 0.15))
     # Relative L2 errors of sparse gradients, as on real text: docs/method.md.
-    allowed = (0.001 if path == "exact" else 0.05) + 3 * ROUNDING[dtype]
+    allowed = {"exact": 0.001, "reference": 0.1}.get(path, 0.05) + 3 * ROUNDING[dtype]
     within(d_hidden=(relative(x.grad[tokens], dx), allowed))
     if path != "frozen":
         within(d_weight=(relative(w.grad[ids], dw), allowed))
