@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip
 
 .PHONY: demo test test-tritons lint bench gpu-check gpu-bench clean
 
-# Other releases of Triton that the kernels must compile with: that of torch 2.11, and the newest.
+# Other releases of Triton that the kernels must compile with: that of torch 2.11, whose interpreter needs an older numpy, and the newest.
 TRITONS ?= 3.6.0 3.9.0
 
 # Every target makes its own environment; constraints.txt holds the set of versions that this was tested with.
@@ -33,7 +33,7 @@ test-tritons: $(VENV)/.core $(TRITONS:%=.tritons/%)
 	done
 
 .tritons/%: | $(VENV)/.core
-	$(PIP) install -q --no-deps --target $@.new triton==$*
+	$(PIP) install -q --no-deps --target $@.new triton==$* 'numpy<2.4'
 	mv $@.new $@
 
 lint: $(VENV)/.core

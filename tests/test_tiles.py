@@ -22,7 +22,7 @@ PINNED = re.search(r"^triton==(\S+)", (ROOT / "constraints.txt").read_text(), re
 def test_compiles_without_spills_and_with_the_instructions_meant(specimen, architecture):
     found = FOUND[specimen.name, architecture] = ahead.compile_for(specimen, architecture)
     # Other releases put registers elsewhere; a few bytes more or less there are no reason for another tile.
-    assert found.spilled <= (0 if triton.__version__ == PINNED else 16)
+    assert found.spilled <= (0 if triton.__version__ == PINNED else 32)
     assert found.shared <= ahead.SHARED_LIMIT[architecture]
     for instruction in specimen.expected.get(architecture, ()):
         assert instruction in found.ptx

@@ -42,7 +42,7 @@ SCANS = (
     Scan(80, "own", 64, 64, 32, 2, 8, 3, False, COMPILED),
     Scan(90, "plain", 128, 256, 64, 2, 8, 3, True, COMPILED),
     Scan(90, "capped", 128, 128, 64, 2, 8, 4, True, COMPILED),
-    Scan(90, "shared", 128, 128, 64, 2, 8, 4, True, COMPILED),
+    Scan(90, "shared", 128, 128, 64, 4, 8, 4, True, COMPILED),
     Scan(90, "own", 128, 64, 64, 2, 8, 4, True, COMPILED),
     Scan(100, "plain", 128, 256, 64, 4, 8, 3, True, COMPILED),
     Scan(100, "capped", 128, 256, 64, 4, 8, 3, True, COMPILED),
