@@ -200,7 +200,9 @@ class Gpu:
             operands = _Operands(problem, tile)
             label = operands.label_logits(self.kernels)
             known = _bounds(operands, label, threshold)
-            bits = torch.empty(size, words, dtype=torch.int32, device=problem.hidden.device)  # one chunk after the other
+            bits = torch.empty(
+                size, words, dtype=torch.int32, device=problem.hidden.device
+            )  # one chunk after the other
         for start in range(0, count, size):
             tokens = slice(start, min(start + size, count))
             with _on(problem.hidden.device):
