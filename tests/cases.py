@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 import fused_losses as fl
+from fused_losses import sparse_softmax
+from fused_losses.backends import torch as chunked
 
 OUTPUTS = ("nll", "kl", "entropy", "reference_nll", "reference_entropy")
+HEADS: list[dict[str, Any]] = [
+    dict(), dict(bias=True), dict(scale=0.3), dict(softcap=7.0), dict(bias=True, scale=-1.7, softcap=4.0)
+]  # fmt: skip
+REFERENCES = [None, "shared", "own"]
+
+
+def name(value: Any) -> str:
+    """Of a parameter, in a test's id."""
+    if isinstance(value, tuple):
+        return "N{}-D{}-V{}".format(*value)
+    if isinstance(value, dict):
+        return "-".join(value) or "plain"
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    return {True: "frozen", False: "trainable", None: "no-reference"}.get(value, str(value))
 
 
 @dataclass(frozen=True)
@@ -33,9 +54,9 @@ class Case:
         values = {n: getattr(self, n) for n in names}
         return replace(self, **{n: None if v is None else v.to(dtype).double() for n, v in values.items()})
 
-    def inputs(self, dtype: torch.dtype):
+    def inputs(self, dtype: torch.dtype, device: str = "cpu"):
         def leaf(value: Tensor | None, frozen: bool = False) -> Tensor | None:
-            return None if value is None else value.to(dtype, copy=True).requires_grad_(not frozen)
+            return None if value is None else value.to(device, dtype, copy=True).requires_grad_(not frozen)
 
         hidden, weight, bias = leaf(self.hidden), leaf(self.weight, self.frozen), leaf(self.bias, self.frozen)
         reference = None
@@ -75,11 +96,18 @@ def make(
 
 
 def run(
-    case: Case, dtype: torch.dtype, backend: str = "torch", gradient: str = "exact", **options
+    case: Case, dtype: torch.dtype, backend: str = "torch", gradient: str = "exact", device: str = "cpu", **options
 ) -> dict[str, Tensor]:
-    """All outputs and gradients of `token_losses`, as float64."""
-    hidden, head, reference = case.inputs(dtype)
-    out = fl.token_losses(hidden, head, case.labels, reference=reference, backend=backend, gradient=gradient, **options)
+    """All outputs and gradients of `token_losses`, as float64 on the CPU."""
+    return run_with_report(case, dtype, backend, gradient, device, **options)[0]
+
+
+def run_with_report(
+    case: Case, dtype: torch.dtype, backend: str = "torch", gradient: str = "exact", device: str = "cpu", **options
+) -> tuple[dict[str, Tensor], sparse_softmax.GradientReport]:
+    hidden, head, reference = case.inputs(dtype, device)
+    labels = case.labels.to(device)
+    out = fl.token_losses(hidden, head, labels, reference=reference, backend=backend, gradient=gradient, **options)
     loss = (out.nll * case.nll_upstream.to(out.nll)).sum()
     if reference is not None:
         loss = loss + (out.kl * case.kl_upstream.to(out.kl)).sum()
@@ -87,7 +115,8 @@ def run(
     results = {name: getattr(out, name) for name in OUTPUTS}
     results |= {"d_hidden": hidden.grad, "d_weight": head.weight.grad}
     results["d_bias"] = None if head.bias is None else head.bias.grad
-    return {name: value.detach().double() for name, value in results.items() if value is not None}
+    found = {name: value.detach().double().cpu() for name, value in results.items() if value is not None}
+    return found, out.gradient_report
 
 
 def relative(value: Tensor, truth: Tensor) -> float:
@@ -101,3 +130,28 @@ def errors(case: Case, dtype: torch.dtype, backend: str = "torch", **options) ->
     truth, got = run(case, torch.float64, "reference"), run(case, dtype, backend, **options)
     assert got.keys() == truth.keys()
     return {name: relative(got[name], truth[name]) for name in truth}
+
+
+def near_the_reference(reference: str, n: int = 64, d: int = 256, v: int = 4096) -> Case:
+    """bf16 numbers, a KL of about 0.003 whose gradient alone is wanted: p − p_ref cancels."""
+    case = make(n, d, v, reference="shared", ignored=0, near=0.018, spread=4.5)
+    case = replace(case.rounded(torch.bfloat16), nll_upstream=torch.zeros(n), kl_upstream=torch.ones(n))
+    return case if reference == "shared" else replace(case, reference_weight=case.weight.clone())
+
+
+@contextlib.contextmanager
+def coarse(
+    threshold: float, capacity: int = sparse_softmax.CAPACITY, chunk_bytes: int | None = None,
+    tolerance: float = sparse_softmax.TOLERANCE,
+) -> Iterator[None]:  # fmt: skip
+    """Another threshold, so that vocabularies small enough for full logits show what large ones do.
+
+    `tolerance`: the call's, which must not make the threshold finer.
+    """
+    threshold /= min(1.0, tolerance / sparse_softmax.TOLERANCE) ** 2
+    with (
+        mock.patch.object(sparse_softmax, "THRESHOLD", threshold),
+        mock.patch.object(sparse_softmax, "CAPACITY", capacity),
+        mock.patch.object(chunked, "CHUNK_BYTES", chunk_bytes or chunked.CHUNK_BYTES),
+    ):
+        yield

@@ -1,6 +1,5 @@
 """Sparse-plus-rank-one gradients: exact where nothing is left out, and never further off than certified."""
 
-import contextlib
 import copy
 import math
 import os
@@ -13,7 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
-from cases import errors, make, relative, run
+from cases import HEADS, REFERENCES, coarse, errors, make, name, relative, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
@@ -21,33 +20,9 @@ from torch.utils.checkpoint import checkpoint
 import fused_losses as fl
 from fused_losses import backends, kernels, sparse_softmax
 from fused_losses import reference as oracle
-from fused_losses.backends import torch as chunked
 
 needs_kernels = pytest.mark.skipif(backends.unavailable("cpu") is not None, reason=str(backends.unavailable("cpu")))
 BACKENDS = ["torch", pytest.param("cpu", marks=needs_kernels)]
-HEADS = [dict(), dict(bias=True), dict(scale=0.3), dict(softcap=7.0), dict(bias=True, scale=-1.7, softcap=4.0)]
-REFERENCES = [None, "shared", "own"]
-
-
-def name(value):
-    if isinstance(value, dict):
-        return "-".join(value) or "plain"
-    return {True: "frozen", False: "trainable", None: "no-reference"}.get(value, str(value))
-
-
-@contextlib.contextmanager
-def coarse(threshold, capacity=sparse_softmax.CAPACITY, chunk_bytes=None, tolerance=sparse_softmax.TOLERANCE):
-    """Another threshold, so that vocabularies small enough for full logits show what large ones do.
-
-    `tolerance`: the call's, which must not make the threshold finer.
-    """
-    threshold /= min(1.0, tolerance / sparse_softmax.TOLERANCE) ** 2
-    with (
-        mock.patch.object(sparse_softmax, "THRESHOLD", threshold),
-        mock.patch.object(sparse_softmax, "CAPACITY", capacity),
-        mock.patch.object(chunked, "CHUNK_BYTES", chunk_bytes or chunked.CHUNK_BYTES),
-    ):
-        yield
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

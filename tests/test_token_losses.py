@@ -1,11 +1,10 @@
 """The op against the float64 oracle: values and gradients, over shapes, heads, references and dtypes."""
 
 import itertools
-from dataclasses import replace
 
 import pytest
 import torch
-from cases import errors, make, relative, run
+from cases import HEADS, REFERENCES, errors, make, name, near_the_reference, relative, run
 
 import fused_losses as fl
 from fused_losses import backends
@@ -13,17 +12,7 @@ from fused_losses import reference as oracle
 from fused_losses.backends import torch as chunked
 
 SHAPES = [(1, 1, 2), (1, 576, 252), (33, 17, 123), (129, 65, 507), (64, 64, 4097)]
-HEADS = [dict(), dict(bias=True), dict(scale=0.3), dict(softcap=7.0), dict(bias=True, scale=-1.7, softcap=4.0)]
-REFERENCES = [None, "shared", "own"]
 GRID = list(itertools.product(SHAPES, HEADS, REFERENCES, [False, True]))
-
-
-def name(value):
-    if isinstance(value, tuple):
-        return "N{}-D{}-V{}".format(*value)
-    if isinstance(value, dict):
-        return "-".join(value) or "plain"
-    return {True: "frozen", False: "trainable", None: "no-reference"}.get(value, str(value))
 
 
 @pytest.fixture
@@ -98,10 +87,7 @@ def test_half_precision_errors_are_not_above_those_of_plain_pytorch(
 @pytest.mark.parametrize("reference", ["shared", "own"])
 def test_kl_gradient_near_the_reference_survives_bf16(reference):
     """KL about 0.003: p − p_ref cancels. bf16 logits lose a third of the gradient and more."""
-    case = make(64, 256, 4096, reference="shared", ignored=0, near=0.018, spread=4.5)
-    case = replace(case.rounded(torch.bfloat16), nll_upstream=torch.zeros(64), kl_upstream=torch.ones(64))
-    if reference == "own":
-        case = replace(case, reference_weight=case.weight.clone())
+    case = near_the_reference(reference)
     truth = run(case, torch.float64, "reference")
     assert 0.002 < truth["kl"].mean() < 0.005
     ours, plain = run(case, torch.bfloat16), run(case, torch.bfloat16, "reference")

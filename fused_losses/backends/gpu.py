@@ -340,6 +340,7 @@ class _Operands:
 
     def __init__(self, problem: Problem, tile: tiles.Scan) -> None:
         self.problem, self.tile = problem, tile
+        self.compiled: Any = None  # the kernel of the last run, as Triton gives it back; None in its interpreter
         dtype, head, own = problem.dtype, problem.head, problem.reference_head
         self.weight = _rows_of(head.weight.to(dtype))
         self.hidden = _rows_of(problem.hidden.to(dtype))
@@ -406,14 +407,14 @@ class _Operands:
         )  # fmt: skip
         grid = (blocks, parts)
         if not problem.has_reference:
-            scans.scan[grid](
+            self.compiled = scans.scan[grid](
                 *operands, self.bias, labels, known, bits, partial, head.logit_scale, head.softcap or 0.0, count,
                 vocabulary, self.weight.shape[1], *strides, words, per_part,
                 SCALED=head.logit_scale != 1, SOFTCAP=head.softcap is not None, **constants,
             )  # fmt: skip
         else:
             reference_scale = (own or head).logit_scale
-            scans.scan_with_reference[grid](
+            self.compiled = scans.scan_with_reference[grid](
                 *operands, self.bias, self.reference_bias, labels, known, bits, partial, head.logit_scale,
                 reference_scale, count, vocabulary, self.weight.shape[1], self.reference_weight.shape[1], *strides,
                 words, per_part, SHARED=own is None, HAS_REFERENCE_BIAS=self.reference_bias is not None,
