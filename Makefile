@@ -22,14 +22,14 @@ demo: $(VENV)/.core
 	$(BIN)/fused-losses demo
 
 test: lint
-	$(BIN)/python -m pytest -m 'not slow and not gpu'
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not gpu'
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/interpreted
 	$(BIN)/python -m pytest -m slow
 
 test-tritons: $(VENV)/.core $(TRITONS:%=.tritons/%)
 	for version in $(TRITONS); do \
 		export PYTHONPATH=.tritons/$$version; \
-		$(BIN)/python -m pytest tests/test_tiles.py && TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted || exit 1; \
+		$(BIN)/python -m pytest tests/test_tiles.py && TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/interpreted || exit 1; \
 	done
 
 .tritons/%: | $(VENV)/.core

@@ -7,7 +7,6 @@ place, two products. What has no kernel (float64) is `backends.torch`.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -18,9 +17,9 @@ from torch import Tensor
 
 from ..kernels import KEPT, KEPT_GAP, KEPT_GAP_L1, KEPT_GAP_L1_OF_TOTALS, SPLIT, Row
 from ..problem import Entries, Gradients, Head, Problem, Statistics, Tails
+from ..triton_kernels import on_device_of, tiles
 from ..triton_kernels import rows as row_kernels
 from ..triton_kernels import scan as scans
-from ..triton_kernels import tiles
 from ..triton_kernels.entries import weighted_sum as weighted_sum_kernel
 from ..triton_kernels.scan import Known, Sum
 from . import torch as chunked
@@ -70,8 +69,7 @@ class Gpu:
         out = empty_statistics(problem)
         if not keep_rows:
             if problem.labels.numel() and (tile := _tile(problem)):
-                with _on(problem.hidden.device):
-                    self._scan_statistics(problem, out, tile)
+                self._scan_statistics(problem, out, tile)
                 return out, Gradients()
             for _ in self._logit_chunks(problem, out):
                 pass
@@ -111,7 +109,8 @@ class Gpu:
             if dtype == torch.float16:
                 # Relative to the largest power of two among them, so that it neither overflows nor underflows.
                 largest = torch.stack([w.abs().amax() for w in weights if w is not None]).amax()
-                exponent = int(torch.frexp(largest).exponent)
+                largest = torch.where(largest.isfinite(), largest, 1)
+                exponent = max(-100, min(100, int(torch.frexp(largest).exponent)))
                 factor = 2.0**exponent
                 weights = [None if w is None else torch.ldexp(w, torch.tensor(-exponent)) for w in weights]
             # The gradient of the bias is a sum of nothing else, so it is taken before any rounding.
@@ -127,18 +126,17 @@ class Gpu:
 
     def _logit_chunks(self, problem: Problem, out: Statistics) -> Iterator[tuple[chunked.Chunk, Tensor]]:
         """Chunks with raw logits in their buffers, statistics filled in, and what else is known of their tokens, [9, C]."""
-        with _on(problem.hidden.device):
-            for chunk in chunked.logit_chunks(problem, narrow=False, budget=LOGIT_BYTES):
-                here = out.at(chunk.tokens)
-                known = torch.empty(len(Row), len(chunk.z), device=chunk.z.device)
-                z, r, difference, labels, *scales = _logits(problem, chunk)
-                if here.topk_entropy is not None:
-                    _topk_entropy(problem, z, r, difference, scales, here.topk_entropy)
-                self.kernels.row_statistics(
-                    z, r, difference, labels, *scales, here.nll, here.prediction, here.kl, here.entropy,
-                    here.reference_nll, here.reference_entropy, known,
-                )  # fmt: skip
-                yield chunk, known
+        for chunk in chunked.logit_chunks(problem, narrow=False, budget=LOGIT_BYTES):
+            here = out.at(chunk.tokens)
+            known = torch.empty(len(Row), len(chunk.z), device=chunk.z.device)
+            z, r, difference, labels, *scales = _logits(problem, chunk)
+            if here.topk_entropy is not None:
+                _topk_entropy(problem, z, r, difference, scales, here.topk_entropy)
+            self.kernels.row_statistics(
+                z, r, difference, labels, *scales, here.nll, here.prediction, here.kl, here.entropy,
+                here.reference_nll, here.reference_entropy, known,
+            )  # fmt: skip
+            yield chunk, known
 
     # --- sparse --------------------------------------------------------------------------------------------------------
 
@@ -162,18 +160,16 @@ class Gpu:
             else self._bits_of_scan(problem, out, threshold, tile)
         )
         for span, known, bits in chunks:
-            with _on(problem.hidden.device):
-                entries = self._entries(problem, out, span.tokens, known, bits, capacity * CANDIDATES, with_rows)
-                here = sampled[(sampled >= span.tokens.start) & (sampled < span.tokens.stop)]
-                at = here - span.tokens.start
-                here, at = (i[(entries.counts[at] >= 0) & out.nll[here].isfinite()] for i in (here, at))
-                lse = known[Row.TOP, at] + known[Row.LOG_SUM, at]
-                chosen.append((here, lse, bits.index_select(0, at)))
+            entries = self._entries(problem, out, span.tokens, known, bits, capacity * CANDIDATES, with_rows)
+            here = sampled[(sampled >= span.tokens.start) & (sampled < span.tokens.stop)]
+            at = here - span.tokens.start
+            here, at = (i[(entries.counts[at] >= 0) & out.nll[here].isfinite()] for i in (here, at))
+            lse = known[Row.TOP, at] + known[Row.LOG_SUM, at]
+            chosen.append((here, lse, bits.index_select(0, at)))
             yield span, entries
         if chosen:
-            with _on(problem.hidden.device):
-                tokens, lse, bits = (torch.cat(parts) for parts in zip(*chosen, strict=True))
-                _tail_profile(problem, tokens, lse, bits, profile)
+            tokens, lse, bits = (torch.cat(parts) for parts in zip(*chosen, strict=True))
+            _tail_profile(problem, tokens, lse, bits, profile)
 
     def _bits_of_logits(
         self, problem: Problem, out: Statistics, threshold: float
@@ -196,25 +192,21 @@ class Gpu:
         most = max(tile.block_n, BIT_BYTES // (4 * words) // tile.block_n * tile.block_n)
         size = -(-count // -(-count // most))  # even chunks of whole blocks
         size = -(-size // tile.block_n) * tile.block_n
-        with _on(problem.hidden.device):
-            operands = _Operands(problem, tile)
-            label = operands.label_logits(self.kernels)
-            known = _bounds(operands, label, threshold)
-            bits = torch.empty(
-                size, words, dtype=torch.int32, device=problem.hidden.device
-            )  # one chunk after the other
+        operands = _Operands(problem, tile)
+        label = operands.label_logits(self.kernels)
+        known = _bounds(operands, label, threshold)
+        bits = torch.empty(size, words, dtype=torch.int32, device=problem.hidden.device)  # one chunk after the other
         for start in range(0, count, size):
             tokens = slice(start, min(start + size, count))
-            with _on(problem.hidden.device):
-                partial = operands.run(tokens, known[:, tokens], bits, vocabulary)
-                rows = _join(
-                    problem,
-                    partial,
-                    problem.labels[tokens],
-                    [v[tokens] for v in label],
-                    known[Known.SHIFT, tokens],
-                    out.at(tokens),
-                )
+            partial = operands.run(tokens, known[:, tokens], bits, vocabulary)
+            rows = _join(
+                problem,
+                partial,
+                problem.labels[tokens],
+                [v[tokens] for v in label],
+                known[Known.SHIFT, tokens],
+                out.at(tokens),
+            )
             yield Span(tokens), rows, bits[: tokens.stop - tokens.start]
 
     def _scan_statistics(self, problem: Problem, out: Statistics, tile: tiles.Scan) -> None:
@@ -313,26 +305,24 @@ class Gpu:
         self, offsets: Tensor, columns: Tensor, values: Tensor, matrix: Tensor, scale: Tensor, vector: Tensor,
         base: Tensor | None, base_scale: float, dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
-        with _on(matrix.device):
-            counts = offsets.diff()
-            hot = (counts > SPLIT).nonzero().flatten()
-            hot_first = counts.new_zeros(len(hot) + 1)
-            torch.cumsum((counts[hot] + (SPLIT - 1)) // SPLIT, 0, out=hot_first[1:])
-            slots = int(hot_first[-1]) if len(hot) else 0
-            dim = matrix.shape[1]
-            partial = torch.empty(slots, dim, device=matrix.device)
-            out = torch.empty(len(counts), dim, dtype=dtype, device=matrix.device)
-            self.kernels.segment_product(
-                offsets, columns, values, matrix.contiguous(), scale.contiguous(), vector.contiguous(), base, base_scale,
-                hot, hot_first, partial, out,
-            )  # fmt: skip
-            return out
+        counts = offsets.diff()
+        hot = (counts > SPLIT).nonzero().flatten()
+        hot_first = counts.new_zeros(len(hot) + 1)
+        torch.cumsum((counts[hot] + (SPLIT - 1)) // SPLIT, 0, out=hot_first[1:])
+        slots = int(hot_first[-1]) if len(hot) else 0
+        dim = matrix.shape[1]
+        partial = torch.empty(slots, dim, device=matrix.device)
+        out = torch.empty(len(counts), dim, dtype=dtype, device=matrix.device)
+        self.kernels.segment_product(
+            offsets, columns, values, matrix.contiguous(), scale.contiguous(), vector.contiguous(), base, base_scale,
+            hot, hot_first, partial, out,
+        )  # fmt: skip
+        return out
 
     def weighted_sum(self, matrix: Tensor, scale: Tensor) -> Tensor:
         if scale.dtype != torch.float32:
             return chunked.weighted_sum(matrix, scale)
-        with _on(matrix.device):
-            return weighted_sum_kernel(matrix.contiguous(), scale.contiguous())
+        return weighted_sum_kernel(matrix.contiguous(), scale.contiguous())
 
 
 class _Operands:
@@ -381,8 +371,7 @@ class _Operands:
         problem, tile = self.problem, self.tile
         count, device = tokens.stop - tokens.start, problem.hidden.device
         blocks, all_tiles = -(-count // tile.block_n), -(-vocabulary // tile.block_v)
-        parts = min(all_tiles, max(1, _processors(device) // blocks))
-        per_part = -(-all_tiles // parts)
+        per_part = _tiles_per_part(blocks, all_tiles, _processors(device))
         parts = -(-all_tiles // per_part)
         partial = torch.empty(parts, len(Sum), count, device=device)
         known = known.contiguous()
@@ -406,21 +395,22 @@ class _Operands:
             HAS_BIAS=self.bias is not None, ENTROPY="entropy" in problem.wanted, BITS=bits is not None, **tile.options,
         )  # fmt: skip
         grid = (blocks, parts)
-        if not problem.has_reference:
-            self.compiled = scans.scan[grid](
-                *operands, self.bias, labels, known, bits, partial, head.logit_scale, head.softcap or 0.0, count,
-                vocabulary, self.weight.shape[1], *strides, words, per_part,
-                SCALED=head.logit_scale != 1, SOFTCAP=head.softcap is not None, **constants,
-            )  # fmt: skip
-        else:
-            reference_scale = (own or head).logit_scale
-            self.compiled = scans.scan_with_reference[grid](
-                *operands, self.bias, self.reference_bias, labels, known, bits, partial, head.logit_scale,
-                reference_scale, count, vocabulary, self.weight.shape[1], self.reference_weight.shape[1], *strides,
-                words, per_part, SHARED=own is None, HAS_REFERENCE_BIAS=self.reference_bias is not None,
-                SCALED=head.logit_scale != 1 or reference_scale != 1,
-                REFERENCE_ENTROPY="reference_entropy" in problem.wanted, **constants,
-            )  # fmt: skip
+        with on_device_of(partial):
+            if not problem.has_reference:
+                self.compiled = scans.scan[grid](
+                    *operands, self.bias, labels, known, bits, partial, head.logit_scale, head.softcap or 0.0, count,
+                    vocabulary, self.weight.shape[1], *strides, words, per_part,
+                    SCALED=head.logit_scale != 1, SOFTCAP=head.softcap is not None, **constants,
+                )  # fmt: skip
+            else:
+                reference_scale = (own or head).logit_scale
+                self.compiled = scans.scan_with_reference[grid](
+                    *operands, self.bias, self.reference_bias, labels, known, bits, partial, head.logit_scale,
+                    reference_scale, count, vocabulary, self.weight.shape[1], self.reference_weight.shape[1], *strides,
+                    words, per_part, SHARED=own is None, HAS_REFERENCE_BIAS=self.reference_bias is not None,
+                    SCALED=head.logit_scale != 1 or reference_scale != 1,
+                    REFERENCE_ENTROPY="reference_entropy" in problem.wanted, **constants,
+                )  # fmt: skip
         return partial
 
 
@@ -477,7 +467,7 @@ def _join(
         out.reference_entropy.copy_(_entropy(share, total, weighted, top, ref_largest, ref_log_sum, ref_nll))
     # Σ p_ref δ, Σ p_ref (eᵟ − 1 − δ) and Σ p_ref |eᵟ − 1|, the label's term last.
     delta, p_label = d - shift, torch.exp(-ref_nll)
-    gained = torch.expm1(delta)
+    gained = torch.expm1(delta.clamp(max=60))  # as in the kernel; beyond, `near` is false
     own = (delta, gained - delta, gained.abs())
     shifted, growth, gap_l1 = (
         share * (partial[:, row] * moved).sum(0) + p_label * term
@@ -674,6 +664,7 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager:
-    """Kernels are launched on the current device, which need not be the tensors'."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+def _tiles_per_part(blocks: int, tiles: int, processors: int) -> int:
+    """So many tiles of the vocabulary for one program that rounds of programs × tiles of each, which is the time, are fewest."""
+    best = min(range(1, min(tiles, 32) + 1), key=lambda parts: -(-blocks * parts // processors) * -(-tiles // parts))
+    return -(-tiles // best)

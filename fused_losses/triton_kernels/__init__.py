@@ -1,1 +1,29 @@
 """The Triton kernels: `scan` (the product that writes no logits), `rows` (over a chunk's logits), `entries` (over kept ones)."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+F = TypeVar("F", bound=Callable)
+
+
+def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def launcher(function: F) -> F:
+    """A function that launches a kernel on the device of its first argument."""
+
+    @functools.wraps(function)
+    def call(tensor, *args, **kwargs):
+        with on_device_of(tensor):
+            return function(tensor, *args, **kwargs)
+
+    return call  # type: ignore[return-value]

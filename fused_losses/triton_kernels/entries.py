@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import kernels
+from . import launcher
 from .math import expm1, soft_cap
 from .rows import LOG_SUM, REF_LOG_SUM, REF_TOP, SHIFT, TOP, TOTALS_SHIFT, _gap
 from .tiles import FUSED, gather_tile
@@ -49,6 +50,7 @@ def count_bits_kernel(bits_ptr, labels_ptr, counts_ptr, words, capacity, BLOCK: 
     tl.store(counts_ptr + t, tl.where(total > capacity, -1, total))
 
 
+@launcher
 def count_bits(bits: Tensor, labels: Tensor, capacity: int, counts: Tensor) -> None:
     count_bits_kernel[(len(bits),)](bits, labels, counts, bits.shape[1], capacity, BLOCK=1024, num_warps=4, **FUSED)
 
@@ -73,6 +75,7 @@ def columns_of_bits_kernel(bits_ptr, labels_ptr, offsets_ptr, columns_ptr, words
             here += tl.sum(count)
 
 
+@launcher
 def columns_of_bits(bits: Tensor, labels: Tensor, offsets: Tensor, columns: Tensor) -> None:
     columns_of_bits_kernel[(len(bits),)](
         bits, labels, offsets, columns, bits.shape[1], WORDS=WORDS, num_warps=4, **FUSED
@@ -102,6 +105,7 @@ def entry_logits_kernel(
         tl.store(out_ptr + entry, z, mask=live)
 
 
+@launcher
 def entry_logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, columns: Tensor, out: Tensor
 ) -> None:
@@ -200,6 +204,7 @@ def attention_kernel(
         tl.store(where, kl_row.to(kl_rows_ptr.dtype.element_ty), mask=d < D)
 
 
+@launcher
 def attention(
     hidden: Tensor, difference: Tensor | None, entry_reference: Tensor | None, weight: Tensor, bias: Tensor | None,
     labels: Tensor, offsets: Tensor, columns: Tensor, rows: Tensor, nll: Tensor, scale: float, softcap: float,
@@ -237,7 +242,8 @@ def _write(total, i, scale_ptr, vector_ptr, base_ptr, base_scale, out_ptr, d, D,
     tl.store(out_ptr + i * D + d, total.to(out_ptr.dtype.element_ty), mask=d < D)
 
 
-@triton.jit
+# Both vary from step to step, and are no strides: not worth another compilation when they are 1 or a multiple of 16.
+@triton.jit(do_not_specialize=["segments", "hot"])
 def segment_product_kernel(
     offsets_ptr, columns_ptr, values_ptr, matrix_ptr, scale_ptr, vector_ptr, base_ptr, base_scale, hot_ptr,
     hot_first_ptr, partial_ptr, out_ptr, segments, hot, D,
@@ -285,6 +291,7 @@ def join_slots_kernel(
     _write(total, tl.load(hot_ptr + h), scale_ptr, vector_ptr, base_ptr, base_scale, out_ptr, d, D, HAS_BASE)
 
 
+@launcher
 def segment_product(
     offsets: Tensor, columns: Tensor, values: Tensor, matrix: Tensor, scale: Tensor, vector: Tensor, base: Tensor | None,
     base_scale: float, hot: Tensor, hot_first: Tensor, partial: Tensor, out: Tensor,
@@ -320,6 +327,7 @@ def weighted_sum_kernel(
     tl.store(partial_ptr + part * D + d, total, mask=d < D)
 
 
+@launcher
 def weighted_sum(matrix: Tensor, scale: Tensor) -> Tensor:
     """Σ_v scale[v] · matrix[v], [D], fp32; parts in a fixed order."""
     count, dim = matrix.shape

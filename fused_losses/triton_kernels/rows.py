@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..kernels import Row
+from . import launcher
 from .math import expm1, log1p, soft_cap
 from .scan import _store_bits, _update
 from .tiles import FUSED
@@ -181,6 +182,7 @@ def row_statistics_kernel(
         tl.store(out + GAP_L1 * C, tl.sum(sizes) + tl.zeros((1,), tl.float32))
 
 
+@launcher
 def row_statistics(
     z: Tensor, r: Tensor | None, difference: bool, labels: Tensor, scale: float, softcap: float, reference_scale: float,
     reference_softcap: float, nll: Tensor, prediction: Tensor, kl: Tensor | None, entropy: Tensor | None,
@@ -219,6 +221,7 @@ def logit_bits_kernel(
     _store_bits((significant & (columns < V))[None, :], bits_ptr, t + tl.zeros((1,), tl.int32), start, words)
 
 
+@launcher
 def logit_bits(
     z: Tensor, r: Tensor | None, difference: bool, bounds: Tensor, scale: float, softcap: float, reference_scale: float,
     reference_softcap: float, bits: Tensor,
@@ -290,6 +293,7 @@ def directions_kernel(
         tl.store(out_ptr + columns, first.to(out_ptr.dtype.element_ty), mask=columns < V)
 
 
+@launcher
 def directions(
     z: Tensor, r: Tensor | None, difference: bool, labels: Tensor, scale: float, softcap: float, reference_scale: float,
     reference_softcap: float, rows: Tensor, nll: Tensor, a: Tensor | None, b: Tensor | None, out: Tensor,
@@ -334,6 +338,7 @@ def tail_profile_kernel(
     tl.store(profile_ptr + columns, here + total, mask=inside)
 
 
+@launcher
 def tail_profile(
     z: Tensor, labels: Tensor, lse: Tensor, bits: Tensor, first: int, scale: float, softcap: float, profile: Tensor
 ) -> None:
