@@ -12,3 +12,28 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+# Tables for the end of the run, also from the processes of pytest-xdist.
+TABLES: list[str] = []
+
+
+@pytest.fixture
+def show_table():
+    return TABLES.append
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["tables"] = TABLES
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    TABLES.extend(getattr(node, "workeroutput", {}).get("tables", ()))
+
+
+def pytest_terminal_summary(terminalreporter):
+    for table in TABLES:
+        terminalreporter.write_line("")
+        terminalreporter.write(table + "\n")

@@ -743,12 +743,11 @@ needs_nvcc = pytest.mark.skipif(NVCC is None, reason=NO_NVCC)
 
 @needs_nvcc
 @needs_compiler
-def test_no_warnings_no_spilled_registers_and_documented_figures(capsys):
+def test_no_warnings_no_spilled_registers_and_documented_figures(show_table):
     """For every architecture, warnings being errors."""
     found = cuda_resources.resources()
     table = compiled.cuda_table(found)
-    with capsys.disabled():
-        print("\n" + table)
+    show_table("Registers / bytes of static shared memory of the CUDA kernels\n" + table)
     if cuda_resources.version() == "13.0":
         assert table in (ROOT / "docs" / "kernels.md").read_text(), "run benchmarks/compiled.py"
     assert {x["architecture"] for x in found} == {f"sm_{a}" for a in build.architectures(NVCC)}

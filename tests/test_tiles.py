@@ -43,7 +43,7 @@ def test_there_is_a_row_for_every_kind_and_architecture():
 
 
 @pytest.mark.skipif(triton.__version__ != PINNED, reason=f"the documented figures are those of Triton {PINNED}")
-def test_documented_figures_are_those_found(capsys):
+def test_documented_figures_are_those_found(show_table):
     if len(FOUND) < len(USES):
         pytest.skip("needs the whole file")
     sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -52,6 +52,5 @@ def test_documented_figures_are_those_found(capsys):
     finally:
         sys.path.pop(0)
     table = compiled.triton_table(FOUND)
-    with capsys.disabled():
-        print("\n" + table)
+    show_table("Registers / shared memory in KiB of the Triton kernels\n" + table)
     assert table in (ROOT / "docs" / "kernels.md").read_text(), "run benchmarks/compiled.py"
