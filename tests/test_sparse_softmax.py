@@ -232,35 +232,39 @@ def test_rank_one_tail_is_worth_having():
 @pytest.mark.parametrize("frozen", [False, True], ids=name)
 @pytest.mark.parametrize("summed", [False, True], ids=["per-token", "summed"])
 def test_flat_chunks_between_peaked_ones(backend, reference, frozen, summed):
-    """16 tokens a chunk; the second of four is flat and one token of the third: all three ways in one call."""
-    case = make(64, 40, 600, reference=reference, frozen=frozen, ignored=0, bias=True, spread=6.0)
+    check_flat_chunks(backend, (64, 40, 600), 64, reference, frozen, summed)
+
+
+def check_flat_chunks(backend, shape, capacity, reference, frozen, summed):
+    """16 tokens a chunk; the second is flat and one token of the third: all three ways in one call."""
+    case = make(*shape, reference=reference, frozen=frozen, ignored=0, bias=True, spread=6.0)
     case.hidden[16:32] *= 0.01
     case.hidden[40] *= 0.01
     if reference == "shared":
         case.reference_hidden[:] = case.hidden + 0.1 * torch.randn_like(case.hidden)
 
+    class Weighted(fl.Objective):
+        def token_loss(self, out, **weights):
+            return sum(w * v for w, v in zip(weights.values(), (out.nll, out.kl), strict=False))
+
     def gradients(dtype, **options):
         hidden, head, ref = case.inputs(dtype)
-        a = case.nll_upstream.to(dtype)
-        b = None if reference is None else case.kl_upstream.to(dtype)
+        weights = {"a": case.nll_upstream.to(dtype)}
+        if reference is not None:
+            weights["b"] = case.kl_upstream.to(dtype)
         if summed:
-
-            class Weighted(fl.Objective):
-                def token_loss(self, out, **weights):
-                    return sum(w * v for w, v in zip(weights.values(), (out.nll, out.kl), strict=False))
-
             objective = Weighted(**options)
-            loss = objective(hidden, head, case.labels, reference=ref, **({"a": a} if b is None else {"a": a, "b": b}))
-            loss.backward(torch.tensor(64.0, dtype=dtype))
+            loss = objective(hidden, head, case.labels, reference=ref, **weights)
+            loss.backward(torch.tensor(float(len(case.labels)), dtype=dtype))
             report = objective.gradient_report
         else:
             out = fl.token_losses(hidden, head, case.labels, reference=ref, **options)
-            ((out.nll * a).sum() + (0 if b is None else (out.kl * b).sum())).backward()
+            sum((w * v).sum() for w, v in zip(weights.values(), (out.nll, out.kl), strict=False)).backward()
             report = out.gradient_report
         return (hidden.grad, head.weight.grad, head.bias.grad), report
 
     truth, _ = gradients(torch.float64, backend="reference")
-    with coarse(5e-3, capacity=64, chunk_bytes=1):
+    with coarse(5e-3, capacity=capacity, chunk_bytes=1):
         got, report = gradients(torch.float32, backend=backend, gradient="sparse", tolerance=0.1)
     assert 17 <= report.exact_tokens < 40 and report.bound <= 0.1
     for value, expected in zip(got, truth, strict=True):

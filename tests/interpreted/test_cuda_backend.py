@@ -4,10 +4,9 @@ import shutil
 
 import pytest
 import torch
-from cases import errors, make
+from cases import HEADS, REFERENCES, coarse, errors, make, name
 from cuda_shim import shim as shim_module
-from test_backend import HEADS, REFERENCES, WARNINGS, name, path, small_chunks  # noqa: F401
-from test_sparse_softmax import coarse
+from test_backend import WARNINGS, small_chunks  # noqa: F401
 
 from fused_losses import backends
 
