@@ -1,7 +1,8 @@
 // row_statistics: everything that is known of a token from its row of logits, with and without a reference.
 //
 // Reads 4·V bytes a row, 8·V with a reference; writes some 60 bytes. About 25 operations a logit, 90 with a reference.
-// Floor: 4·N·V (8·N·V) / HBM bandwidth: 0.16 ms (0.31 ms) per 1,024 tokens at V = 128,256 and 3.35 TB/s.
+// Floor: 4·N·V (8·N·V) / HBM bandwidth: 0.16 ms (0.31 ms) per 1,024 tokens at V = 128,256 and 3.35 TB/s (data sheet of the
+// H100; estimated, not measured).
 // Without a reference one pass is enough. With one a second pass needs the totals of the first: a cluster of blocks holds
 // the row in its shared memory and reads it once (sm_90 and later); elsewhere the row is read twice, 16·V bytes.
 #include "common.cuh"
