@@ -37,7 +37,7 @@ GROUPS = {
     "objectives": (LOSSES, "objectives"),
     "near the reference, certificate": (LOSSES, "near_the_reference or certificate"),
     "same results, large sizes": (LOSSES, "same_results or more_logits"),
-    "surroundings": (LOSSES, "aligned or another_device or compiled or asked_for"),
+    "surroundings": (LOSSES, "aligned or another_device or compiled or asked_for or bad_logits"),
 }
 # A few small cases of every kernel; the sanitizer makes them a hundred times as slow.
 SANITIZED = (KERNELS, "(N40 or N37-D17 or 7-33) and not float32 and not bfloat16")

@@ -334,7 +334,7 @@ def gradients(
     if need_hidden:
         mean = backend.weighted_sum(weight, sparse.profile)
         if sparse.nll_rows is not None:
-            result.hidden = sparse.rows(a, b, tail, mean)
+            result.hidden = sparse.rows(a, b, tail, mean).to(problem.hidden.dtype)
         else:
             result.hidden = backend.rows_product(
                 sparse.offsets, sparse.columns, values, weight, tail, mean, problem.hidden.dtype

@@ -112,7 +112,7 @@ class Gpu:
                 largest = torch.where(largest.isfinite(), largest, 1)
                 exponent = max(-100, min(100, int(torch.frexp(largest).exponent)))
                 factor = 2.0**exponent
-                weights = [None if w is None else torch.ldexp(w, torch.tensor(-exponent)) for w in weights]
+                weights = [None if w is None else w * 2.0**-exponent for w in weights]
             # The gradient of the bias is a sum of nothing else, so it is taken before any rounding.
             direction = chunk.z if total.bias is not None else _as(chunk.z, dtype)
             row_kernels.directions(*_logits(problem, chunk), known, out.nll[tokens], *weights, direction, None)  # type: ignore[call-arg]
@@ -161,15 +161,17 @@ class Gpu:
         )
         for span, known, bits in chunks:
             entries = self._entries(problem, out, span.tokens, known, bits, capacity * CANDIDATES, with_rows)
-            here = sampled[(sampled >= span.tokens.start) & (sampled < span.tokens.stop)]
+            # Token i of `sampled` is i·N // len: which are of this chunk is known without waiting for the GPU.
+            first, last = (-(-at * len(sampled) // len(out.nll)) for at in (span.tokens.start, span.tokens.stop))
+            here = sampled[first:last]
             at = here - span.tokens.start
-            here, at = (i[(entries.counts[at] >= 0) & out.nll[here].isfinite()] for i in (here, at))
             lse = known[Row.TOP, at] + known[Row.LOG_SUM, at]
-            chosen.append((here, lse, bits.index_select(0, at)))
+            usable = (entries.counts[at] >= 0) & out.nll[here].isfinite()
+            chosen.append((here, lse, bits.index_select(0, at), usable))
             yield span, entries
         if chosen:
-            tokens, lse, bits = (torch.cat(parts) for parts in zip(*chosen, strict=True))
-            _tail_profile(problem, tokens, lse, bits, profile)
+            *parts, usable = (torch.cat(parts) for parts in zip(*chosen, strict=True))
+            _tail_profile(problem, *(part[usable] for part in parts), profile)  # type: ignore[call-arg]
 
     def _bits_of_logits(
         self, problem: Problem, out: Statistics, threshold: float
@@ -240,8 +242,9 @@ class Gpu:
         values, kl_values = empty(True, total), empty(reference, total)
         kept = torch.zeros(4, size, device=device)
         rows = rows and dim <= tiles.ROWS_UP_TO
-        nll_rows = empty(rows, size, dim, dtype=problem.hidden.dtype)
-        kl_rows = empty(rows and reference, size, dim, dtype=problem.hidden.dtype)
+        rows_dtype = problem.dtype if problem.hidden.dtype == problem.dtype else torch.float32
+        nll_rows = empty(rows, size, dim, dtype=rows_dtype)
+        kl_rows = empty(rows and reference, size, dim, dtype=rows_dtype)
         hidden, weight = problem.hidden[tokens].to(problem.dtype), head.weight.to(problem.dtype).contiguous()
         difference = entry_reference = None
         if problem.shared_head:
@@ -666,5 +669,8 @@ def _processors(device: torch.device) -> int:
 
 def _tiles_per_part(blocks: int, tiles: int, processors: int) -> int:
     """So many tiles of the vocabulary for one program that rounds of programs × tiles of each, which is the time, are fewest."""
-    best = min(range(1, min(tiles, 32) + 1), key=lambda parts: -(-blocks * parts // processors) * -(-tiles // parts))
+    best = min(
+        range(1, min(tiles, max(32, processors)) + 1),
+        key=lambda parts: -(-blocks * parts // processors) * -(-tiles // parts),
+    )
     return -(-tiles // best)

@@ -114,7 +114,7 @@ def specimens() -> Iterator[Specimen]:
         yield Specimen("directions" + name, rows.directions_kernel, ARCHITECTURES, some | weights, warps, none)
     separate = both | dict(HAS_A=True, HAS_B=False, SEPARATE=True)
     yield Specimen("directions, separate", rows.directions_kernel, ARCHITECTURES, separate, warps, ("b_ptr",))
-    profile = dict(BLOCK=256, SOFTCAP=True)
+    profile = dict(BLOCK=128, SOFTCAP=True)
     yield Specimen("tail_profile", rows.tail_profile_kernel, ARCHITECTURES, profile, dict(num_warps=4, **tiles.FUSED))
 
     small = dict(num_warps=4, **tiles.FUSED)

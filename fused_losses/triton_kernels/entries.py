@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import kernels
 from . import launcher
-from .math import expm1, soft_cap
+from .math import at_least, expm1, soft_cap
 from .rows import LOG_SUM, REF_LOG_SUM, REF_TOP, SHIFT, TOP, TOTALS_SHIFT, _gap
 from .tiles import FUSED, gather_tile
 
@@ -101,7 +101,7 @@ def entry_logits_kernel(
         )
         z = tl.sum(row.to(tl.float32) * hidden[None, :], 1)
         if HAS_BIAS:
-            z = tl.maximum(z + tl.load(bias_ptr + column, mask=live, other=0.0), -1e30)
+            z = at_least(z + tl.load(bias_ptr + column, mask=live, other=0.0))
         tl.store(out_ptr + entry, z, mask=live)
 
 
@@ -115,7 +115,7 @@ def entry_logits(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def attention_kernel(
     hidden_ptr, difference_ptr, entry_reference_ptr, weight_ptr, bias_ptr, labels_ptr, offsets_ptr, columns_ptr, rows_ptr,
     nll_ptr, nll_values_ptr, kl_values_ptr, kept_ptr, nll_rows_ptr, kl_rows_ptr, N, D, scale, softcap,
@@ -158,7 +158,7 @@ def attention_kernel(
         ).to(tl.float32)
         z = tl.sum(row * hidden[None, :], 1)
         if HAS_BIAS:
-            z = tl.maximum(z + tl.load(bias_ptr + column, mask=live, other=0.0), -1e30)
+            z = at_least(z + tl.load(bias_ptr + column, mask=live, other=0.0))
         z *= scale
         gap_d, r = z, z
         if DIFFERENCE:
@@ -176,7 +176,8 @@ def attention_kernel(
         if SOFTCAP:
             u = z / softcap
             slope *= 1.0 - u * u
-        p = tl.exp((z - top) - log_sum) * slope
+        # Lanes beyond the last entry hold a logit of 0, whose p may be infinite: chosen away, not multiplied.
+        p = tl.where(live, tl.exp((z - top) - log_sum), 0.0) * slope
         kept += tl.where(column == label, 0.0, p)
         value = tl.where(column == label, at_label * slope, p)
         tl.store(nll_values_ptr + entry, value, mask=live)
@@ -184,10 +185,11 @@ def attention_kernel(
             nll_row += tl.sum(row * value[:, None], 0)
         if REFERENCE:
             gap, _ = _gap(z, gap_d, r, top, log_sum, ref_top, ref_log_sum, shift)
-            gap *= slope
+            gap = tl.where(live, gap, 0.0) * slope
             kept_gap += gap
             kept_l1 += tl.abs(gap)
-            kept_totals_l1 += tl.abs(tl.exp((r - ref_top) - ref_log_sum) * expm1(gap_d - totals_shift) * slope)
+            moved_gap = tl.exp((r - ref_top) - ref_log_sum) * expm1(gap_d - totals_shift)
+            kept_totals_l1 += tl.abs(tl.where(live, moved_gap, 0.0) * slope)
             tl.store(kl_values_ptr + entry, gap, mask=live)
             if KL_ROWS:
                 kl_row += tl.sum(row * gap[:, None], 0)
@@ -309,7 +311,7 @@ def segment_product(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "rows_per_part"])
 def weighted_sum_kernel(
     matrix_ptr, scale_ptr, partial_ptr, count, D, rows_per_part, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
 ):

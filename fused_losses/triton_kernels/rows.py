@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..kernels import Row
 from . import launcher
-from .math import expm1, log1p, soft_cap
+from .math import at_least, expm1, log1p, soft_cap
 from .scan import _store_bits, _update
 from .tiles import FUSED
 
@@ -35,14 +35,14 @@ def _logits(
         r = tl.load(r_ptr + columns, mask=inside, other=0.0)
         if DIFFERENCE and SOFTCAP:
             z += r
-        r = tl.maximum(r, -1e30) * reference_scale
+        r = at_least(r) * reference_scale
         if REFERENCE_SOFTCAP:
             r = soft_cap(r, reference_softcap)
     if DIFFERENCE and not SOFTCAP:
         d = z * scale
         z = r + d
     else:
-        z = tl.maximum(z, -1e30) * scale
+        z = at_least(z) * scale
         if SOFTCAP:
             z = soft_cap(z, softcap)
         d = z - r
@@ -75,7 +75,7 @@ def _sums(label_logit, top, total):
     return largest, log1p(others + (largest - largest))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["C"])
 def row_statistics_kernel(
     z_ptr, r_ptr, labels_ptr, nll_ptr, prediction_ptr, kl_ptr, entropy_ptr, reference_nll_ptr, reference_entropy_ptr,
     rows_ptr, C, V, scale, softcap, reference_scale, reference_softcap,
@@ -199,7 +199,7 @@ def row_statistics(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["C"])
 def logit_bits_kernel(
     z_ptr, r_ptr, bounds_ptr, bits_ptr, C, V, words, scale, softcap, reference_scale, reference_softcap,
     BLOCK: tl.constexpr, REFERENCE: tl.constexpr, DIFFERENCE: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -235,7 +235,7 @@ def logit_bits(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["C"])
 def directions_kernel(
     z_ptr, r_ptr, labels_ptr, rows_ptr, nll_ptr, a_ptr, b_ptr, out_ptr, kl_out_ptr, stride_out, stride_kl_out, C, V,
     scale, softcap, reference_scale, reference_softcap,
@@ -310,7 +310,7 @@ def directions(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["C", "first"])
 def tail_profile_kernel(
     z_ptr, labels_ptr, lse_ptr, bits_ptr, profile_ptr, C, width, first, words, scale, softcap,
     BLOCK: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -322,7 +322,7 @@ def tail_profile_kernel(
     total = tl.zeros((BLOCK,), tl.float32)
     for t in range(0, C):
         z = tl.load(z_ptr + offset, mask=inside, other=0.0)
-        z = tl.maximum(z, -1e30) * scale
+        z = at_least(z) * scale
         slope = z * 0.0 + 1.0
         if SOFTCAP:
             z = soft_cap(z, softcap)
@@ -344,7 +344,7 @@ def tail_profile(
 ) -> None:
     """z [C, width]: raw products of the columns from `first` on. bits [C, words] of all columns."""
     count, width = z.shape
-    block = 256
+    block = 128
     tail_profile_kernel[(triton.cdiv(width, block),)](
         z, labels, lse, bits, profile, count, width, first, bits.shape[1], scale, softcap,
         BLOCK=block, SOFTCAP=softcap > 0, num_warps=4, **FUSED,

@@ -17,7 +17,7 @@ import enum
 import triton
 import triton.language as tl
 
-from .math import growth, soft_cap
+from .math import at_least, growth, soft_cap
 
 
 class Sum(enum.IntEnum):
@@ -52,7 +52,8 @@ BOUND, REF_BOUND, SHIFT = (tl.constexpr(int(row)) for row in Known)
 LOWEST = tl.constexpr(-3e38)  # below every logit, and finite: a difference of two of them is not NaN
 
 
-@triton.jit
+# What changes with the number of tokens is no reason to compile again.
+@triton.jit(do_not_specialize=["N", "tiles_per_part"])
 def scan(
     x, w, bias_ptr, labels_ptr, known_ptr, bits_ptr, partial_ptr, scale, softcap,
     N, V, D, stride_xn, stride_wv, words, tiles_per_part,
@@ -114,7 +115,7 @@ def scan(
         tl.store(out + SLOPED * N, sloped, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "tiles_per_part"])
 def scan_with_reference(
     x, w, reference_x, reference_w, bias_ptr, reference_bias_ptr, labels_ptr, known_ptr, bits_ptr, partial_ptr,
     scale, reference_scale, N, V, D, D_REF, stride_xn, stride_wv, stride_rn, stride_rv, words,
@@ -253,10 +254,10 @@ def _halves(tile):
 
 @triton.jit
 def _finish(z, bias_ptr, columns, V, scale, HAS_BIAS: tl.constexpr, SCALED: tl.constexpr):
-    """scale · (z + bias); a token ruled out by a bias of −inf gets −1e30, which must not make 0 · ∞."""
+    """scale · (z + bias)."""
     if HAS_BIAS:
         bias = tl.load(bias_ptr + columns, mask=columns < V, other=0.0)
-        z = tl.maximum(z + bias[None, :], -1e30)
+        z = at_least(z + bias[None, :])
     if SCALED:
         z *= scale
     return z

@@ -72,8 +72,9 @@ def gather_tile(dim: int, vectors: int) -> dict[str, int]:
     block = 16
     while block < dim:
         block *= 2
-    warps = min(16 if vectors <= 2 else 8 if block <= 4096 else 16, max(1, block // 256))
+    warps = min(8 if block <= 4096 else 16, max(1, block // 256))
     each = block // (32 * warps) or 1  # numbers of a row in one thread
-    room = (80 if warps > 8 else 144) // each - vectors
+    # 80 in registers leave room for two programs on a multiprocessor at D = 4096; with many vectors that is too little.
+    room = (144 if vectors > 2 and warps <= 8 else 80) // each - vectors
     group = next(g for g in (8, 4, 2, 1) if g <= max(1, room))
     return dict(GROUP=group, BLOCK_D=block, num_warps=warps, **FUSED)

@@ -268,3 +268,21 @@ def test_compiled_caller(backend, gradient, within):
 @every_backend
 def test_backend_is_the_one_asked_for(backend):
     assert backends.choose(backend, DEVICE) == backend
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter, in a dry run
+@every_backend
+@every_gradient
+@pytest.mark.parametrize("bias", pick([False], [False, True]), ids=lambda b: "bias" if b else "no-bias")
+def test_bad_logits_reach_their_own_token_only(backend, gradient, bias):
+    """NaN must not get lost: a GPU's maximum of NaN and a number is the number."""
+    case = make(20, 16, pick(60, 1000), ignored=0, bias=bias)
+    hidden, head, _ = case.inputs(DTYPES[-1], device=DEVICE)
+    with torch.no_grad():
+        hidden[7], hidden[9] = torch.inf, torch.nan
+    with coarse(1e-3):
+        out = fl.token_losses(hidden, head, case.labels.to(DEVICE), gradient=gradient, backend=backend)
+        out.nll.sum().backward()
+    bad = ~out.nll.isfinite()
+    assert bad.nonzero().flatten().tolist() == [7, 9]
+    assert not hidden.grad[bad].isfinite().all() and hidden.grad[~bad].isfinite().all()

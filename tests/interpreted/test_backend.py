@@ -116,9 +116,10 @@ def test_flat_chunks_between_peaked_ones(reference, frozen, summed):
     check_flat_chunks("triton", (48, 24, 200), 32, reference, frozen, summed)
 
 
+@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
 @pytest.mark.parametrize("gradient", ["exact", "sparse"])
-def test_bad_logits_reach_their_own_token_only(gradient, path):
-    case = make(20, 6, 100, ignored=0)
+def test_bad_logits_reach_their_own_token_only(gradient, bias, path):
+    case = make(20, 6, 100, ignored=0, bias=bias)
     hidden, head, _ = case.inputs(torch.float32)
     with torch.no_grad():
         hidden[7], hidden[9] = torch.inf, torch.nan
@@ -255,3 +256,17 @@ def test_a_label_far_above_the_reference_leaves_the_bound_a_number():
         out = fl.token_losses(hidden, head, case.labels, reference=ref, gradient="sparse", backend="triton")
         (out.nll.sum() + out.kl.sum()).backward()
     assert 0 <= out.gradient_report.bound <= 0.15
+
+
+@pytest.mark.parametrize("reference", REFERENCES, ids=name)
+def test_logits_far_below_zero(reference, path):
+    """exp(−lse) overflows; nothing may be made of it in the lanes beyond the last entry."""
+    case = make(6, 8, 43, bias=True, reference=reference, ignored=0)
+    case.bias[:] -= 200
+    if reference == "own":
+        case.reference_weight[:] -= 0.1
+    hidden, head, ref = case.inputs(torch.float32)
+    with coarse(1e-30, capacity=43):
+        out = fl.token_losses(hidden, head, case.labels, reference=ref, gradient="sparse", backend="triton")
+        (out.nll.sum() if reference is None else out.nll.sum() + out.kl.sum()).backward()
+    assert out.gradient_report.exact_tokens == 0 and 0 <= out.gradient_report.bound <= 0.15
