@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 
-.PHONY: demo test test-tritons lint bench gpu-check gpu-bench clean
+.PHONY: demo test test-tritons lint bench gpu-check gpu-bench gpu-python clean
 
 # Other releases of Triton that the kernels must compile with: that of torch 2.11, whose interpreter needs an older numpy, and the newest.
 TRITONS ?= 3.6.0 3.9.0
@@ -48,11 +48,14 @@ bench: $(VENV)/.core
 # On a GPU, with the Python at hand: it needs torch with CUDA, triton, pytest and numpy; docs/benchmarks.md. ARGS=--dry: on a CPU.
 GPU_PYTHON ?= python3
 
-gpu-check:
+gpu-check: gpu-python
 	PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) benchmarks/gpu_check.py $(ARGS)
 
-gpu-bench:
+gpu-bench: gpu-python
 	PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) benchmarks/gpu_bench.py $(ARGS)
+
+gpu-python:
+	@$(GPU_PYTHON) -c 'import torch, triton, pytest, numpy' || { echo "$(GPU_PYTHON) lacks something of torch, triton, pytest, numpy; give another: make gpu-check GPU_PYTHON=.venv/bin/python" >&2; exit 1; }
 
 clean:
 	rm -rf $(VENV) .tritons build dist *.egg-info

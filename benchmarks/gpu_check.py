@@ -66,7 +66,9 @@ def run_group(where: tuple[str, str], log: Path, prefix: list[str], seconds: flo
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         output = done.stdout
-        if done.returncode not in (0, 1):
+        lines = log.read_text().splitlines() if log.is_file() else []
+        failed = any(json.loads(line)["outcome"] == "failed" for line in lines)
+        if done.returncode not in (0, 1) or not lines or (done.returncode == 1 and not failed):
             trouble = f"exit status {done.returncode}: " + " | ".join(output.strip().splitlines()[-3:])
     except subprocess.TimeoutExpired as error:
         trouble = f"stopped after {seconds:.0f} s"

@@ -7,6 +7,7 @@ setup.py loads this file by itself.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import os
 import re
@@ -110,7 +111,7 @@ def build_cuda(verbose: bool = True) -> Path:
 
     import torch
 
-    chosen = _wanted() or _of_devices(nvcc)
+    chosen = architectures(nvcc) if _wanted() else _of_devices(nvcc)
     library = _cached(chosen)
     library.parent.mkdir(parents=True, exist_ok=True)
     with open(library.with_suffix(".lock"), "w") as lock:
@@ -162,5 +163,13 @@ def _run(command: list[str]) -> None:
         raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr or result.stdout}")
 
 
+def main() -> None:
+    argparse.ArgumentParser(prog="python -m fused_losses.build", description=build_cuda.__doc__).parse_args()
+    try:
+        print(build_cuda())
+    except (RuntimeError, OSError) as error:
+        sys.exit(str(error))
+
+
 if __name__ == "__main__":
-    print(build_cuda())
+    main()

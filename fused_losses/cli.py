@@ -68,7 +68,9 @@ def info() -> None:
     table = Table(
         "tensors on", "backend", "taken", title='What backend="auto" takes: the first that can', title_justify="left"
     )
-    for device_type in ("cuda", "cpu"):
+    if not torch.cuda.is_available():
+        table.add_row("cuda", "none", "no CUDA device here")
+    for device_type in ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",):
         for name, reason in backends.chain(device_type):
             table.add_row(device_type, name, "yes" if reason is None else f"no: {reason}")
     console.print(table)
@@ -96,10 +98,10 @@ def demo(
 
 @app.command()
 def tune(
-    hidden: Annotated[int, typer.Option(min=1, help="D.")] = 4096,
-    vocabulary: Annotated[int, typer.Option(min=2, help="V.")] = 128256,
+    hidden: Annotated[int | None, typer.Option(min=1, help="D; default 4096.")] = None,
+    vocabulary: Annotated[int | None, typer.Option(min=2, help="V; default 128256.")] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
-    tokens: Annotated[int, typer.Option(min=1, help="N.")] = 8192,
+    tokens: Annotated[int | None, typer.Option(min=1, help="N; default 8192.")] = None,
     kind: Annotated[
         list[str] | None,
         typer.Option(help="plain, capped (soft-cap or bias), shared, own (by the reference's head); repeat for more."),
@@ -115,6 +117,13 @@ def tune(
     reason = backends.unavailable("triton")
     if reason is not None:
         sys.exit(f"nothing to tune here: {reason}")
+    if output is not None and not output.absolute().parent.is_dir():
+        sys.exit(f"--output: expected a file in a folder that exists, got {output}")
+    interpreted = backends.interpreted()
+    shape = (32, 64, 512) if interpreted else (8192, 4096, 128256)
+    tokens, hidden, vocabulary = (
+        given or default for given, default in zip((tokens, hidden, vocabulary), shape, strict=True)
+    )
     from . import tune as tuning
     from .triton_kernels.tiles import KINDS
 
@@ -124,7 +133,6 @@ def tune(
     unknown = [k for k in kind or () if k not in KINDS]
     if unknown:
         sys.exit(f"--kind: expected some of {', '.join(KINDS)}, got {', '.join(unknown)}")
-    interpreted = backends.interpreted()
     if interpreted:
         print("# in Triton's interpreter: these times mean nothing")
     outcomes = []

@@ -110,6 +110,8 @@ for _schema in SCHEMAS + GPU_SCHEMAS:
 def load() -> str | None:
     """Load the compiled library for CPUs; why it cannot be used, or None."""
     if not LIBRARY.is_file():
+        if LIBRARY.parent.with_name("pyproject.toml").is_file():
+            return f"not built: {LIBRARY.parent} is a source checkout; with a C++ compiler and torch at hand, pip install -e . there, or run from another folder"
         return "not built: at installation there was no C++ compiler, or torch was not there yet; see csrc/README.md"
     return _load(LIBRARY, "interface", INTERFACE)
 
@@ -120,7 +122,8 @@ def load_cuda() -> str | None:
     None. CUDA itself is left alone where torch is a CPU build.
     """
     if torch.version.cuda is None:
-        return "torch is a build without CUDA; install one with it, then this package again"
+        built = "are built" if CUDA_LIBRARY.is_file() else "are not built"
+        return f"torch is a build without CUDA (the CUDA kernels {built}); install a torch with it"
     try:
         library = CUDA_LIBRARY if CUDA_LIBRARY.is_file() else build.cached_cuda()
     except (OSError, RuntimeError) as error:

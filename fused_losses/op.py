@@ -100,8 +100,8 @@ def token_losses(
             caller's upstream weights together, in (0, 1). Tokens that would break it get exact gradients.
             `out.gradient_report` has the bound that was reached. The default was measured to give relative L2
             errors of 0.2 to 0.7 % for the gradients of nll (docs/method.md).
-        backend: "auto", "cpu" (compiled kernels), "torch" (chunked, any device), or "reference" (full logits; exact;
-            for checks on small inputs).
+        backend: "auto", "triton" or "cuda" (kernels for GPUs), "cpu" (compiled kernels), "torch" (chunked, any device), or
+            "reference" (full logits; exact; for checks on small inputs). `fused-losses info` says what "auto" takes.
 
     Returns:
         `TokenLosses`.

@@ -97,3 +97,14 @@ def test_example_of_ones_own_loop_learns():
     result = run(sys.executable, "-W", "error", ROOT / "examples" / "own_loop.py")
     assert result.returncode == 0, result.stderr
     assert float(result.stdout.split()[-1]) > 0.8
+
+
+def test_interpreter_switched_on_too_late_is_said():
+    code = """
+import os, torch, triton
+os.environ["TRITON_INTERPRET"] = "1"
+import fused_losses as fl
+fl.token_losses(torch.randn(2, 4), torch.randn(5, 4), torch.arange(2), backend="triton")
+"""
+    result = run(sys.executable, "-c", code)
+    assert result.returncode == 1 and "set it before Python starts" in result.stderr

@@ -82,11 +82,16 @@ def _no_triton(interpreted: bool) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; it comes with torch on Linux"
     if interpreted:
+        import triton.language
+        from triton.runtime.jit import JITFunction
+
+        if isinstance(triton.language.sum, JITFunction):
+            return "TRITON_INTERPRET was set after triton had been imported; set it before Python starts"
         return None
     import torch
 
     if torch.version.cuda is None:
-        return "torch is a CPU build; to run the kernels on a CPU, slowly, set TRITON_INTERPRET=1 before the first use"
+        return "torch is a CPU build; to run the kernels on a CPU, slowly, set TRITON_INTERPRET=1 before Python starts"
     if not torch.cuda.is_available():
         return "no GPU visible"
     return None
@@ -94,7 +99,7 @@ def _no_triton(interpreted: bool) -> str | None:
 
 def interpreted() -> bool:
     """Whether Triton's kernels run in its interpreter, on CPU tensors: for tests."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
 def chain(device_type: str) -> list[tuple[str, str | None]]:
@@ -121,7 +126,11 @@ def choose(name: str, device_type: str) -> str:
     fits = {"cpu": ("cpu",), "triton": ("cuda", "cpu") if interpreted() else ("cuda",), "cuda": ("cuda",)}
     if device_type not in fits.get(name, (device_type,)):
         move = "the CPU" if name == "cpu" else "a GPU"
-        raise ValueError(f"backend={name!r} with tensors on {device_type}; give backend='auto', or move them to {move}")
+        here = unavailable(name)
+        why = f" (which cannot run here: {here})" if here is not None else ""
+        raise ValueError(
+            f"backend={name!r} with tensors on {device_type}{why}; give backend='auto', or move them to {move}"
+        )
     reason = unavailable(name)
     if reason is not None and name == "cuda":
         from .. import kernels

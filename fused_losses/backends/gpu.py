@@ -64,6 +64,7 @@ class Gpu:
 
     def statistics(self, problem: Problem, keep_rows: bool = False) -> tuple[Statistics, Gradients]:
         """1 GEMM, 2 with a reference; with `keep_rows` 1 and 2 more for ∂nll/∂x and ∂kl/∂x."""
+        _check(problem)
         if problem.accumulator != torch.float32:
             return chunked.statistics(problem, keep_rows)
         out = empty_statistics(problem)
@@ -89,6 +90,7 @@ class Gpu:
         self, problem: Problem, upstream: Upstream, hidden: bool, weight: bool, bias: bool
     ) -> tuple[Statistics, Gradients]:
         """Statistics and Σ_t a_t ∂nll_t + b_t ∂kl_t: 3 GEMMs, 2 where one gradient is not wanted, one more with a reference."""
+        _check(problem)
         if problem.accumulator != torch.float32:
             return chunked.gradients(problem, upstream, hidden, weight, bias)
         out, total = empty_statistics(problem), empty_gradients(problem, hidden, weight, bias)
@@ -151,6 +153,7 @@ class Gpu:
         if problem.accumulator != torch.float32:
             yield from chunked.scan(problem, out, threshold, capacity, sampled, profile, with_rows)
             return
+        _check(problem)
         problem = _cast(problem)
         tile = _tile(problem)
         chosen: list[tuple[Tensor, ...]] = []
@@ -604,6 +607,14 @@ def _topk_entropy(
         logits.div_(softcap).tanh_().mul_(softcap)
     top = logits.topk(min(problem.top_k, z.shape[1]), dim=1).values.log_softmax(1)
     out.copy_(-(top.exp() * top).sum(1))
+
+
+def _check(problem: Problem) -> None:
+    if INTERPRETED and problem.dtype == torch.bfloat16:
+        raise TypeError(
+            "backend='triton' in Triton's interpreter (TRITON_INTERPRET=1): expected float32 or float16, got bfloat16, which "
+            "the interpreter computes wrongly; cast, or give another backend"
+        )
 
 
 def _cast(problem: Problem) -> Problem:

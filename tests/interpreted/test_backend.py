@@ -270,3 +270,10 @@ def test_logits_far_below_zero(reference, path):
         out = fl.token_losses(hidden, head, case.labels, reference=ref, gradient="sparse", backend="triton")
         (out.nll.sum() if reference is None else out.nll.sum() + out.kl.sum()).backward()
     assert out.gradient_report.exact_tokens == 0 and 0 <= out.gradient_report.bound <= 0.15
+
+
+@pytest.mark.parametrize("gradient", ["exact", "sparse"])
+def test_bf16_is_refused_because_the_interpreter_computes_it_wrongly(gradient):
+    hidden, weight = torch.randn(3, 8).bfloat16().requires_grad_(), torch.randn(40, 8).bfloat16()
+    with pytest.raises(TypeError, match="expected float32 or float16, got bfloat16"):
+        fl.token_losses(hidden, weight, torch.arange(3), backend="triton", gradient=gradient)
