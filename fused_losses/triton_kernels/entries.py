@@ -40,7 +40,10 @@ def _words(bits_ptr, label, at, words):
 
 @triton.jit
 def count_bits_kernel(bits_ptr, labels_ptr, counts_ptr, words, capacity, BLOCK: tl.constexpr):
-    """Traffic: N·V/8 bytes."""
+    """Set bits of a row, the label's among them; −1 beyond the capacity.
+
+    Traffic: N·V/8 bytes. Integer work only, about 12 operations a word. Floor: the traffic over the memory bandwidth.
+    """
     t = tl.program_id(0)
     label = tl.load(labels_ptr + t).to(tl.int32)
     count = tl.zeros((BLOCK,), tl.int32)
@@ -57,7 +60,11 @@ def count_bits(bits: Tensor, labels: Tensor, capacity: int, counts: Tensor) -> N
 
 @triton.jit
 def columns_of_bits_kernel(bits_ptr, labels_ptr, offsets_ptr, columns_ptr, words, WORDS: tl.constexpr):
-    """Traffic: N·V/8 bytes read, 4 bytes written per entry. In order: a running offset, a cumulative sum inside a block."""
+    """The columns of a row's set bits, in order: a running offset, and a cumulative sum inside a block of words.
+
+    Traffic: N·V/8 bytes read, 4 bytes written per entry. Integer work only, about 15 operations a bit, set or not: that is the
+    larger by far, and why CUDA's is the better one. Floor: the traffic over the memory bandwidth.
+    """
     t = tl.program_id(0)
     label = tl.load(labels_ptr + t).to(tl.int32)
     here = tl.load(offsets_ptr + t)
@@ -87,7 +94,10 @@ def entry_logits_kernel(
     hidden_ptr, weight_ptr, bias_ptr, offsets_ptr, columns_ptr, out_ptr, D,
     GROUP: tl.constexpr, BLOCK_D: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Traffic: entries·D numbers of the weight, gathered. FLOP: 2·entries·D."""
+    """out[j] = hidden[t] · weight[columns[j]] + bias.
+
+    Traffic: entries·D numbers of the weight, gathered. FLOP: 2·entries·D. Floor: entries·D·itemsize over the L2 bandwidth.
+    """
     t = tl.program_id(0)
     d = tl.arange(0, BLOCK_D)
     hidden = tl.load(hidden_ptr + t.to(tl.int64) * D + d, mask=d < D, other=0.0).to(tl.float32)
@@ -284,7 +294,10 @@ def join_slots_kernel(
     hot_ptr, hot_first_ptr, partial_ptr, scale_ptr, vector_ptr, base_ptr, base_scale, out_ptr, D,
     BLOCK_D: tl.constexpr, HAS_BASE: tl.constexpr,
 ):  # fmt: skip
-    """The slots of a hot segment, added in order."""
+    """The slots of a hot segment, added in order.
+
+    Traffic: 4·slots·D bytes. FLOP: slots·D. Floor: the traffic over the L2 bandwidth; there are few hot segments.
+    """
     h = tl.program_id(0)
     d = tl.arange(0, BLOCK_D)
     total = tl.zeros((BLOCK_D,), tl.float32)
@@ -315,7 +328,10 @@ def segment_product(
 def weighted_sum_kernel(
     matrix_ptr, scale_ptr, partial_ptr, count, D, rows_per_part, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """partial[part] = Σ scale[v] · matrix[v] over the part's rows. Traffic: the matrix once. FLOP: 2·count·D."""
+    """partial[part] = Σ scale[v] · matrix[v] over the part's rows.
+
+    Traffic: count·D numbers of the matrix, once. FLOP: 2·count·D. Floor: the traffic over the memory bandwidth.
+    """
     part = tl.program_id(1)
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     total = tl.zeros((BLOCK_D,), tl.float32)

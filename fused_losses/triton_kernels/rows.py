@@ -84,7 +84,8 @@ def row_statistics_kernel(
 ):  # fmt: skip
     """One row a program: running sums in one pass, and with a reference a second one for p − p_ref.
 
-    Traffic: 4·C·V bytes, with a reference 16·C·V (two passes over both). Floor: that over the memory bandwidth.
+    Traffic: 4·C·V bytes, with a reference 16·C·V (two passes over both). FLOP: about 25 a logit, 90 with a reference, one
+    exponential of each kind among them. Floor: the traffic over the memory bandwidth.
     """
     t = tl.program_id(0)
     z_ptr += t.to(tl.int64) * V
@@ -205,7 +206,10 @@ def logit_bits_kernel(
     BLOCK: tl.constexpr, REFERENCE: tl.constexpr, DIFFERENCE: tl.constexpr, SOFTCAP: tl.constexpr,
     REFERENCE_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """bits [C, words] of the logits above bounds[0, t], or r above bounds[1, t]. Traffic: 4·C·V bytes, 8 with r."""
+    """bits [C, words] of the logits above bounds[0, t], or r above bounds[1, t].
+
+    Traffic: 4·C·V bytes, 8·C·V with r, and C·V/8 written. FLOP: 1 to 5 a logit. Floor: the traffic over the memory bandwidth.
+    """
     t = tl.program_id(0)
     start = tl.program_id(1) * BLOCK
     columns = start + tl.arange(0, BLOCK)
@@ -246,7 +250,8 @@ def directions_kernel(
 
     out shares z's memory: a row of 16-bit numbers overwrites the first half of the row of logits that it is made from.
     The program reads a block, all its threads wait, and only then it writes, to where nothing is unread.
-    Traffic: 6·C·V bytes for a 16-bit result, 10 with a reference.
+    Traffic: 6·C·V bytes for a 16-bit result, 10·C·V with a reference, 12·C·V SEPARATE. FLOP: about 10 a logit, 30 with a
+    reference. Floor: the traffic over the memory bandwidth.
     """
     t = tl.program_id(0)
     z_ptr += t.to(tl.int64) * V
@@ -315,7 +320,10 @@ def tail_profile_kernel(
     z_ptr, labels_ptr, lse_ptr, bits_ptr, profile_ptr, C, width, first, words, scale, softcap,
     BLOCK: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """profile[v] += Σ over C tokens of p·slope where neither the bit is set nor v the label. Traffic: 4·C·V bytes."""
+    """profile[v] += Σ over C tokens of p·slope where neither the bit is set nor v the label.
+
+    Traffic: 4·C·V bytes, and C·V/8 of bits. FLOP: about 10 a logit. Floor: the traffic over the memory bandwidth.
+    """
     offset = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = offset < width
     columns = first + offset

@@ -65,6 +65,9 @@ def scan(
 
     A bit is set where z > known[BOUND]. Taken from a probe over some ids and the label, that is a lower bound of
     lse + log(θ √(1 − p[label])), so no entry is missed.
+
+    Traffic: V·D numbers of w from memory (once, as all blocks of tokens sweep together), N·D of x, N·V/8 bytes of bits. FLOP:
+    2·N·V·D. Floor: the FLOP over the rate of a matrix product of that shape.
     """
     row = tl.program_id(0) * BLOCK_N
     part = tl.program_id(1)
@@ -129,6 +132,9 @@ def scan_with_reference(
     SHARED: x holds the difference of the hidden states, w serves both, and z = r + x·w. δ = z − r − shift is small near the
     reference, where Σ w (eᵟ − 1 − δ), without cancellation, is what the KL is made of. Without soft-cap: with one,
     Σ |p − p_ref|·slope needs the final sums.
+
+    Traffic: as `scan`, of both models; a shared weight is read from the L2 cache the second time. FLOP: 4·N·V·D. Floor: the FLOP
+    over the rate of a matrix product of that shape.
     """
     row = tl.program_id(0) * BLOCK_N
     part = tl.program_id(1)
