@@ -4,6 +4,7 @@
 """
 
 from .head import LMHead, Reference
+from .huggingface import patch, patched, unpatch
 from .objectives import (
     ASFTLoss,
     CrossEntropyLoss,
@@ -36,6 +37,9 @@ __all__ = [
     "TALRLoss",
     "TokenLosses",
     "l2_to_initial",
+    "patch",
+    "patched",
     "token_losses",
+    "unpatch",
     "wise_ft",
 ]

@@ -7,6 +7,9 @@ the caller's `num_items`. Weights never carry a gradient.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +18,7 @@ from torch import Tensor, nn
 
 from . import checks, compiled
 from .head import LMHead, Reference
-from .op import Tokens, TracedTokens, capturable, check_options, prepare
+from .op import Observer, Tokens, TracedTokens, capturable, check_options, prepare
 from .problem import Statistics
 from .sparse_softmax import TOLERANCE, GradientReport
 
@@ -44,6 +47,7 @@ class Objective(nn.Module):
     top_k: int = 20
 
     gradient_report: GradientReport | None = None  # of the last call; after a backward, of the call that it was of
+    _observer: Observer | None = None
 
     def __init__(
         self,
@@ -71,9 +75,19 @@ class Objective(nn.Module):
             hidden, head, labels, reference, self.ignore_index, self.gradient, self.backend, self.tolerance,
             lambda report: setattr(self, "gradient_report", report), self._handle,
         )  # fmt: skip
-        if not torch.compiler.is_compiling():  # else the operator does it, when the graph runs
-            self.gradient_report = tokens.report
-        return tokens
+        if torch.compiler.is_compiling():  # the operator reports, when the graph runs
+            return tokens
+        self.gradient_report = tokens.report
+        return tokens if self._observer is None else replace(tokens, observer=self._observer)
+
+    @contextmanager
+    def observed(self, observer: Observer) -> Iterator[None]:
+        """Calls within note per-token statistics in `observer`; not in a compiled graph."""
+        before, self._observer = self._observer, observer
+        try:
+            yield
+        finally:
+            self._observer = before
 
     def reduce(self, tokens: Tokens, num_items: Any, **per_token: Tensor) -> Tensor:
         """Σ token_loss / n; `per_token` are [N] vectors over the valid tokens (`tokens.select`)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import TypeVar
 
@@ -135,6 +135,39 @@ def token_losses(
     )
 
 
+class Observer:
+    """Per-token statistics of an objective's pass, for whoever reports more than its loss; no gradient, no further pass.
+
+    After the call `nll`, `prediction` and, where wanted, `entropy` have the shape of its labels; 0, for predictions −1, where a
+    label is ignored.
+    """
+
+    def __init__(self, wanted: frozenset[str] = frozenset()) -> None:
+        self.wanted = wanted
+        self.nll: Tensor | None = None
+        self.prediction: Tensor | None = None
+        self.entropy: Tensor | None = None
+
+    def begin(self, tokens: Tokens) -> None:
+        self._tokens, self._parts = tokens, dict[str, list[Tensor]](nll=[], prediction=[], entropy=[])
+
+    def add(self, out: Statistics) -> None:
+        """The statistics of the next tokens in order."""
+        for name, parts in self._parts.items():
+            values = getattr(out, name)
+            if values is not None:
+                parts.append(values.detach().clone())
+
+    def finish(self) -> None:
+        for name, parts in self._parts.items():
+            values = torch.cat(parts) if parts else None
+            if values is None and name != "entropy":  # no token has a label
+                labels = self._tokens.problem.labels
+                values = labels.new_empty(0, dtype=labels.dtype if name == "prediction" else torch.float32)
+            setattr(self, name, self._tokens.in_place(values, fill=-1 if name == "prediction" else 0))
+        del self._tokens, self._parts
+
+
 @dataclass(frozen=True)
 class Tokens:
     """The valid tokens of one call: N rows, with what it takes to get back to the caller's shape."""
@@ -145,6 +178,7 @@ class Tokens:
     backend: str
     report: GradientReport
     publish: Callable[[GradientReport], None]  # called when backward has filled the report in
+    observer: Observer | None = field(default=None, kw_only=True)
 
     @property
     def count(self) -> int | Tensor:
@@ -193,6 +227,14 @@ class Tokens:
 
     def losses(self, wanted: frozenset[str], top_k: int = 20) -> Statistics:
         """Differentiable nll and kl over the valid tokens, with the statistics named in `wanted`."""
+        out = self._losses(wanted if self.observer is None else wanted | self.observer.wanted, top_k)
+        if self.observer is not None:
+            self.observer.begin(self)
+            self.observer.add(out)
+            self.observer.finish()
+        return out
+
+    def _losses(self, wanted: frozenset[str], top_k: int) -> Statistics:
         problem = _want(self.problem, wanted, top_k)
         sparse = self.takes_sparse_gradients()
         if self.backend == "reference":
@@ -213,6 +255,19 @@ class Tokens:
         of_chunk = _of_chunk(loss, per_token)
         if self.backend == "reference":
             return of_chunk(self.losses(wanted, top_k), slice(None)).sum()
+        if self.observer is None:
+            return self._summed(of_chunk, wanted, top_k)
+
+        def observed(out: Statistics, at: slice) -> Tensor:
+            self.observer.add(out)
+            return of_chunk(out, at)
+
+        self.observer.begin(self)
+        total = self._summed(observed, wanted | self.observer.wanted, top_k)
+        self.observer.finish()
+        return total
+
+    def _summed(self, of_chunk: Callable[[Statistics, slice], Tensor], wanted: frozenset[str], top_k: int) -> Tensor:
         problem = _want(self.problem, wanted, top_k)
         head, backend = problem.head, backends.load(self.backend)
         tensors = (problem.hidden, head.weight, head.bias)

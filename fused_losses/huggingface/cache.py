@@ -1,0 +1,3 @@
+class ReferenceCache: pass
+class Unchanged: pass
+def model_digest(*a): pass

@@ -1,0 +1,122 @@
+"""What a model's output module computes, read off plain linear layers and PEFT's wrappers around them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..head import FLOATING, LMHead, LowRank
+
+
+def innermost(module: nn.Module) -> nn.Module:
+    """The linear layer under PEFT's wrappers."""
+    while True:
+        inner = getattr(module, "base_layer", None) or getattr(module, "original_module", None)
+        if inner is None:
+            return module
+        module = inner
+
+
+def check_head(module: Any, model_name: str) -> None:
+    """Raise unless `read_head` can say what the module computes."""
+    if module is None:
+        raise TypeError(
+            f"{model_name} has no output embeddings (get_output_embeddings() is None), so there is no LM head to fuse; give a causal "
+            "language model with its head, such as AutoModelForCausalLM makes"
+        )
+    if _is_auxiliary(module):
+        for inner in (module.original_module, *module.modules_to_save.values()):
+            check_head(inner, model_name)
+        return
+    if _is_lora(module):
+        variants = set(getattr(module, "lora_variant", {})) & set(module.active_adapters)
+        if variants:
+            kinds = sorted(type(module.lora_variant[name]).__name__ for name in variants)
+            raise TypeError(
+                f"head: a LoRA variant ({', '.join(kinds)}) on the LM head is not supported, only plain LoRA; leave the head out of "
+                "target_modules, or use_dora=False for it"
+            )
+        check_head(module.base_layer, model_name)
+        return
+    name = f"{type(module).__module__}.{type(module).__qualname__}"
+    if not isinstance(module, nn.Linear):
+        raise TypeError(
+            f"head: {model_name}'s is a {name}, not a linear layer, so its logits are not hidden @ weight.T + bias; call the losses in "
+            "a loop of your own (fused_losses.token_losses) or train unpatched"
+        )
+    if module.weight.dtype not in FLOATING or hasattr(module.weight, "quant_state"):
+        raise TypeError(
+            f"head: {model_name}'s is quantised ({name}, weight {module.weight.dtype}); keep the LM head out of quantisation "
+            "(llm_int8_skip_modules=['lm_head'] of BitsAndBytesConfig, modules_to_not_convert of others)"
+        )
+    if type(module).forward is not nn.Linear.forward:
+        raise TypeError(
+            f"head: {model_name}'s is a {name} with a forward of its own, which would be dropped silently; replace it by a plain "
+            "torch.nn.Linear, or take fused_losses.token_losses in a loop of your own"
+        )
+
+
+def read_head(
+    module: nn.Module, hidden: Tensor, scale: float, softcap: float | None, width: int, adapters: Any = "active"
+) -> LMHead:
+    """The head that calling `module` on `hidden` now would apply.
+
+    `adapters`: "active"; "off"; or frozen copies of the adapter's parameters by their names within `module`.
+    """
+    low_rank: list[tuple[Tensor, Tensor]] = []
+    weight, bias = _read(module, hidden, adapters, "", low_rank)
+    if width < weight.shape[0]:
+        weight, bias = weight[:width], None if bias is None else bias[:width]
+        low_rank = [(b[:width], rows) for b, rows in low_rank]
+    extra = None
+    if low_rank:
+        extra = LowRank(torch.cat([b for b, _ in low_rank], 1), rows=torch.cat([rows for _, rows in low_rank], -1))
+    return LMHead(weight, bias, scale, softcap)
+
+
+def _read(
+    module: Any, hidden: Tensor, adapters: Any, prefix: str, low_rank: list[tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor | None]:
+    frozen = adapters if isinstance(adapters, dict) else {}
+    off = adapters == "off" or getattr(module, "disable_adapters", False)
+    if _is_auxiliary(module):
+        active = [name for name in module.active_adapters if name in module.modules_to_save]
+        if off or not active:
+            return _read(module.original_module, hidden, adapters, f"{prefix}original_module.", low_rank)
+        name = f"{prefix}modules_to_save.{active[0]}."
+        return _read(module.modules_to_save[active[0]], hidden, adapters, name, low_rank)
+    if not _is_lora(module):
+        return frozen.get(f"{prefix}weight", module.weight), frozen.get(f"{prefix}bias", module.bias)
+    weight, bias = _read(module.base_layer, hidden, adapters, f"{prefix}base_layer.", low_rank)
+    if module.merged:
+        if off or frozen:
+            raise ValueError("the head's adapter is merged into its weight; call model.unmerge_adapter() first")
+        return weight, bias
+    if off:
+        return weight, bias
+    for name in module.active_adapters:
+        if name not in module.lora_A:
+            continue
+        a, b, scaling = module.lora_A[name], module.lora_B[name], module.scaling[name]
+        b_weight = frozen.get(f"{prefix}lora_B.{name}.weight", b.weight)
+        b_bias = frozen.get(f"{prefix}lora_B.{name}.bias", b.bias)
+        if frozen:
+            rows = F.linear(hidden.to(a.weight.dtype), frozen[f"{prefix}lora_A.{name}.weight"])
+        else:
+            rows = a(module.lora_dropout[name](hidden.to(a.weight.dtype)))
+        low_rank.append((b_weight.to(weight.dtype), (rows * scaling).to(hidden.dtype)))
+        if b_bias is not None:
+            extra = b_bias.to(weight.dtype) * scaling
+            bias = extra if bias is None else bias + extra
+    return weight, bias
+
+
+def _is_auxiliary(module: Any) -> bool:
+    return hasattr(module, "modules_to_save") and hasattr(module, "original_module")
+
+
+def _is_lora(module: Any) -> bool:
+    return hasattr(module, "lora_A") and hasattr(module, "base_layer")

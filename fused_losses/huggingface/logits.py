@@ -1,0 +1,310 @@
+"""What a patched model's head returns where labels were given: a stand-in for logits that are never formed.
+
+The model's own forward goes on with it: it may scale it, soft-cap it, cut it and hand it to cross-entropy, which is where
+the fused loss is computed. Each operation is either noted exactly or refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+KEEP = (
+    "keep_logits=True in fused_losses.patch(...) makes real logits, of full size, for such a model; keep_logits='eval' makes them "
+    "where the model is not in training"
+)
+
+
+class LogitsNotKept(RuntimeError):
+    """Something was asked of the logits that only real ones can answer."""
+
+
+@dataclass(frozen=True)
+class LogitMap:
+    """What a model does to the logits after its head: z ↦ scale · z, or where capped, cap · tanh(scale · z)."""
+
+    scale: float = 1.0
+    capped: bool = False
+    cap: float = 1.0
+
+    def times(self, factor: float) -> LogitMap:
+        return replace(self, cap=self.cap * factor) if self.capped else replace(self, scale=self.scale * factor)
+
+    def tanh(self) -> LogitMap | None:
+        return None if self.capped else replace(self, capped=True)
+
+    def arguments(self) -> tuple[float, float | None]:
+        """logit_scale and softcap of an `LMHead`: softcap · tanh(logit_scale · z / softcap)."""
+        return (self.scale * self.cap, self.cap) if self.capped else (self.scale, None)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return (z * self.scale).tanh() * self.cap if self.capped else z * self.scale
+
+
+class DeferredLogits:
+    """Logits [..., V] of a head that has been called but has not multiplied yet.
+
+    Holds the head's input and, for each row of logits, the row of that input which it belongs to. `argmax(-1)` gives the
+    predictions of the fused pass once the loss is computed, −1 where the label is ignored.
+    """
+
+    def __init__(
+        self,
+        call: Any,
+        hidden: Tensor,
+        vocabulary: int,
+        positions: Tensor | None = None,
+        map: LogitMap | None = None,
+        dtype: torch.dtype | None = None,
+        width: int | None = None,
+        detached: bool = False,
+        whole: bool = False,
+    ) -> None:
+        self.call = call  # has evaluate(logits, target, ...), predictions(logits), and real(logits) or None
+        self.hidden = hidden
+        self.whole = positions is None or whole  # every row of the head's input, in order
+        self.vocabulary = vocabulary  # of the head
+        self.width = vocabulary if width is None else width  # of these logits, where padding was cut off
+        lead = hidden.shape[:-1]
+        if positions is None:
+            positions = torch.arange(lead.numel(), device=hidden.device).view(lead)
+        self.positions = positions  # row of the head's input, flattened, for each row of logits
+        self.map = map or LogitMap()
+        self.dtype = dtype or hidden.dtype
+        self.detached = detached
+
+    def _with(self, **changes: Any) -> DeferredLogits:
+        state = {
+            name: getattr(self, name)
+            for name in ("call", "hidden", "vocabulary", "positions", "map", "dtype", "width", "detached", "whole")
+        }
+        return DeferredLogits(**{**state, **changes})
+
+    def __repr__(self) -> str:
+        return f"DeferredLogits(shape={list(self.shape)}, dtype={self.dtype}, map={self.map})"
+
+    # --- what they look like
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self.positions.shape, self.width))
+
+    @property
+    def device(self) -> torch.device:
+        return self.hidden.device
+
+    @property
+    def ndim(self) -> int:
+        return self.positions.dim() + 1
+
+    @property
+    def requires_grad(self) -> bool:
+        return torch.is_grad_enabled() and not self.detached
+
+    def dim(self) -> int:
+        return self.ndim
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    # --- what changes nothing
+
+    def float(self) -> DeferredLogits:
+        return self._with(dtype=torch.float32)
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        wanted = [*args, *kwargs.values()]
+        dtypes = [w for w in wanted if isinstance(w, torch.dtype)] + [w.dtype for w in wanted if isinstance(w, Tensor)]
+        devices = [torch.device(w) for w in wanted if isinstance(w, (str, int, torch.device)) and not isinstance(w, bool)]
+        devices += [w.device for w in wanted if isinstance(w, Tensor)]
+        if any(d.type != self.device.type or (d.index or 0) != (self.device.index or 0) for d in devices):
+            return self._otherwise("to", lambda z: z.to(*args, **kwargs), f"a move from {self.device} to {devices[0]}")
+        return self._with(dtype=dtypes[0]) if dtypes else self
+
+    def type_as(self, other: Tensor) -> Any:
+        return self.to(other)
+
+    def contiguous(self) -> DeferredLogits:
+        return self
+
+    def detach(self) -> DeferredLogits:
+        return self._with(detached=True)
+
+    # --- what is noted
+
+    def __mul__(self, other: Any) -> Any:
+        factor = _number(other)
+        if factor is None:
+            return self._otherwise("mul", lambda z: z * other)
+        return self._with(map=self.map.times(factor))
+
+    __rmul__ = __mul__
+    mul = __mul__
+
+    def __truediv__(self, other: Any) -> Any:
+        divisor = _number(other)
+        if divisor is None or divisor == 0:
+            return self._otherwise("div", lambda z: z / other)
+        return self._with(map=self.map.times(1 / divisor))
+
+    div = __truediv__
+
+    def tanh(self) -> Any:
+        mapped = self.map.tanh()
+        return self._otherwise("tanh", torch.tanh, "a second tanh") if mapped is None else self._with(map=mapped)
+
+    def __getitem__(self, index: Any) -> Any:
+        rows, columns = _split(index, self.ndim)
+        if columns is not None and (columns.start not in (None, 0) or columns.step not in (None, 1)):
+            return self._otherwise("[...]", lambda z: z[index], f"the vocabulary's {columns}")
+        width = self.width if columns is None else len(range(self.width)[columns])
+        try:
+            positions = self.positions[rows]
+        except Exception as problem:
+            return self._otherwise("[...]", lambda z: z[index], f"the index {index!r} ({problem})")
+        untouched = isinstance(rows, tuple) and all(isinstance(r, slice) and r == slice(None) for r in rows)
+        return self._with(positions=positions, width=width, whole=self.whole and untouched)
+
+    def rows_of(self, values: Tensor) -> Tensor:
+        """The rows of the head's input, or of what lies beside it, that these logits belong to: [rows, ...]."""
+        flat = values.reshape(-1, values.shape[-1])
+        return flat if self.whole else flat.index_select(0, self.positions.reshape(-1))
+
+    def view(self, *shape: Any) -> Any:
+        sizes = tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
+        if isinstance(sizes[-1], int) and sizes[-1] in (self.width, -1) and sizes.count(-1) - (sizes[-1] == -1) <= 1:
+            lead = sizes[:-1]
+            fits = -1 in lead or torch.Size(lead).numel() == self.positions.numel()
+            if fits:
+                return self._with(positions=self.positions.reshape(lead))
+        return self._otherwise("view", lambda z: z.reshape(sizes), f"the shape {list(sizes)}")
+
+    reshape = view
+
+    # --- what the fused pass answers
+
+    def argmax(self, dim: int | None = None, keepdim: bool = False) -> Any:
+        if dim in (-1, self.ndim - 1):
+            predictions = self.call.predictions(self)
+            if predictions is not None:
+                return predictions[..., None] if keepdim else predictions
+            return self._otherwise("argmax", lambda z: z.argmax(dim, keepdim), "argmax before the loss is computed")
+        return self._otherwise("argmax", lambda z: z.argmax(dim, keepdim), f"argmax along dimension {dim}")
+
+    def cross_entropy(
+        self,
+        target: Tensor,
+        weight: Tensor | None = None,
+        size_average: Any = None,
+        ignore_index: int = -100,
+        reduce: Any = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+    ) -> Tensor:
+        unusual = [name for name, value in (("weight", weight), ("size_average", size_average), ("reduce", reduce)) if value is not None]  # fmt: skip
+        if label_smoothing != 0:
+            unusual.append(f"label_smoothing={label_smoothing}")
+        if reduction not in ("mean", "sum"):
+            unusual.append(f"reduction={reduction!r}")
+        if not isinstance(target, Tensor) or target.is_floating_point():
+            unusual.append("probabilities as target")
+        if unusual or self.detached:
+            what = ", ".join(unusual) or "logits without a gradient"
+            raise LogitsNotKept(f"the model calls cross_entropy with {what}, which the patched loss would drop; unpatch it")
+        if self.detached or target.numel() != self.positions.numel():
+            raise ValueError(
+                f"labels: expected one for each of the {self.positions.numel()} rows of logits {list(self.shape)}, got shape "
+                f"{list(target.shape)}; labels must be as long as the inputs"
+            )
+        return self.call.evaluate(self, target, ignore_index, reduction)
+
+    # --- everything else
+
+    def _otherwise(self, name: str, function: Callable[[Tensor], Any], what: str = "") -> Any:
+        """The same of real logits where they are kept, else an error."""
+        real = self.call.real(self)
+        if real is None:
+            raise LogitsNotKept(
+                f"{self.call.model_name} asks for {what or name} of its logits after labels were given, and the patched "
+                f"loss forms no logits; {KEEP}"
+            )
+        return function(real)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or not hasattr(Tensor, name):
+            raise AttributeError(name)
+        return self._otherwise(name, lambda z: getattr(z, name))
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if function is F.cross_entropy and args and isinstance(args[0], DeferredLogits):
+            return args[0].cross_entropy(*args[1:], **kwargs)
+        name = getattr(function, "__name__", str(function))
+        method = _METHODS.get(name)
+        if method is not None and isinstance(args[0], DeferredLogits):
+            return getattr(args[0], method)(*args[1:], **kwargs)
+        if name in ("mul", "__mul__", "__rmul__", "multiply") and isinstance(args[1], DeferredLogits):
+            return args[1] * args[0]
+        logits = next(a for a in (*args, *kwargs.values()) if isinstance(a, DeferredLogits))
+
+        def real_of(value: Any) -> Any:
+            return value.call.real(value) if isinstance(value, DeferredLogits) else value
+
+        return logits._otherwise(
+            name, lambda _: function(*map(real_of, args), **{k: real_of(v) for k, v in kwargs.items()})
+        )
+
+
+_METHODS = {
+    "tanh": "tanh", "mul": "__mul__", "multiply": "__mul__", "div": "__truediv__", "true_divide": "__truediv__",
+    "divide": "__truediv__", "argmax": "argmax", "reshape": "reshape", "detach": "detach",
+}  # fmt: skip
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    def operation(self: DeferredLogits, *args: Any) -> Any:
+        return self._otherwise(name, lambda z: getattr(z, name)(*args))
+
+    return operation
+
+
+for _name in ("add", "radd", "sub", "rsub", "rtruediv", "pow", "neg", "matmul", "eq", "ne", "lt", "le", "gt", "ge", "iter", "len", "bool"):  # fmt: skip
+    setattr(DeferredLogits, f"__{_name}__", _operator(f"__{_name}__"))
+DeferredLogits.__hash__ = object.__hash__  # type: ignore[method-assign]
+
+
+def _number(value: Any) -> float | None:
+    """A Python number, also out of a tensor of one that is not trained."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.requires_grad:
+        return float(value)
+    return None
+
+
+def _split(index: Any, ndim: int) -> tuple[Any, slice | None]:
+    """The part of an index for the leading dimensions, and the slice of the last one, None for all of it."""
+    parts = index if isinstance(index, tuple) else (index,)
+    if any(p is None for p in parts):
+        return _NEVER, None
+    used = sum(p.dim() if isinstance(p, Tensor) and p.dtype == torch.bool else 1 for p in parts if p is not Ellipsis)
+    if Ellipsis in [p for p in parts if not isinstance(p, Tensor)]:
+        at = next(i for i, p in enumerate(parts) if p is Ellipsis)
+        parts = parts[:at] + (slice(None),) * (ndim - used) + parts[at + 1 :]
+        used = ndim
+    if used < ndim:
+        return parts, None
+    last = parts[-1]
+    return (parts[:-1], last) if isinstance(last, slice) else (_NEVER, None)
+
+
+_NEVER = object()  # no tensor can be indexed with it: refused

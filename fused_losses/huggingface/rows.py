@@ -1,0 +1,97 @@
+"""The reference cache for batches: each sequence's hidden states under a key of its own, whatever batch it comes in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cache import ReferenceCache, Unchanged, model_digest
+
+
+class CachedRows:
+    """Hidden states [B, T, D] out of the cache where every row is there, else computed and then kept.
+
+    A row's key is made of all its inputs at its real tokens, so it does not depend on the padding to its right or on the
+    other rows.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        if not isinstance(directory, (str, Path)):
+            raise TypeError(f"reference_cache: expected a directory, got {type(directory).__name__}")
+        self.directory = Path(directory)
+        self.cache: ReferenceCache | None = None
+        self.unchanged: Unchanged | None = None
+
+    def states(
+        self,
+        compute: Callable[[], Tensor],
+        tensors: Callable[[], Iterable[tuple[str, Tensor]]],
+        description: tuple[str, ...],
+        args: tuple,
+        kwargs: dict,
+        labels: Tensor,
+    ) -> Tensor:
+        keyed = self._keys(tensors, description, args, kwargs, labels)
+        if keyed is None:
+            return compute()
+        keys, tokens = keyed
+        rows = [self.cache.get(key) for key in keys]
+        if all(row is not None and len(row) == len(at) for row, at in zip(rows, tokens, strict=True)):
+            hidden = rows[0].new_zeros((*labels.shape, rows[0].shape[-1]))
+            for into, row, at in zip(hidden, rows, tokens, strict=True):
+                into[at] = row
+            return hidden.to(labels.device)
+        hidden = compute()
+        if hidden.shape[:-1] == labels.shape:
+            for key, row, values, at in zip(keys, rows, hidden, tokens, strict=True):
+                if row is None:
+                    self.cache.put(key, values[at.to(values.device)].cpu())
+        return hidden
+
+    def _keys(self, tensors, description, args, kwargs, labels) -> tuple[list[str], list[Tensor]] | None:
+        """For each row its key and which of its tokens are real; None where inputs have no digest."""
+        inputs = {**{str(i): a for i, a in enumerate(args)}, **kwargs}
+        mask = inputs.get("attention_mask")
+        if labels.dim() != 2:
+            return None
+        real = torch.ones(labels.shape, dtype=torch.bool)
+        if isinstance(mask, Tensor) and mask.shape == labels.shape:
+            real = mask.cpu() != 0
+            if bool(((labels.cpu() != -100) & ~real).any()):
+                return None  # a label at padding, of which nothing is kept
+        common: list[Any] = []
+        whole: dict[str, Tensor] = {}
+        for name, value in sorted(inputs.items()):
+            if isinstance(value, Tensor):
+                if value.dim() > 0 and value.shape[0] == len(labels):
+                    whole[name] = value.cpu()
+                else:
+                    common.append((name, list(value.shape), str(value.dtype), value.cpu()))
+            elif value is None or isinstance(value, (bool, int, float, str)):
+                common.append((name, value))
+            else:
+                return None
+        self._open(tensors, description)
+        tokens = [row.nonzero().flatten() for row in real]
+        keys = []
+        for b, at in enumerate(tokens):
+            parts: list[Any] = [*common]
+            if not torch.equal(at, torch.arange(len(at))):
+                parts.append(("tokens", at))
+            for name, value in whole.items():
+                row = value[b]
+                if row.dim() == 1 and len(row) == labels.shape[1]:
+                    row = row[at]
+                parts.append((name, list(row.shape), str(row.dtype), row))
+            keys.append(self.cache.key([], *(x for part in parts for x in part)))
+        return keys, tokens
+
+    def _open(self, tensors: Callable[[], Iterable[tuple[str, Tensor]]], description: tuple[str, ...]) -> None:
+        if self.unchanged is None or not self.unchanged.holds():
+            named = list(tensors())
+            self.unchanged = Unchanged(named)
+            self.cache = ReferenceCache(self.directory, digest=model_digest(named, *description))

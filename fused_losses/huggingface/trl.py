@@ -1,0 +1,64 @@
+"""The output that TRL's trainers ask a model for with `fused_lm_head=True`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+
+class SummedLogProbs:
+    """Stands for per-token log-probabilities whose negative sum is the fused loss, which TRL divides by the number of tokens."""
+
+    def __init__(self, total: Tensor, sign: int = 1) -> None:
+        self.total, self.sign = total, sign
+
+    def __neg__(self) -> SummedLogProbs:
+        return SummedLogProbs(self.total, -self.sign)
+
+    def sum(self) -> Tensor:
+        return -self.sign * self.total
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self._refuse(name)
+
+    def _refuse(self, name: str) -> Any:
+        raise TypeError(
+            f"{name} of the per-token log-probabilities was asked for, and a patched model has the sum of its loss only; with SFTConfig "
+            "leave loss_type='nll' (for DFT: fused_losses.patch(model, fused_losses.DFTLoss())); trainers other than "
+            "SFTTrainer need the model unpatched"
+        )
+
+
+def _operator(name: str) -> Any:
+    def operation(self: SummedLogProbs, *args: Any) -> Any:
+        return self._refuse(name)
+
+    return operation
+
+
+for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "getitem", "pow"):
+    setattr(SummedLogProbs, f"__{_name}__", _operator(_name))
+
+
+def output(call: Any, outputs: Any) -> Any:
+    """TRL 1.16's FusedCausalLMOutput of a call that has the sum of its token losses."""
+    from trl.trainer.utils import FusedCausalLMOutput
+
+    target, seen = call.target, call.observer
+    mask = target != call.loss.ignore_index
+    aux_loss = outputs.get("aux_loss") if hasattr(outputs, "get") else None
+    num_items = mask.sum().clamp(min=1) if call.num_items is None else call.num_items
+    loss = call.token_loss / num_items
+    if aux_loss is not None:
+        loss = loss + (outputs.loss - call.token_loss)
+    return FusedCausalLMOutput(
+        loss=loss,
+        log_probs=SummedLogProbs(call.token_loss),
+        entropy=seen.entropy,
+        is_top1=(seen.prediction == target) & mask,
+        label_mask=mask,
+        aux_loss=aux_loss,
+    )
