@@ -168,4 +168,7 @@ def _same_tensor(a: Tensor, b: Tensor) -> bool:
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
     return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
-class LowRank: pass
+
+
+class LowRank:
+    pass

@@ -1,3 +1,10 @@
-class ReferenceCache: pass
-class Unchanged: pass
-def model_digest(*a): pass
+class ReferenceCache:
+    pass
+
+
+class Unchanged:
+    pass
+
+
+def model_digest(*a):
+    pass

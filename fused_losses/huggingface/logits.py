@@ -123,7 +123,9 @@ class DeferredLogits:
     def to(self, *args: Any, **kwargs: Any) -> Any:
         wanted = [*args, *kwargs.values()]
         dtypes = [w for w in wanted if isinstance(w, torch.dtype)] + [w.dtype for w in wanted if isinstance(w, Tensor)]
-        devices = [torch.device(w) for w in wanted if isinstance(w, (str, int, torch.device)) and not isinstance(w, bool)]
+        devices = [
+            torch.device(w) for w in wanted if isinstance(w, (str, int, torch.device)) and not isinstance(w, bool)
+        ]
         devices += [w.device for w in wanted if isinstance(w, Tensor)]
         if any(d.type != self.device.type or (d.index or 0) != (self.device.index or 0) for d in devices):
             return self._otherwise("to", lambda z: z.to(*args, **kwargs), f"a move from {self.device} to {devices[0]}")
@@ -218,7 +220,9 @@ class DeferredLogits:
             unusual.append("probabilities as target")
         if unusual or self.detached:
             what = ", ".join(unusual) or "logits without a gradient"
-            raise LogitsNotKept(f"the model calls cross_entropy with {what}, which the patched loss would drop; unpatch it")
+            raise LogitsNotKept(
+                f"the model calls cross_entropy with {what}, which the patched loss would drop; unpatch it"
+            )
         if self.detached or target.numel() != self.positions.numel():
             raise ValueError(
                 f"labels: expected one for each of the {self.positions.numel()} rows of logits {list(self.shape)}, got shape "
@@ -254,14 +258,17 @@ class DeferredLogits:
             return getattr(args[0], method)(*args[1:], **kwargs)
         if name in ("mul", "__mul__", "__rmul__", "multiply") and isinstance(args[1], DeferredLogits):
             return args[1] * args[0]
-        logits = next(a for a in (*args, *kwargs.values()) if isinstance(a, DeferredLogits))
+        found: list[DeferredLogits] = []
 
         def real_of(value: Any) -> Any:
-            return value.call.real(value) if isinstance(value, DeferredLogits) else value
+            if isinstance(value, DeferredLogits):
+                found.append(value)
+                return value.call.real(value)
+            return type(value)(map(real_of, value)) if isinstance(value, (list, tuple)) else value
 
-        return logits._otherwise(
-            name, lambda _: function(*map(real_of, args), **{k: real_of(v) for k, v in kwargs.items()})
-        )
+        args, kwargs = tuple(map(real_of, args)), {key: real_of(value) for key, value in kwargs.items()}
+
+        return found[0]._otherwise(name, lambda _: function(*args, **kwargs))
 
 
 _METHODS = {

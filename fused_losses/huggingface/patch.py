@@ -70,7 +70,7 @@ def patch(
     Cost: that of the loss. A reference costs a forward of its body without a gradient.
     """
     base = _base_model(model)
-    if STATE in vars(base):
+    if STATE in vars(base) and vars(base)[STATE].loss is not None:
         raise ValueError(
             f"{type(base).__name__} is patched already, with {vars(base)[STATE].loss}; call fused_losses.unpatch(model) first"
         )
@@ -87,14 +87,15 @@ def patch(
     if "forward" in vars(base):  # somebody's wrapper around the class's forward: it stays around ours
         state.wrappers.append(vars(base).pop("forward"))
     vars(base)[STATE] = state
-    base.__class__ = _patched_class(type(base))
+    if not hasattr(type(base), "_fused_losses_original"):  # else ours is still there, below FSDP's
+        base.__class__ = _patched_class(type(base))
     return model
 
 
 def unpatch(model: nn.Module) -> Any:
     """Undo `patch`; returns the model, which then computes bit for bit what it did before."""
-    base = _base_model(model)
-    if STATE not in vars(base):
+    base = _base_model(getattr(model, "_orig_mod", model), compiled=True)
+    if STATE not in vars(base) or vars(base)[STATE].loss is None:
         raise ValueError(f"{type(base).__name__} is not patched")
     state: Patch = vars(base)[STATE]
     state.loss = None
@@ -464,19 +465,22 @@ def _patched_class(cls: type) -> type:
     return _CLASSES[cls]
 
 
-def _base_model(model: Any) -> Any:
+def _base_model(model: Any, compiled: bool = False) -> Any:
     """The transformers model under PEFT's wrapper."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a transformers model, got {type(model).__name__}")
-    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
-        raise TypeError("model is compiled; patch it first, then call torch.compile")
+        made = "; give the model itself" if isinstance(model, str) else ""
+        raise TypeError(f"model: expected a transformers model, got {type(model).__name__}{made}")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise TypeError(f"model is wrapped in {type(model).__name__}; patch it first, then wrap it")
     if hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
-        model = model.get_base_model()
-        if getattr(model, "_compiled_call_impl", None) is not None:
-            raise TypeError("model is compiled; patch it first, then call torch.compile")
-    return model
+        inner = model.get_base_model()
+    else:
+        inner = model
+    if not compiled and any(
+        hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None for m in (model, inner)
+    ):
+        raise TypeError("model is compiled; patch it first, then call torch.compile")
+    return inner
 
 
 def _check_model(base: nn.Module, model: nn.Module) -> None:
