@@ -92,8 +92,19 @@ SMALL = {name: value for value, fields in TABLE for name in fields.split()}
 
 # Also where the default is None: elsewhere None means that the class works without.
 ALWAYS = set(
-    "pad_token_id bos_token_id eos_token_id logit_scale final_logit_softcapping logits_soft_cap head_dim "
-    "num_key_value_heads num_experts_per_tok n_routed_experts n_shared_experts".split()
+    [
+        "pad_token_id",
+        "bos_token_id",
+        "eos_token_id",
+        "logit_scale",
+        "final_logit_softcapping",
+        "logits_soft_cap",
+        "head_dim",
+        "num_key_value_heads",
+        "num_experts_per_tok",
+        "n_routed_experts",
+        "n_shared_experts",
+    ]
 )
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
