@@ -1,0 +1,319 @@
+"""A tiny random model of every class in transformers' causal-LM mapping, and a batch to call it with.
+
+    for name in names():
+        model, inputs = build(name)
+        loss = model(**inputs).loss
+
+Float32 on the CPU, in train() mode without dropout. Sizes come from one table of configuration fields (`SMALL`) that is applied to every configuration
+and the ones inside it; `OVERRIDES` and `INPUTS` name what single classes need on top. Multipliers and soft-caps are not 1 and biases not 0, so that leaving
+one out shows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROWS, LENGTH = 2, 12
+VOCABULARY = 97
+HIDDEN = 32
+MOST_PARAMETERS = 2_000_000
+
+
+class CannotBuild(Exception):
+    """This class of model cannot be built or called here; the message says why."""
+
+
+# value: the configuration fields that get it. Fields that a class lacks, or has as None, are left out.
+TABLE: list[tuple[Any, str]] = [
+    # widths
+    (HIDDEN, "hidden_size d_model n_embd emb_dim embedding_dim dim_model lru_width"),
+    (24, "embedding_size word_embed_proj_dim input_embedding_size moe_intermediate_size expert_ffn_hidden_size"),
+    (24, "shared_expert_intermediate_size shared_intermediate_size moe_shared_expert_intermediate_size"),
+    (40, "output_embedding_size"),
+    (48, "intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim d_inner n_inner dff dim_ff feed_forward_size"),
+    (48, "ffn_hidden_size intermediate_size_mlp dense_intermediate_size"),
+    # depths
+    (2, "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_encoder_layers"),
+    (2, "num_decoder_layers num_blocks"),
+    # attention
+    (4, "num_attention_heads n_head n_heads num_heads attention_heads encoder_attention_heads decoder_attention_heads"),
+    (4, "num_encoder_attention_heads num_decoder_attention_heads swa_num_attention_heads"),
+    (2, "num_key_value_heads num_kv_heads num_query_groups swa_num_key_value_heads index_n_heads"),
+    (8, "head_dim dim_head d_head attention_head_size v_head_dim qk_nope_head_dim swa_head_dim index_head_dim"),
+    (8, "kv_lora_rank q_lora_rank o_lora_rank adapter_rank laurel_rank hc_lowrank"),
+    (6, "index_topk"),
+    (4, "qk_rope_head_dim rotary_dim"),
+    # experts: the first layer dense where there is a choice, the second sparse
+    (4, "num_experts n_routed_experts num_local_experts moe_num_experts"),
+    (2, "num_experts_per_tok num_experts_per_token moe_topk moe_k top_k_experts"),
+    (1, "n_group num_expert_group topk_group n_shared_experts num_shared_experts moe_num_shared_experts"),
+    (1, "first_k_dense_replace num_dense_layers moe_layer_start_index"),
+    ([0], "mlp_only_layers"),
+    # state-space and linear-attention layers
+    (8, "mamba_d_state state_size ssm_state_size mamba_n_heads mamba_num_heads mamba_d_head mamba_head_dim"),
+    (64, "mamba_d_ssm"),
+    (2, "linear_num_key_heads linear_num_heads"),
+    (4, "linear_num_value_heads"),
+    (8, "linear_key_head_dim linear_value_head_dim linear_head_dim"),
+    (8, "chunk_size mamba_chunk_size attention_chunk_size"),
+    # images and sounds
+    (16, "image_size crop_size output_channels"),
+    (8, "patch_size num_mel_bins"),
+    (48, "mlp_dim"),
+    # lengths
+    (64, "max_position_embeddings n_positions n_ctx max_seq_len max_target_positions model_max_length"),
+    (64, "max_source_positions context_length"),
+    (8, "sliding_window attention_window_size sliding_window_size local_attention"),
+    # ids
+    (VOCABULARY, "vocab_size decoder_vocab_size vocab_size_per_layer_input"),
+    (0, "pad_token_id"),
+    (1, "bos_token_id decoder_start_token_id cls_token_id"),
+    (2, "eos_token_id forced_eos_token_id sep_token_id"),
+    # values: initial weights so large that every layer matters, everything on the way to the logits and the loss not 1 and not 0
+    (0.2, "initializer_range init_std embed_init_std"),
+    (True, "is_decoder output_router_logits lm_head_bias decoder_bias"),
+    (False, "use_cache"),
+    (0.1, "router_aux_loss_coef aux_loss_coef"),
+    (0.25, "logit_scale"),
+    (4.0, "logits_scaling"),
+    (0.3, "lm_head_multiplier"),
+    (3.0, "logits_mup_width_multiplier"),
+    (5.0, "final_logit_softcapping logits_soft_cap output_logit_soft_cap"),
+    (1.5, "embedding_multiplier"),
+    (0.7, "residual_multiplier"),
+]
+SMALL = {name: value for value, fields in TABLE for name in fields.split()}
+
+# Also where the default is None: elsewhere None means that the class works without.
+ALWAYS = set(
+    [
+        "pad_token_id",
+        "bos_token_id",
+        "eos_token_id",
+        "logit_scale",
+        "final_logit_softcapping",
+        "logits_soft_cap",
+        "head_dim",
+        "num_key_value_heads",
+        "num_experts_per_tok",
+        "n_routed_experts",
+        "n_shared_experts",
+    ]
+)
+
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+BLT_PART = dict(vocab_size=260, num_key_value_heads=4, hidden_size_global=64, num_hidden_layers=1)
+GEMMA4 = dict(layer_types=["sliding_attention", "full_attention"], global_head_dim=8, hidden_size_per_layer_input=8)
+MOE_GEMMA4 = dict(enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=24)
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "BigBirdForCausalLM": dict(attention_type="original_full"),
+    "BigBirdPegasusForCausalLM": dict(attention_type="original_full"),
+    "BltForCausalLM": dict(
+        vocab_size=260,
+        encoder_hash_byte_group_vocab=50,
+        encoder_hash_byte_group_size=[3, 4],
+        patcher_config=BLT_PART,
+        encoder_config=BLT_PART,
+        decoder_config=BLT_PART,
+        global_config=dict(hidden_size=64, num_key_value_heads=4, head_dim=16),
+    ),
+    "CohereCompassForCausalLM": dict(
+        layer_types=["sliding_attention", "full_attention"],
+        rope_parameters={"sliding_attention": ROPE, "full_attention": ROPE},
+    ),
+    "DbrxForCausalLM": dict(
+        attn_config=dict(rope_theta=10000.0, kv_n_heads=2, clip_qkv=3.0), ffn_config=dict(moe_top_k=2)
+    ),
+    "DogeForCausalLM": dict(is_moe=True),
+    "Dots3NoteForCausalLM": dict(
+        layer_types=["indexed_attention", "sliding_attention"],
+        mlp_layer_types=["dense", "sparse"],
+        num_key_value_heads=4,
+        swa_num_attention_heads=4,
+        swa_num_key_value_heads=4,
+        swa_q_lora_rank=8,
+        swa_kv_lora_rank=8,
+        swa_head_dim=12,
+        swa_qk_nope_head_dim=8,
+        swa_v_head_dim=8,
+        shared_experts_intermediate_size=24,
+        head_dim=12,
+    ),
+    "GPTNeoForCausalLM": dict(attention_types=[[["global", "local"], 1]], window_size=8),
+    "Gemma3nForCausalLM": dict(
+        num_hidden_layers=4,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        num_kv_shared_layers=2,
+        activation_sparsity_pattern=[0.95, 0.0, 0.0, 0.0],
+        intermediate_size=[48] * 4,
+    ),
+    "Gemma4ForCausalLM": GEMMA4 | MOE_GEMMA4,
+    "Gemma4ForConditionalGeneration": dict(text_config=GEMMA4),
+    "Gemma4UnifiedForCausalLM": GEMMA4,
+    "Gemma4UnifiedForConditionalGeneration": dict(text_config=GEMMA4),
+    "Lfm2MoeForCausalLM": dict(layer_types=["conv", "full_attention"]),
+    "LongcatFlashForCausalLM": dict(head_dim=4, zero_expert_num=2),
+    "Mamba2ForCausalLM": dict(num_heads=8),
+    "Qwen4ExpForCausalLM": dict(
+        indexer_n_heads=2,
+        indexer_kv_heads=1,
+        indexer_head_dim=8,
+        indexer_budget=8,
+        indexer_compress_ratio=2,
+    ),
+    "ReformerModelWithLMHead": dict(
+        axial_pos_shape=(3, 4),
+        axial_pos_embds_dim=(8, 24),
+        attn_layers=("local", "lsh"),
+        local_attn_chunk_length=4,
+        lsh_attn_chunk_length=4,
+        num_buckets=2,
+        hash_seed=0,
+    ),
+    "Phi4MultimodalForCausalLM": dict(
+        audio_config=dict(
+            ext_pw_out_channel=32, depthwise_separable_out_channel=32, nemo_conv_channels=32, input_size=16
+        )
+    ),
+    "RoCBertForCausalLM": dict(
+        pronunciation_embed_dim=8, pronunciation_vocab_size=31, shape_embed_dim=8, shape_vocab_size=37
+    ),
+    "XLMWithLMHeadModel": dict(causal=True),
+    "XmodForCausalLM": dict(default_language="en_XX"),
+    "ZambaForCausalLM": dict(num_hidden_layers=3, layers_block_type=["linear_attention", "hybrid", "hybrid"]),
+    "ZayaForCausalLM": dict(num_experts_per_tok=1),
+}
+
+
+def parameters_of(config_class: type) -> set[str]:
+    return set(inspect.signature(config_class.__init__).parameters) - {"self", "kwargs", "args"}
+
+
+def value_of(config: Any, name: str) -> Any:
+    """Also under a name that the class maps to another one."""
+    now = {} if config is None else vars(config)
+    return now[name] if name in now else getattr(config, name, None)
+
+
+def few_layers(config: Any) -> dict[str, Any]:
+    """One layer of each kind, at least two: every list with an entry a layer, cut to its different entries in order of appearance."""
+    now = vars(config)
+    depth_name = next((n for n in ("num_hidden_layers", "num_layers", "n_layer", "n_layers") if n in now), None)
+    if depth_name is None:
+        return {}
+    kinds = {}
+    for name in parameters_of(type(config)):
+        values = now.get(name)
+        if isinstance(values, (list, tuple)) and len(values) == now[depth_name] and len(set(map(str, values))) <= 4:
+            kinds[name] = list(dict.fromkeys(values))
+    depth = max([2, *map(len, kinds.values())])
+    cut = {name: values + values[-1:] * (depth - len(values)) for name, values in kinds.items()}
+    return {**cut, **({depth_name: depth} if depth > 2 else {})}
+
+
+def tiny_config(config_class: type, overrides: dict[str, Any] | None = None) -> Any:
+    """A configuration of this class with the sizes of `SMALL`, the same for those inside it, then `overrides`."""
+    overrides = dict(overrides or {})
+    try:
+        base = config_class()
+    except ValueError:  # its own defaults contradict each other
+        base = None
+    now = {} if base is None else vars(base)
+    accepted = parameters_of(config_class)
+    values: dict[str, Any] = {}
+    for name in accepted:
+        old = value_of(base, name)
+        if name in SMALL and (old is not None or name in ALWAYS):
+            values[name] = SMALL[name]
+        elif isinstance(old, float) and any(part in name for part in ("dropout", "pdrop", "layerdrop", "jitter")):
+            values[name] = 0.0
+        elif old == 1.0 and isinstance(old, float) and name.endswith("_multiplier"):
+            values[name] = 0.7
+    if "kv_lora_rank" in values and "num_key_value_heads" in values:
+        values["num_key_value_heads"] = SMALL["num_attention_heads"]  # latent attention expands to all heads
+    if base is not None:
+        values |= few_layers(base)
+    for name in config_class.sub_configs:
+        if hasattr(now.get(name), "to_dict"):
+            values[name] = tiny_config(type(now[name]), overrides.pop(name, {}))
+    return config_class(**{**values, **overrides})
+
+
+def batch(vocabulary: int, seed: int) -> dict[str, Tensor]:
+    """Two rows, the second one shorter; ignored labels in other places of each row."""
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, vocabulary, (ROWS, LENGTH), generator=g)
+    mask = torch.ones_like(ids)
+    mask[1, -3:] = 0
+    ids[mask == 0] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[0, [0, 1, 6]] = -100
+    labels[1, [3, 4]] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def codebooks(config: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Music: [rows · codebooks, length] ids, and labels with the codebooks last."""
+    shifted = [inputs["labels"].roll(k, 0) for k in range(config.num_codebooks)]
+    ids = torch.stack([inputs["input_ids"].roll(k, 0) for k in range(config.num_codebooks)], 1)
+    return inputs | {"input_ids": ids.flatten(0, 1), "labels": torch.stack(shifted, -1)}
+
+
+def image(config: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    vision = config.vision_config
+    size = (ROWS, vision.num_channels, vision.image_size, vision.image_size)
+    return inputs | {"pixel_values": torch.randn(size)}
+
+
+INPUTS: dict[str, Callable[[Any, dict[str, Tensor]], dict[str, Any]]] = {
+    "GitForCausalLM": image,
+    "MusicgenForCausalLM": codebooks,
+    "MusicgenMelodyForCausalLM": codebooks,
+}
+
+
+def names() -> list[str]:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as mapping
+
+    classes = (c for value in mapping.values() for c in (value if isinstance(value, tuple) else (value,)))
+    return sorted(set(classes))
+
+
+def perturb(model: torch.nn.Module, seed: int) -> None:
+    """Biases start at 0 and norms at 1, where leaving them out would go unnoticed."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1 and parameter.is_floating_point():
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=g))
+
+
+def build(name: str, seed: int = 0) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """(model, inputs) for `model(**inputs)`; raises CannotBuild."""
+    import transformers
+
+    cls = getattr(transformers, name)
+    if "labels" not in inspect.signature(cls.forward).parameters:
+        raise CannotBuild("its forward takes no labels and returns no loss")
+    try:
+        config = tiny_config(cls.config_class, OVERRIDES.get(name))
+        size = 0
+        with contextlib.suppress(Exception), torch.device("meta"):
+            size = sum(p.numel() for p in cls(config).parameters())
+        if size > MOST_PARAMETERS:
+            raise CannotBuild(f"{size:,} parameters, more than {MOST_PARAMETERS:,}: sizes that the table does not know")
+        torch.manual_seed(seed)
+        model = cls(config).train()
+    except ImportError as error:
+        raise CannotBuild(" ".join(str(error).split())) from error
+    perturb(model, seed)
+    inputs = batch(config.get_text_config().vocab_size, seed)
+    if name in INPUTS:
+        inputs = INPUTS[name](config, inputs)
+    return model, inputs
