@@ -17,7 +17,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
+from transformers import SiglipVisionConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 ROWS, LENGTH = 2, 12
 VOCABULARY = 97
@@ -72,6 +75,7 @@ TABLE: list[tuple[Any, str]] = [
     (8, "sliding_window attention_window_size sliding_window_size local_attention"),
     # ids
     (VOCABULARY, "vocab_size decoder_vocab_size vocab_size_per_layer_input"),
+    (91, "unpadded_vocab_size"),
     (0, "pad_token_id"),
     (1, "bos_token_id decoder_start_token_id cls_token_id"),
     (2, "eos_token_id forced_eos_token_id sep_token_id"),
@@ -85,30 +89,28 @@ TABLE: list[tuple[Any, str]] = [
     (0.3, "lm_head_multiplier"),
     (3.0, "logits_mup_width_multiplier"),
     (5.0, "final_logit_softcapping logits_soft_cap output_logit_soft_cap"),
+    (16, "dim_model_base"),
     (1.5, "embedding_multiplier"),
     (0.7, "residual_multiplier"),
 ]
 SMALL = {name: value for value, fields in TABLE for name in fields.split()}
 
 # Also where the default is None: elsewhere None means that the class works without.
-ALWAYS = set(
-    [
-        "pad_token_id",
-        "bos_token_id",
-        "eos_token_id",
-        "logit_scale",
-        "final_logit_softcapping",
-        "logits_soft_cap",
-        "head_dim",
-        "num_key_value_heads",
-        "num_experts_per_tok",
-        "n_routed_experts",
-        "n_shared_experts",
-    ]
-)
+ALWAYS = {
+    *("pad_token_id", "bos_token_id", "eos_token_id", "unpadded_vocab_size"),
+    *("logit_scale", "final_logit_softcapping", "logits_soft_cap", "head_dim", "num_key_value_heads"),
+    *("num_experts_per_tok", "n_routed_experts", "n_shared_experts"),
+}
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 BLT_PART = dict(vocab_size=260, num_key_value_heads=4, hidden_size_global=64, num_hidden_layers=1)
+GEMMA3N = dict(
+    num_hidden_layers=4,
+    layer_types=["sliding_attention", "full_attention"] * 2,
+    num_kv_shared_layers=2,
+    activation_sparsity_pattern=[0.95, 0.0, 0.0, 0.0],
+    intermediate_size=[48] * 4,
+)
 GEMMA4 = dict(layer_types=["sliding_attention", "full_attention"], global_head_dim=8, hidden_size_per_layer_input=8)
 MOE_GEMMA4 = dict(enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=24)
 OVERRIDES: dict[str, dict[str, Any]] = {
@@ -146,20 +148,23 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         head_dim=12,
     ),
     "GPTNeoForCausalLM": dict(attention_types=[[["global", "local"], 1]], window_size=8),
-    "Gemma3nForCausalLM": dict(
-        num_hidden_layers=4,
-        layer_types=["sliding_attention", "full_attention"] * 2,
-        num_kv_shared_layers=2,
-        activation_sparsity_pattern=[0.95, 0.0, 0.0, 0.0],
-        intermediate_size=[48] * 4,
+    "Gemma3nForCausalLM": GEMMA3N,
+    "Gemma3nForConditionalGeneration": dict(
+        text_config=GEMMA3N,
+        # its own vision tower comes from timm; text never gets there
+        vision_config=dict(config_class=SiglipVisionConfig, vocab_size=8, vocab_offset=200, rms_norm_eps=1e-6),
+        audio_config=dict(vocab_size=8, vocab_offset=208, conf_num_attention_heads=4, conf_num_hidden_layers=1),
     ),
     "Gemma4ForCausalLM": GEMMA4 | MOE_GEMMA4,
     "Gemma4ForConditionalGeneration": dict(text_config=GEMMA4),
     "Gemma4UnifiedForCausalLM": GEMMA4,
     "Gemma4UnifiedForConditionalGeneration": dict(text_config=GEMMA4),
+    "HyperCLOVAXForCausalLM": dict(logits_scaling=0.25),
     "Lfm2MoeForCausalLM": dict(layer_types=["conv", "full_attention"]),
     "LongcatFlashForCausalLM": dict(head_dim=4, zero_expert_num=2),
     "Mamba2ForCausalLM": dict(num_heads=8),
+    "MusicgenForCausalLM": dict(initializer_factor=0.2),
+    "MusicgenMelodyForCausalLM": dict(initializer_factor=0.2),
     "Qwen4ExpForCausalLM": dict(
         indexer_n_heads=2,
         indexer_kv_heads=1,
@@ -241,7 +246,8 @@ def tiny_config(config_class: type, overrides: dict[str, Any] | None = None) -> 
         values |= few_layers(base)
     for name in config_class.sub_configs:
         if hasattr(now.get(name), "to_dict"):
-            values[name] = tiny_config(type(now[name]), overrides.pop(name, {}))
+            inside = dict(overrides.pop(name, {}))
+            values[name] = tiny_config(inside.pop("config_class", type(now[name])), inside)
     return config_class(**{**values, **overrides})
 
 
@@ -279,25 +285,22 @@ INPUTS: dict[str, Callable[[Any, dict[str, Tensor]], dict[str, Any]]] = {
 
 
 def names() -> list[str]:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as mapping
-
-    classes = (c for value in mapping.values() for c in (value if isinstance(value, tuple) else (value,)))
+    mapping = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    classes = (c for value in mapping for c in (value if isinstance(value, tuple) else (value,)))
     return sorted(set(classes))
 
 
 def perturb(model: torch.nn.Module, seed: int) -> None:
-    """Biases start at 0 and norms at 1, where leaving them out would go unnoticed."""
+    """Biases start at 0, norms at 1 and some matrices at 0, where leaving them out would go unnoticed."""
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim == 1 and parameter.is_floating_point():
+            if parameter.is_floating_point() and (parameter.ndim == 1 or not parameter.any()):
                 parameter.add_(0.2 * torch.randn(parameter.shape, generator=g))
 
 
 def build(name: str, seed: int = 0) -> tuple[torch.nn.Module, dict[str, Any]]:
     """(model, inputs) for `model(**inputs)`; raises CannotBuild."""
-    import transformers
-
     cls = getattr(transformers, name)
     if "labels" not in inspect.signature(cls.forward).parameters:
         raise CannotBuild("its forward takes no labels and returns no loss")
@@ -313,7 +316,8 @@ def build(name: str, seed: int = 0) -> tuple[torch.nn.Module, dict[str, Any]]:
     except ImportError as error:
         raise CannotBuild(" ".join(str(error).split())) from error
     perturb(model, seed)
-    inputs = batch(config.get_text_config().vocab_size, seed)
+    text = config.get_text_config()
+    inputs = batch(getattr(text, "unpadded_vocab_size", text.vocab_size), seed)
     if name in INPUTS:
         inputs = INPUTS[name](config, inputs)
     return model, inputs
