@@ -4,9 +4,9 @@
         model, inputs = build(name)
         loss = model(**inputs).loss
 
-Float32 on the CPU, in train() mode without dropout. Sizes come from one table of configuration fields (`SMALL`) that is applied to every configuration
-and the ones inside it; `OVERRIDES` and `INPUTS` name what single classes need on top. Multipliers and soft-caps are not 1 and biases not 0, so that leaving
-one out shows.
+Float32 on the CPU, in train() mode without dropout. Sizes come from one `TABLE` of configuration fields, applied to every configuration and
+the ones inside it; `OVERRIDES` and `INPUTS` name what single classes need on top. Multipliers are not 1, biases not 0 and soft-caps low, so
+that leaving one out shows.
 """
 
 from __future__ import annotations
@@ -119,6 +119,7 @@ GEMMA3N = dict(
 GEMMA4 = dict(layer_types=["sliding_attention", "full_attention"], global_head_dim=8)
 MOE_GEMMA4 = dict(enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=24)
 OVERRIDES: dict[str, dict[str, Any]] = {
+    "BambaForCausalLM": dict(attn_layer_indices=[1]),
     "BigBirdForCausalLM": dict(attention_type="original_full"),
     "BigBirdPegasusForCausalLM": dict(attention_type="original_full"),
     "BltForCausalLM": dict(
@@ -160,6 +161,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "Gemma4UnifiedForCausalLM": GEMMA4,
     "Gemma4UnifiedForConditionalGeneration": dict(text_config=GEMMA4),
     "HyperCLOVAXForCausalLM": dict(logits_scaling=0.25),
+    "JambaForCausalLM": dict(attn_layer_period=2, attn_layer_offset=1),
     "Lfm2MoeForCausalLM": dict(layer_types=["conv", "full_attention"]),
     "LongcatFlashForCausalLM": dict(head_dim=4, zero_expert_num=2),
     "Mamba2ForCausalLM": dict(num_heads=8),
@@ -172,6 +174,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         indexer_budget=8,
         indexer_compress_ratio=2,
     ),
+    "RecurrentGemmaForCausalLM": dict(block_types=["recurrent", "attention"]),
     "ReformerModelWithLMHead": dict(
         axial_pos_shape=(3, 4),
         axial_pos_embds_dim=(8, 24),
@@ -196,14 +199,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 }
 
 
-def parameters_of(config_class: type) -> set[str]:
+def fields_of(config_class: type) -> set[str]:
     return set(inspect.signature(config_class.__init__).parameters) - {"self", "kwargs", "args"}
 
 
 def value_of(config: Any, name: str) -> Any:
     """Also under a name that the class maps to another one."""
-    now = {} if config is None else vars(config)
-    return now[name] if name in now else getattr(config, name, None)
+    return vars(config)[name] if name in vars(config) else getattr(config, name, None)
 
 
 def few_layers(config: Any) -> dict[str, Any]:
@@ -213,7 +215,7 @@ def few_layers(config: Any) -> dict[str, Any]:
     if depth_name is None:
         return {}
     kinds = {}
-    for name in parameters_of(type(config)):
+    for name in fields_of(type(config)):
         values = now.get(name)
         if isinstance(values, (list, tuple)) and len(values) == now[depth_name] and len(set(map(str, values))) <= 4:
             kinds[name] = list(dict.fromkeys(values))
@@ -225,14 +227,9 @@ def few_layers(config: Any) -> dict[str, Any]:
 def tiny_config(config_class: type, overrides: dict[str, Any] | None = None) -> Any:
     """A configuration of this class with the sizes of `SMALL`, the same for those inside it, then `overrides`."""
     overrides = dict(overrides or {})
-    try:
-        base = config_class()
-    except ValueError:  # its own defaults contradict each other
-        base = None
-    now = {} if base is None else vars(base)
-    accepted = parameters_of(config_class)
+    base = config_class()
     values: dict[str, Any] = {}
-    for name in accepted:
+    for name in fields_of(config_class):
         old = value_of(base, name)
         if name in SMALL and (old is not None or name in ALWAYS):
             values[name] = SMALL[name]
@@ -242,11 +239,11 @@ def tiny_config(config_class: type, overrides: dict[str, Any] | None = None) -> 
             values[name] = 0.7
     if "kv_lora_rank" in values and "num_key_value_heads" in values:
         values["num_key_value_heads"] = SMALL["num_attention_heads"]  # latent attention expands to all heads
-    if base is not None:
-        values |= few_layers(base)
+    values |= few_layers(base)
     for name in config_class.sub_configs:
-        if hasattr(now.get(name), "to_dict"):
-            values[name] = tiny_config(type(now[name]), overrides.pop(name, {}))
+        inside = getattr(base, name, None)
+        if isinstance(inside, transformers.PretrainedConfig):
+            values[name] = tiny_config(type(inside), overrides.pop(name, {}))
     return config_class(**{**values, **overrides})
 
 
@@ -291,15 +288,11 @@ def names() -> list[str]:
 def check_size(cls: type, config: Any) -> None:
     """Before memory is touched: a width that the table does not know can make a model of many gigabytes."""
     size = 0
-    with (
-        contextlib.suppress(Exception),
-        torch.device("meta"),
-    ):  # what fails here fails again, with its message, in earnest
+    # What fails here fails again, with its message, in earnest.
+    with contextlib.suppress(Exception), torch.device("meta"):
         size = sum(p.numel() for p in cls(config).parameters())
     if size > MOST_PARAMETERS:
-        raise CannotBuild(
-            f"{size:,} parameters, more than {MOST_PARAMETERS:,}: it has a size that the table does not know"
-        )
+        raise CannotBuild(f"{size:,} parameters, more than {MOST_PARAMETERS:,}: a size that the table does not know")
 
 
 def perturb(model: torch.nn.Module) -> None:
