@@ -103,9 +103,19 @@ def run(trainer: str, loss: str) -> dict:
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
     model, tokenizer = texts.model_and_tokenizer()
+    model = unquantised(model)
     rows = dataset(tokenizer)
     train = with_trainer if trainer.startswith("Trainer") else with_sft_trainer
     return train(model, tokenizer, loss, rows)
+
+
+def unquantised(model):
+    """The same in float32 without the mark of the GGUF file it came from, with which Trainer refuses it."""
+    config = model.config
+    del config.quantization_config
+    plain = type(model)(config)
+    plain.load_state_dict(model.state_dict())
+    return plain.requires_grad_(False)
 
 
 def dataset(tokenizer) -> list[dict]:
