@@ -3,7 +3,7 @@
 `token_losses` is the op; the objectives are modules on top of it; `reference` holds the same in plain PyTorch.
 """
 
-from .head import LMHead, Reference
+from .head import LMHead, LowRank, Reference
 from .objectives import (
     ASFTLoss,
     CrossEntropyLoss,
@@ -30,6 +30,7 @@ __all__ = [
     "GradientReport",
     "LAwFLoss",
     "LMHead",
+    "LowRank",
     "Objective",
     "PSFTLoss",
     "Reference",
