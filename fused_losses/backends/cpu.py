@@ -28,9 +28,9 @@ def statistics(problem: Problem, keep_rows: bool = False) -> tuple[Statistics, G
 
 
 def gradients(
-    problem: Problem, upstream: Upstream, hidden: bool, weight: bool, bias: bool
+    problem: Problem, upstream: Upstream, hidden: bool, weight: bool, bias: bool, low_rank: bool = False
 ) -> tuple[Statistics, Gradients]:
-    return chunked.gradients(problem, upstream, hidden, weight, bias, product(problem))
+    return chunked.gradients(problem, upstream, hidden, weight, bias, low_rank, product(problem))
 
 
 def product(problem: Problem) -> Product | None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..problem import Entries, Gradients, Head, Problem, Statistics, Tails
 
@@ -64,21 +64,22 @@ def keep_chunk_rows(problem: Problem, chunk: Chunk, rows: Gradients, at: slice) 
 
 
 def gradients(
-    problem: Problem, upstream: Upstream, hidden: bool, weight: bool, bias: bool, product: Product | None = None
-) -> tuple[Statistics, Gradients]:
+    problem: Problem, upstream: Upstream, hidden: bool, weight: bool, bias: bool, low_rank: bool = False,
+    product: Product | None = None,
+) -> tuple[Statistics, Gradients]:  # fmt: skip
     """Statistics and Σ_t a_t ∂nll_t + b_t ∂kl_t in one sweep: 3 GEMMs (2 where one gradient is not wanted).
 
     `upstream` is called with the statistics of each chunk and returns (a, b), [C] each or None for zeros. So the
-    weights may depend on anything known of the tokens at hand. dW and db accumulate in fp32 and stay so.
+    weights may depend on anything known of the tokens at hand. dW, db and dB accumulate in fp32 and stay so.
     """
     out = empty_statistics(problem)
-    total = empty_gradients(problem, hidden, weight, bias)
+    total = empty_gradients(problem, hidden, weight, bias, low_rank)
     for chunk in _chunks(problem, out, directions=True, product=product):
         add_chunk(problem, chunk, *upstream(out.at(chunk.tokens), chunk.tokens), total)
     return out, total
 
 
-def empty_gradients(problem: Problem, hidden: bool, weight: bool, bias: bool) -> Gradients:
+def empty_gradients(problem: Problem, hidden: bool, weight: bool, bias: bool, low_rank: bool = False) -> Gradients:
     """What `add_chunk` fills: the rows of hidden are written, the others are sums."""
     acc, head = problem.accumulator, problem.head
     # The caller scales the sums, which in fp16 would come too late for what overflowed or underflowed.
@@ -87,6 +88,7 @@ def empty_gradients(problem: Problem, hidden: bool, weight: bool, bias: bool) ->
         hidden=torch.empty_like(problem.hidden, dtype=hidden_dtype) if hidden else None,
         weight=head.weight.new_zeros(head.weight.shape, dtype=acc) if weight else None,
         bias=head.weight.new_zeros(head.vocabulary, dtype=acc) if bias else None,
+        low_rank=torch.zeros_like(head.low_rank, dtype=acc) if low_rank else None,
     )
 
 
@@ -115,6 +117,8 @@ def add_chunk(problem: Problem, chunk: Chunk, a: Tensor | None, b: Tensor | None
         total.hidden[chunk.tokens] = chunk.times_weight(direction).mul_(row_weight[:, None])
     if total.weight is not None:
         chunk.add_outer(total.weight, direction, row_weight[:, None])
+    if total.low_rank is not None:
+        total.low_rank.addmm_(direction.t(), chunk.low_rank_rows.to(direction.dtype) * row_weight[:, None])
 
 
 def scan(
@@ -245,11 +249,13 @@ class Chunk:
     """Tokens with their logits, which the row passes turn into directions in place, and the products of these."""
 
     tokens: slice
-    hidden: Tensor
+    hidden: Tensor  # [C, D]
     weight: Tensor
     z: Tensor
     r: Tensor | None
     half: Tensor | None
+    low_rank: Tensor | None = None  # [V, r]
+    low_rank_rows: Tensor | None = None  # [C, r]
 
     @property
     def nll_direction(self) -> Tensor:
@@ -265,7 +271,13 @@ class Chunk:
         return self.weight.dtype != self.z.dtype and (self.half is not None or self.weight.is_cuda)
 
     def times_weight(self, direction: Tensor, exact: bool = False) -> Tensor:
-        """direction @ weight, [C, D], in fp32; `exact`: nothing is rounded on a CPU, as more work on it follows."""
+        """direction @ [weight, low_rank], [C, D + r], in fp32; `exact`: nothing is rounded on a CPU, as more work on it follows."""
+        product = self._times_weight(direction, exact)
+        if self.low_rank is None:
+            return product
+        return torch.cat([product, direction @ self.low_rank.to(direction.dtype)], 1)
+
+    def _times_weight(self, direction: Tensor, exact: bool) -> Tensor:
         weight = self.weight
         if direction.dtype == weight.dtype:
             return direction @ weight
@@ -309,11 +321,12 @@ def logit_chunks(
     problem: Problem, product: Product | None = None, *, narrow: bool, extra: int = 0, round_difference: bool = False,
     budget: int | None = None,
 ) -> Iterator[Chunk]:  # fmt: skip
-    """Chunks of tokens with z = x Wᵀ + b in their buffers, and r that of the reference; neither scaled nor capped.
+    """Chunks of tokens with z = x Wᵀ + u Bᵀ + b in their buffers, and r that of the reference; neither scaled nor capped.
 
-    With a shared head z is (x − x_ref) Wᵀ. `product` replaces the plain matrix products. `narrow`: a buffer for rounded
-    operands of further products is wanted. `extra`: bytes per token that the caller adds to the chunk.
-    `budget`: bytes of a chunk, where not CHUNK_BYTES. `round_difference`: x − x_ref may be rounded to the operands' dtype. Where the two lie within a factor of two of each
+    With a shared head z is (x − x_ref) Wᵀ + (u − u_ref) Bᵀ. `product` replaces the plain matrix products with W; that with
+    B is fp32, on CUDA of operands of their dtype. `narrow`: a buffer for rounded operands of further products is wanted.
+    `extra`: bytes per token that the caller adds to the chunk. `budget`: bytes of a chunk, where not CHUNK_BYTES.
+    `round_difference`: x − x_ref may be rounded to the operands' dtype. Where the two lie within a factor of two of each
     other, it is exact in that dtype anyway.
     """
     count, vocabulary = len(problem.labels), problem.head.vocabulary
@@ -323,6 +336,10 @@ def logit_chunks(
     dtype, acc, device = problem.dtype, problem.accumulator, problem.hidden.device
     weight = head.weight.to(dtype)
     ref_weight = None if reference is None else reference.weight.to(dtype)
+    low_rank_dtype = dtype if device.type == "cuda" else acc
+    low_rank, ref_low_rank = (
+        None if h is None or h.low_rank is None else h.low_rank.to(low_rank_dtype) for h in (head, reference)
+    )
     if product is not None:
         weight = weight.contiguous()
         ref_weight = None if ref_weight is None else ref_weight.contiguous()
@@ -342,27 +359,62 @@ def logit_chunks(
     multiply = _product if product is None else product
 
     for tokens in _slices(count, size):
-        hidden = problem.hidden[tokens].to(dtype)
+        rows = problem.hidden[tokens]
+        hidden, low_rank_rows = _split(rows, weight, low_rank)
         z = z_buffer[: len(hidden)]
         r = None
         if r_buffer is not None:
             r = r_buffer[: len(hidden)]
-            ref_hidden = problem.reference_hidden[tokens]
+            ref_rows = problem.reference_hidden[tokens]
             if problem.shared_head:
-                multiply(r, ref_hidden.to(dtype), weight, head.bias)
-                difference = problem.hidden[tokens].to(acc) - ref_hidden.to(acc)
+                ref_hidden, ref_low_rank_rows = _split(ref_rows, weight, low_rank)
+                multiply(r, ref_hidden, weight, head.bias)
+                _add_low_rank(r, ref_low_rank_rows, low_rank)
+                difference = rows.to(acc) - widened(ref_rows, rows.shape[1]).to(acc)
+                difference, low_rank_difference = difference[:, : weight.shape[1]], difference[:, weight.shape[1] :]
                 if product is not None and (round_difference or dtype == acc):
                     multiply(z, difference.to(dtype), weight, None)
                 else:
                     _product(z, difference, weight, None)
+                _add_low_rank(z, low_rank_difference, low_rank)
             else:
                 multiply(z, hidden, weight, head.bias)
-                multiply(r, ref_hidden.to(dtype), ref_weight, reference.bias)
-        elif round_logits:
-            z.copy_(_product(half[: len(hidden)], hidden, weight, head.bias))
+                _add_low_rank(z, low_rank_rows, low_rank)
+                ref_hidden, ref_low_rank_rows = _split(ref_rows, ref_weight, ref_low_rank)
+                multiply(r, ref_hidden, ref_weight, reference.bias)
+                _add_low_rank(r, ref_low_rank_rows, ref_low_rank)
         else:
-            multiply(z, hidden, weight, head.bias)
-        yield Chunk(tokens, hidden, weight, z, r, half)
+            if round_logits:
+                z.copy_(_product(half[: len(hidden)], hidden, weight, head.bias))
+            else:
+                multiply(z, hidden, weight, head.bias)
+            _add_low_rank(z, low_rank_rows, low_rank)
+        yield Chunk(tokens, hidden, weight, z, r, half, low_rank, low_rank_rows)
+
+
+def _split(rows: Tensor, weight: Tensor, low_rank: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """[x, u] in the dtypes of their factors; u is None where there are no such columns."""
+    dim = weight.shape[1]
+    hidden = rows[:, :dim].to(weight.dtype).contiguous()
+    return hidden, None if low_rank is None or rows.shape[1] == dim else rows[:, dim:].to(low_rank.dtype)
+
+
+def widened(rows: Tensor, width: int) -> Tensor:
+    """[x] as [x, 0]."""
+    return rows if rows.shape[1] == width else nn.functional.pad(rows, (0, width - rows.shape[1]))
+
+
+def _add_low_rank(z: Tensor, rows: Tensor | None, low_rank: Tensor | None) -> None:
+    if rows is not None and low_rank is not None:
+        add_product(z, rows.to(low_rank.dtype), low_rank.t())
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor, factor: float = 1.0) -> None:
+    """total += factor · left @ right, in fp32 whatever the operands."""
+    if left.dtype == total.dtype or not left.is_cuda:
+        total.addmm_(left.to(total.dtype), right.to(total.dtype), alpha=factor)
+    else:
+        torch.addmm(total, left, right, alpha=factor, out_dtype=total.dtype, out=total)
 
 
 def row_passes(
