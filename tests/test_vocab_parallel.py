@@ -42,6 +42,7 @@ TOKEN_CASES: dict[str, dict] = {
     "own": dict(reference="own"),
     "own-everything": dict(reference="own", bias=True, scale=-1.7, softcap=4.0),
     "own-frozen-softcap": dict(reference="own", frozen=True, softcap=4.0),
+    "ruled-out": dict(reference="shared", bias=True),
 }  # fmt: skip
 OBJECTIVES = {
     "CrossEntropy": (fl.CrossEntropyLoss, None),
@@ -64,6 +65,9 @@ def token_case(name: str, sizes: tuple[int, ...]) -> Case:
     case.labels[5 : 5 + len(borders)] = borders
     # The label far behind another token, on another rank as well as on its own.
     case.hidden[20:24] = case.weight[[0, V // 3, V // 2, V - 1]] * 3
+    if name == "ruled-out":  # as padding is, here also all rows of a rank
+        case.bias[40:] = -torch.inf
+        case.labels[case.labels >= 40] %= 40
     return case
 
 

@@ -51,9 +51,10 @@ def gradients(
 
 
 def sweep(problem: Problem, out: Statistics, directions: bool, product: Product | None = None) -> Iterator[Chunk]:
+    """That of backends/torch.py, where the buffers hold this rank's entries and `out` the whole vocabulary's statistics."""
     shard, rows = problem.head.shard, len(problem.head.weight)
     nearest = (problem.labels - shard.start).clamp(0, max(rows - 1, 0))
-    mine = nearest + shard.start == problem.labels if rows else torch.zeros_like(problem.labels, dtype=torch.bool)
+    mine = nearest + shard.start == problem.labels
     # Of each label the rank that holds it: as many ranks end before it.
     owner = torch.searchsorted(problem.labels.new_tensor(shard.ends), problem.labels, right=True)
     local = replace(problem, labels=nearest)
