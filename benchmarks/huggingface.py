@@ -86,7 +86,10 @@ def record_of(options: argparse.Namespace, runs: dict) -> dict:
 
 
 def table(record: dict) -> str:
-    lines = ["| | loss | s per step, 2nd epoch | 1st epoch | peak MiB above start | loss of the steps |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| | loss | s per step, 2nd epoch | 1st epoch | peak MiB above start | loss of the steps |",
+        "|---|---|---|---|---|---|",
+    ]
     for c in record["contestants"]:
         losses = " ".join(f"{x:.4f}" for x in c["losses"])
         lines.append(

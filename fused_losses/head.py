@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from . import shards
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -92,6 +95,25 @@ class LMHead:
         logit_scale: finite and not zero.
         softcap: positive, or None.
         low_rank: `LowRank`, or None: LoRA on the head, logits = softcap(logit_scale · (hidden Wᵀ + u Bᵀ + bias)).
+        process_group: a torch.distributed group over whose ranks the vocabulary is spread: `weight` and `bias` are this
+            rank's rows (their number may differ, and be 0 on some), the vocabulary is the concatenation in rank order.
+            See below. A group of one rank is as None.
+
+    Weight and bias may be DTensors on a mesh of one dimension: with Shard(0) that is a `process_group`, the mesh's;
+    with Replicate this rank's copy is the head.
+
+    **Spread over ranks** (tensor parallelism). All ranks call, with the same hidden states, labels (global ids), options and
+    upstream gradients; what can be compared cheaply is, and a difference raises on all. Results are those of the whole
+    vocabulary, the same on all ranks to the bit. Each rank gets the gradient of its own rows and the whole gradient of
+    the hidden states. Gradients are exact, and the work is done in PyTorch operations (`backend` "auto" or "torch").
+    A reference head of its own must be spread in the same way.
+
+    Communication: per call 8 integers are gathered; per sweep over the tokens and chunk of these one all-gather of 4
+    numbers per token and rank (fp32; entropy 1 more, top-k entropy k more, a reference 4, its entropy 1 more), so a
+    chunk of 96 MiB of this rank's logits waits once; and one all-reduce of the [N, D] gradient of hidden in fp32 (a frozen
+    head under `token_losses`: in forward, with a reference 2). Objectives whose weights depend on single tokens sweep
+    once, a trainable head under `token_losses` twice. Logits never travel. GEMMs: as exact gradients of one rank have,
+    each of V / ranks columns.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -102,9 +124,12 @@ class LMHead:
     logit_scale: float = 1.0
     softcap: float | None = None
     low_rank: LowRank | None = None
+    process_group: Any = None
 
     def __post_init__(self) -> None:
-        check_weight(self.weight, "head weight")
+        if self.process_group is not None:
+            shards.check_group(self.process_group)
+        check_weight(self.weight, "head weight", self.is_spread)
         vocabulary = self.weight.shape[0]
         if self.bias is not None:
             if not isinstance(self.bias, Tensor):
@@ -120,6 +145,7 @@ class LMHead:
                 raise ValueError(
                     f"head bias is on {self.bias.device}, head weight on {self.weight.device}; move both to one device"
                 )
+        self._check_dtensors()
         scale = self.logit_scale
         if not isinstance(scale, (int, float)) or scale != scale or abs(scale) == float("inf") or scale == 0:
             raise ValueError(
@@ -129,18 +155,60 @@ class LMHead:
         if cap is not None and not (isinstance(cap, (int, float)) and 0 < cap < float("inf")):
             raise ValueError(f"softcap: expected a finite number > 0, or None for no soft-cap, got {cap!r}")
         if self.low_rank is not None:
+            if self.process_group is not None or shards.is_dtensor(self.weight):
+                raise ValueError(
+                    "low_rank: LoRA on a head whose vocabulary is spread over ranks is not supported; leave one of the two"
+                )
             _check_low_rank(self.low_rank, self.weight)
+
+    def _check_dtensors(self) -> None:
+        weight: Any = self.weight
+        bias: Any = self.bias
+        distributed = [shards.is_dtensor(t) for t in (weight, bias) if t is not None]
+        if not any(distributed):
+            return
+        if not all(distributed):
+            kinds = [type(t).__name__ for t in (weight, bias)]
+            raise TypeError(f"head weight, bias: expected both to be DTensors or none, got {kinds}; distribute both")
+        group = shards.group_of(weight, "head weight")
+        if bias is not None and shards.group_of(bias, "head bias") is not group:
+            raise TypeError(
+                f"head bias: expected the mesh and placements of the weight, {weight.device_mesh} {weight.placements}, got "
+                f"{bias.device_mesh} {bias.placements}; distribute both alike"
+            )
+        if self.process_group is not None:
+            raise TypeError(
+                "process_group: is known from the DTensor given as weight; leave it out, or give weight.to_local()"
+            )
+
+    def local(self) -> LMHead:
+        """This rank's part of DTensors as plain tensors, differentiably; other heads as they are."""
+        if not shards.is_dtensor(self.weight):
+            return self
+        group = shards.group_of(self.weight, "head weight")
+        weight, bias = (None if t is None else t.to_local() for t in (self.weight, self.bias))  # type: ignore[attr-defined]
+        return replace(self, weight=weight, bias=bias, process_group=group)
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether the rows are those of one rank of several."""
+        return shards.is_spread(self.process_group)
 
     def __repr__(self) -> str:
         bias = "None" if self.bias is None else f"[{self.vocabulary}]"
+        group = ""
+        if self.process_group is not None:
+            ranks = torch.distributed.get_process_group_ranks(self.process_group)
+            group = f", process_group of ranks {ranks}"
         return (
             f"LMHead(weight={list(self.weight.shape)} {self.weight.dtype}, bias={bias}, "
-            f"logit_scale={self.logit_scale}, softcap={self.softcap}"
+            f"logit_scale={self.logit_scale}, softcap={self.softcap}{group}"
             f"{'' if self.low_rank is None else f', low_rank={self.low_rank}'})"
         )
 
     @property
     def vocabulary(self) -> int:
+        """The rows of `weight`: V, or with a process_group this rank's share."""
         return self.weight.shape[0]
 
     def is_same(self, other: LMHead) -> bool:
@@ -150,6 +218,7 @@ class LMHead:
             and (self.bias is other.bias or (self.bias is not None and other.bias is not None
                                              and _same_tensor(self.bias, other.bias)))
             and (self.logit_scale, self.softcap) == (other.logit_scale, other.softcap)
+            and shards.same_ranks(self.process_group, other.process_group)
         )  # fmt: skip
 
 
@@ -226,16 +295,20 @@ def _is_plain(linear: nn.Linear) -> bool:
     return not (changed or linear._forward_hooks or linear._forward_pre_hooks)
 
 
-def check_weight(weight: object, name: str) -> None:
+def calls_other_ranks(head: object) -> bool:
+    """Whether a call with this head or reference talks to other ranks."""
+    if isinstance(head, Reference):
+        head = head.head
+    if isinstance(head, LMHead):
+        return head.process_group is not None or shards.is_dtensor(head.weight)
+    return shards.is_dtensor(head.weight if isinstance(head, nn.Linear) else head)
+
+
+def check_weight(weight: object, name: str, spread: bool = False) -> None:
     if not isinstance(weight, Tensor):
         remedy = "; give its .weight" if isinstance(weight, nn.Module) else ""
         raise TypeError(f"{name}: expected a [V, D] tensor, got {type(weight).__name__}{remedy}")
-    if type(weight).__name__ == "DTensor":
-        raise TypeError(
-            f"{name}: is a DTensor, of which this rank holds one shard; call inside the head's own forward, where it "
-            "is gathered, or give the full local tensor"
-        )
-    if weight.dim() != 2 or 0 in weight.shape:
+    if weight.dim() != 2 or 0 in weight.shape[spread:]:
         sharded = (
             "; a sharded or offloaded parameter (ZeRO-3, FSDP) must be gathered first" if weight.numel() == 0 else ""
         )

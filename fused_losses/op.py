@@ -7,15 +7,15 @@ import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from numbers import Real
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from . import backends, checks, compiled
+from . import backends, checks, compiled, shards
 from . import reference as full_logits
 from .autograd import SparseSummedLossFunction, SparseTokenLossesFunction, SummedLossFunction, TokenLossesFunction
-from .head import FLOATING, LMHead, LowRank, Reference, _names, _same_tensor, as_head
+from .head import FLOATING, LMHead, LowRank, Reference, _names, _same_tensor, as_head, calls_other_ranks
 from .problem import Head, Problem, Statistics, valid_index
 from .sparse_softmax import SMALLEST_VOCABULARY, TOLERANCE, GradientReport
 
@@ -45,20 +45,25 @@ class TokenLosses:
 def capturable(function: F) -> F:
     """Under `torch.compile` the call becomes part of a graph that may have tensors of unknown sizes (`fullgraph=True`).
 
-    Elsewhere it is a graph break and runs as it is, for objectives with a GEMM less. So is a call with a `process_group`,
-    whose ranks talk to each other. Costs nothing at import.
+    Elsewhere it is a graph break and runs as it is, for objectives with a GEMM less. So is a call with a `process_group`, of
+    the objective or of a head, whose ranks talk to each other. Costs nothing at import.
     """
 
     @functools.wraps(function)
     def call(*args, **kwargs):
-        if torch.compiler.is_compiling():
-            distributed = bool(args) and getattr(args[0], "process_group", None) is not None
-            if distributed or not compiled.captures():
-                eagerly = torch.compiler.disable(function)  # no part of a graph with a process_group
-                return eagerly(*args, **kwargs)
+        if torch.compiler.is_compiling() and (not compiled.captures() or _talks(args, kwargs)):
+            eagerly = torch.compiler.disable(function)  # no part of a graph with a process_group
+            return eagerly(*args, **kwargs)
         return function(*args, **kwargs)
 
     return call  # type: ignore[return-value]
+
+
+def _talks(args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether a call of an objective or of `token_losses` talks to other ranks."""
+    if getattr(args[0], "process_group", None) is not None:
+        return True
+    return any(calls_other_ranks(given) for given in (*args, *kwargs.values()))
 
 
 @capturable
@@ -102,6 +107,9 @@ def token_losses(
             errors of 0.2 to 0.7 % for the gradients of nll (docs/method.md).
         backend: "auto", "triton" or "cuda" (kernels for GPUs), "cpu" (compiled kernels), "torch" (chunked, any device), or
             "reference" (full logits; exact; for checks on small inputs). `fused-losses info` says what "auto" takes.
+
+    A head spread over the ranks of a process group (`LMHead`) takes "exact" or "auto", which is exact there, and "torch" or
+    "auto".
 
     Returns:
         `TokenLosses`.
@@ -385,11 +393,14 @@ def prepare(
 
     In a graph (`capturable`) values are checked, and ignored tokens removed, when it runs. `handle`: of the objective.
     """
-    head = as_head(head)
+    head = as_head(head).local()
     check_options(gradient, backend, ignore_index, tolerance)
+    if head.is_spread:
+        _check_spread_options(gradient, backend)
     _check_hidden(hidden, head)
     _check_labels(labels, hidden)
     reference_hidden, reference_head, reference_low_rank = _check_reference(reference, hidden, head)
+    needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, head.weight, head.bias)]
 
     tracing = torch.compiler.is_compiling()
     flat = labels.reshape(-1)
@@ -412,19 +423,29 @@ def prepare(
         rows, low_rank = _with_low_rank(
             rows, u, u_ref, low_rank, reference_low_rank if reference_head is None else None
         )
-    if not tracing:
-        checks.labels(flat, ignore_index, head.vocabulary)
     dtype = _compute_dtype(hidden, head)
-    chosen = backend if tracing else backends.choose(backend, hidden.device.type)
+    shard = None
+    if head.is_spread:
+        reference_rows = None
+        if reference is not None:
+            reference_rows = len((reference_head or head).weight)
+        shard = shards.agreement(head.process_group, len(head.weight), reference_rows, hidden, flat, needs)
+    inner = Head(head.weight, head.bias, head.logit_scale, head.softcap, low_rank, shard)
+    if not tracing:
+        checks.labels(flat, ignore_index, inner.vocabulary)
+    if shard is not None:
+        chosen = "sharded"
+    else:
+        chosen = backend if tracing else backends.choose(backend, hidden.device.type)
     if gradient == "auto":
         half = dtype in (torch.bfloat16, torch.float16)
-        sparse = half and head.vocabulary >= SMALLEST_VOCABULARY and chosen != "reference"
+        sparse = half and inner.vocabulary >= SMALLEST_VOCABULARY and chosen not in ("reference", "sharded")
     else:
         sparse = gradient == "sparse"
     problem = Problem(
         hidden=rows[0],
         labels=flat,
-        head=Head(head.weight, head.bias, head.logit_scale, head.softcap, low_rank),
+        head=inner,
         reference_hidden=rows[1],
         reference_head=reference_head,
         dtype=dtype,
@@ -515,10 +536,25 @@ def check_options(gradient: str, backend: str, ignore_index: int, tolerance: flo
         raise TypeError(f"ignore_index: expected an integer such as -100, got {ignore_index!r}") from None
 
 
+def _check_spread_options(gradient: str, backend: str) -> None:
+    where = "with a head whose process_group spreads the vocabulary over ranks"
+    if gradient == "sparse":
+        raise ValueError(f"gradient='sparse' {where}, for which gradients are exact; give gradient='auto' or 'exact'")
+    if backend not in ("auto", "torch"):
+        raise ValueError(
+            f"backend={backend!r} {where}, for which there is 'torch' alone; give backend='auto' or 'torch'"
+        )
+
+
 def _check_hidden(hidden: Tensor, head: LMHead) -> None:
     if not isinstance(hidden, Tensor):
         output = "; give its last_hidden_state" if hasattr(hidden, "last_hidden_state") else ""
         raise TypeError(f"hidden: expected a tensor [..., D], got {type(hidden).__name__}{output}")
+    if shards.is_dtensor(hidden):
+        raise TypeError(
+            "hidden: expected a plain tensor with all tokens, got a DTensor; give hidden.full_tensor() or, where it is "
+            "replicated, hidden.to_local()"
+        )
     if hidden.dtype not in FLOATING:
         raise TypeError(f"hidden: expected one of {_names(FLOATING)}, got {hidden.dtype}")
     if hidden.dim() == 0 or hidden.numel() == 0:
@@ -571,6 +607,13 @@ def _check_reference(
         )
     ref_head = reference.head
     assert ref_head is None or isinstance(ref_head, LMHead)
+    if ref_head is not None:
+        ref_head = ref_head.local()
+        if not shards.same_ranks(head.process_group, ref_head.process_group):
+            raise ValueError(
+                f"reference head: expected its vocabulary spread over the same ranks as the head's, got {ref_head} for {head}; "
+                "give both LMHead(rows, process_group=group), or whole tensors for both"
+            )
     if reference.hidden.shape[:-1] != hidden.shape[:-1]:
         raise ValueError(
             f"reference hidden: expected leading shape {list(hidden.shape[:-1])} as hidden, got "
@@ -590,7 +633,8 @@ def _check_reference(
             raise ValueError(
                 f"{name} is on {tensor.device}, hidden on {hidden.device}; move it with .to(hidden.device)"
             )
-    if ref_head is not None and ref_head.vocabulary != head.vocabulary:
+    # Of heads spread over ranks they are compared on all ranks together.
+    if ref_head is not None and not head.is_spread and ref_head.vocabulary != head.vocabulary:
         raise ValueError(
             f"reference head: expected V = {head.vocabulary} as the head, got {ref_head.vocabulary}; the KL needs one "
             "vocabulary: resize or pad one head (bias −inf rules padding out)"

@@ -9,21 +9,30 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .shards import Shard
+
 
 class Head(NamedTuple):
     """An `LMHead` below the entrance: not checked again."""
 
-    weight: Tensor  # [V, D]
+    weight: Tensor  # [V, D]; with a shard this rank's rows
     bias: Tensor | None  # [V]
     logit_scale: float
     softcap: float | None
     low_rank: Tensor | None = (
         None  # [V, r] B; a row of hidden then is [x, u], D + r numbers, of a reference also x alone
     )
+    shard: Shard | None = None  # None: all rows are here
 
     @property
     def vocabulary(self) -> int:
-        return self.weight.shape[0]
+        """V, over all ranks."""
+        return self.weight.shape[0] if self.shard is None else self.shard.vocabulary
+
+    @property
+    def most_rows(self) -> int:
+        """Rows of the rank that has most: whatever must be equal on all ranks follows from it."""
+        return self.weight.shape[0] if self.shard is None else self.shard.largest
 
     @property
     def width(self) -> int:
@@ -116,6 +125,10 @@ class Statistics:
     entropy: Tensor | None = None
     reference_entropy: Tensor | None = None
     topk_entropy: Tensor | None = None
+    # Only inside a sweep over one rank's rows of the head (backends/sharded.py).
+    normaliser: Tensor | None = None  # [N, 2] the largest logit, and log Σ exp(z − it)
+    reference_normaliser: Tensor | None = None
+    top_logits: Tensor | None = None  # [N, k]
 
     def at(self, tokens: slice) -> Statistics:
         parts = {f.name: getattr(self, f.name) for f in fields(self)}

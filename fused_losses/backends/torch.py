@@ -29,10 +29,22 @@ COLUMNS = 4096
 # Fills its first argument with hidden @ weight.T + bias, in fp32 whatever the operands' dtype.
 Product = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], object]
 Upstream = Callable[[Statistics, slice], "tuple[Tensor | None, Tensor | None]"]
+# What `sweep` does; a backend may put another in its place.
+Sweep = Callable[[Problem, Statistics, bool, "Product | None"], "Iterator[Chunk]"]
+
+
+def sweep(problem: Problem, out: Statistics, directions: bool, product: Product | None = None) -> Iterator[Chunk]:
+    """Go over the tokens: fill `out`, and with `directions` yield ∂nll/∂z and ∂kl/∂z of each chunk.
+
+    Without `directions` the chunks are yielded too, their buffers then hold nothing of use.
+    """
+    for chunk in logit_chunks(problem, product, narrow=directions):
+        row_passes(problem, out.at(chunk.tokens), chunk, directions)
+        yield chunk
 
 
 def statistics(
-    problem: Problem, keep_rows: bool = False, product: Product | None = None
+    problem: Problem, keep_rows: bool = False, product: Product | None = None, sweep: Sweep = sweep
 ) -> tuple[Statistics, Gradients]:
     """Per-token statistics: 1 GEMM, 2 with a reference.
 
@@ -42,7 +54,7 @@ def statistics(
     rows = Gradients()
     if keep_rows:
         rows = empty_rows(problem, len(problem.labels))
-    for chunk in _chunks(problem, out, directions=keep_rows, product=product):
+    for chunk in sweep(problem, out, keep_rows, product):
         if keep_rows:
             keep_chunk_rows(problem, chunk, rows, chunk.tokens)
     return out, rows
@@ -65,7 +77,7 @@ def keep_chunk_rows(problem: Problem, chunk: Chunk, rows: Gradients, at: slice) 
 
 def gradients(
     problem: Problem, upstream: Upstream, hidden: bool, weight: bool, bias: bool, low_rank: bool = False,
-    product: Product | None = None,
+    product: Product | None = None, sweep: Sweep = sweep,
 ) -> tuple[Statistics, Gradients]:  # fmt: skip
     """Statistics and Σ_t a_t ∂nll_t + b_t ∂kl_t in one sweep: 3 GEMMs (2 where one gradient is not wanted).
 
@@ -74,7 +86,7 @@ def gradients(
     """
     out = empty_statistics(problem)
     total = empty_gradients(problem, hidden, weight, bias, low_rank)
-    for chunk in _chunks(problem, out, directions=True, product=product):
+    for chunk in sweep(problem, out, True, product):
         add_chunk(problem, chunk, *upstream(out.at(chunk.tokens), chunk.tokens), total)
     return out, total
 
@@ -82,12 +94,14 @@ def gradients(
 def empty_gradients(problem: Problem, hidden: bool, weight: bool, bias: bool, low_rank: bool = False) -> Gradients:
     """What `add_chunk` fills: the rows of hidden are written, the others are sums."""
     acc, head = problem.accumulator, problem.head
-    # The caller scales the sums, which in fp16 would come too late for what overflowed or underflowed.
-    hidden_dtype = acc if problem.hidden.dtype == torch.float16 else problem.hidden.dtype
+    # The caller scales the sums, which in fp16 would come too late for what overflowed or underflowed. And what other
+    # ranks add to is rounded after that.
+    wide = problem.hidden.dtype == torch.float16 or head.shard is not None
+    hidden_dtype = acc if wide else problem.hidden.dtype
     return Gradients(
         hidden=torch.empty_like(problem.hidden, dtype=hidden_dtype) if hidden else None,
         weight=head.weight.new_zeros(head.weight.shape, dtype=acc) if weight else None,
-        bias=head.weight.new_zeros(head.vocabulary, dtype=acc) if bias else None,
+        bias=head.weight.new_zeros(len(head.weight), dtype=acc) if bias else None,
         low_rank=torch.zeros_like(head.low_rank, dtype=acc) if low_rank else None,
     )
 
@@ -114,7 +128,8 @@ def add_chunk(problem: Problem, chunk: Chunk, a: Tensor | None, b: Tensor | None
         direction.mul_(torch.ldexp(row_weight, -exponent)[:, None])
         row_weight = torch.ldexp(torch.ones_like(row_weight), exponent)
     if total.hidden is not None:
-        total.hidden[chunk.tokens] = chunk.times_weight(direction).mul_(row_weight[:, None])
+        part = chunk.times_weight(direction, exact=problem.head.shard is not None)
+        total.hidden[chunk.tokens] = part.mul_(row_weight[:, None])
     if total.weight is not None:
         chunk.add_outer(total.weight, direction, row_weight[:, None])
     if total.low_rank is not None:
@@ -271,7 +286,7 @@ class Chunk:
         return self.weight.dtype != self.z.dtype and (self.half is not None or self.weight.is_cuda)
 
     def times_weight(self, direction: Tensor, exact: bool = False) -> Tensor:
-        """direction @ [weight, low_rank], [C, D + r], in fp32; `exact`: nothing is rounded on a CPU, as more work on it follows."""
+        """direction @ [weight, low_rank], [C, D + r], in fp32; `exact`: nothing is rounded on a CPU, as more work on it, or a sum, follows."""
         product = self._times_weight(direction, exact)
         if self.low_rank is None:
             return product
@@ -307,16 +322,6 @@ class Chunk:
         return self.half[: len(direction)].copy_(direction)
 
 
-def _chunks(problem: Problem, out: Statistics, directions: bool, product: Product | None = None) -> Iterator[Chunk]:
-    """Sweep over the tokens: fill `out`, and with `directions` yield ∂nll/∂z and ∂kl/∂z of each chunk.
-
-    Without `directions` the chunks are yielded too, their buffers then hold nothing of use.
-    """
-    for chunk in logit_chunks(problem, product, narrow=directions):
-        row_passes(problem, out.at(chunk.tokens), chunk, directions)
-        yield chunk
-
-
 def logit_chunks(
     problem: Problem, product: Product | None = None, *, narrow: bool, extra: int = 0, round_difference: bool = False,
     budget: int | None = None,
@@ -329,7 +334,7 @@ def logit_chunks(
     `round_difference`: x − x_ref may be rounded to the operands' dtype. Where the two lie within a factor of two of each
     other, it is exact in that dtype anyway.
     """
-    count, vocabulary = len(problem.labels), problem.head.vocabulary
+    count, columns = len(problem.labels), len(problem.head.weight)
     if count == 0:
         return
     head, reference = problem.head, problem.reference_head
@@ -349,13 +354,12 @@ def logit_chunks(
     halves = dtype == torch.bfloat16 and device.type == "cpu" and not problem.has_reference
     round_logits = halves and product is None
 
-    per_token = (
-        vocabulary * (acc.itemsize * (2 if problem.has_reference else 1) + 2 * (dtype != acc and narrow)) + extra
-    )
+    numbers = acc.itemsize * (2 if problem.has_reference else 1) + 2 * (dtype != acc and narrow)
+    per_token = head.most_rows * numbers + extra
     size = _balanced(count, max(1, (budget or CHUNK_BYTES) // per_token))
-    z_buffer = torch.empty(size, vocabulary, dtype=acc, device=device)
+    z_buffer = torch.empty(size, columns, dtype=acc, device=device)
     r_buffer = torch.empty_like(z_buffer) if problem.has_reference else None
-    half = torch.empty(size, vocabulary, dtype=dtype, device=device) if round_logits or (halves and narrow) else None
+    half = torch.empty(size, columns, dtype=dtype, device=device) if round_logits or (halves and narrow) else None
     multiply = _product if product is None else product
 
     for tokens in _slices(count, size):
@@ -470,8 +474,9 @@ def _row_pass(
     slope = 1 - (z / head.softcap) ** 2 if directions and head.softcap is not None else None
 
     if out.topk_entropy is not None:
-        top = z.topk(min(problem.top_k, z.shape[1]), dim=1).values.log_softmax(1)
-        out.topk_entropy.copy_(-(top.exp() * top).sum(1))
+        out.topk_entropy.copy_(entropy_of(z.topk(min(problem.top_k, z.shape[1]), dim=1).values))
+    if out.top_logits is not None:
+        out.top_logits.copy_(z.topk(out.top_logits.shape[1], dim=1).values)
 
     if r is None:
         total = _exponentials_(z, labels, out, scratch)
@@ -489,6 +494,9 @@ def _row_pass(
     log_sum = _log_softmax_(log_p, top, prediction, scratch)
     top_ref, prediction = log_r.max(1, keepdim=True)
     log_sum_ref = _log_softmax_(log_r, top_ref, prediction, scratch)
+    if out.normaliser is not None:
+        torch.cat([top, log_sum], 1, out=out.normaliser)
+        torch.cat([top_ref, log_sum_ref], 1, out=out.reference_normaliser)
     out.nll.copy_(-log_p.gather(1, labels)[:, 0])
     out.reference_nll.copy_(-log_r.gather(1, labels)[:, 0])
     # d = log p − log p_ref; from the difference of the hidden states where that is to be had.
@@ -539,6 +547,8 @@ def _exponentials_(z: Tensor, labels: Tensor, out: Statistics, scratch: Tensor) 
     rest = z.sum(1) + (top - top)[:, 0]  # NaN where the largest logit is infinite, and so everything that follows
     log_sum = torch.log1p(rest)
     out.nll.copy_(log_sum - label_logit)
+    if out.normaliser is not None:
+        torch.stack([top[:, 0], log_sum], 1, out=out.normaliser)
     if shifted is not None:
         out.entropy.copy_(log_sum - _row_dot(z, shifted) / (1 + rest))
     z.scatter_(1, prediction, 1)
@@ -551,6 +561,12 @@ def _log_softmax_(z: Tensor, top: Tensor, prediction: Tensor, scratch: Tensor) -
     log_sum = torch.log1p(exp.sum(1, keepdim=True) + (top - top))  # NaN where the largest logit is infinite
     z.sub_(log_sum)
     return log_sum
+
+
+def entropy_of(z: Tensor) -> Tensor:
+    """Of softmax(z), [rows]."""
+    log_p = z.log_softmax(1)
+    return -(log_p.exp() * log_p).sum(1)
 
 
 def _row_dot(a: Tensor, b: Tensor) -> Tensor:
