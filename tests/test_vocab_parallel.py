@@ -83,7 +83,7 @@ def spread_inputs(case: Case, dtype: torch.dtype, sizes: tuple[int, ...]):
     def part(whole: Tensor | None) -> Tensor | None:
         return None if whole is None else whole.detach()[mine].clone().requires_grad_(whole.requires_grad)
 
-    local = fl.LMHead(part(head.weight), part(head.bias), case.scale, case.softcap, group)
+    local = fl.LMHead(part(head.weight), part(head.bias), case.scale, case.softcap, process_group=group)
     if reference is not None and reference.head is not None:
         reference = fl.Reference(reference.hidden, fl.LMHead(part(reference.head.weight), process_group=group))
     return hidden, local, reference
