@@ -46,7 +46,14 @@ class LogitMap:
         return (z * self.scale).tanh() * self.cap if self.capped else z * self.scale
 
 
-class DeferredLogits:
+class _Explained(type):
+    """A class whose name in others' errors says what to do: accelerate refuses what is no tensor before anything is asked of it."""
+
+    def __repr__(cls) -> str:
+        return f"stand-in for the logits of a model patched by fused_losses, which forms none; {KEEP}"
+
+
+class DeferredLogits(metaclass=_Explained):
     """Logits [..., V] of a head that has been called but has not multiplied yet.
 
     Holds the head's input and, for each row of logits, the row of that input which it belongs to. `argmax(-1)` gives the
@@ -123,7 +130,9 @@ class DeferredLogits:
     def to(self, *args: Any, **kwargs: Any) -> Any:
         wanted = [*args, *kwargs.values()]
         dtypes = [w for w in wanted if isinstance(w, torch.dtype)] + [w.dtype for w in wanted if isinstance(w, Tensor)]
-        devices = [torch.device(w) for w in wanted if isinstance(w, (str, int, torch.device)) and not isinstance(w, bool)]
+        devices = [
+            torch.device(w) for w in wanted if isinstance(w, (str, int, torch.device)) and not isinstance(w, bool)
+        ]
         devices += [w.device for w in wanted if isinstance(w, Tensor)]
         if any(d.type != self.device.type or (d.index or 0) != (self.device.index or 0) for d in devices):
             return self._otherwise("to", lambda z: z.to(*args, **kwargs), f"a move from {self.device} to {devices[0]}")
@@ -218,7 +227,9 @@ class DeferredLogits:
             unusual.append("probabilities as target")
         if unusual or self.detached:
             what = ", ".join(unusual) or "logits without a gradient"
-            raise LogitsNotKept(f"the model calls cross_entropy with {what}, which the patched loss would drop; unpatch it")
+            raise LogitsNotKept(
+                f"the model calls cross_entropy with {what}, which the patched loss would drop; unpatch it"
+            )
         if self.detached or target.numel() != self.positions.numel():
             raise ValueError(
                 f"labels: expected one for each of the {self.positions.numel()} rows of logits {list(self.shape)}, got shape "

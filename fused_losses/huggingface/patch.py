@@ -12,6 +12,7 @@ import copy
 import functools
 import inspect
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -200,6 +201,13 @@ class Patch:
         if self.loss is None or labels is None:
             if fields and self.loss is not None:
                 raise ValueError(f"{', '.join(fields)}: given without labels; give labels too")
+            # A Trainer that computes the loss itself takes the labels away but gives their number.
+            if self.loss is not None and kwargs.get("num_items_in_batch") is not None:
+                warnings.warn(
+                    f"{type(self.loss).__name__} of fused_losses.patch is not used: the loss is computed elsewhere, from full logits "
+                    "(label_smoothing_factor or compute_loss_func of a Trainer); leave that out, or call fused_losses.unpatch(model)",
+                    stacklevel=3,
+                )
             return self.run(model, *args, **self._passed_on(kwargs))
         fused_output = kwargs.pop("fused_lm_head", False)
         call = Call(self, model, labels, shift_labels, kwargs, fields, summed=bool(fused_output))
@@ -310,7 +318,7 @@ class Call:
         seen = self.observer
         if self.summed and not self.patch.accepts_num_items:
             loss = loss * (target != self.loss.ignore_index).sum()
-        self.token_loss, self.target = loss, target
+        self.token_loss, self.target = loss.clone(), target  # a model adds its router's loss in place
         if seen.prediction is not None:
             everywhere = torch.full((logits.hidden.shape[:-1].numel(),), -1, device=rows.device)
             self._predictions = everywhere.index_copy(0, positions, seen.prediction)

@@ -322,7 +322,7 @@ def _is_at_its_start(model: nn.Module) -> bool:
                             return False
             continue
         b = getattr(layer, "lora_B", None)
-        if b is None or getattr(layer, "lora_variant", None) and not _dora_only(layer):
+        if b is None or (getattr(layer, "lora_variant", None) and not _dora_only(layer)):
             return False
         embedding = getattr(layer, "lora_embedding_B", {})
         tensors = [module.weight for name, module in b.items() if name in layer.active_adapters]
@@ -342,7 +342,9 @@ def _adapters_off(model: nn.Module) -> Iterator[None]:
     layers = list(_adapted(model))
     merged = [layer for layer in layers if getattr(layer, "merged", False)]
     if merged:
-        raise ValueError("reference='adapter-off': the adapter is merged into the weights; call model.unmerge_adapter() first")
+        raise ValueError(
+            "reference='adapter-off': the adapter is merged into the weights; call model.unmerge_adapter() first"
+        )
     # Enabling sets requires_grad, also of what the user has frozen.
     trained = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
     for layer in layers:
