@@ -179,6 +179,14 @@ class Patch:
         finally:
             self.level = before
 
+    def run_instead(self, model: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        """Another forward within the wrappers of this one, so under the same autocast."""
+        before, self.original = self.original, lambda _, *args, **kwargs: forward(*args, **kwargs)
+        try:
+            return self.run(model, *args, **kwargs)
+        finally:
+            self.original = before
+
     def _next(self, model: nn.Module, args: tuple, kwargs: dict) -> Any:
         if self.level == 0:
             return self.original(model, *args, **kwargs)
