@@ -46,7 +46,14 @@ class LogitMap:
         return (z * self.scale).tanh() * self.cap if self.capped else z * self.scale
 
 
-class DeferredLogits:
+class _Explained(type):
+    """A class whose name in others' errors says what to do: accelerate refuses what is no tensor before anything is asked of it."""
+
+    def __repr__(cls) -> str:
+        return f"stand-in for the logits of a model patched by fused_losses, which forms none; {KEEP}"
+
+
+class DeferredLogits(metaclass=_Explained):
     """Logits [..., V] of a head that has been called but has not multiplied yet.
 
     Holds the head's input and, for each row of logits, the row of that input which it belongs to. `argmax(-1)` gives the

@@ -12,6 +12,7 @@ import copy
 import functools
 import inspect
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -179,6 +180,14 @@ class Patch:
         finally:
             self.level = before
 
+    def run_instead(self, model: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        """Another forward within the wrappers of this one, so under the same autocast."""
+        before, self.original = self.original, lambda _, *args, **kwargs: forward(*args, **kwargs)
+        try:
+            return self.run(model, *args, **kwargs)
+        finally:
+            self.original = before
+
     def _next(self, model: nn.Module, args: tuple, kwargs: dict) -> Any:
         if self.level == 0:
             return self.original(model, *args, **kwargs)
@@ -206,6 +215,13 @@ class Patch:
         if self.loss is None or labels is None:
             if fields and self.loss is not None:
                 raise ValueError(f"{', '.join(fields)}: given without labels; give labels too")
+            # A Trainer that computes the loss itself takes the labels away but gives their number.
+            if self.loss is not None and kwargs.get("num_items_in_batch") is not None:
+                warnings.warn(
+                    f"{type(self.loss).__name__} of fused_losses.patch is not used: the loss is computed elsewhere, from full logits "
+                    "(label_smoothing_factor or compute_loss_func of a Trainer); leave that out, or call fused_losses.unpatch(model)",
+                    stacklevel=3,
+                )
             return self.run(model, *args, **self._passed_on(kwargs))
         fused_output = kwargs.pop("fused_lm_head", False)
         call = Call(self, model, labels, shift_labels, kwargs, fields, summed=bool(fused_output))
@@ -316,7 +332,7 @@ class Call:
         seen = self.observer
         if self.summed and not self.patch.accepts_num_items:
             loss = loss * (target != self.loss.ignore_index).sum()
-        self.token_loss, self.target = loss, target
+        self.token_loss, self.target = loss.clone(), target  # a model adds its router's loss in place
         if seen.prediction is not None:
             everywhere = torch.full((logits.hidden.shape[:-1].numel(),), -1, device=rows.device)
             self._predictions = everywhere.index_copy(0, positions, seen.prediction)

@@ -181,7 +181,7 @@ class OtherModel(Source):
         args = tuple(a.to(device) if isinstance(a, Tensor) else a for a in args)
         kwargs = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in kwargs.items()}
         with _evaluating(self.other), _captured(HeadModule(self.module)) as captured:
-            hidden = captured(self.other(*args, **kwargs))
+            hidden = captured(patch.run_instead(model, self.other, args, kwargs))
         self.map = captured.map
         return hidden
 
@@ -322,7 +322,7 @@ def _is_at_its_start(model: nn.Module) -> bool:
                             return False
             continue
         b = getattr(layer, "lora_B", None)
-        if b is None or getattr(layer, "lora_variant", None) and not _dora_only(layer):
+        if b is None or (getattr(layer, "lora_variant", None) and not _dora_only(layer)):
             return False
         embedding = getattr(layer, "lora_embedding_B", {})
         tensors = [module.weight for name, module in b.items() if name in layer.active_adapters]
