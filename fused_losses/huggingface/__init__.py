@@ -1,0 +1,1 @@
+"""Fused losses with Hugging Face models."""
