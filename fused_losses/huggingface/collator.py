@@ -1,0 +1,273 @@
+"""Rows of tokens with anchors → a batch for `LAwFLoss`."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+IGNORED = -100
+
+
+class Row(NamedTuple):
+    """One sequence, checked, [T] each; the label of its first token is −100."""
+
+    input_ids: Tensor
+    labels: Tensor
+    confidence: Tensor
+
+
+@dataclass
+class AnchorCollator:
+    """Collates rows whose anchors are tokens to learn, while every other token with a label is to be retained.
+
+    For `Trainer(data_collator=...)` and `SFTTrainer(data_collator=...)`, with **remove_unused_columns=False** in their arguments: else they
+    drop the columns `confidence` and `anchors` before this sees them, and nothing is left to learn.
+
+    A row is a mapping with
+
+        input_ids        T token ids
+        labels           T ids or −100; default: input_ids, so that everything is retained or learned
+        confidence       T numbers in [0, 1], 0 where there is no anchor; or, in its place,
+        anchors          a list of positions (confidence 1), a list of [position, confidence], or {position: confidence}
+        attention_mask   T of 0 or 1, with 0 at the ends only; what it masks is cut off, and cannot have a given label
+
+    as lists, numpy arrays or tensors; None counts as absent, other fields are left out of the batch. Position t speaks of the token
+    input_ids[t], as in labels: nothing is shifted here, and the loss must shift labels and confidence alike. Nothing
+    predicts a row's first token, so it cannot be an anchor, and its label is always −100 in the batch.
+
+    Args:
+        pad_token_id: any valid id; what is padded is masked and has no label.
+        processing_class: a tokenizer or processor to take pad_token_id from.
+        padding_side: "right" or "left".
+        pad_to_multiple_of: of the length of the rows, or of the one packed row.
+        padding_free: one packed row [1, ΣT] whose `position_ids` start at 0 for each sequence, for attention that tells
+            sequences by these (FlashAttention; others where transformers makes the mask from position_ids).
+
+    Returns:
+        input_ids int64 [B, T], labels int64 (−100 at padding), confidence float32 (0 at padding), and attention_mask int64, or
+        with padding_free position_ids int64. What pads a packed row is a sequence of its own, without labels.
+
+    Raises:
+        TypeError, ValueError: naming the row and the field; among others for anchors that would be lost: at a label of −100,
+            at the first token, out of range, or given twice.
+    """
+
+    pad_token_id: int | None = None
+    processing_class: Any = None
+    padding_side: str = "right"
+    pad_to_multiple_of: int | None = None
+    padding_free: bool = False
+
+    def __post_init__(self) -> None:
+        if self.padding_side not in ("right", "left"):
+            raise ValueError(f"padding_side: expected right or left, got {self.padding_side!r}")
+        multiple = self.pad_to_multiple_of
+        if multiple is not None and (isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1):
+            raise ValueError(f"pad_to_multiple_of: expected an integer ≥ 1, or None, got {multiple!r}")
+        if self.pad_token_id is None:
+            tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+            self.pad_token_id = getattr(tokenizer, "pad_token_id", None)
+        if self.pad_token_id is None:
+            if self.padding_free and multiple is None:
+                return
+            what = "" if self.processing_class is None else f"; {type(self.processing_class).__name__} has none"
+            raise ValueError(
+                f"pad_token_id: expected an id, or a processing_class that has one{what}; any valid id will do, e.g. the "
+                "tokenizer's eos_token_id, as what is padded is masked and has no label"
+            )
+        if isinstance(self.pad_token_id, bool) or not hasattr(self.pad_token_id, "__index__") or self.pad_token_id < 0:
+            raise TypeError(
+                f"pad_token_id: expected an integer ≥ 0, got {self.pad_token_id!r}; a tokenizer is given as processing_class="
+            )
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        if not len(features):
+            raise ValueError("features: expected at least one row, got none")
+        rows = [read_row(feature, f"row {index}") for index, feature in enumerate(features)]
+        return self._pack(rows) if self.padding_free else self._pad(rows)
+
+    def _pad(self, rows: list[Row]) -> dict[str, Tensor]:
+        length = self._rounded(max(len(row.input_ids) for row in rows))
+        batch = self._empty(len(rows), length) | {"attention_mask": torch.zeros(len(rows), length, dtype=torch.int64)}
+        for index, row in enumerate(rows):
+            size = len(row.input_ids)
+            at = slice(0, size) if self.padding_side == "right" else slice(length - size, length)
+            for name, values in row._asdict().items():
+                batch[name][index, at] = values
+            batch["attention_mask"][index, at] = 1
+        return batch
+
+    def _pack(self, rows: list[Row]) -> dict[str, Tensor]:
+        sizes = [len(row.input_ids) for row in rows]
+        used = sum(sizes)
+        length = self._rounded(used)
+        batch = self._empty(1, length)
+        for name in Row._fields:
+            batch[name][0, :used] = torch.cat([getattr(row, name) for row in rows])
+        batch["position_ids"] = torch.cat([torch.arange(size) for size in (*sizes, length - used)])[None]
+        return batch
+
+    def _empty(self, rows: int, length: int) -> dict[str, Tensor]:
+        return {
+            "input_ids": torch.full(
+                (rows, length), 0 if self.pad_token_id is None else operator.index(self.pad_token_id)
+            ),
+            "labels": torch.full((rows, length), IGNORED),
+            "confidence": torch.zeros(rows, length),
+        }
+
+    def _rounded(self, length: int) -> int:
+        multiple = self.pad_to_multiple_of or 1
+        return -(-length // multiple) * multiple
+
+
+def read_row(feature: Mapping[str, Any], row: str) -> Row:
+    """One feature, checked; `row` names it in errors."""
+    if not isinstance(feature, Mapping):
+        raise TypeError(f"{row}: expected a mapping with input_ids, got {type(feature).__name__}")
+    given = {name: value for name, value in feature.items() if value is not None}
+    if "input_ids" not in given:
+        raise ValueError(
+            f"{row}, input_ids: is missing; the row has {sorted(given)}; tokenize it first, and set remove_unused_columns=False"
+        )
+    ids = _integers(given["input_ids"], f"{row}, input_ids")
+    if int(ids.min()) < 0:
+        raise ValueError(f"{row}, input_ids: expected ids ≥ 0, got {int(ids.min())}")
+    size = len(ids)
+    for name in ("completion_mask", "assistant_masks"):
+        if name in given and "labels" not in given:
+            raise ValueError(f"{row}, {name}: is not read here; give labels in its place, -100 where it is 0")
+    if len(given.get("seq_lengths", ())) > 1:
+        raise ValueError(
+            f"{row}, seq_lengths: the row is packed already, which is not read here; give single sequences (packing=False), "
+            "which padding_free=True packs"
+        )
+
+    kept = slice(0, size)
+    if "attention_mask" in given:
+        field = f"{row}, attention_mask"
+        kept = _attended(_integers(given["attention_mask"], field, size, booleans=True), field)
+    masked = torch.ones(size, dtype=torch.bool)
+    masked[kept] = False
+    labels = ids
+    if "labels" in given:
+        labels = _integers(given["labels"], f"{row}, labels", size)
+        field, labelled = f"{row}, labels", labels != IGNORED
+        _refuse((labels < 0) & labelled, field, "expected ids ≥ 0 or -100", labels, "use -100 for no label")
+        _refuse(
+            masked & labelled, field, "expected -100 where attention_mask is 0", labels, "it would be dropped silently"
+        )
+    labels = labels.masked_fill(masked, IGNORED)
+
+    confidence = _confidence(given, row, size)
+    field = f"{row}, {'anchors' if 'anchors' in given else 'confidence'}"
+    first = kept.start
+    if confidence[first] > 0:
+        raise ValueError(
+            f"{field}: position {first} is the row's first token, which nothing predicts, so it cannot be an anchor; begin the "
+            "row with a token before it, e.g. bos_token"
+        )
+    _refuse(
+        (confidence > 0) & (labels == IGNORED), field, f"expected 0 where the label is {IGNORED}", confidence,
+        "there it would be dropped silently: give the anchor a label, which is the token to learn",
+    )  # fmt: skip
+    labels[first] = IGNORED
+    return Row(ids[kept], labels[kept], confidence[kept])
+
+
+def _confidence(given: Mapping[str, Any], row: str, size: int) -> Tensor:
+    if "confidence" not in given:
+        return _from_anchors(given.get("anchors", ()), f"{row}, anchors", size)
+    if "anchors" in given:
+        raise ValueError(f"{row}, confidence: there are anchors as well; give one of the two")
+    field = f"{row}, confidence"
+    values = _vector(given["confidence"], field, "numbers in [0, 1]", size)
+    if values.is_complex():
+        raise TypeError(f"{field}: expected numbers in [0, 1], got {values.dtype}")
+    _refuse(~((values >= 0) & (values <= 1)), field, "expected numbers in [0, 1]", values, "0 where there is no anchor")
+    return values.float()
+
+
+def _from_anchors(anchors: Any, field: str, size: int) -> Tensor:
+    confidence = torch.zeros(size)
+    seen: set[int] = set()
+    for position, value in _pairs(anchors, field):
+        if not 0 <= position < size:
+            raise ValueError(f"{field}: expected 0 ≤ position < {size}, the length of input_ids, got {position}")
+        if position in seen:
+            raise ValueError(f"{field}: position {position} is given twice; give each anchor once")
+        if not 0 <= value <= 1:
+            raise ValueError(f"{field}: expected a confidence in [0, 1] at position {position}, got {value}")
+        seen.add(position)
+        confidence[position] = value
+    return confidence
+
+
+def _pairs(anchors: Any, field: str) -> Iterator[tuple[int, float]]:
+    expected = "expected a list of positions, a list of [position, confidence], or {position: confidence}"
+    if hasattr(anchors, "tolist"):
+        anchors = anchors.tolist()
+    if isinstance(anchors, Mapping):
+        anchors = list(anchors.items())
+    if not isinstance(anchors, (list, tuple)):
+        raise TypeError(f"{field}: {expected}, got {type(anchors).__name__}")
+    for anchor in anchors:
+        anchor = anchor.tolist() if hasattr(anchor, "tolist") else anchor
+        pair = list(anchor) if isinstance(anchor, (list, tuple)) else [anchor, 1.0]
+        try:
+            # JSON makes strings of the keys of an object, and Arrow floats of positions beside confidences
+            position, value = pair
+            index = int(position)
+            if isinstance(position, bool) or (not isinstance(position, str) and index != position):
+                raise TypeError
+            yield index, float(value)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise TypeError(f"{field}: {expected}, with whole numbers as positions, got {anchor!r}") from error
+
+
+def _attended(mask: Tensor, field: str) -> slice:
+    """The one run of ones."""
+    if int(mask.min()) < 0 or int(mask.max()) > 1:
+        raise ValueError(f"{field}: expected 0 or 1, got {int(mask.min())} to {int(mask.max())}")
+    ones = mask.nonzero().flatten().tolist()
+    if not ones:
+        raise ValueError(f"{field}: the row is empty, all of it is masked; leave the row out")
+    if ones[-1] - ones[0] + 1 != len(ones):
+        raise ValueError(
+            f"{field}: expected zeros at the ends only, got one between positions {ones[0]} and {ones[-1]}; remove such tokens "
+            "from the row"
+        )
+    return slice(ones[0], ones[-1] + 1)
+
+
+def _integers(values: Any, field: str, size: int | None = None, booleans: bool = False) -> Tensor:
+    vector = _vector(values, field, "integers", size)
+    if vector.is_floating_point() or vector.is_complex() or (vector.dtype == torch.bool and not booleans):
+        raise TypeError(f"{field}: expected integers, got {vector.dtype}")
+    return vector.long()
+
+
+def _vector(values: Any, field: str, expected: str, size: int | None) -> Tensor:
+    """[T] on the CPU; of `size` where that is known, else not empty."""
+    try:
+        vector = values.detach().cpu() if isinstance(values, Tensor) else torch.tensor(values)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise TypeError(f"{field}: expected a flat list, array or tensor of {expected}: {error}") from error
+    if vector.dim() != 1:
+        raise ValueError(f"{field}: expected one row of {expected}, [T], got shape {list(vector.shape)}")
+    if size is None and not len(vector):
+        raise ValueError(f"{field}: the row is empty; leave it out")
+    if size is not None and len(vector) != size:
+        raise ValueError(f"{field}: expected as many as input_ids, {size}, got {len(vector)}")
+    return vector
+
+
+def _refuse(wrong: Tensor, field: str, expected: str, values: Tensor, remedy: str) -> None:
+    if bool(wrong.any()):
+        at = int(wrong.nonzero()[0])
+        raise ValueError(f"{field}: {expected}, got {values[at].item()} at position {at}; {remedy}")
