@@ -3,7 +3,9 @@
 Importing this needs torch only; transformers, peft, trl and safetensors are imported where they are used.
 """
 
+from .cache import ReferenceCache
+from .collator import AnchorCollator
 from .logits import LogitsNotKept
 from .patch import patch, patched, unpatch
 
-__all__ = ["LogitsNotKept", "patch", "patched", "unpatch"]
+__all__ = ["AnchorCollator", "LogitsNotKept", "ReferenceCache", "patch", "patched", "unpatch"]

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .. import __version__
 
 FORMAT = "fused_losses.reference/1"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -152,6 +151,8 @@ class ReferenceCache:
 
     def put(self, key: str, hidden: Tensor) -> None:
         """Store [T, D] float64, float32, bfloat16 or float16, from any device, in place of what was there."""
+        from .. import __version__  # which imports this
+
         path = self._path(key)
         if not isinstance(hidden, Tensor):
             raise TypeError(f"hidden: expected a tensor [T, D], got {type(hidden).__name__}")

@@ -216,7 +216,7 @@ class DeferredLogits(metaclass=_Explained):
         ignore_index: int = -100,
         reduce: Any = None,
         reduction: str = "mean",
-        label_smoothing: float = 0.0,
+        label_smoothing: Any = 0.0,
     ) -> Tensor:
         unusual = [name for name, value in (("weight", weight), ("size_average", size_average), ("reduce", reduce)) if value is not None]  # fmt: skip
         if label_smoothing != 0:

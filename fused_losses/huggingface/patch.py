@@ -257,11 +257,11 @@ class HeadModule:
 
     @property
     def vocabulary(self) -> int:
-        return innermost(self.module).weight.shape[0]  # type: ignore[union-attr, return-value]
+        return innermost(self.module).weight.shape[0]  # type: ignore[union-attr, return-value, index]
 
     @contextlib.contextmanager
     def deferred(self, call: Any) -> Iterator[None]:
-        def forward(hidden: Tensor, *args: Any, fused: Callable[[Tensor], Any] | None = None, **kwargs: Any) -> Any:
+        def forward(hidden: Any, *args: Any, fused: Callable[[Tensor], Any] | None = None, **kwargs: Any) -> Any:
             if args or kwargs:
                 raise TypeError(f"head: unexpected arguments {[type(a).__name__ for a in args]}, {sorted(kwargs)}")
             if type(hidden).__name__ == "DTensor":
@@ -294,7 +294,7 @@ class Call:
         self.num_items = kwargs.get("num_items_in_batch")
         self.summed = summed  # the caller divides
         self.model_name = type(model).__name__
-        module = model.get_output_embeddings()  # looked up anew: PEFT and FSDP replace it
+        module: Any = model.get_output_embeddings()  # type: ignore[operator]  # anew: PEFT and FSDP replace it
         check_head(module, self.model_name)
         self.head = HeadModule(module)
         self.keep = patch.keep_logits is True or (patch.keep_logits == "eval" and not model.training)
@@ -494,7 +494,7 @@ def _base_model(model: Any, compiled: bool = False) -> Any:
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise TypeError(f"model is wrapped in {type(model).__name__}; patch it first, then wrap it")
     if hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
-        inner = model.get_base_model()
+        inner: Any = model.get_base_model()  # type: ignore[operator]
     else:
         inner = model
     if not compiled and any(
@@ -504,7 +504,7 @@ def _base_model(model: Any, compiled: bool = False) -> Any:
     return inner
 
 
-def _check_model(base: nn.Module, model: nn.Module) -> None:
+def _check_model(base: Any, model: nn.Module) -> None:
     name = type(base).__name__
     if not hasattr(base, "get_output_embeddings") or not hasattr(base, "config"):
         raise TypeError(f"model: expected a transformers model, got {type(base).__module__}.{name}")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..head import LMHead
 from ..objectives import Objective
+from .cache import model_facts
 from .heads import check_head, innermost, read_head
 from .logits import DeferredLogits, LogitMap
 from .rows import CachedRows
@@ -79,7 +80,7 @@ class Source:
         raise NotImplementedError
 
     def description(self, model: nn.Module) -> tuple[str, ...]:
-        return _description(model)
+        return model_facts(model)
 
 
 class AdapterOff(Source):
@@ -134,6 +135,12 @@ class AdapterOff(Source):
                 return read_head(module, rows, head.logit_scale, head.softcap, logits.width, adapters="off")
             return read_head(module, rows, head.logit_scale, head.softcap, logits.width, adapters=self.frozen_head)
 
+    def description(self, model: nn.Module) -> tuple[str, ...]:
+        """With how a frozen adapter is applied, which no tensor says."""
+        names = ("active_adapters", "scaling", "r", "fan_in_fan_out", "use_rslora", "use_dora")
+        layers = _adapted(model) if self.frozen else ()
+        return *model_facts(model), *(str([(n, getattr(layer, n, None)) for n in names]) for layer in layers)
+
     def tensors(self, model: nn.Module) -> Iterable[tuple[str, Tensor]]:
         adapter = {id(p) for layer in _adapted(model) for p in _adapter_parameters(layer)}
         yield from ((n, p) for n, p in model.named_parameters() if id(p) not in adapter)
@@ -146,7 +153,7 @@ class OtherModel(Source):
 
     def __init__(self, model: nn.Module, other: Any, cache: Any) -> None:
         super().__init__(cache)
-        self.other = other
+        self.other: Any = other
         name = type(other).__name__
         base = other.get_base_model() if hasattr(other, "get_base_model") and hasattr(other, "peft_config") else other
         if not hasattr(base, "get_output_embeddings"):
@@ -157,7 +164,8 @@ class OtherModel(Source):
             )
         self.module = base.get_output_embeddings()
         check_head(self.module, name)
-        ours, theirs = (innermost(m).weight.shape[0] for m in (model.get_output_embeddings(), self.module))
+        heads: list[Any] = [model.get_output_embeddings(), self.module]  # type: ignore[operator]
+        ours, theirs = (innermost(head).weight.shape[0] for head in heads)  # type: ignore[index, union-attr]
         if ours != theirs:
             raise ValueError(
                 f"reference: its vocabulary has {theirs} tokens, the model's {ours}; both need the same tokenizer (resize_token_embeddings "
@@ -201,7 +209,7 @@ class OtherModel(Source):
         yield from self.other.named_buffers()
 
     def description(self, model: nn.Module) -> tuple[str, ...]:
-        return _description(self.other)
+        return model_facts(self.other)
 
 
 def find_source(model: nn.Module, loss: Objective, reference: Any, cache: Any) -> Source | None:
@@ -357,11 +365,3 @@ def _adapters_off(model: nn.Module) -> Iterator[None]:
         for p, flag in trained:
             if p.requires_grad != flag:
                 p.requires_grad_(flag)
-
-
-def _description(model: Any) -> tuple[str, ...]:
-    config = model.config.to_dict()
-    volatile = ("_name_or_path", "transformers_version", "use_cache", "architectures", "dtype", "torch_dtype")
-    kept = {key: config[key] for key in sorted(config, key=str) if key not in volatile}
-    attention = getattr(model.config, "_attn_implementation", None)
-    return (type(model).__name__, repr(kept), str(attention), str(torch.get_default_dtype()))

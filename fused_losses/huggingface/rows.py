@@ -23,8 +23,9 @@ class CachedRows:
         if not isinstance(directory, (str, Path)):
             raise TypeError(f"reference_cache: expected a directory, got {type(directory).__name__}")
         self.directory = Path(directory)
-        self.cache: ReferenceCache | None = None
+        self.cache: Any = None  # a ReferenceCache from the first batch on
         self.unchanged: Unchanged | None = None
+        self.description: tuple[str, ...] = ()
 
     def states(
         self,
@@ -87,11 +88,11 @@ class CachedRows:
                 if row.dim() == 1 and len(row) == labels.shape[1]:
                     row = row[at]
                 parts.append((name, list(row.shape), str(row.dtype), row))
-            keys.append(self.cache.key([], *(x for part in parts for x in part)))
+            keys.append(self.cache.key(at, *(x for part in parts for x in part)))
         return keys, tokens
 
     def _open(self, tensors: Callable[[], Iterable[tuple[str, Tensor]]], description: tuple[str, ...]) -> None:
-        if self.unchanged is None or not self.unchanged.holds():
-            named = list(tensors())
-            self.unchanged = Unchanged(named)
-            self.cache = ReferenceCache(self.directory, digest=model_digest(named, *description))
+        """The cache of the reference as it is now; digests it where it may have changed."""
+        if self.unchanged is None or self.description != description or not self.unchanged.holds():
+            self.unchanged, self.description = Unchanged(tensors), description
+            self.cache = ReferenceCache(self.directory, digest=model_digest(tensors(), *description))

@@ -56,7 +56,7 @@ def output(call: Any, outputs: Any) -> Any:
         loss = loss + (outputs.loss - call.token_loss)
     return FusedCausalLMOutput(
         loss=loss,
-        log_probs=SummedLogProbs(call.token_loss),
+        log_probs=SummedLogProbs(call.token_loss),  # type: ignore[arg-type]
         entropy=seen.entropy,
         is_top1=(seen.prediction == target) & mask,
         label_mask=mask,
