@@ -329,6 +329,7 @@ def work(rank: int, world: int, folder: str) -> None:
     found["offset"] = token_losses(
         large_offset(), spread_inputs(large_offset(), torch.float32, (3, 3) if world == 2 else (2, 1, 1, 2))
     )
+    found["certain"] = token_losses(certain(), spread_inputs(certain(), torch.float32, (1, 1, 0, 0)[:world]))
     if world == 2:
         for name in COUNTED:
             for frozen in (False, True):
@@ -343,6 +344,14 @@ def work(rank: int, world: int, folder: str) -> None:
         found["dtensors"] = dtensors(world)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+
+
+def certain() -> Case:
+    """nll of 1e-3 to 1e-7, and all that is left of the probability on another rank."""
+    nll = torch.tensor([1e-3, 1e-5, 1e-7], dtype=torch.float64)
+    hidden = -torch.log(torch.expm1(nll))[:, None]
+    weight = torch.tensor([[1.0], [0.0]], dtype=torch.float64)
+    return Case(hidden, weight, torch.zeros(3, dtype=torch.int64), nll_upstream=1 / nll)
 
 
 def large_offset() -> Case:
@@ -446,6 +455,13 @@ def test_large_common_offset_in_the_logits(ranks):
     truth = truth_of(large_offset())
     for output in ("nll", "entropy", "d_weight"):
         assert relative(ranks["offset"][output], truth[output]) < 2e-7, output  # measured 9e-8
+
+
+def test_small_losses_are_accurate(ranks):
+    truth = truth_of(certain().rounded(torch.float32))
+    got = ranks["certain"]
+    assert relative(got["nll"] / truth["nll"], torch.ones(3)) < 3e-7  # measured 1e-7
+    assert_close(got, truth, 3e-7)
 
 
 def test_among_equal_logits_the_smallest_id_is_predicted(ranks):
