@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import fused_losses as fl
 
@@ -84,7 +84,7 @@ def test_second_epoch_runs_no_reference(tmp_path):
             optimizer.step()
             optimizer.zero_grad()
     assert len(list(Path(tmp_path).rglob("*.safetensors"))) == 4
-    assert float(loss) > 0 and any(p.abs().max() > 0 for n, p in model.named_parameters() if "lora_B" in n)
+    assert loss > 0 and any(p.abs().max() > 0 for n, p in model.named_parameters() if "lora_B" in n)
 
 
 def test_another_process_finds_it(tmp_path):
@@ -152,7 +152,7 @@ def test_damaged_files_are_made_again(tmp_path, damage):
     one.write_bytes(
         {"truncated": content[:-20], "empty": b"", "of another row": other.read_bytes()}.get(damage, content)
     )
-    with pytest.warns(UserWarning, match="cache"):
+    with pytest.warns(RuntimeWarning):
         ran, loss = references(model, inputs, counted)
     assert ran == 1 and torch.equal(loss, want)
     assert references(model, inputs, counted)[0] == 0
@@ -200,12 +200,21 @@ def test_another_model_with_a_cache(tmp_path):
     assert ran == [1, 1, 1, 0]  # the first call learns what the teacher does to its logits
 
 
+def test_labels_at_padding(tmp_path):
+    model = fl.patch(adapted(trained=True), fl.LAwFLoss(), reference=llama(), reference_cache=tmp_path)
+    plain = fl.patch(adapted(trained=True), fl.LAwFLoss(), reference=llama())
+    inputs = batch(rows(9, 12))
+    inputs["labels"][0, -1] = 4
+    for _ in range(2):
+        torch.testing.assert_close(model(**inputs).loss, plain(**inputs).loss, rtol=1e-6, atol=0)
+
+
 def test_inputs_without_a_digest_are_computed_each_time(tmp_path):
     model = fl.patch(adapted(), fl.LAwFLoss(), reference="adapter-off", reference_cache=tmp_path)
     counted, inputs = Counted(model), batch(rows(9, 12))
-    inputs["labels"][1] = torch.where(inputs["attention_mask"][1] == 0, 5, inputs["labels"][1])
-    inputs["labels"][0, -1] = 4  # a label at padding, of which no state is kept
-    assert [references(model, inputs, counted)[0] for _ in range(2)] == [1, 1]
+    assert [references(model, {**inputs, "note": [1]}, counted)[0] for _ in range(2)] == [1, 1]
+    with pytest.raises(ValueError, match="past_key_values: given together with labels and a reference"):
+        model(**inputs, past_key_values=DynamicCache())
 
 
 def test_directory(tmp_path):

@@ -248,6 +248,11 @@ def without_labels(patch: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     at = patch.position_of_labels
     if at is not None and len(args) > at:
         args = (*args[:at], None, *args[at + 1 :])
+    if kwargs.get("past_key_values") is not None:
+        raise ValueError(
+            "past_key_values: given together with labels and a reference, which would see them too (prefix tuning does that); train without, "
+            "or call the loss in a loop of your own"
+        )
     dropped = ("labels", "shift_labels", "num_items_in_batch", "output_router_logits")
     kwargs = {name: value for name, value in kwargs.items() if name not in dropped}
     if "use_cache" in patch.accepted:

@@ -61,9 +61,10 @@ class CachedRows:
             return None
         real = torch.ones(labels.shape, dtype=torch.bool)
         if isinstance(mask, Tensor) and mask.shape == labels.shape:
-            real = mask.cpu() != 0
-            if bool(((labels.cpu() != -100) & ~real).any()):
-                return None  # a label at padding, of which nothing is kept
+            # Also where padding predicts a token, as it does before the first one of a row that is padded to its left.
+            labelled = labels.cpu() != -100
+            real = (mask.cpu() != 0) | labelled
+            real[:, :-1] |= labelled[:, 1:]
         common: list[Any] = []
         whole: dict[str, Tensor] = {}
         for name, value in sorted(inputs.items()):
