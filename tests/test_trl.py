@@ -166,3 +166,9 @@ def test_lawf_with_a_confidence_column_and_a_lora_adapter(layout):
         loss, gradients = expected(plain, data, "lawf", llama())
         assert error(step(run), gradients) < TOLERANCE
         assert run.state.log_history[0]["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_lawf_without_the_column_that_sft_trainer_drops():
+    run = sft_trainer(fl.patch(llama(), fl.LAwFLoss(), reference="start"), rows(anchors=True))
+    with pytest.raises(ValueError, match="LAwFLoss needs confidence="):
+        run.train()

@@ -163,7 +163,10 @@ class Patch:
         return twin
 
     def set_forward(self, model: nn.Module, forward: Any) -> None:
-        if getattr(forward, "__func__", forward) is self.forward:
+        function = forward
+        while hasattr(function, "__func__"):  # accelerate binds what is bound already
+            function = function.__func__
+        if function is self.forward:
             self.wrappers.clear()  # somebody restores what he found
         else:
             self.wrappers.append(forward)

@@ -1,0 +1,62 @@
+"""LAwF with PEFT: a LoRA adapter learns corrected words, the anchors, and keeps to the original model everywhere else.
+
+    python examples/peft_lawf.py
+    python examples/peft_lawf.py --model HuggingFaceTB/SmolLM2-135M --data rows.jsonl    # {"text": ..., "anchor": what was corrected}
+
+The original is the same model without its adapter. Rows without an anchor are there to be retained.
+"""
+
+import tiny
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.nn.utils.rnn import pad_sequence
+
+import fused_losses as fl
+
+
+def feature(tokenizer, text, anchor=""):
+    """Token ids, and a confidence of 1 for those of the anchor."""
+    row = tokenizer(text, return_offsets_mapping=True)
+    begin = text.index(anchor) if anchor else len(text)
+    confidence = [float(start < begin + len(anchor) and end > begin) for start, end in row["offset_mapping"]]
+    return {"input_ids": row["input_ids"], "confidence": confidence}
+
+
+def collate(features):
+    """Every token has a label: off the anchors it is not learned, only retained."""
+    labels, confidence = (
+        pad_sequence([torch.tensor(f[name]) for f in features], batch_first=True, padding_value=fill)
+        for name, fill in (("input_ids", -100), ("confidence", 0.0))
+    )
+    mask = (labels != -100).long()
+    return {"input_ids": labels * mask, "attention_mask": mask, "labels": labels, "confidence": confidence}
+
+
+@torch.no_grad()
+def measure(model, features):
+    """The probability of the anchors, and the KL to the original off them: LAwF's loss at a confidence of 1 and of 0."""
+    batch = {name: values.to(model.device) for name, values in collate(features).items()}
+    labels, anchor = batch.pop("labels"), batch["confidence"] > 0
+    nll = model(**batch, labels=labels.masked_fill(~anchor, -100)).loss
+    return (-nll).exp().item(), model(**batch, labels=labels.masked_fill(anchor, -100)).loss.item()
+
+
+def main(steps=60, model=None, data=None):
+    rows = tiny.read(data) if data else tiny.CORRECTED
+    rate = 2e-4 if model else 1e-2
+    model, tokenizer = tiny.model_and_tokenizer(model, trained=True)
+    # ------------------------------------------------------------------------------------
+    model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear"))
+    fl.patch(model, fl.LAwFLoss(), reference="adapter-off")
+    # ------------------------------------------------------------------------------------
+    features = [feature(tokenizer, **row) for row in rows]
+    before = measure(model, features[:64])
+    losses = tiny.train(model, features, collate, steps, rate)
+    after = measure(model, features[:64])
+    print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")
+    print(f"probability of the anchors {before[0]:.3f} -> {after[0]:.3f}, KL to the original off them {after[1]:.1e}")
+    return model, features, losses, before, after
+
+
+if __name__ == "__main__":
+    main(**tiny.arguments(__doc__))
