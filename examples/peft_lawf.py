@@ -9,7 +9,6 @@ The original is the same model without its adapter. Rows without an anchor are t
 import tiny
 import torch
 from peft import LoraConfig, get_peft_model
-from torch.nn.utils.rnn import pad_sequence
 
 import fused_losses as fl
 
@@ -22,14 +21,8 @@ def feature(tokenizer, text, anchor=""):
     return {"input_ids": row["input_ids"], "confidence": confidence}
 
 
-def collate(features):
-    """Every token has a label: off the anchors it is not learned, only retained."""
-    labels, confidence = (
-        pad_sequence([torch.tensor(f[name]) for f in features], batch_first=True, padding_value=fill)
-        for name, fill in (("input_ids", -100), ("confidence", 0.0))
-    )
-    mask = (labels != -100).long()
-    return {"input_ids": labels * mask, "attention_mask": mask, "labels": labels, "confidence": confidence}
+# Every token has a label: off the anchors it is not learned, only retained.
+collate = fl.huggingface.AnchorCollator(pad_token_id=0)
 
 
 @torch.no_grad()

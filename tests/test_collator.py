@@ -116,7 +116,7 @@ def test_fields_as_lists_tensors_and_arrays(form):
 
 def test_features_are_left_as_they_are():
     ids = torch.tensor([5, 6, 7])
-    collate({"input_ids": ids, "labels": ids})["labels"].fill_(0)
+    collate({"input_ids": ids, "labels": ids, "anchors": []})["labels"].fill_(0)
     assert ids.tolist() == [5, 6, 7]
 
 
@@ -248,10 +248,12 @@ def test_loss_and_gradient_of_a_model_do_not_depend_on_the_padding():
 # ---- errors
 
 IDS = {"input_ids": [5, 6, 7]}
+RETAINED = IDS | {"anchors": []}
 BAD = {
     "no rows": ([], ValueError, "features.*at least one"),
     "a list": ([[1, 2]], TypeError, "row 0: .*mapping.*list"),
-    "no ids": ([IDS, {"text": "a"}], ValueError, r"row 1, input_ids: is missing.*\['text'\].*remove_unused_columns=False"),
+    "no anchors": ([RETAINED, IDS], ValueError, r"row 1: has neither confidence nor anchors, only \['input_ids'\]; give anchors=\[\]"),
+    "no ids": ([RETAINED, {"text": "a"}], ValueError, r"row 1, input_ids: is missing.*\['text'\].*remove_unused_columns=False"),
     "ids: none": ([{"input_ids": []}], ValueError, "row 0, input_ids: the row is empty"),
     "ids: floats": ([{"input_ids": [1.0]}], TypeError, "row 0, input_ids: expected integers.*float32"),
     "ids: booleans": ([{"input_ids": [True]}], TypeError, "input_ids: expected integers.*bool"),
@@ -262,7 +264,7 @@ BAD = {
     "labels: shorter": ([IDS | {"labels": [5, 6]}], ValueError, "row 0, labels: expected as many as input_ids, 3, got 2"),
     "labels: floats": ([IDS | {"labels": [5.0, 6, 7]}], TypeError, "row 0, labels: expected integers"),
     "labels: -1": ([IDS | {"labels": [5, -1, 7]}], ValueError, "labels: expected ids ≥ 0 or -100, got -1 at position 1"),
-    "confidence: longer": ([IDS, IDS | {"confidence": [0.0] * 4}], ValueError, "row 1, confidence: .*3, got 4"),
+    "confidence: longer": ([RETAINED, IDS | {"confidence": [0.0] * 4}], ValueError, "row 1, confidence: .*3, got 4"),
     "confidence: above 1": ([IDS | {"confidence": [0, 1.5, 0]}], ValueError, r"confidence: .*\[0, 1\], got 1.5 at position 1"),
     "confidence: negative": ([IDS | {"confidence": [0, 0, -0.5]}], ValueError, r"confidence: .*\[0, 1\], got -0.5"),
     "confidence: NaN": ([IDS | {"confidence": [0, float("nan"), 0]}], ValueError, r"confidence: .*\[0, 1\], got nan"),
@@ -277,7 +279,7 @@ BAD = {
     "anchors: without a label": (
         [IDS | {"labels": [5, 6, -100], "anchors": {2: 1.0}}], ValueError, "row 0, anchors: expected 0 where the label is -100",
     ),
-    "anchors: beyond the end": ([IDS, IDS | {"anchors": [[3, 1.0]]}], ValueError, "row 1, anchors: expected 0 ≤ position < 3.*got 3"),
+    "anchors: beyond the end": ([RETAINED, IDS | {"anchors": [[3, 1.0]]}], ValueError, "row 1, anchors: expected 0 ≤ position < 3.*got 3"),
     "anchors: negative": ([IDS | {"anchors": [-1]}], ValueError, "anchors: expected 0 ≤ position.*got -1"),
     "anchors: twice": ([IDS | {"anchors": [1, [1, 0.5]]}], ValueError, "anchors: position 1 is given twice"),
     "anchors: twice in other words": ([IDS | {"anchors": {1: 0.5, "1": 0.5}}], ValueError, "position 1 is given twice"),

@@ -25,18 +25,19 @@ class Row(NamedTuple):
 class AnchorCollator:
     """Collates rows whose anchors are tokens to learn, while every other token with a label is to be retained.
 
-    For `Trainer(data_collator=...)` and `SFTTrainer(data_collator=...)`, with **remove_unused_columns=False** in their arguments: else they
-    drop the columns `confidence` and `anchors` before this sees them, and nothing is left to learn.
+    For `Trainer(data_collator=...)` with a model patched before, and `SFTTrainer(data_collator=...)` with
+    **remove_unused_columns=False** in its arguments: else it drops `confidence` and `anchors` before this sees them, which is an error.
 
     A row is a mapping with
 
         input_ids        T token ids
         labels           T ids or −100; default: input_ids, so that everything is retained or learned
         confidence       T numbers in [0, 1], 0 where there is no anchor; or, in its place,
-        anchors          a list of positions (confidence 1), a list of [position, confidence], or {position: confidence}
+        anchors          a list of positions (confidence 1), a list of [position, confidence], or {position: confidence};
+                         [] where everything is to be retained
         attention_mask   T of 0 or 1, with 0 at the ends only; what it masks is cut off, and cannot have a given label
 
-    as lists, numpy arrays or tensors; None counts as absent, other fields are left out of the batch. Position t speaks of the token
+    as lists, numpy arrays or tensors; None counts as absent or empty, other fields are left out of the batch. Position t speaks of the token
     input_ids[t], as in labels: nothing is shifted here, and the loss must shift labels and confidence alike. Nothing
     predicts a row's first token, so it cannot be an anchor, and its label is always −100 in the batch.
 
@@ -164,6 +165,11 @@ def read_row(feature: Mapping[str, Any], row: str) -> Row:
         )
     labels = labels.masked_fill(masked, IGNORED)
 
+    if "confidence" not in feature and "anchors" not in feature:
+        raise ValueError(
+            f"{row}: has neither confidence nor anchors, only {sorted(feature)}; give anchors=[] where nothing is to be learned, and "
+            "set remove_unused_columns=False if a trainer has dropped them"
+        )
     confidence = _confidence(given, row, size)
     field = f"{row}, {'anchors' if 'anchors' in given else 'confidence'}"
     first = kept.start

@@ -147,11 +147,12 @@ class Patch:
         self.forward = forward
 
     def _signature(self, parameters: Any) -> inspect.Signature:
-        """The model's own, and the fields of a batch that the loss takes: Trainer drops columns that are not in it."""
+        """The model's own, and the fields of a batch that the loss or its collator takes: Trainer drops columns that are not in it."""
+        columns = ("anchors",) if "confidence" in self.fields else ()
         own = [p for p in parameters.values() if p.kind is not p.VAR_KEYWORD]
         more = [
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
-            for name in (*self.fields, "num_items_in_batch")
+            for name in (*self.fields, *columns, "num_items_in_batch")
             if name not in parameters
         ]
         return inspect.Signature([*own, *more, inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)])
@@ -205,6 +206,8 @@ class Patch:
             return self._next(model, args, kwargs)
         fields = {name: kwargs.pop(name) for name in self.fields if name in kwargs and name not in self.accepted}
         fields = {name: value for name, value in fields.items() if value is not None}
+        if kwargs.get("anchors") is not None and "anchors" not in self.accepted:
+            raise TypeError("anchors: give confidence, which fused_losses.huggingface.AnchorCollator makes of them")
         labels, shift_labels = kwargs.get("labels"), kwargs.get("shift_labels")
         if self.position_of_labels is not None and len(args) > self.position_of_labels:
             labels = args[self.position_of_labels]
