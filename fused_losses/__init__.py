@@ -3,7 +3,7 @@
 `token_losses` is the op; the objectives are modules on top of it; `reference` holds the same in plain PyTorch.
 """
 
-from .head import LMHead, Reference
+from .head import LMHead, LowRank, Reference
 from .huggingface import patch, patched, unpatch
 from .objectives import (
     ASFTLoss,
@@ -31,6 +31,7 @@ __all__ = [
     "GradientReport",
     "LAwFLoss",
     "LMHead",
+    "LowRank",
     "Objective",
     "PSFTLoss",
     "Reference",

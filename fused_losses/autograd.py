@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import sparse_softmax
 from .backends import Backend
-from .problem import Gradients, Problem, Statistics
+from .problem import TENSORS, Gradients, Problem, Statistics
 from .sparse_softmax import Builder, GradientReport, SparseSoftmax
 
 # Called with the report when backward has filled it in.
@@ -42,10 +42,10 @@ class TokenLossesFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, problem: Problem, backend: Backend, grad: bool):
+    def forward(ctx, hidden, weight, bias, low_rank, problem: Problem, backend: Backend, grad: bool):
         ctx.set_materialize_grads(False)
-        need_hidden, need_weight, need_bias = (grad and need for need in ctx.needs_input_grad[:3])
-        ctx.keep_rows = need_hidden and not (need_weight or need_bias)
+        need_hidden, *need_head = (grad and need for need in ctx.needs_input_grad[:4])
+        ctx.keep_rows = need_hidden and not any(need_head)
         with _no_autocast(problem):
             out, rows = backend.statistics(problem, ctx.keep_rows)
         if ctx.keep_rows:
@@ -53,7 +53,7 @@ class TokenLossesFunction(torch.autograd.Function):
             ctx.dtype = hidden.dtype
         elif grad:
             ctx.save_for_backward(*problem.tensors())
-            ctx.problem, ctx.backend = problem.with_tensors((None,) * 7), backend
+            ctx.problem, ctx.backend = problem.without_tensors(), backend
         return _outputs(ctx, out)
 
     @staticmethod
@@ -63,19 +63,20 @@ class TokenLossesFunction(torch.autograd.Function):
             nll_rows, kl_rows = ctx.saved_tensors
             parts = [w[:, None] * rows for w, rows in ((a, nll_rows), (b, kl_rows)) if w is not None]
             hidden = sum(parts).to(ctx.dtype) if parts else None
-            return hidden, None, None, None, None, None
+            return hidden, None, None, None, None, None, None
         problem = ctx.problem.with_tensors(ctx.saved_tensors)
         with _no_autocast(problem):
             _, total = ctx.backend.gradients(
                 problem,
                 lambda _, at: (None if a is None else a[at], None if b is None else b[at]),
-                *ctx.needs_input_grad[:3],
+                *ctx.needs_input_grad[:4],
             )
         head = problem.head
-        weight = None if total.weight is None else total.weight.to(head.weight.dtype)
-        bias = None if total.bias is None else total.bias.to(head.bias.dtype)
-        hidden = None if total.hidden is None else total.hidden.to(problem.hidden.dtype)
-        return hidden, weight, bias, None, None, None
+        pairs = (
+            (total.hidden, problem.hidden), (total.weight, head.weight), (total.bias, head.bias),
+            (total.low_rank, head.low_rank),
+        )  # fmt: skip
+        return *(None if part is None else part.to(like.dtype) for part, like in pairs), None, None, None
 
 
 class SummedLossFunction(torch.autograd.Function):
@@ -85,16 +86,16 @@ class SummedLossFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, problem: Problem, backend: Backend, grad: bool, loss: TokenLoss):
-        needs = tuple(grad and need for need in ctx.needs_input_grad[:3])
+    def forward(ctx, hidden, weight, bias, low_rank, problem: Problem, backend: Backend, grad: bool, loss: TokenLoss):
+        needs = tuple(grad and need for need in ctx.needs_input_grad[:4])
         sums: list[Tensor] = []
 
         upstream = _weights_of(loss, sums)
         with _no_autocast(problem):
             if any(needs):
                 _, total = backend.gradients(problem, upstream, *needs)
-                ctx.save_for_backward(total.hidden, total.weight, total.bias)
-                ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+                ctx.save_for_backward(total.hidden, total.weight, total.bias, total.low_rank)
+                ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias, low_rank)]
             else:
                 out, _ = backend.statistics(problem)
                 sums.append(loss(out, slice(0, len(problem.labels))).sum())
@@ -121,10 +122,11 @@ class SparseTokenLossesFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden, weight, bias, problem: Problem, backend: Backend, report: GradientReport, publish: Publish
-    ):
+        ctx, hidden, weight, bias, low_rank, problem: Problem, backend: Backend, report: GradientReport,
+        publish: Publish,
+    ):  # fmt: skip
         ctx.set_materialize_grads(False)
-        frozen = not any(ctx.needs_input_grad[1:3])
+        frozen = not any(ctx.needs_input_grad[1:4])
         dense: list[Gradients] = []
         with _no_autocast(problem):
             out = backend.empty_statistics(problem)
@@ -142,7 +144,7 @@ class SparseTokenLossesFunction(torch.autograd.Function):
         rows = [None if not dense or getattr(dense[0], name) is None else torch.cat([getattr(d, name) for d in dense])
                 for name in ("nll", "kl")]  # fmt: skip
         ctx.save_for_backward(*problem.tensors(), *rows, *sparse.tensors())
-        ctx.problem, ctx.backend = problem.with_tensors((None,) * 7), backend
+        ctx.problem, ctx.backend = problem.without_tensors(), backend
         ctx.report, ctx.publish = report, publish
         return _outputs(ctx, out)
 
@@ -150,19 +152,20 @@ class SparseTokenLossesFunction(torch.autograd.Function):
     @_first_order
     def backward(ctx, a, b, *_):
         saved = ctx.saved_tensors
-        problem, sparse = ctx.problem.with_tensors(saved[:7]), SparseSoftmax.of_tensors(saved[9:])
+        problem, sparse = ctx.problem.with_tensors(saved[:TENSORS]), SparseSoftmax.of_tensors(saved[TENSORS + 2 :])
+        nll_rows, kl_rows = saved[TENSORS : TENSORS + 2]
         dense = None
-        if saved[7] is not None:
-            parts = [w[sparse.done, None] * rows for w, rows in ((a, saved[7]), (b, saved[8])) if w is not None]
+        if nll_rows is not None:
+            parts = [w[sparse.done, None] * rows for w, rows in ((a, nll_rows), (b, kl_rows)) if w is not None]
             dense = Gradients(hidden=torch.zeros_like(problem.hidden, dtype=problem.accumulator))
             if parts:
                 dense.hidden[sparse.done] = sum(parts)
         with _no_autocast(problem):
             total = sparse_softmax.gradients(
-                problem, ctx.backend, sparse, a, b, ctx.needs_input_grad[:3], ctx.report, dense
+                problem, ctx.backend, sparse, a, b, ctx.needs_input_grad[:4], ctx.report, dense
             )
         ctx.publish(ctx.report)
-        return total.hidden, total.weight, total.bias, None, None, None, None
+        return total.hidden, total.weight, total.bias, total.low_rank, None, None, None, None
 
 
 class SparseSummedLossFunction(torch.autograd.Function):
@@ -174,10 +177,10 @@ class SparseSummedLossFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden, weight, bias, problem: Problem, backend: Backend, report: GradientReport, publish: Publish,
-        loss: TokenLoss,
+        ctx, hidden, weight, bias, low_rank, problem: Problem, backend: Backend, report: GradientReport,
+        publish: Publish, loss: TokenLoss,
     ):  # fmt: skip
-        needs = ctx.needs_input_grad[:3]
+        needs = ctx.needs_input_grad[:4]
         sums: list[Tensor] = []
         upstream = _weights_of(loss, sums)
         weights: list[tuple[list[Tensor | None], slice]] = []
@@ -202,8 +205,9 @@ class SparseSummedLossFunction(torch.autograd.Function):
             sparse = sparse.with_weights(a, b)
         report.entries, report.saved_bytes = len(sparse.columns), sparse.nbytes
         dense = dense or Gradients()
-        ctx.save_for_backward(*problem.tensors(), a, b, dense.hidden, dense.weight, dense.bias, *sparse.tensors())
-        ctx.problem, ctx.backend = problem.with_tensors((None,) * 7), backend
+        sums_there = (dense.hidden, dense.weight, dense.bias, dense.low_rank)
+        ctx.save_for_backward(*problem.tensors(), a, b, *sums_there, *sparse.tensors())
+        ctx.problem, ctx.backend = problem.without_tensors(), backend
         ctx.report, ctx.publish = report, publish
         return torch.stack(sums).sum()
 
@@ -211,17 +215,17 @@ class SparseSummedLossFunction(torch.autograd.Function):
     @_first_order
     def backward(ctx, upstream):
         saved = ctx.saved_tensors
-        problem, sparse = ctx.problem.with_tensors(saved[:7]), SparseSoftmax.of_tensors(saved[12:])
-        a, b = saved[7:9]
-        dense = Gradients(*saved[9:12]) if any(t is not None for t in saved[9:12]) else None
+        problem, sparse = ctx.problem.with_tensors(saved[:TENSORS]), SparseSoftmax.of_tensors(saved[TENSORS + 6 :])
+        a, b, *parts = saved[TENSORS : TENSORS + 6]
+        dense = Gradients(*parts) if any(t is not None for t in parts) else None
         with _no_autocast(problem):
             if sparse.tails.error is None:
                 sparse = sparse.with_weights(a, b)
             total = sparse_softmax.gradients(
-                problem, ctx.backend, sparse, a, b, ctx.needs_input_grad[:3], ctx.report, dense, upstream
+                problem, ctx.backend, sparse, a, b, ctx.needs_input_grad[:4], ctx.report, dense, upstream
             )
         ctx.publish(ctx.report)
-        return total.hidden, total.weight, total.bias, None, None, None, None, None
+        return total.hidden, total.weight, total.bias, total.low_rank, None, None, None, None, None
 
 
 def _outputs(ctx, out: Statistics) -> tuple[Tensor | None, ...]:

@@ -28,13 +28,15 @@ OUTPUTS = ("nll", "kl", "prediction", "entropy", "reference_nll", "reference_ent
 class Call(NamedTuple):
     """The arguments of one call, all tokens."""
 
-    hidden: Tensor | None  # [T, D]
+    hidden: Tensor | None  # [T, D], with a low-rank part [T, D + r]
     weight: Tensor | None
     bias: Tensor | None
+    low_rank: Tensor | None
     labels: Tensor  # [T]
     reference_hidden: Tensor | None
     reference_weight: Tensor | None
     reference_bias: Tensor | None
+    reference_low_rank: Tensor | None
     ignore_index: int
     logit_scale: float
     softcap: float | None
@@ -42,12 +44,12 @@ class Call(NamedTuple):
     reference_softcap: float | None
     dtype: torch.dtype
     hidden_dtype: torch.dtype
-    width: int  # D
+    width: int  # of hidden
     wanted: str  # names with commas between
     top_k: int
     tolerance: float | None
     backend: str
-    needs: list[bool]  # whether hidden, weight and bias need a gradient
+    needs: list[bool]  # whether hidden, weight, bias and low_rank need a gradient
     handle: Tensor | None  # of the objective, for `publish`
 
     @property
@@ -61,13 +63,14 @@ class Call(NamedTuple):
 
     def problem(self) -> Problem:
         """With the ignored tokens."""
-        head, reference = Head(self.weight, self.bias, self.logit_scale, self.softcap), None
+        head, reference = Head(self.weight, self.bias, self.logit_scale, self.softcap, self.low_rank), None
         if self.reference_weight is not None:
             reference = Head(
-                self.reference_weight, self.reference_bias, self.reference_logit_scale, self.reference_softcap
-            )
+                self.reference_weight, self.reference_bias, self.reference_logit_scale, self.reference_softcap,
+                self.reference_low_rank,
+            )  # fmt: skip
             # Known only here: while tracing, tensors have no addresses.
-            if LMHead(*head).is_same(LMHead(*reference)):
+            if self.reference_low_rank is None and LMHead(*head[:4]).is_same(LMHead(*reference[:4])):
                 reference = None
         wanted = frozenset(filter(None, self.wanted.split(",")))
         return Problem(
@@ -77,16 +80,16 @@ class Call(NamedTuple):
 
 TENSORS = Call._fields.index("ignore_index")  # so many come first; the last is `handle`
 _CALL = (
-    "Tensor? hidden, Tensor? weight, Tensor? bias, Tensor labels, Tensor? reference_hidden, Tensor? reference_weight, "
-    "Tensor? reference_bias, int ignore_index, float logit_scale, float? softcap, float reference_logit_scale, "
-    "float? reference_softcap, ScalarType dtype, ScalarType hidden_dtype, SymInt width, str wanted, SymInt top_k, float? tolerance, "
+    "Tensor? hidden, Tensor? weight, Tensor? bias, Tensor? low_rank, Tensor labels, Tensor? reference_hidden, "
+    "Tensor? reference_weight, Tensor? reference_bias, Tensor? reference_low_rank, int ignore_index, float logit_scale, "
+    "float? softcap, float reference_logit_scale, float? reference_softcap, ScalarType dtype, ScalarType hidden_dtype, SymInt width, str wanted, SymInt top_k, float? tolerance, "
     "str backend, bool[] needs, Tensor? handle"
 )
 SCHEMAS = {
     # Outputs that are not wanted are empty.
     "losses_forward": f"({_CALL}) -> ({', '.join(f'Tensor {name}' for name in OUTPUTS)}, Tensor saved, Tensor layout)",
     "losses_backward": f"(Tensor? a, Tensor? b, Tensor saved, Tensor layout, {_CALL}) "
-    "-> (Tensor hidden, Tensor weight, Tensor bias)",
+    "-> (Tensor hidden, Tensor weight, Tensor bias, Tensor low_rank)",
     # `values`, after one of the checks of checks.py on those where `valid`
     "checked": "(Tensor values, Tensor? valid, str check, str name, SymInt limit) -> Tensor",
 }
@@ -206,7 +209,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     checks.labels(problem.labels, call.ignore_index, problem.head.vocabulary)
 
     context, report = Context(call.needs), GradientReport("none", len(problem.labels))
-    tensors = (problem.hidden, call.weight, call.bias)
+    tensors = (problem.hidden, call.weight, call.bias, call.low_rank)
     kept: list[Tensor | None] = []
     if report.begin(call.tolerance, any(call.needs)):
         outputs = SparseTokenLossesFunction.forward(context, *tensors, problem, module, report, lambda report: None)
@@ -252,7 +255,7 @@ def _backward(a: Tensor | None, b: Tensor | None, saved: Tensor, layout: Tensor,
     if d_hidden is not None and index is not None:
         everywhere = d_hidden.new_zeros(len(labels), d_hidden.shape[1])
         d_hidden = everywhere.index_copy_(0, index, d_hidden)
-    gradients = (d_hidden, *others[:2])
+    gradients = (d_hidden, *others[:3])
     return tuple(labels.new_empty(0, dtype=call.hidden_dtype) if g is None else g.contiguous() for g in gradients)
 
 
@@ -261,11 +264,10 @@ def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     *results, saved, layout = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*results[1 if call.reference_hidden is None else 2 :], saved, layout)
-    tensors = (call.hidden, call.weight, call.bias)
+    tensors = (call.hidden, call.weight, call.bias, call.low_rank)
+    references = (call.reference_hidden, call.reference_weight, call.reference_bias, call.reference_low_rank)
     if call.keeps_rows:
-        tensors = (None,) * 3
-        call = call._replace(reference_hidden=None, reference_weight=None, reference_bias=None)
-    references = (call.reference_hidden, call.reference_weight, call.reference_bias)
+        tensors = references = (None,) * 4
     ctx.save_for_backward(saved, layout, *tensors, call.labels, *references, call.handle)
     ctx.options = call[TENSORS:-1]
 
@@ -277,7 +279,7 @@ def _autograd(ctx: Any, a: Tensor | None, b: Tensor | None, *_: None) -> tuple[T
     saved, layout, *tensors, handle = ctx.saved_tensors
     gradients = torch.ops.fused_losses.losses_backward(a, b, saved, layout, *tensors, *ctx.options, handle)
     needs = ctx.options[Call._fields.index("needs") - TENSORS]
-    return tuple(g if need else None for g, need in zip(gradients, needs, strict=True)) + none[3:]
+    return tuple(g if need else None for g, need in zip(gradients, needs, strict=True)) + none[4:]
 
 
 def _no_second_derivatives(ctx: Any, *_: Any) -> None:
@@ -304,9 +306,9 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _fake_backward(a: Any, b: Any, saved: Tensor, layout: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     call = Call(*arguments)
-    like = (call.hidden, call.weight, call.bias)
+    like = (call.hidden, call.weight, call.bias, call.low_rank)
     if call.keeps_rows:
-        like = (call.labels.new_empty(call.labels.shape[0], call.width, dtype=call.hidden_dtype), None, None)
+        like = (call.labels.new_empty(call.labels.shape[0], call.width, dtype=call.hidden_dtype), None, None, None)
     return tuple(
         torch.empty_like(tensor, memory_format=torch.contiguous_format)
         if need

@@ -2,12 +2,81 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import shards
+
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LowRank:
+    """The low-rank part of a head, LoRA's: adds ``u @ b.T`` to ``hidden @ weight.T``, with ``u = hidden @ a.T`` or given rows.
+
+    Whatever LoRA scales with is folded into `a`, `b` or `rows` by the caller; of several adapters the columns stand side by
+    side, ``b = cat([b1, b2], 1)`` and `a` or `rows` likewise. Gradients flow to `b` and to `a` or `rows`, where these require
+    them, with no [V, D] gradient of a frozen weight.
+
+    Args:
+        b: [V, r].
+        a: [r, D]; u is computed in its dtype. Or instead
+        rows: u [..., r], leading shape as hidden's, for what `a` alone cannot say: PEFT's dropout before it.
+
+    The dtypes are float64, all with a float64 head, or any of float32, bfloat16 and float16. u is rounded to hidden's dtype,
+    but beside a reference with an adapter of its own on the same weight; there a wider u makes [N, D + r] copies in its dtype.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Cost: 2·N·V·r FLOP for each of the logits, u and b, and [V, r] sums in fp32. No [V, D] copy of the weight, but in the GPU
+    kernels of sparse mode and of calls without gradients, which take [W, B] in one, V·(D + r) numbers for the call.
+    """
+
+    b: Tensor
+    a: Tensor | None = None
+    rows: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if (self.a is None) == (self.rows is None):
+            got = "neither" if self.a is None else "both"
+            raise ValueError(f"low_rank: expected either a [r, D] or rows [..., r], got {got}")
+        name, other = ("a", self.a) if self.rows is None else ("rows", self.rows)
+        for tensor, label in ((self.b, "b"), (other, name)):
+            if not isinstance(tensor, Tensor):
+                remedy = "; give its .weight" if isinstance(tensor, nn.Module) else ""
+                raise TypeError(f"low_rank {label}: expected a tensor, got {type(tensor).__name__}{remedy}")
+            if type(tensor).__name__ == "DTensor":
+                raise TypeError(f"low_rank {label}: is a DTensor, of which this rank holds one shard; give it gathered")
+            if tensor.dtype not in FLOATING:
+                raise TypeError(f"low_rank {label}: expected one of {_names(FLOATING)}, got {tensor.dtype}")
+        if self.b.dim() != 2 or self.b.shape[1] == 0:
+            raise ValueError(f"low_rank b: expected shape [V, r] with r ≥ 1, got {list(self.b.shape)}")
+        rank = self.b.shape[1]
+        if self.a is not None and (self.a.dim() != 2 or self.a.shape[0] != rank):
+            swapped = "; it may be transposed, give a.T" if self.a.dim() == 2 and self.a.shape[1] == rank else ""
+            raise ValueError(
+                f"low_rank a: expected shape [r, D] with r = {rank} as b, got {list(self.a.shape)}{swapped}"
+            )
+        if self.rows is not None and (self.rows.dim() == 0 or self.rows.shape[-1] != rank):
+            raise ValueError(
+                f"low_rank rows: expected shape [..., r] with r = {rank} as b, got {list(self.rows.shape)}"
+            )
+        if other.device != self.b.device:
+            raise ValueError(f"low_rank {name} is on {other.device}, b on {self.b.device}; move both to one device")
+        if (other.dtype == torch.float64) != (self.b.dtype == torch.float64):
+            raise TypeError(f"low_rank {name} is {other.dtype}, b {self.b.dtype}; float64 goes with float64 alone")
+
+    def __repr__(self) -> str:
+        name, other = ("a", self.a) if self.rows is None else ("rows", self.rows)
+        return f"LowRank(b={list(self.b.shape)} {self.b.dtype}, {name}={list(other.shape)} {other.dtype})"
+
+    def inputs(self, hidden: Tensor) -> Tensor:
+        """u [..., r]."""
+        return self.rows if self.a is None else nn.functional.linear(hidden.to(self.a.dtype), self.a)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -25,6 +94,26 @@ class LMHead:
             no soft-cap (which would make a finite logit of them).
         logit_scale: finite and not zero.
         softcap: positive, or None.
+        low_rank: `LowRank`, or None: LoRA on the head, logits = softcap(logit_scale · (hidden Wᵀ + u Bᵀ + bias)).
+        process_group: a torch.distributed group over whose ranks the vocabulary is spread: `weight` and `bias` are this
+            rank's rows (their number may differ, and be 0 on some), the vocabulary is the concatenation in rank order.
+            See below. A group of one rank is as None.
+
+    Weight and bias may be DTensors on a mesh of one dimension: with Shard(0) that is a `process_group`, the mesh's;
+    with Replicate this rank's copy is the head.
+
+    **Spread over ranks** (tensor parallelism). All ranks call, with the same hidden states, labels (global ids), options and
+    upstream gradients; what can be compared cheaply is, and a difference raises on all. Results are those of the whole
+    vocabulary, the same on all ranks to the bit. Each rank gets the gradient of its own rows and the whole gradient of
+    the hidden states. Gradients are exact, and the work is done in PyTorch operations (`backend` "auto" or "torch").
+    A reference head of its own must be spread in the same way.
+
+    Communication: per call 8 integers are gathered; per sweep over the tokens and chunk of these one all-gather of 4
+    numbers per token and rank (fp32; entropy 1 more, top-k entropy k more, a reference 4, its entropy 1 more), so a
+    chunk of 96 MiB of this rank's logits waits once; and one all-reduce of the [N, D] gradient of hidden in fp32 (a frozen
+    head under `token_losses`: in forward, with a reference 2). Objectives whose weights depend on single tokens sweep
+    once, a trainable head under `token_losses` twice. Logits never travel. GEMMs: as exact gradients of one rank have,
+    each of V / ranks columns.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -34,9 +123,13 @@ class LMHead:
     bias: Tensor | None = None
     logit_scale: float = 1.0
     softcap: float | None = None
+    low_rank: LowRank | None = None
+    process_group: Any = None
 
     def __post_init__(self) -> None:
-        check_weight(self.weight, "head weight")
+        if self.process_group is not None:
+            shards.check_group(self.process_group)
+        check_weight(self.weight, "head weight", self.is_spread)
         vocabulary = self.weight.shape[0]
         if self.bias is not None:
             if not isinstance(self.bias, Tensor):
@@ -52,6 +145,7 @@ class LMHead:
                 raise ValueError(
                     f"head bias is on {self.bias.device}, head weight on {self.weight.device}; move both to one device"
                 )
+        self._check_dtensors()
         scale = self.logit_scale
         if not isinstance(scale, (int, float)) or scale != scale or abs(scale) == float("inf") or scale == 0:
             raise ValueError(
@@ -60,25 +154,71 @@ class LMHead:
         cap = self.softcap
         if cap is not None and not (isinstance(cap, (int, float)) and 0 < cap < float("inf")):
             raise ValueError(f"softcap: expected a finite number > 0, or None for no soft-cap, got {cap!r}")
+        if self.low_rank is not None:
+            if self.process_group is not None or shards.is_dtensor(self.weight):
+                raise ValueError(
+                    "low_rank: LoRA on a head whose vocabulary is spread over ranks is not supported; leave one of the two"
+                )
+            _check_low_rank(self.low_rank, self.weight)
+
+    def _check_dtensors(self) -> None:
+        weight: Any = self.weight
+        bias: Any = self.bias
+        distributed = [shards.is_dtensor(t) for t in (weight, bias) if t is not None]
+        if not any(distributed):
+            return
+        if not all(distributed):
+            kinds = [type(t).__name__ for t in (weight, bias)]
+            raise TypeError(f"head weight, bias: expected both to be DTensors or none, got {kinds}; distribute both")
+        group = shards.group_of(weight, "head weight")
+        if bias is not None and shards.group_of(bias, "head bias") is not group:
+            raise TypeError(
+                f"head bias: expected the mesh and placements of the weight, {weight.device_mesh} {weight.placements}, got "
+                f"{bias.device_mesh} {bias.placements}; distribute both alike"
+            )
+        if self.process_group is not None:
+            raise TypeError(
+                "process_group: is known from the DTensor given as weight; leave it out, or give weight.to_local()"
+            )
+
+    def local(self) -> LMHead:
+        """This rank's part of DTensors as plain tensors, differentiably; other heads as they are."""
+        if not shards.is_dtensor(self.weight):
+            return self
+        group = shards.group_of(self.weight, "head weight")
+        weight, bias = (None if t is None else t.to_local() for t in (self.weight, self.bias))  # type: ignore[attr-defined]
+        return replace(self, weight=weight, bias=bias, process_group=group)
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether the rows are those of one rank of several."""
+        return shards.is_spread(self.process_group)
 
     def __repr__(self) -> str:
         bias = "None" if self.bias is None else f"[{self.vocabulary}]"
+        group = ""
+        if self.process_group is not None:
+            ranks = torch.distributed.get_process_group_ranks(self.process_group)
+            group = f", process_group of ranks {ranks}"
         return (
             f"LMHead(weight={list(self.weight.shape)} {self.weight.dtype}, bias={bias}, "
-            f"logit_scale={self.logit_scale}, softcap={self.softcap})"
+            f"logit_scale={self.logit_scale}, softcap={self.softcap}{group}"
+            f"{'' if self.low_rank is None else f', low_rank={self.low_rank}'})"
         )
 
     @property
     def vocabulary(self) -> int:
+        """The rows of `weight`: V, or with a process_group this rank's share."""
         return self.weight.shape[0]
 
     def is_same(self, other: LMHead) -> bool:
-        """Whether both heads map equal hidden states to equal logits because they are the same tensors."""
+        """Whether both heads, low-rank parts aside, map equal hidden states to equal logits because they are the same tensors."""
         return (
             _same_tensor(self.weight, other.weight)
             and (self.bias is other.bias or (self.bias is not None and other.bias is not None
                                              and _same_tensor(self.bias, other.bias)))
             and (self.logit_scale, self.softcap) == (other.logit_scale, other.softcap)
+            and shards.same_ranks(self.process_group, other.process_group)
         )  # fmt: skip
 
 
@@ -93,7 +233,9 @@ class Reference:
         head: an `LMHead`, a [V, D_ref] tensor, an `nn.Linear`, or None: the head of the trained model, which
             is the case of LoRA and of every fine-tuning with a frozen head. With the same head the difference
             of both logits is computed as ``(hidden − reference.hidden) @ weight.T``, so rounding that is common
-            to both cancels.
+            to both cancels. None leaves a low-rank part of the trained head out: the adapter is off. An `LMHead` of the
+            same weight with a low-rank part of its own is another adapter, such as a frozen copy; the difference is then
+            computed in the same way.
     """
 
     hidden: Tensor
@@ -109,6 +251,22 @@ class Reference:
 
     def __repr__(self) -> str:
         return f"Reference(hidden={list(self.hidden.shape)} {self.hidden.dtype}, head={self.head})"
+
+
+def _check_low_rank(low_rank: object, weight: Tensor) -> None:
+    if not isinstance(low_rank, LowRank):
+        raise TypeError(f"low_rank: expected fused_losses.LowRank(b, a=None, rows=None), got {type(low_rank).__name__}")
+    b, a = low_rank.b, low_rank.a
+    if b.shape[0] != weight.shape[0]:
+        raise ValueError(
+            f"low_rank b: expected shape [{weight.shape[0]}, r], a row for each row of weight, got {list(b.shape)}"
+        )
+    if a is not None and a.shape[1] != weight.shape[1]:
+        raise ValueError(f"low_rank a: expected shape [r, {weight.shape[1]}], D of weight, got {list(a.shape)}")
+    if b.device != weight.device:
+        raise ValueError(f"low_rank b is on {b.device}, head weight on {weight.device}; move both to one device")
+    if (b.dtype == torch.float64) != (weight.dtype == torch.float64):
+        raise TypeError(f"low_rank b is {b.dtype}, head weight {weight.dtype}; float64 goes with float64 alone")
 
 
 def as_head(head: object, name: str = "head") -> LMHead:
@@ -137,16 +295,20 @@ def _is_plain(linear: nn.Linear) -> bool:
     return not (changed or linear._forward_hooks or linear._forward_pre_hooks)
 
 
-def check_weight(weight: object, name: str) -> None:
+def calls_other_ranks(head: object) -> bool:
+    """Whether a call with this head or reference talks to other ranks."""
+    if isinstance(head, Reference):
+        head = head.head
+    if isinstance(head, LMHead):
+        return head.process_group is not None or shards.is_dtensor(head.weight)
+    return shards.is_dtensor(head.weight if isinstance(head, nn.Linear) else head)
+
+
+def check_weight(weight: object, name: str, spread: bool = False) -> None:
     if not isinstance(weight, Tensor):
         remedy = "; give its .weight" if isinstance(weight, nn.Module) else ""
         raise TypeError(f"{name}: expected a [V, D] tensor, got {type(weight).__name__}{remedy}")
-    if type(weight).__name__ == "DTensor":
-        raise TypeError(
-            f"{name}: is a DTensor, of which this rank holds one shard; call inside the head's own forward, where it "
-            "is gathered, or give the full local tensor"
-        )
-    if weight.dim() != 2 or 0 in weight.shape:
+    if weight.dim() != 2 or 0 in weight.shape[spread:]:
         sharded = (
             "; a sharded or offloaded parameter (ZeRO-3, FSDP) must be gathered first" if weight.numel() == 0 else ""
         )
@@ -168,7 +330,3 @@ def _same_tensor(a: Tensor, b: Tensor) -> bool:
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
     return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
-
-
-class LowRank:
-    pass

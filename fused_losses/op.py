@@ -7,15 +7,15 @@ import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from numbers import Real
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from . import backends, checks, compiled
+from . import backends, checks, compiled, shards
 from . import reference as full_logits
 from .autograd import SparseSummedLossFunction, SparseTokenLossesFunction, SummedLossFunction, TokenLossesFunction
-from .head import FLOATING, LMHead, Reference, _names, as_head
+from .head import FLOATING, LMHead, LowRank, Reference, _names, _same_tensor, as_head, calls_other_ranks
 from .problem import Head, Problem, Statistics, valid_index
 from .sparse_softmax import SMALLEST_VOCABULARY, TOLERANCE, GradientReport
 
@@ -45,20 +45,25 @@ class TokenLosses:
 def capturable(function: F) -> F:
     """Under `torch.compile` the call becomes part of a graph that may have tensors of unknown sizes (`fullgraph=True`).
 
-    Elsewhere it is a graph break and runs as it is, for objectives with a GEMM less. So is a call with a `process_group`,
-    whose ranks talk to each other. Costs nothing at import.
+    Elsewhere it is a graph break and runs as it is, for objectives with a GEMM less. So is a call with a `process_group`, of
+    the objective or of a head, whose ranks talk to each other. Costs nothing at import.
     """
 
     @functools.wraps(function)
     def call(*args, **kwargs):
-        if torch.compiler.is_compiling():
-            distributed = bool(args) and getattr(args[0], "process_group", None) is not None
-            if distributed or not compiled.captures():
-                eagerly = torch.compiler.disable(function)  # no part of a graph with a process_group
-                return eagerly(*args, **kwargs)
+        if torch.compiler.is_compiling() and (not compiled.captures() or _talks(args, kwargs)):
+            eagerly = torch.compiler.disable(function)  # no part of a graph with a process_group
+            return eagerly(*args, **kwargs)
         return function(*args, **kwargs)
 
     return call  # type: ignore[return-value]
+
+
+def _talks(args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether a call of an objective or of `token_losses` talks to other ranks."""
+    if getattr(args[0], "process_group", None) is not None:
+        return True
+    return any(calls_other_ranks(given) for given in (*args, *kwargs.values()))
 
 
 @capturable
@@ -102,6 +107,9 @@ def token_losses(
             errors of 0.2 to 0.7 % for the gradients of nll (docs/method.md).
         backend: "auto", "triton" or "cuda" (kernels for GPUs), "cpu" (compiled kernels), "torch" (chunked, any device), or
             "reference" (full logits; exact; for checks on small inputs). `fused-losses info` says what "auto" takes.
+
+    A head spread over the ranks of a process group (`LMHead`) takes "exact" or "auto", which is exact there, and "torch" or
+    "auto".
 
     Returns:
         `TokenLosses`.
@@ -185,9 +193,10 @@ class Tokens:
         return len(self.problem.labels)
 
     def needs(self) -> list[bool]:
-        """Whether hidden, weight and bias need a gradient."""
+        """Whether hidden, weight, bias and low_rank need a gradient."""
         head, enabled = self.problem.head, torch.is_grad_enabled()
-        return [enabled and t is not None and t.requires_grad for t in (self.problem.hidden, head.weight, head.bias)]
+        tensors = (self.problem.hidden, head.weight, head.bias, head.low_rank)
+        return [enabled and t is not None and t.requires_grad for t in tensors]
 
     def takes_sparse_gradients(self) -> bool:
         """Also notes it in the report."""
@@ -240,7 +249,7 @@ class Tokens:
         if self.backend == "reference":
             return _full_logits_statistics(problem)
         head, backend = problem.head, backends.load(self.backend)
-        tensors = (problem.hidden, head.weight, head.bias)
+        tensors = (problem.hidden, head.weight, head.bias, head.low_rank)
         if sparse:
             outputs = SparseTokenLossesFunction.apply(*tensors, problem, backend, self.report, self.publish)
         else:
@@ -270,7 +279,7 @@ class Tokens:
     def _summed(self, of_chunk: Callable[[Statistics, slice], Tensor], wanted: frozenset[str], top_k: int) -> Tensor:
         problem = _want(self.problem, wanted, top_k)
         head, backend = problem.head, backends.load(self.backend)
-        tensors = (problem.hidden, head.weight, head.bias)
+        tensors = (problem.hidden, head.weight, head.bias, head.low_rank)
         if self.takes_sparse_gradients():
             return SparseSummedLossFunction.apply(*tensors, problem, backend, self.report, self.publish, of_chunk)
         return SummedLossFunction.apply(*tensors, problem, backend, torch.is_grad_enabled(), of_chunk)
@@ -307,8 +316,8 @@ class TracedTokens(Tokens):
             return self._full_logits(wanted, top_k)
         problem, reference = self.problem, self.problem.reference_head or Head(None, None, 1.0, None)
         outputs = torch.ops.fused_losses.losses_forward(
-            problem.hidden, problem.head.weight, problem.head.bias, problem.labels,
-            problem.reference_hidden, reference.weight, reference.bias, self.ignore_index,
+            problem.hidden, problem.head.weight, problem.head.bias, problem.head.low_rank, problem.labels,
+            problem.reference_hidden, reference.weight, reference.bias, reference.low_rank, self.ignore_index,
             problem.head.logit_scale, problem.head.softcap, reference.logit_scale, reference.softcap,
             problem.dtype, problem.hidden.dtype, problem.hidden.shape[1],
             ",".join(sorted(wanted)), top_k, problem.tolerance, self.backend, self.needs(), self.handle,
@@ -384,32 +393,59 @@ def prepare(
 
     In a graph (`capturable`) values are checked, and ignored tokens removed, when it runs. `handle`: of the objective.
     """
-    head = as_head(head)
+    head = as_head(head).local()
     check_options(gradient, backend, ignore_index, tolerance)
+    if head.is_spread:
+        _check_spread_options(gradient, backend)
     _check_hidden(hidden, head)
     _check_labels(labels, hidden)
-    reference_hidden, reference_head = _check_reference(reference, hidden, head)
+    reference_hidden, reference_head, reference_low_rank = _check_reference(reference, hidden, head)
+    needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, head.weight, head.bias)]
 
     tracing = torch.compiler.is_compiling()
     flat = labels.reshape(-1)
     index = None if tracing else valid_index(flat, ignore_index)
-    rows = [None if x is None else x.reshape(-1, x.shape[-1]) for x in (hidden, reference_hidden)]
+
+    def select(x: Tensor) -> Tensor:
+        x = x.reshape(-1, x.shape[-1])
+        return x if index is None else x.index_select(0, index)
+
     if index is not None:
         flat = flat.index_select(0, index)
-        rows = [None if x is None else x.index_select(0, index) for x in rows]
-    if not tracing:
-        checks.labels(flat, ignore_index, head.vocabulary)
+    rows = [None if x is None else select(x) for x in (hidden, reference_hidden)]
+    low_rank = None if head.low_rank is None else head.low_rank.b
+    if low_rank is not None or reference_low_rank is not None:
+        valid = flat != ignore_index if tracing else None
+        u, u_ref = (
+            None if part is None or x is None else _low_rank_rows(part, x, select, valid)
+            for part, x in zip((head.low_rank, reference_low_rank), rows, strict=True)
+        )
+        rows, low_rank = _with_low_rank(
+            rows, u, u_ref, low_rank, reference_low_rank if reference_head is None else None
+        )
     dtype = _compute_dtype(hidden, head)
-    chosen = backend if tracing else backends.choose(backend, hidden.device.type)
+    shard = None
+    if head.is_spread:
+        reference_rows = None
+        if reference is not None:
+            reference_rows = len((reference_head or head).weight)
+        shard = shards.agreement(head.process_group, len(head.weight), reference_rows, hidden, flat, needs)
+    inner = Head(head.weight, head.bias, head.logit_scale, head.softcap, low_rank, shard)
+    if not tracing:
+        checks.labels(flat, ignore_index, inner.vocabulary)
+    if shard is not None:
+        chosen = "sharded"
+    else:
+        chosen = backend if tracing else backends.choose(backend, hidden.device.type)
     if gradient == "auto":
         half = dtype in (torch.bfloat16, torch.float16)
-        sparse = half and head.vocabulary >= SMALLEST_VOCABULARY and chosen != "reference"
+        sparse = half and inner.vocabulary >= SMALLEST_VOCABULARY and chosen not in ("reference", "sharded")
     else:
         sparse = gradient == "sparse"
     problem = Problem(
         hidden=rows[0],
         labels=flat,
-        head=Head(head.weight, head.bias, head.logit_scale, head.softcap),
+        head=inner,
         reference_hidden=rows[1],
         reference_head=reference_head,
         dtype=dtype,
@@ -421,6 +457,43 @@ def prepare(
             problem, labels.shape, None, chosen, report, publish, flat != ignore_index, ignore_index, handle
         )
     return Tokens(problem, labels.shape, index, chosen, GradientReport("none", len(flat)), publish)
+
+
+def _low_rank_rows(low_rank: LowRank, x: Tensor, select: Callable[[Tensor], Tensor], valid: Tensor | None) -> Tensor:
+    """u [N, r] of the tokens x."""
+    if low_rank.rows is not None:
+        return select(low_rank.rows)
+    if valid is not None:  # what ignored tokens hold, perhaps NaN, must not get into the gradient of a
+        x = torch.where(valid[:, None], x, 0)
+    return low_rank.inputs(x)
+
+
+def _with_low_rank(
+    rows: list[Tensor | None], u: Tensor | None, u_ref: Tensor | None, b: Tensor | None, shared: LowRank | None
+) -> tuple[list[Tensor | None], Tensor | None]:
+    """Rows [x, u] and [x_ref, u_ref], and B. `shared`: the reference's low-rank part where it is on the same W.
+
+    Another B_ref than B there gives [B, B_ref − B], with [u, 0] and [u_ref, u_ref]: then what the difference form multiplies is
+    small where the two adapters nearly agree. Of other ranks: [B, B_ref], with [u, 0] and [0, u_ref]. u is rounded to the
+    dtype of x, but not where u − u_ref may cancel.
+    """
+    x, x_ref = rows
+    if u is not None:
+        x = torch.cat([x, u if u_ref is not None and shared is not None else u.to(x.dtype)], 1)
+    if u_ref is not None:
+        u_ref = u_ref.detach()
+        if shared is not None and (b is None or not _same_tensor(b, shared.b)):
+            b_ref = shared.b.detach()
+            x = nn.functional.pad(x, (0, b_ref.shape[1]))
+            if b is None:
+                b = b_ref
+            elif b.shape == b_ref.shape:
+                wide = torch.promote_types(b.dtype, torch.float32)
+                b, u_ref = torch.cat([b, b_ref.to(wide) - b.detach().to(wide)], 1), torch.cat([u_ref, u_ref], 1)
+            else:
+                b, u_ref = torch.cat([b, b_ref], 1), nn.functional.pad(u_ref, (b.shape[1], 0))
+        x_ref = torch.cat([x_ref, u_ref], 1)
+    return [x, x_ref], b
 
 
 def _want(problem: Problem, wanted: frozenset[str], top_k: int) -> Problem:
@@ -463,10 +536,25 @@ def check_options(gradient: str, backend: str, ignore_index: int, tolerance: flo
         raise TypeError(f"ignore_index: expected an integer such as -100, got {ignore_index!r}") from None
 
 
+def _check_spread_options(gradient: str, backend: str) -> None:
+    where = "with a head whose process_group spreads the vocabulary over ranks"
+    if gradient == "sparse":
+        raise ValueError(f"gradient='sparse' {where}, for which gradients are exact; give gradient='auto' or 'exact'")
+    if backend not in ("auto", "torch"):
+        raise ValueError(
+            f"backend={backend!r} {where}, for which there is 'torch' alone; give backend='auto' or 'torch'"
+        )
+
+
 def _check_hidden(hidden: Tensor, head: LMHead) -> None:
     if not isinstance(hidden, Tensor):
         output = "; give its last_hidden_state" if hasattr(hidden, "last_hidden_state") else ""
         raise TypeError(f"hidden: expected a tensor [..., D], got {type(hidden).__name__}{output}")
+    if shards.is_dtensor(hidden):
+        raise TypeError(
+            "hidden: expected a plain tensor with all tokens, got a DTensor; give hidden.full_tensor() or, where it is "
+            "replicated, hidden.to_local()"
+        )
     if hidden.dtype not in FLOATING:
         raise TypeError(f"hidden: expected one of {_names(FLOATING)}, got {hidden.dtype}")
     if hidden.dim() == 0 or hidden.numel() == 0:
@@ -486,6 +574,7 @@ def _check_hidden(hidden: Tensor, head: LMHead) -> None:
         )
     if hidden.device != head.weight.device:
         raise ValueError(f"hidden is on {hidden.device}, head weight on {head.weight.device}; move both to one device")
+    _check_low_rank_rows(head.low_rank, hidden, "low_rank rows")
 
 
 def _check_labels(labels: Tensor, hidden: Tensor) -> None:
@@ -506,16 +595,25 @@ def _check_labels(labels: Tensor, hidden: Tensor) -> None:
         raise ValueError(f"labels are on {labels.device}, hidden on {hidden.device}; move them with .to(hidden.device)")
 
 
-def _check_reference(reference: Reference | None, hidden: Tensor, head: LMHead) -> tuple[Tensor | None, Head | None]:
-    """The reference's hidden states and its head, None where it is the trained model's."""
+def _check_reference(
+    reference: Reference | None, hidden: Tensor, head: LMHead
+) -> tuple[Tensor | None, Head | None, LowRank | None]:
+    """The reference's hidden states, its head, None where it is the trained model's, and its low-rank part."""
     if reference is None:
-        return None, None
+        return None, None, None
     if not isinstance(reference, Reference):
         raise TypeError(
             f"reference: expected fused_losses.Reference(hidden, head=None), got {type(reference).__name__}"
         )
     ref_head = reference.head
     assert ref_head is None or isinstance(ref_head, LMHead)
+    if ref_head is not None:
+        ref_head = ref_head.local()
+        if not shards.same_ranks(head.process_group, ref_head.process_group):
+            raise ValueError(
+                f"reference head: expected its vocabulary spread over the same ranks as the head's, got {ref_head} for {head}; "
+                "give both LMHead(rows, process_group=group), or whole tensors for both"
+            )
     if reference.hidden.shape[:-1] != hidden.shape[:-1]:
         raise ValueError(
             f"reference hidden: expected leading shape {list(hidden.shape[:-1])} as hidden, got "
@@ -535,15 +633,27 @@ def _check_reference(reference: Reference | None, hidden: Tensor, head: LMHead) 
             raise ValueError(
                 f"{name} is on {tensor.device}, hidden on {hidden.device}; move it with .to(hidden.device)"
             )
-    if ref_head is not None and ref_head.vocabulary != head.vocabulary:
+    # Of heads spread over ranks they are compared on all ranks together.
+    if ref_head is not None and not head.is_spread and ref_head.vocabulary != head.vocabulary:
         raise ValueError(
             f"reference head: expected V = {head.vocabulary} as the head, got {ref_head.vocabulary}; the KL needs one "
             "vocabulary: resize or pad one head (bias −inf rules padding out)"
         )
+    low_rank = None if ref_head is None else ref_head.low_rank
+    _check_low_rank_rows(low_rank, reference.hidden, "reference low_rank rows")
     if ref_head is None or ref_head.is_same(head):
-        return reference.hidden.detach(), None
-    frozen = None if ref_head.bias is None else ref_head.bias.detach()
-    return reference.hidden.detach(), Head(ref_head.weight.detach(), frozen, ref_head.logit_scale, ref_head.softcap)
+        return reference.hidden.detach(), None, low_rank
+    bias, b = (None if t is None else t.detach() for t in (ref_head.bias, None if low_rank is None else low_rank.b))
+    own = Head(ref_head.weight.detach(), bias, ref_head.logit_scale, ref_head.softcap, b)
+    return reference.hidden.detach(), own, low_rank
+
+
+def _check_low_rank_rows(low_rank: LowRank | None, hidden: Tensor, name: str) -> None:
+    if low_rank is not None and low_rank.rows is not None and low_rank.rows.shape[:-1] != hidden.shape[:-1]:
+        raise ValueError(
+            f"{name}: expected leading shape {list(hidden.shape[:-1])} as hidden, got {list(low_rank.rows.shape)}; "
+            "slice it as hidden was sliced"
+        )
 
 
 def _compute_dtype(hidden: Tensor, head: LMHead) -> torch.dtype:

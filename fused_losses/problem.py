@@ -9,18 +9,35 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .shards import Shard
+
 
 class Head(NamedTuple):
     """An `LMHead` below the entrance: not checked again."""
 
-    weight: Tensor  # [V, D]
+    weight: Tensor  # [V, D]; with a shard this rank's rows
     bias: Tensor | None  # [V]
     logit_scale: float
     softcap: float | None
+    low_rank: Tensor | None = (
+        None  # [V, r] B; a row of hidden then is [x, u], D + r numbers, of a reference also x alone
+    )
+    shard: Shard | None = None  # None: all rows are here
 
     @property
     def vocabulary(self) -> int:
-        return self.weight.shape[0]
+        """V, over all ranks."""
+        return self.weight.shape[0] if self.shard is None else self.shard.vocabulary
+
+    @property
+    def most_rows(self) -> int:
+        """Rows of the rank that has most: whatever must be equal on all ranks follows from it."""
+        return self.weight.shape[0] if self.shard is None else self.shard.largest
+
+    @property
+    def width(self) -> int:
+        """D + r: of a row of hidden."""
+        return self.weight.shape[1] + (0 if self.low_rank is None else self.low_rank.shape[1])
 
 
 def valid_index(labels: Tensor, ignore_index: int) -> Tensor | None:
@@ -29,11 +46,14 @@ def valid_index(labels: Tensor, ignore_index: int) -> Tensor | None:
     return None if bool(valid.all()) else valid.nonzero().flatten()
 
 
+TENSORS = 9  # of a `Problem`
+
+
 @dataclass(frozen=True)
 class Problem:
     """N tokens without ignored ones. `reference_head` None and a reference hidden: both models share the head."""
 
-    hidden: Tensor  # [N, D]
+    hidden: Tensor  # [N, D], with a low-rank part [N, D + r]
     labels: Tensor  # [N] int64
     head: Head
     reference_hidden: Tensor | None  # [N, D_ref]
@@ -69,24 +89,29 @@ class Problem:
         )
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """All tensors, for `save_for_backward`; `with_tensors` puts them back."""
-        ref = self.reference_head
+        """All `TENSORS` of them, for `save_for_backward`; `with_tensors` puts them back."""
+        head, ref = self.head, self.reference_head or Head(None, None, 1.0, None)
         return (
-            self.hidden, self.labels, self.head.weight, self.head.bias, self.reference_hidden,
-            None if ref is None else ref.weight, None if ref is None else ref.bias,
+            self.hidden, self.labels, head.weight, head.bias, head.low_rank, self.reference_hidden,
+            ref.weight, ref.bias, ref.low_rank,
         )  # fmt: skip
 
     def with_tensors(self, tensors: tuple[Tensor | None, ...]) -> Problem:
-        hidden, labels, weight, bias, ref_hidden, ref_weight, ref_bias = tensors
+        hidden, labels, weight, bias, low_rank, ref_hidden, ref_weight, ref_bias, ref_low_rank = tensors
         ref = self.reference_head
         return replace(
             self,
             hidden=hidden,
             labels=labels,
-            head=self.head._replace(weight=weight, bias=bias),
+            head=self.head._replace(weight=weight, bias=bias, low_rank=low_rank),
             reference_hidden=ref_hidden,
-            reference_head=None if ref is None else ref._replace(weight=ref_weight, bias=ref_bias),
+            reference_head=None
+            if ref is None
+            else ref._replace(weight=ref_weight, bias=ref_bias, low_rank=ref_low_rank),
         )
+
+    def without_tensors(self) -> Problem:
+        return self.with_tensors((None,) * TENSORS)
 
 
 @dataclass
@@ -100,6 +125,10 @@ class Statistics:
     entropy: Tensor | None = None
     reference_entropy: Tensor | None = None
     topk_entropy: Tensor | None = None
+    # Only inside a sweep over one rank's rows of the head (backends/sharded.py).
+    normaliser: Tensor | None = None  # [N, 2] the largest logit, and log Σ exp(z − it)
+    reference_normaliser: Tensor | None = None
+    top_logits: Tensor | None = None  # [N, k]
 
     def at(self, tokens: slice) -> Statistics:
         parts = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -108,11 +137,12 @@ class Statistics:
 
 @dataclass
 class Gradients:
-    """Sums over tokens (hidden, weight, bias), or the rows ∂nll/∂x and ∂kl/∂x before any upstream weight."""
+    """Sums over tokens (hidden, weight, bias, low_rank), or the rows ∂nll/∂x and ∂kl/∂x before any upstream weight."""
 
     hidden: Tensor | None = None
     weight: Tensor | None = None
     bias: Tensor | None = None
+    low_rank: Tensor | None = None
     nll: Tensor | None = None
     kl: Tensor | None = None
 

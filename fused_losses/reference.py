@@ -12,13 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .head import LMHead
+from .head import LMHead, LowRank
 from .problem import Head
 
 
 def logits(hidden: Tensor, head: LMHead | Head) -> Tensor:
-    """softcap(scale · (x Wᵀ + b)), [N, V]."""
-    z = F.linear(hidden, head.weight, head.bias)
+    """softcap(scale · (x Wᵀ + u Bᵀ + b)), [N, V]; of a `Head` with a low-rank part hidden's rows are [x, u]."""
+    low_rank, dim = head.low_rank, head.weight.shape[1]
+    if isinstance(low_rank, LowRank):
+        hidden, low_rank = torch.cat([hidden, low_rank.inputs(hidden)], -1), low_rank.b
+    z = F.linear(hidden[..., :dim].to(head.weight.dtype), head.weight, head.bias)
+    if low_rank is not None and hidden.shape[-1] > dim:
+        z = z + F.linear(hidden[..., dim:].to(low_rank.dtype), low_rank).to(z.dtype)
     z = z.to(torch.promote_types(z.dtype, torch.float32)) * head.logit_scale
     return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
 

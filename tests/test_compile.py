@@ -58,14 +58,16 @@ def assert_same(function, make_inputs=inputs, exactly=False, compiled_function=N
 
 def operator_arguments(
     sparse=False, reference=None, frozen=False, grad=True, ignored=2, dtype=torch.float32, strided=False, bias=True,
-    wanted="entropy", softcap=None,
+    wanted="entropy", softcap=None, rank=0,
 ):  # fmt: skip
     hidden, weight, labels = torch.randn(11, D).to(dtype), torch.randn(V, D).to(dtype), torch.randint(V, (11,))
     if strided:
         hidden, weight = (x.t().contiguous().t() for x in (hidden, weight))
     labels[:ignored] = -100
-    leaves = [hidden, weight, torch.randn(V).to(dtype) if bias else None]
-    needs = [grad, grad and not frozen, grad and bias and not frozen]
+    leaves = [hidden, weight, torch.randn(V).to(dtype) if bias else None, None]
+    if rank:
+        leaves[0], leaves[3] = torch.randn(11, D + rank).to(dtype), torch.randn(V, rank).to(dtype)
+    needs = [grad, grad and not frozen, grad and bias and not frozen, grad and rank > 0]
     for leaf, need in zip(leaves, needs, strict=True):
         if leaf is not None:
             leaf.requires_grad_(need)
@@ -73,7 +75,7 @@ def operator_arguments(
     ref_weight = torch.randn(V, D).to(dtype) if reference == "own" else None
     tolerance = 0.15 if sparse else None
     return compiled.Call(
-        *leaves, labels, ref_hidden, ref_weight, None, -100, 1.5, softcap, 1.0, None, dtype, dtype, D, wanted, 20,
+        *leaves, labels, ref_hidden, ref_weight, None, None, -100, 1.5, softcap, 1.0, None, dtype, dtype, D + rank, wanted, 20,
         tolerance, "auto", needs, None,
     )  # fmt: skip
 
@@ -93,6 +95,8 @@ OPTIONS = {
     "strided, none ignored": {"strided": True, "ignored": 0, "bias": False},
     "float64, shared reference": {"dtype": torch.float64, "reference": "shared", "softcap": 3.0},
     "bfloat16": {"dtype": torch.bfloat16, "sparse": True},
+    "low rank, frozen": {"rank": 3, "frozen": True, "reference": "shared"},
+    "low rank, sparse": {"rank": 3, "sparse": True, "reference": "own"},
 }
 
 
@@ -105,7 +109,7 @@ def test_operators(name):
     *outputs, saved, layout = OPS.losses_forward(*call)
     given = [v.detach() if isinstance(v, torch.Tensor) else v for v in call]
     if call.keeps_rows:
-        given = [None] * 3 + given[3:4] + [None] * 3 + given[7:]
+        given = [None] * 4 + given[4:5] + [None] * 4 + given[9:]
     b = None if call.reference_hidden is None else torch.randn_like(outputs[1])
     opcheck(OPS.losses_backward.default, (torch.randn_like(outputs[0]), b, saved, layout, *given))
 

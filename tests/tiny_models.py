@@ -4,9 +4,9 @@
         model, inputs = build(name)
         loss = model(**inputs).loss
 
-Float32 on the CPU, in train() mode without dropout. Sizes come from one table of configuration fields (`SMALL`) that is applied to every configuration
-and the ones inside it; `OVERRIDES` and `INPUTS` name what single classes need on top. Multipliers and soft-caps are not 1 and biases not 0, so that leaving
-one out shows.
+Float32 on the CPU, in train() mode without dropout. Sizes come from one `TABLE` of configuration fields, applied to every configuration and
+the ones inside it; `OVERRIDES` and `INPUTS` name what single classes need on top. Multipliers are not 1, biases not 0 and soft-caps low, so
+that leaving one out shows.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 ROWS, LENGTH = 2, 12
 VOCABULARY = 97
@@ -45,8 +47,14 @@ TABLE: list[tuple[Any, str]] = [
     (4, "num_attention_heads n_head n_heads num_heads attention_heads encoder_attention_heads decoder_attention_heads"),
     (4, "num_encoder_attention_heads num_decoder_attention_heads swa_num_attention_heads"),
     (2, "num_key_value_heads num_kv_heads num_query_groups swa_num_key_value_heads index_n_heads"),
-    (8, "head_dim dim_head d_head attention_head_size v_head_dim qk_nope_head_dim swa_head_dim index_head_dim"),
-    (8, "kv_lora_rank q_lora_rank o_lora_rank adapter_rank laurel_rank hc_lowrank"),
+    (
+        8,
+        "head_dim dim_head d_head attention_head_size v_head_dim qk_nope_head_dim swa_head_dim index_head_dim kv_channels",
+    ),
+    (
+        8,
+        "hidden_size_per_layer_input router_hidden_size kv_lora_rank q_lora_rank o_lora_rank adapter_rank laurel_rank hc_lowrank",
+    ),
     (6, "index_topk"),
     (4, "qk_rope_head_dim rotary_dim"),
     # experts: the first layer dense where there is a choice, the second sparse
@@ -72,11 +80,12 @@ TABLE: list[tuple[Any, str]] = [
     (8, "sliding_window attention_window_size sliding_window_size local_attention"),
     # ids
     (VOCABULARY, "vocab_size decoder_vocab_size vocab_size_per_layer_input"),
+    (91, "unpadded_vocab_size"),
     (0, "pad_token_id"),
     (1, "bos_token_id decoder_start_token_id cls_token_id"),
     (2, "eos_token_id forced_eos_token_id sep_token_id"),
     # values: initial weights so large that every layer matters, everything on the way to the logits and the loss not 1 and not 0
-    (0.2, "initializer_range init_std embed_init_std"),
+    (0.2, "initializer_range init_std embed_init_std embedding_initializer_range"),
     (True, "is_decoder output_router_logits lm_head_bias decoder_bias"),
     (False, "use_cache"),
     (0.1, "router_aux_loss_coef aux_loss_coef"),
@@ -85,33 +94,32 @@ TABLE: list[tuple[Any, str]] = [
     (0.3, "lm_head_multiplier"),
     (3.0, "logits_mup_width_multiplier"),
     (5.0, "final_logit_softcapping logits_soft_cap output_logit_soft_cap"),
+    (16, "dim_model_base"),
     (1.5, "embedding_multiplier"),
     (0.7, "residual_multiplier"),
 ]
 SMALL = {name: value for value, fields in TABLE for name in fields.split()}
 
 # Also where the default is None: elsewhere None means that the class works without.
-ALWAYS = set(
-    [
-        "pad_token_id",
-        "bos_token_id",
-        "eos_token_id",
-        "logit_scale",
-        "final_logit_softcapping",
-        "logits_soft_cap",
-        "head_dim",
-        "num_key_value_heads",
-        "num_experts_per_tok",
-        "n_routed_experts",
-        "n_shared_experts",
-    ]
-)
+ALWAYS = {
+    *("pad_token_id", "bos_token_id", "eos_token_id", "unpadded_vocab_size"),
+    *("logit_scale", "final_logit_softcapping", "logits_soft_cap", "head_dim", "num_key_value_heads"),
+    *("num_experts_per_tok", "n_routed_experts", "n_shared_experts"),
+}
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 BLT_PART = dict(vocab_size=260, num_key_value_heads=4, hidden_size_global=64, num_hidden_layers=1)
-GEMMA4 = dict(layer_types=["sliding_attention", "full_attention"], global_head_dim=8, hidden_size_per_layer_input=8)
+GEMMA3N = dict(
+    num_hidden_layers=4,
+    layer_types=["sliding_attention", "full_attention"] * 2,
+    num_kv_shared_layers=2,
+    activation_sparsity_pattern=[0.95, 0.0, 0.0, 0.0],
+    intermediate_size=[48] * 4,
+)
+GEMMA4 = dict(layer_types=["sliding_attention", "full_attention"], global_head_dim=8)
 MOE_GEMMA4 = dict(enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=24)
 OVERRIDES: dict[str, dict[str, Any]] = {
+    "BambaForCausalLM": dict(attn_layer_indices=[1]),
     "BigBirdForCausalLM": dict(attention_type="original_full"),
     "BigBirdPegasusForCausalLM": dict(attention_type="original_full"),
     "BltForCausalLM": dict(
@@ -146,20 +154,19 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         head_dim=12,
     ),
     "GPTNeoForCausalLM": dict(attention_types=[[["global", "local"], 1]], window_size=8),
-    "Gemma3nForCausalLM": dict(
-        num_hidden_layers=4,
-        layer_types=["sliding_attention", "full_attention"] * 2,
-        num_kv_shared_layers=2,
-        activation_sparsity_pattern=[0.95, 0.0, 0.0, 0.0],
-        intermediate_size=[48] * 4,
-    ),
+    "Gemma3nForCausalLM": GEMMA3N,
+    "Gemma3nForConditionalGeneration": dict(text_config=GEMMA3N),
     "Gemma4ForCausalLM": GEMMA4 | MOE_GEMMA4,
     "Gemma4ForConditionalGeneration": dict(text_config=GEMMA4),
     "Gemma4UnifiedForCausalLM": GEMMA4,
     "Gemma4UnifiedForConditionalGeneration": dict(text_config=GEMMA4),
+    "HyperCLOVAXForCausalLM": dict(logits_scaling=0.25),
+    "JambaForCausalLM": dict(attn_layer_period=2, attn_layer_offset=1),
     "Lfm2MoeForCausalLM": dict(layer_types=["conv", "full_attention"]),
     "LongcatFlashForCausalLM": dict(head_dim=4, zero_expert_num=2),
     "Mamba2ForCausalLM": dict(num_heads=8),
+    "MusicgenForCausalLM": dict(initializer_factor=0.2),
+    "MusicgenMelodyForCausalLM": dict(initializer_factor=0.2),
     "Qwen4ExpForCausalLM": dict(
         indexer_n_heads=2,
         indexer_kv_heads=1,
@@ -167,6 +174,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         indexer_budget=8,
         indexer_compress_ratio=2,
     ),
+    "RecurrentGemmaForCausalLM": dict(block_types=["recurrent", "attention"]),
     "ReformerModelWithLMHead": dict(
         axial_pos_shape=(3, 4),
         axial_pos_embds_dim=(8, 24),
@@ -191,14 +199,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 }
 
 
-def parameters_of(config_class: type) -> set[str]:
+def fields_of(config_class: type) -> set[str]:
     return set(inspect.signature(config_class.__init__).parameters) - {"self", "kwargs", "args"}
 
 
 def value_of(config: Any, name: str) -> Any:
     """Also under a name that the class maps to another one."""
-    now = {} if config is None else vars(config)
-    return now[name] if name in now else getattr(config, name, None)
+    return vars(config)[name] if name in vars(config) else getattr(config, name, None)
 
 
 def few_layers(config: Any) -> dict[str, Any]:
@@ -208,7 +215,7 @@ def few_layers(config: Any) -> dict[str, Any]:
     if depth_name is None:
         return {}
     kinds = {}
-    for name in parameters_of(type(config)):
+    for name in fields_of(type(config)):
         values = now.get(name)
         if isinstance(values, (list, tuple)) and len(values) == now[depth_name] and len(set(map(str, values))) <= 4:
             kinds[name] = list(dict.fromkeys(values))
@@ -220,14 +227,9 @@ def few_layers(config: Any) -> dict[str, Any]:
 def tiny_config(config_class: type, overrides: dict[str, Any] | None = None) -> Any:
     """A configuration of this class with the sizes of `SMALL`, the same for those inside it, then `overrides`."""
     overrides = dict(overrides or {})
-    try:
-        base = config_class()
-    except ValueError:  # its own defaults contradict each other
-        base = None
-    now = {} if base is None else vars(base)
-    accepted = parameters_of(config_class)
+    base = config_class()
     values: dict[str, Any] = {}
-    for name in accepted:
+    for name in fields_of(config_class):
         old = value_of(base, name)
         if name in SMALL and (old is not None or name in ALWAYS):
             values[name] = SMALL[name]
@@ -237,18 +239,17 @@ def tiny_config(config_class: type, overrides: dict[str, Any] | None = None) -> 
             values[name] = 0.7
     if "kv_lora_rank" in values and "num_key_value_heads" in values:
         values["num_key_value_heads"] = SMALL["num_attention_heads"]  # latent attention expands to all heads
-    if base is not None:
-        values |= few_layers(base)
+    values |= few_layers(base)
     for name in config_class.sub_configs:
-        if hasattr(now.get(name), "to_dict"):
-            values[name] = tiny_config(type(now[name]), overrides.pop(name, {}))
+        inside = getattr(base, name, None)
+        if isinstance(inside, transformers.PretrainedConfig):
+            values[name] = tiny_config(type(inside), overrides.pop(name, {}))
     return config_class(**{**values, **overrides})
 
 
-def batch(vocabulary: int, seed: int) -> dict[str, Tensor]:
+def batch(vocabulary: int) -> dict[str, Tensor]:
     """Two rows, the second one shorter; ignored labels in other places of each row."""
-    g = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, vocabulary, (ROWS, LENGTH), generator=g)
+    ids = torch.randint(3, vocabulary, (ROWS, LENGTH))
     mask = torch.ones_like(ids)
     mask[1, -3:] = 0
     ids[mask == 0] = 0
@@ -279,41 +280,45 @@ INPUTS: dict[str, Callable[[Any, dict[str, Tensor]], dict[str, Any]]] = {
 
 
 def names() -> list[str]:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as mapping
-
-    classes = (c for value in mapping.values() for c in (value if isinstance(value, tuple) else (value,)))
+    mapping = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    classes = (c for value in mapping for c in (value if isinstance(value, tuple) else (value,)))
     return sorted(set(classes))
 
 
-def perturb(model: torch.nn.Module, seed: int) -> None:
-    """Biases start at 0 and norms at 1, where leaving them out would go unnoticed."""
-    g = torch.Generator().manual_seed(seed)
+def check_size(cls: type, config: Any) -> None:
+    """Before memory is touched: a width that the table does not know can make a model of many gigabytes."""
+    size = 0
+    # What fails here fails again, with its message, in earnest.
+    with contextlib.suppress(Exception), torch.device("meta"):
+        size = sum(p.numel() for p in cls(config).parameters())
+    if size > MOST_PARAMETERS:
+        raise CannotBuild(f"{size:,} parameters, more than {MOST_PARAMETERS:,}: a size that the table does not know")
+
+
+def perturb(model: torch.nn.Module) -> None:
+    """Biases start at 0, norms at 1 and some matrices at 0, where leaving them out would go unnoticed."""
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim == 1 and parameter.is_floating_point():
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=g))
+            if parameter.is_floating_point() and (parameter.ndim == 1 or not parameter.any()):
+                parameter.add_(0.2 * torch.randn(parameter.shape))
 
 
 def build(name: str, seed: int = 0) -> tuple[torch.nn.Module, dict[str, Any]]:
-    """(model, inputs) for `model(**inputs)`; raises CannotBuild."""
-    import transformers
-
+    """(model, inputs) for `model(**inputs)`, the same ones for the same seed; raises CannotBuild. The state of the generators stays as it is."""
     cls = getattr(transformers, name)
     if "labels" not in inspect.signature(cls.forward).parameters:
         raise CannotBuild("its forward takes no labels and returns no loss")
-    try:
-        config = tiny_config(cls.config_class, OVERRIDES.get(name))
-        size = 0
-        with contextlib.suppress(Exception), torch.device("meta"):
-            size = sum(p.numel() for p in cls(config).parameters())
-        if size > MOST_PARAMETERS:
-            raise CannotBuild(f"{size:,} parameters, more than {MOST_PARAMETERS:,}: sizes that the table does not know")
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = cls(config).train()
-    except ImportError as error:
-        raise CannotBuild(" ".join(str(error).split())) from error
-    perturb(model, seed)
-    inputs = batch(config.get_text_config().vocab_size, seed)
-    if name in INPUTS:
-        inputs = INPUTS[name](config, inputs)
+        try:
+            config = tiny_config(cls.config_class, OVERRIDES.get(name))
+            check_size(cls, config)
+            model = cls(config).train()
+        except ImportError as error:
+            raise CannotBuild(" ".join(str(error).split())) from error
+        perturb(model)
+        text = config.get_text_config()
+        inputs = batch(getattr(text, "unpadded_vocab_size", text.vocab_size))
+        if name in INPUTS:
+            inputs = INPUTS[name](config, inputs)
     return model, inputs

@@ -28,9 +28,9 @@ def statistics(problem: Problem, keep_rows: bool = False) -> tuple[Statistics, G
 
 
 def gradients(
-    problem: Problem, upstream: Upstream, hidden: bool, weight: bool, bias: bool
+    problem: Problem, upstream: Upstream, hidden: bool, weight: bool, bias: bool, low_rank: bool = False
 ) -> tuple[Statistics, Gradients]:
-    return chunked.gradients(problem, upstream, hidden, weight, bias, product(problem))
+    return chunked.gradients(problem, upstream, hidden, weight, bias, low_rank, product(problem))
 
 
 def product(problem: Problem) -> Product | None:
@@ -67,8 +67,7 @@ def scan(
         finish(problem, chunk)
         if results.topk_entropy is not None:
             z = chunk.z if chunk.r is None or not chunked.keeps_difference(problem) else chunk.z + chunk.r
-            top = z.topk(min(problem.top_k, z.shape[1]), dim=1).values.log_softmax(1)
-            results.topk_entropy.copy_(-(top.exp() * top).sum(1))
+            results.topk_entropy.copy_(chunked.entropy_of(z.topk(min(problem.top_k, z.shape[1]), dim=1).values))
         logits = (chunk.z, chunk.r, chunked.keeps_difference(problem), labels, softcap)
         columns, *entries = (b[:size] for b in buffers)
         rows, counts = torch.empty(8, size), torch.empty(size, dtype=torch.int64)

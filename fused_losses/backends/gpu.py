@@ -71,7 +71,7 @@ class Gpu:
         out = empty_statistics(problem)
         if not keep_rows:
             if problem.labels.numel() and (tile := _tile(problem)):
-                self._scan_statistics(problem, out, tile)
+                self._scan_statistics(_cast(problem), out, tile)
                 return out, Gradients()
             for _ in self._logit_chunks(problem, out):
                 pass
@@ -82,19 +82,19 @@ class Gpu:
             nll, z, r = out.nll[chunk.tokens], _as(chunk.z, dtype), None if chunk.r is None else _as(chunk.r, dtype)
             one = torch.ones_like(nll)
             row_kernels.directions(*_logits(problem, chunk), known, nll, one, None, z, r)  # type: ignore[call-arg]
-            rows.nll[chunk.tokens] = _product(z, chunk.weight).mul_(scale)
+            rows.nll[chunk.tokens] = _times_head(z, chunk).mul_(scale)
             if r is not None:
-                rows.kl[chunk.tokens] = _product(r, chunk.weight).mul_(scale)
+                rows.kl[chunk.tokens] = _times_head(r, chunk).mul_(scale)
         return out, rows
 
     def gradients(
-        self, problem: Problem, upstream: Upstream, hidden: bool, weight: bool, bias: bool
+        self, problem: Problem, upstream: Upstream, hidden: bool, weight: bool, bias: bool, low_rank: bool = False
     ) -> tuple[Statistics, Gradients]:
         """Statistics and Σ_t a_t ∂nll_t + b_t ∂kl_t: 3 GEMMs, 2 where one gradient is not wanted, one more with a reference."""
         _check(problem)
         if problem.accumulator != torch.float32:
-            return chunked.gradients(problem, upstream, hidden, weight, bias)
-        out, total = empty_statistics(problem), empty_gradients(problem, hidden, weight, bias)
+            return chunked.gradients(problem, upstream, hidden, weight, bias, low_rank)
+        out, total = empty_statistics(problem), empty_gradients(problem, hidden, weight, bias, low_rank)
         self._sweep(problem, out, upstream, total)
         return out, total
 
@@ -123,9 +123,11 @@ class Gpu:
                 total.bias.add_(direction.sum(0), alpha=factor)
                 direction = direction.to(dtype)
             if total.hidden is not None:
-                total.hidden[tokens] = _product(direction, chunk.weight).mul_(factor)
+                total.hidden[tokens] = _times_head(direction, chunk).mul_(factor)
             if total.weight is not None:
-                _add_product(total.weight, direction.t(), chunk.hidden, factor)
+                chunked.add_product(total.weight, direction.t(), chunk.hidden, factor)
+            if total.low_rank is not None:
+                chunked.add_product(total.low_rank, direction.t(), chunk.low_rank_rows, factor)
 
     def _logit_chunks(self, problem: Problem, out: Statistics) -> Iterator[tuple[chunked.Chunk, Tensor]]:
         """Chunks with raw logits in their buffers, statistics filled in, and what else is known of their tokens, [9, C]."""
@@ -285,7 +287,7 @@ class Gpu:
         def upstream(_: Statistics, at: slice) -> tuple[Tensor | None, Tensor | None]:
             return None if a is None else a[at], None if b is None else b[at]
 
-        self._sweep(part, empty_statistics(part), upstream, Gradients(hidden, total.weight, total.bias))
+        self._sweep(part, empty_statistics(part), upstream, Gradients(hidden, total.weight, total.bias, total.low_rank))
 
     # --- products of entries -------------------------------------------------------------------------------------------
 
@@ -583,8 +585,7 @@ def _tile(problem: Problem) -> tiles.Scan | None:
     kind = "capped" if capped or head.bias is not None else "plain"
     if problem.has_reference:
         kind = "shared" if own is None else "own"
-    widths = [h.weight.shape[1] for h in (head, own) if h is not None]
-    if any(width % 8 for width in widths):
+    if any(h.width % 8 for h in (head, own) if h is not None):
         return None  # rows that are not whole units of 16 bytes can neither be described nor loaded so
     return tiles.scan_tile(tiles.architecture(torch.cuda.get_device_capability(problem.hidden.device)), kind)
 
@@ -619,13 +620,19 @@ def _check(problem: Problem) -> None:
 
 
 def _cast(problem: Problem) -> Problem:
-    """Heads in the operands' dtype: under autocast this is a copy, made once."""
-    own = problem.reference_head
+    """Heads in the operands' dtype: under autocast this is a copy, made once. So is [W, B], for rows [x, u], of a head with a
+    low-rank part: V·(D + r) numbers."""
+    own, reference = problem.reference_head, problem.reference_hidden
 
     def cast(head: Head) -> Head:
-        return head._replace(weight=head.weight.to(problem.dtype))
+        parts = [part.to(problem.dtype) for part in (head.weight, head.low_rank) if part is not None]
+        return head._replace(weight=parts[0] if len(parts) == 1 else torch.cat(parts, 1), low_rank=None)
 
-    return replace(problem, head=cast(problem.head), reference_head=None if own is None else cast(own))
+    if problem.shared_head:
+        reference = chunked.widened(reference, problem.head.width)
+    return replace(
+        problem, head=cast(problem.head), reference_head=None if own is None else cast(own), reference_hidden=reference
+    )
 
 
 def _part(problem: Problem, tokens: slice) -> Problem:
@@ -642,6 +649,13 @@ def _as(logits: Tensor, dtype: torch.dtype) -> Tensor:
     return logits.view(dtype)[:, : logits.shape[1]]
 
 
+def _times_head(direction: Tensor, chunk: chunked.Chunk) -> Tensor:
+    """direction @ [weight, low_rank], fp32."""
+    factors = (chunk.weight,) if chunk.low_rank is None else (chunk.weight, chunk.low_rank)
+    products = [_product(direction, factor) for factor in factors]
+    return products[0] if len(products) == 1 else torch.cat(products, 1)
+
+
 def _product(direction: Tensor, weight: Tensor) -> Tensor:
     """direction @ weight, fp32 whatever the operands."""
     if direction.dtype == torch.float32:
@@ -649,14 +663,6 @@ def _product(direction: Tensor, weight: Tensor) -> Tensor:
     if direction.is_cuda:
         return torch.mm(direction, weight, out_dtype=torch.float32)
     return direction.float() @ weight.float()
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor, factor: float) -> None:
-    """total += factor · left @ right, in fp32 whatever the operands."""
-    if left.dtype == torch.float32 or not left.is_cuda:
-        total.addmm_(left.float(), right.float(), alpha=factor)
-    else:
-        torch.addmm(total, left, right, alpha=factor, out_dtype=torch.float32, out=total)
 
 
 def _rows_of(matrix: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..problem import Entries, Gradients, Head, Problem, Statistics, Tails
 
@@ -29,10 +29,22 @@ COLUMNS = 4096
 # Fills its first argument with hidden @ weight.T + bias, in fp32 whatever the operands' dtype.
 Product = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], object]
 Upstream = Callable[[Statistics, slice], "tuple[Tensor | None, Tensor | None]"]
+# What `sweep` does; a backend may put another in its place.
+Sweep = Callable[[Problem, Statistics, bool, "Product | None"], "Iterator[Chunk]"]
+
+
+def sweep(problem: Problem, out: Statistics, directions: bool, product: Product | None = None) -> Iterator[Chunk]:
+    """Go over the tokens: fill `out`, and with `directions` yield ∂nll/∂z and ∂kl/∂z of each chunk.
+
+    Without `directions` the chunks are yielded too, their buffers then hold nothing of use.
+    """
+    for chunk in logit_chunks(problem, product, narrow=directions):
+        row_passes(problem, out.at(chunk.tokens), chunk, directions)
+        yield chunk
 
 
 def statistics(
-    problem: Problem, keep_rows: bool = False, product: Product | None = None
+    problem: Problem, keep_rows: bool = False, product: Product | None = None, sweep: Sweep = sweep
 ) -> tuple[Statistics, Gradients]:
     """Per-token statistics: 1 GEMM, 2 with a reference.
 
@@ -42,7 +54,7 @@ def statistics(
     rows = Gradients()
     if keep_rows:
         rows = empty_rows(problem, len(problem.labels))
-    for chunk in _chunks(problem, out, directions=keep_rows, product=product):
+    for chunk in sweep(problem, out, keep_rows, product):
         if keep_rows:
             keep_chunk_rows(problem, chunk, rows, chunk.tokens)
     return out, rows
@@ -64,29 +76,33 @@ def keep_chunk_rows(problem: Problem, chunk: Chunk, rows: Gradients, at: slice) 
 
 
 def gradients(
-    problem: Problem, upstream: Upstream, hidden: bool, weight: bool, bias: bool, product: Product | None = None
-) -> tuple[Statistics, Gradients]:
+    problem: Problem, upstream: Upstream, hidden: bool, weight: bool, bias: bool, low_rank: bool = False,
+    product: Product | None = None, sweep: Sweep = sweep,
+) -> tuple[Statistics, Gradients]:  # fmt: skip
     """Statistics and Σ_t a_t ∂nll_t + b_t ∂kl_t in one sweep: 3 GEMMs (2 where one gradient is not wanted).
 
     `upstream` is called with the statistics of each chunk and returns (a, b), [C] each or None for zeros. So the
-    weights may depend on anything known of the tokens at hand. dW and db accumulate in fp32 and stay so.
+    weights may depend on anything known of the tokens at hand. dW, db and dB accumulate in fp32 and stay so.
     """
     out = empty_statistics(problem)
-    total = empty_gradients(problem, hidden, weight, bias)
-    for chunk in _chunks(problem, out, directions=True, product=product):
+    total = empty_gradients(problem, hidden, weight, bias, low_rank)
+    for chunk in sweep(problem, out, True, product):
         add_chunk(problem, chunk, *upstream(out.at(chunk.tokens), chunk.tokens), total)
     return out, total
 
 
-def empty_gradients(problem: Problem, hidden: bool, weight: bool, bias: bool) -> Gradients:
+def empty_gradients(problem: Problem, hidden: bool, weight: bool, bias: bool, low_rank: bool = False) -> Gradients:
     """What `add_chunk` fills: the rows of hidden are written, the others are sums."""
     acc, head = problem.accumulator, problem.head
-    # The caller scales the sums, which in fp16 would come too late for what overflowed or underflowed.
-    hidden_dtype = acc if problem.hidden.dtype == torch.float16 else problem.hidden.dtype
+    # The caller scales the sums, which in fp16 would come too late for what overflowed or underflowed. And what other
+    # ranks add to is rounded after that.
+    wide = problem.hidden.dtype == torch.float16 or head.shard is not None
+    hidden_dtype = acc if wide else problem.hidden.dtype
     return Gradients(
         hidden=torch.empty_like(problem.hidden, dtype=hidden_dtype) if hidden else None,
         weight=head.weight.new_zeros(head.weight.shape, dtype=acc) if weight else None,
-        bias=head.weight.new_zeros(head.vocabulary, dtype=acc) if bias else None,
+        bias=head.weight.new_zeros(len(head.weight), dtype=acc) if bias else None,
+        low_rank=torch.zeros_like(head.low_rank, dtype=acc) if low_rank else None,
     )
 
 
@@ -112,9 +128,12 @@ def add_chunk(problem: Problem, chunk: Chunk, a: Tensor | None, b: Tensor | None
         direction.mul_(torch.ldexp(row_weight, -exponent)[:, None])
         row_weight = torch.ldexp(torch.ones_like(row_weight), exponent)
     if total.hidden is not None:
-        total.hidden[chunk.tokens] = chunk.times_weight(direction).mul_(row_weight[:, None])
+        part = chunk.times_weight(direction, exact=problem.head.shard is not None)
+        total.hidden[chunk.tokens] = part.mul_(row_weight[:, None])
     if total.weight is not None:
         chunk.add_outer(total.weight, direction, row_weight[:, None])
+    if total.low_rank is not None:
+        total.low_rank.addmm_(direction.t(), chunk.low_rank_rows.to(direction.dtype) * row_weight[:, None])
 
 
 def scan(
@@ -245,11 +264,13 @@ class Chunk:
     """Tokens with their logits, which the row passes turn into directions in place, and the products of these."""
 
     tokens: slice
-    hidden: Tensor
+    hidden: Tensor  # [C, D]
     weight: Tensor
     z: Tensor
     r: Tensor | None
     half: Tensor | None
+    low_rank: Tensor | None = None  # [V, r]
+    low_rank_rows: Tensor | None = None  # [C, r]
 
     @property
     def nll_direction(self) -> Tensor:
@@ -265,7 +286,13 @@ class Chunk:
         return self.weight.dtype != self.z.dtype and (self.half is not None or self.weight.is_cuda)
 
     def times_weight(self, direction: Tensor, exact: bool = False) -> Tensor:
-        """direction @ weight, [C, D], in fp32; `exact`: nothing is rounded on a CPU, as more work on it follows."""
+        """direction @ [weight, low_rank], [C, D + r], in fp32; `exact`: nothing is rounded on a CPU, as more work on it, or a sum, follows."""
+        product = self._times_weight(direction, exact)
+        if self.low_rank is None:
+            return product
+        return torch.cat([product, direction @ self.low_rank.to(direction.dtype)], 1)
+
+    def _times_weight(self, direction: Tensor, exact: bool) -> Tensor:
         weight = self.weight
         if direction.dtype == weight.dtype:
             return direction @ weight
@@ -295,34 +322,29 @@ class Chunk:
         return self.half[: len(direction)].copy_(direction)
 
 
-def _chunks(problem: Problem, out: Statistics, directions: bool, product: Product | None = None) -> Iterator[Chunk]:
-    """Sweep over the tokens: fill `out`, and with `directions` yield ∂nll/∂z and ∂kl/∂z of each chunk.
-
-    Without `directions` the chunks are yielded too, their buffers then hold nothing of use.
-    """
-    for chunk in logit_chunks(problem, product, narrow=directions):
-        row_passes(problem, out.at(chunk.tokens), chunk, directions)
-        yield chunk
-
-
 def logit_chunks(
     problem: Problem, product: Product | None = None, *, narrow: bool, extra: int = 0, round_difference: bool = False,
     budget: int | None = None,
 ) -> Iterator[Chunk]:  # fmt: skip
-    """Chunks of tokens with z = x Wᵀ + b in their buffers, and r that of the reference; neither scaled nor capped.
+    """Chunks of tokens with z = x Wᵀ + u Bᵀ + b in their buffers, and r that of the reference; neither scaled nor capped.
 
-    With a shared head z is (x − x_ref) Wᵀ. `product` replaces the plain matrix products. `narrow`: a buffer for rounded
-    operands of further products is wanted. `extra`: bytes per token that the caller adds to the chunk.
-    `budget`: bytes of a chunk, where not CHUNK_BYTES. `round_difference`: x − x_ref may be rounded to the operands' dtype. Where the two lie within a factor of two of each
+    With a shared head z is (x − x_ref) Wᵀ + (u − u_ref) Bᵀ. `product` replaces the plain matrix products with W; that with
+    B is fp32, on CUDA of operands of their dtype. `narrow`: a buffer for rounded operands of further products is wanted.
+    `extra`: bytes per token that the caller adds to the chunk. `budget`: bytes of a chunk, where not CHUNK_BYTES.
+    `round_difference`: x − x_ref may be rounded to the operands' dtype. Where the two lie within a factor of two of each
     other, it is exact in that dtype anyway.
     """
-    count, vocabulary = len(problem.labels), problem.head.vocabulary
+    count, columns = len(problem.labels), len(problem.head.weight)
     if count == 0:
         return
     head, reference = problem.head, problem.reference_head
     dtype, acc, device = problem.dtype, problem.accumulator, problem.hidden.device
     weight = head.weight.to(dtype)
     ref_weight = None if reference is None else reference.weight.to(dtype)
+    low_rank_dtype = dtype if device.type == "cuda" else acc
+    low_rank, ref_low_rank = (
+        None if h is None or h.low_rank is None else h.low_rank.to(low_rank_dtype) for h in (head, reference)
+    )
     if product is not None:
         weight = weight.contiguous()
         ref_weight = None if ref_weight is None else ref_weight.contiguous()
@@ -332,37 +354,71 @@ def logit_chunks(
     halves = dtype == torch.bfloat16 and device.type == "cpu" and not problem.has_reference
     round_logits = halves and product is None
 
-    per_token = (
-        vocabulary * (acc.itemsize * (2 if problem.has_reference else 1) + 2 * (dtype != acc and narrow)) + extra
-    )
+    numbers = acc.itemsize * (2 if problem.has_reference else 1) + 2 * (dtype != acc and narrow)
+    per_token = head.most_rows * numbers + extra
     size = _balanced(count, max(1, (budget or CHUNK_BYTES) // per_token))
-    z_buffer = torch.empty(size, vocabulary, dtype=acc, device=device)
+    z_buffer = torch.empty(size, columns, dtype=acc, device=device)
     r_buffer = torch.empty_like(z_buffer) if problem.has_reference else None
-    half = torch.empty(size, vocabulary, dtype=dtype, device=device) if round_logits or (halves and narrow) else None
+    half = torch.empty(size, columns, dtype=dtype, device=device) if round_logits or (halves and narrow) else None
     multiply = _product if product is None else product
 
     for tokens in _slices(count, size):
-        hidden = problem.hidden[tokens].to(dtype)
+        rows = problem.hidden[tokens]
+        hidden, low_rank_rows = _split(rows, weight, low_rank)
         z = z_buffer[: len(hidden)]
         r = None
         if r_buffer is not None:
             r = r_buffer[: len(hidden)]
-            ref_hidden = problem.reference_hidden[tokens]
+            ref_rows = problem.reference_hidden[tokens]
             if problem.shared_head:
-                multiply(r, ref_hidden.to(dtype), weight, head.bias)
-                difference = problem.hidden[tokens].to(acc) - ref_hidden.to(acc)
+                ref_hidden, ref_low_rank_rows = _split(ref_rows, weight, low_rank)
+                multiply(r, ref_hidden, weight, head.bias)
+                _add_low_rank(r, ref_low_rank_rows, low_rank)
+                difference = rows.to(acc) - widened(ref_rows, rows.shape[1]).to(acc)
+                difference, low_rank_difference = difference[:, : weight.shape[1]], difference[:, weight.shape[1] :]
                 if product is not None and (round_difference or dtype == acc):
                     multiply(z, difference.to(dtype), weight, None)
                 else:
                     _product(z, difference, weight, None)
+                _add_low_rank(z, low_rank_difference, low_rank)
             else:
                 multiply(z, hidden, weight, head.bias)
-                multiply(r, ref_hidden.to(dtype), ref_weight, reference.bias)
-        elif round_logits:
-            z.copy_(_product(half[: len(hidden)], hidden, weight, head.bias))
+                _add_low_rank(z, low_rank_rows, low_rank)
+                ref_hidden, ref_low_rank_rows = _split(ref_rows, ref_weight, ref_low_rank)
+                multiply(r, ref_hidden, ref_weight, reference.bias)
+                _add_low_rank(r, ref_low_rank_rows, ref_low_rank)
         else:
-            multiply(z, hidden, weight, head.bias)
-        yield Chunk(tokens, hidden, weight, z, r, half)
+            if round_logits:
+                z.copy_(_product(half[: len(hidden)], hidden, weight, head.bias))
+            else:
+                multiply(z, hidden, weight, head.bias)
+            _add_low_rank(z, low_rank_rows, low_rank)
+        yield Chunk(tokens, hidden, weight, z, r, half, low_rank, low_rank_rows)
+
+
+def _split(rows: Tensor, weight: Tensor, low_rank: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """[x, u] in the dtypes of their factors; u is None where there are no such columns."""
+    dim = weight.shape[1]
+    hidden = rows[:, :dim].to(weight.dtype).contiguous()
+    return hidden, None if low_rank is None or rows.shape[1] == dim else rows[:, dim:].to(low_rank.dtype)
+
+
+def widened(rows: Tensor, width: int) -> Tensor:
+    """[x] as [x, 0]."""
+    return rows if rows.shape[1] == width else nn.functional.pad(rows, (0, width - rows.shape[1]))
+
+
+def _add_low_rank(z: Tensor, rows: Tensor | None, low_rank: Tensor | None) -> None:
+    if rows is not None and low_rank is not None:
+        add_product(z, rows.to(low_rank.dtype), low_rank.t())
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor, factor: float = 1.0) -> None:
+    """total += factor · left @ right, in fp32 whatever the operands."""
+    if left.dtype == total.dtype or not left.is_cuda:
+        total.addmm_(left.to(total.dtype), right.to(total.dtype), alpha=factor)
+    else:
+        torch.addmm(total, left, right, alpha=factor, out_dtype=total.dtype, out=total)
 
 
 def row_passes(
@@ -418,8 +474,9 @@ def _row_pass(
     slope = 1 - (z / head.softcap) ** 2 if directions and head.softcap is not None else None
 
     if out.topk_entropy is not None:
-        top = z.topk(min(problem.top_k, z.shape[1]), dim=1).values.log_softmax(1)
-        out.topk_entropy.copy_(-(top.exp() * top).sum(1))
+        out.topk_entropy.copy_(entropy_of(z.topk(min(problem.top_k, z.shape[1]), dim=1).values))
+    if out.top_logits is not None:
+        out.top_logits.copy_(z.topk(out.top_logits.shape[1], dim=1).values)
 
     if r is None:
         total = _exponentials_(z, labels, out, scratch)
@@ -437,6 +494,9 @@ def _row_pass(
     log_sum = _log_softmax_(log_p, top, prediction, scratch)
     top_ref, prediction = log_r.max(1, keepdim=True)
     log_sum_ref = _log_softmax_(log_r, top_ref, prediction, scratch)
+    if out.normaliser is not None:
+        torch.cat([top, log_sum], 1, out=out.normaliser)
+        torch.cat([top_ref, log_sum_ref], 1, out=out.reference_normaliser)
     out.nll.copy_(-log_p.gather(1, labels)[:, 0])
     out.reference_nll.copy_(-log_r.gather(1, labels)[:, 0])
     # d = log p − log p_ref; from the difference of the hidden states where that is to be had.
@@ -487,6 +547,8 @@ def _exponentials_(z: Tensor, labels: Tensor, out: Statistics, scratch: Tensor) 
     rest = z.sum(1) + (top - top)[:, 0]  # NaN where the largest logit is infinite, and so everything that follows
     log_sum = torch.log1p(rest)
     out.nll.copy_(log_sum - label_logit)
+    if out.normaliser is not None:
+        torch.stack([top[:, 0], log_sum], 1, out=out.normaliser)
     if shifted is not None:
         out.entropy.copy_(log_sum - _row_dot(z, shifted) / (1 + rest))
     z.scatter_(1, prediction, 1)
@@ -499,6 +561,12 @@ def _log_softmax_(z: Tensor, top: Tensor, prediction: Tensor, scratch: Tensor) -
     log_sum = torch.log1p(exp.sum(1, keepdim=True) + (top - top))  # NaN where the largest logit is infinite
     z.sub_(log_sum)
     return log_sum
+
+
+def entropy_of(z: Tensor) -> Tensor:
+    """Of softmax(z), [rows]."""
+    log_p = z.log_softmax(1)
+    return -(log_p.exp() * log_p).sum(1)
 
 
 def _row_dot(a: Tensor, b: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 Importing this needs torch only; transformers, peft, trl and safetensors are imported where they are used.
 """
 
+from .logits import LogitsNotKept
 from .patch import patch, patched, unpatch
 
-__all__ = ["patch", "patched", "unpatch"]
+__all__ = ["LogitsNotKept", "patch", "patched", "unpatch"]

@@ -74,7 +74,7 @@ def read_head(
     extra = None
     if low_rank:
         extra = LowRank(torch.cat([b for b, _ in low_rank], 1), rows=torch.cat([rows for _, rows in low_rank], -1))
-    return LMHead(weight, bias, scale, softcap)
+    return LMHead(weight, bias, scale, softcap, low_rank=extra)
 
 
 def _read(

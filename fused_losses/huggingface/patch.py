@@ -158,7 +158,7 @@ class Patch:
     def __deepcopy__(self, memo: dict) -> Patch:
         """Of a copied model: a loss of its own, the same reference."""
         twin = copy.copy(self)
-        twin.loss, twin.wrappers, twin.level = copy.deepcopy(self.loss, memo), [], None
+        twin.loss, twin.wrappers, twin.level = copy.copy(self.loss), [], None
         return twin
 
     def set_forward(self, model: nn.Module, forward: Any) -> None:
@@ -198,6 +198,11 @@ class Patch:
             labels = args[self.position_of_labels]
         if labels is None and shift_labels is not None:
             labels = kwargs["labels"] = shift_labels  # only so that the model computes a loss
+        if getattr(model, "_is_replica", False):
+            raise RuntimeError(
+                "a patched model in nn.DataParallel (a Trainer that sees several GPUs in one process): launch with torchrun or accelerate "
+                "launch, or make one GPU visible with CUDA_VISIBLE_DEVICES=0"
+            )
         if self.loss is None or labels is None:
             if fields and self.loss is not None:
                 raise ValueError(f"{', '.join(fields)}: given without labels; give labels too")

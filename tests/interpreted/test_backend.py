@@ -10,6 +10,8 @@ import pytest
 import torch
 from cases import HEADS, REFERENCES, coarse, errors, make, name, relative, run
 from hypothesis import given, settings
+from test_low_rank import errors as low_rank_errors
+from test_low_rank import inputs as low_rank_inputs
 from test_sparse_softmax import CERTIFICATE, check_certificate, check_flat_chunks, logits_of
 
 import fused_losses as fl
@@ -57,6 +59,18 @@ def test_sparse_mode_with_nothing_left_out_equals_the_oracle(head, reference, fr
     with coarse(1e-30, capacity=67):
         for output, error in errors(case, torch.float32, "triton", gradient="sparse").items():
             assert error <= 1.5e-6, output
+
+
+@pytest.mark.parametrize(
+    "reference, frozen", [(None, "W"), ("off", "W"), ("copy", "nothing"), ("copy", "W and B"), ("other model", "W")]
+)
+def test_lora_on_the_head(reference, frozen, path):
+    case = low_rank_inputs("a", reference, frozen != "nothing", bias=True, scale=0.8, shape=(9, 17, 67))
+    case.leaves["b"].requires_grad_(frozen != "W and B")
+    for gradient in ("exact", "sparse"):
+        with coarse(1e-30, capacity=67):
+            found = low_rank_errors(case, torch.float32, "triton", gradient=gradient)
+        assert max(found.values()) <= 1.5e-6, (gradient, found)  # measured 5e-7
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 2), (2, 16, 33), (17, 65, 64)], ids=name)

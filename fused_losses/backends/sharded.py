@@ -1,0 +1,158 @@
+"""Exact losses where the vocabulary is spread over the ranks of a process group, by their rows of the head.
+
+Each rank takes a chunk of tokens through the steps of backends/torch.py as though its rows were all there are, which gives
+the losses of p_i = p(· | the token is one of rank i's). With the mass P_i of rank i, that is p = P_i p_i, the chain rule
+makes those of the whole of them; r is the reference, R_i its masses, and rank i holds the label y::
+
+    −log p[y] = −log p_i[y] − log P_i
+    H(p)      = Σ_i P_i (H(p_i) − log P_i)
+    KL(r ‖ p) = Σ_i R_i KL(r_i ‖ p_i) + KL(R ‖ P)
+    p − r     = R_i (p_i − r_i) + (P_i − R_i) p_i         at the entries of rank i
+
+No term is negative, so nothing cancels that does not on one rank. What is needed of the other ranks is the statistics alone: one
+all-gather per chunk. All ranks add them up in the same order, so that results are the same on all, and from run to run.
+
+`backends` chooses it for such heads, where gradients are exact: it has no part of a sparse softmax.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .. import shards
+from ..problem import Gradients, Problem, Statistics
+from . import torch as chunked
+from .torch import Chunk, Product, Upstream
+
+# In the place of the largest logit of a rank without rows; its mass is 0.
+NO_LOGIT = -1e30
+# Statistics of a token that travel whenever they are wanted, beside normalisers, prediction and top logits.
+SHARED = ("nll", "entropy", "reference_nll", "kl", "reference_entropy")
+
+
+def statistics(problem: Problem, keep_rows: bool = False) -> tuple[Statistics, Gradients]:
+    out, rows = chunked.statistics(problem, keep_rows, sweep=sweep)
+    for total in (rows.nll, rows.kl):
+        shards.summed_(problem.head.shard.group, total)
+    return out, rows
+
+
+def gradients(
+    problem: Problem, upstream: Upstream, hidden: bool, weight: bool, bias: bool, low_rank: bool = False
+) -> tuple[Statistics, Gradients]:
+    """Of weight and bias those of this rank's rows."""
+    out, total = chunked.gradients(problem, upstream, hidden, weight, bias, sweep=sweep)
+    shards.summed_(problem.head.shard.group, total.hidden)
+    return out, total
+
+
+def sweep(problem: Problem, out: Statistics, directions: bool, product: Product | None = None) -> Iterator[Chunk]:
+    """That of backends/torch.py, where the buffers hold this rank's entries and `out` the whole vocabulary's statistics."""
+    shard, rows = problem.head.shard, len(problem.head.weight)
+    nearest = (problem.labels - shard.start).clamp(0, max(rows - 1, 0))
+    mine = nearest + shard.start == problem.labels
+    # Of each label the rank that holds it: as many ranks end before it.
+    owner = torch.searchsorted(problem.labels.new_tensor(shard.ends), problem.labels, right=True)
+    local = replace(problem, labels=nearest)
+    for chunk in chunked.logit_chunks(problem, product, narrow=directions):
+        at = chunk.tokens
+        part = _part(problem, out.at(at))
+        if rows:
+            chunked.row_passes(local, part, chunk, directions)
+        log_p, log_r = _combine(problem, part, owner[at], out.at(at))
+        if directions and rows:
+            _whole_directions(problem, part, chunk, nearest[at], mine[at], out.nll[at], log_p, log_r)
+        yield chunk
+
+
+def _part(problem: Problem, out: Statistics) -> Statistics:
+    """For the statistics of this rank's rows; filled as without rows."""
+    k = min(problem.top_k, len(problem.head.weight))
+    normaliser = out.nll.new_tensor([NO_LOGIT, 0.0]).repeat(len(out.nll), 1)
+    return Statistics(
+        nll=torch.zeros_like(out.nll),
+        prediction=torch.zeros_like(out.prediction),
+        normaliser=normaliser,
+        reference_normaliser=normaliser.clone() if problem.has_reference else None,
+        top_logits=None if out.topk_entropy is None else out.nll.new_empty(len(out.nll), k),
+        **{name: None if getattr(out, name) is None else torch.zeros_like(out.nll) for name in SHARED[1:]},
+    )
+
+
+def _combine(problem: Problem, part: Statistics, owner: Tensor, out: Statistics) -> tuple[Tensor, Tensor | None]:
+    """Fill `out` from the parts of all ranks. Returns log P_i and log R_i of this rank, [C] each."""
+    shard = problem.head.shard
+    # As the bits of a float: it is copied and never computed with.
+    prediction = (part.prediction + shard.start).to(torch.int32 if out.nll.itemsize == 4 else torch.int64)
+    lines = [*part.normaliser.t(), prediction.view(out.nll.dtype)]
+    if part.reference_normaliser is not None:
+        lines += part.reference_normaliser.t()
+    names = [name for name in SHARED if getattr(out, name) is not None]
+    lines += [getattr(part, name) for name in names]
+    if part.top_logits is not None:
+        missing = min(problem.top_k, problem.head.most_rows) - part.top_logits.shape[1]
+        lines += torch.nn.functional.pad(part.top_logits, (0, missing), value=-torch.inf).t()
+    everyone = iter(shards.gathered(shard.group, torch.stack(lines)).unbind(1))
+
+    top, log_sum, predictions = (next(everyone) for _ in range(3))
+    log_p = _log_masses(top, log_sum)
+    log_r = _log_masses(next(everyone), next(everyone)) if problem.has_reference else None
+    of = {name: next(everyone) for name in names}
+    p, owner = log_p.exp(), owner[None]
+    out.nll.copy_((of["nll"] - log_p).gather(0, owner)[0])
+    # The first of equals, as within a rank.
+    ids = predictions.gather(0, top.max(0, keepdim=True).indices)[0]
+    out.prediction.copy_(ids.view(prediction.dtype))
+    if out.entropy is not None:
+        out.entropy.copy_((p * (of["entropy"] - log_p)).sum(0))
+    if part.top_logits is not None:
+        candidates = torch.cat([logits.t() for logits in everyone], 1)
+        k = min(problem.top_k, problem.head.vocabulary)
+        out.topk_entropy.copy_(chunked.entropy_of(candidates.topk(k, dim=1).values))
+    if log_r is None:
+        return log_p[shard.rank], None
+    r, d = log_r.exp(), log_p - log_r
+    out.reference_nll.copy_((of["reference_nll"] - log_r).gather(0, owner)[0])
+    if out.reference_entropy is not None:
+        out.reference_entropy.copy_((r * (of["reference_entropy"] - log_r)).sum(0))
+    # KL(R ‖ P) in the form that backends/torch.py has for one rank.
+    out.kl.copy_((_gap(log_p, log_r) - r * d + r * of["kl"]).sum(0).clamp_(min=0))
+    return log_p[shard.rank], log_r[shard.rank]
+
+
+def _log_masses(top: Tensor, log_sum: Tensor) -> Tensor:
+    """log P_i from each rank's largest logit and log Σ exp(z − it), [ranks, C].
+
+    The heaviest rank's is −log1p(the others' weight): accurate also where the others have next to nothing.
+    """
+    heaviest = (top + log_sum).max(0, keepdim=True).indices
+    relative = (top - top.gather(0, heaviest)) + (log_sum - log_sum.gather(0, heaviest))
+    others = relative.exp().scatter(0, heaviest, 0).sum(0, keepdim=True)
+    return relative - torch.log1p(others)
+
+
+def _gap(log_p: Tensor, log_r: Tensor) -> Tensor:
+    """P − R, of full relative accuracy where the two nearly agree."""
+    r, d = log_r.exp(), log_p - log_r
+    return torch.where(d.abs() < 1, torch.expm1(d) * r, log_p.exp() - r)
+
+
+def _whole_directions(
+    problem: Problem, part: Statistics, chunk: Chunk, labels: Tensor, mine: Tensor, nll: Tensor, log_p: Tensor,
+    log_r: Tensor | None,
+) -> None:  # fmt: skip
+    """From the directions of this rank's rows alone, in the chunk's buffers, to its entries of those of the whole vocabulary."""
+    z, r, labels = chunk.z, chunk.r, labels[:, None]
+    p = log_p.exp()
+    slope = torch.ones_like(nll)
+    if problem.head.softcap is not None:
+        slope -= ((part.normaliser.sum(1) - part.nll) / problem.head.softcap) ** 2
+    at_label = (-part.nll).exp()
+    if r is not None:
+        z.scatter_(1, labels, (at_label * slope)[:, None])  # p_i, where the label's 1 had been taken off
+        r.mul_(log_r.exp()[:, None]).addcmul_(z, _gap(log_p, log_r)[:, None])
+    z.mul_(p[:, None]).scatter_(1, labels, (torch.where(mine, torch.expm1(-nll), at_label * p) * slope)[:, None])

@@ -1,0 +1,562 @@
+"""Heads whose vocabulary is spread over the ranks of a process group, against the float64 oracle of one process.
+
+For each world size the ranks are started once, go through everything in `work`, and save what came out; the tests look at that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import timedelta
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import Case, make, near_the_reference, relative
+from torch import Tensor
+
+import fused_losses as fl
+from fused_losses.backends import torch as chunked
+
+D, V = 16, 123
+# Rows of each rank; where one has none or few, and where chunks of 96 MiB would differ.
+SIZES = {2: [(100, 23), (123, 0)], 4: [(40, 1, 0, 82), (31, 31, 31, 30)]}
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+OUTPUTS = ("nll", "kl", "entropy", "prediction", "reference_nll", "reference_entropy")
+
+TOKEN_CASES: dict[str, dict] = {
+    "plain": dict(),
+    "bias": dict(bias=True),
+    "scale": dict(scale=-0.3),
+    "softcap": dict(softcap=4.0),
+    "frozen": dict(frozen=True),
+    "shared": dict(reference="shared"),
+    "shared-bias-scale": dict(reference="shared", bias=True, scale=0.7),
+    "shared-frozen": dict(reference="shared", frozen=True),
+    "shared-softcap": dict(reference="shared", softcap=4.0, bias=True),
+    "own": dict(reference="own"),
+    "own-everything": dict(reference="own", bias=True, scale=-1.7, softcap=4.0),
+    "own-frozen-softcap": dict(reference="own", frozen=True, softcap=4.0),
+    "ruled-out": dict(reference="shared", bias=True),
+}  # fmt: skip
+OBJECTIVES = {
+    "CrossEntropy": (fl.CrossEntropyLoss, None),
+    "TALR": (fl.TALRLoss, None),
+    "LAwF-shared": (fl.LAwFLoss, "shared"),
+    "LAwF-own": (fl.LAwFLoss, "own"),
+    "LAwF-group-mean": (lambda **o: fl.LAwFLoss(reduction="group_mean", **o), "shared"),
+    "ASFT": (fl.ASFTLoss, "own"),
+    "EAFT": (fl.EAFTLoss, None),
+    "EAFT-top-2": (lambda **o: fl.EAFTLoss(top_k=2, **o), None),
+    "EAFT-top-all": (lambda **o: fl.EAFTLoss(top_k=1000, **o), None),
+}
+
+
+def token_case(name: str, sizes: tuple[int, ...]) -> Case:
+    """With a label on each side of each border between ranks."""
+    case = make(33, D, V, **TOKEN_CASES[name])
+    ends = torch.tensor(sizes).cumsum(0)
+    borders = torch.cat([ends - 1, ends[:-1]]).clamp(0, V - 1)
+    case.labels[5 : 5 + len(borders)] = borders
+    # The label far behind another token, on another rank as well as on its own.
+    case.hidden[20:24] = case.weight[[0, V // 3, V // 2, V - 1]] * 3
+    if name == "ruled-out":  # as padding is, here also all rows of a rank
+        case.bias[40:] = -torch.inf
+        case.labels[case.labels >= 40] %= 40
+    return case
+
+
+def rows(sizes: tuple[int, ...], rank: int) -> slice:
+    return slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+
+
+def spread_inputs(case: Case, dtype: torch.dtype, sizes: tuple[int, ...]):
+    """What `Case.inputs` gives, for this rank."""
+    hidden, head, reference = case.inputs(dtype)
+    group, mine = dist.group.WORLD, rows(sizes, dist.get_rank())
+
+    def part(whole: Tensor | None) -> Tensor | None:
+        return None if whole is None else whole.detach()[mine].clone().requires_grad_(whole.requires_grad)
+
+    local = fl.LMHead(part(head.weight), part(head.bias), case.scale, case.softcap, group)
+    if reference is not None and reference.head is not None:
+        reference = fl.Reference(reference.hidden, fl.LMHead(part(reference.head.weight), process_group=group))
+    return hidden, local, reference
+
+
+def token_losses(case: Case, inputs, **options) -> dict[str, Tensor]:
+    """Outputs and gradients, of two passes backward."""
+    hidden, head, reference = inputs
+    out = fl.token_losses(hidden, head, case.labels, reference=reference, **options)
+    loss = (out.nll * case.nll_upstream.to(out.nll)).sum()
+    if reference is not None:
+        loss = loss + (out.kl * case.kl_upstream.to(out.kl)).sum()
+    found = {name: getattr(out, name).detach() for name in OUTPUTS if getattr(out, name) is not None}
+    assert out.gradient_report.mode == "exact"
+    return found | gradients(loss, hidden, head)
+
+
+def gradients(loss: Tensor, hidden: Tensor, head: fl.LMHead) -> dict[str, Tensor]:
+    leaves = {"d_hidden": hidden, "d_weight": head.weight, "d_bias": head.bias}
+    leaves = {name: leaf for name, leaf in leaves.items() if leaf is not None and leaf.requires_grad}
+    first = torch.autograd.grad(loss, list(leaves.values()), retain_graph=True)
+    again = torch.autograd.grad(loss, list(leaves.values()))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)), "second backward"
+    return dict(zip(leaves, first, strict=True))
+
+
+def objective(name: str, case: Case, inputs, **options) -> dict[str, Tensor]:
+    make_objective, reference_kind = OBJECTIVES[name]
+    hidden, head, reference = inputs
+    given = {} if reference_kind is None else {"reference": reference}
+    if name.startswith("LAwF"):
+        given["confidence"] = torch.linspace(-1, 1, len(case.labels)).clamp(min=0).reshape(3, -1)
+        given["reference"] = replace(reference, hidden=reference.hidden.reshape(3, -1, D))
+    elif reference is not None:
+        given["reference"] = replace(reference, hidden=reference.hidden.reshape(3, -1, D))
+    loss = make_objective(**options)(hidden.reshape(3, -1, D), head, case.labels.reshape(3, -1), **given)
+    return {"loss": loss.detach()} | gradients(2.5 * loss, hidden, head)
+
+
+def objective_case(name: str, sizes: tuple[int, ...]) -> Case:
+    reference = OBJECTIVES[name][1]
+    return token_case({None: "bias", "own": "own", "shared": "shared-bias-scale"}[reference], sizes)
+
+
+def all_ignored() -> Case:
+    case = make(6, D, V, bias=True, reference="shared")
+    return replace(case, labels=torch.full_like(case.labels, -100))
+
+
+def ties() -> Case:
+    """Small whole numbers, so that sums are exact in any order; equal rows of the head on one rank and on several."""
+    g = torch.Generator().manual_seed(3)
+    hidden = torch.randint(-2, 3, (40, D), generator=g).double()
+    weight = torch.randint(-2, 3, (V, D), generator=g).double()
+    weight[[1, 50, 99, 100, 122]] = weight[7] = torch.full((D,), 2.0).double()
+    hidden[:20] = hidden[:20].abs()
+    labels = torch.randint(V, (40,), generator=g)
+    return Case(hidden, weight, labels, nll_upstream=torch.randn(40, generator=g, dtype=torch.float64))
+
+
+def collective_calls(case: Case, sizes: tuple[int, ...], function) -> list[tuple[str, int]]:
+    """Each collective of forward and backward, with the numbers that a rank sends."""
+    calls: list[tuple[str, int]] = []
+    gather, reduce = dist.all_gather, dist.all_reduce
+
+    def all_gather(tensors, tensor, **options):
+        calls.append(("all_gather", tensor.numel()))
+        return gather(tensors, tensor, **options)
+
+    def all_reduce(tensor, **options):
+        calls.append(("all_reduce", tensor.numel()))
+        return reduce(tensor, **options)
+
+    inputs = spread_inputs(case, torch.float32, sizes)
+    with mock.patch.object(dist, "all_gather", all_gather), mock.patch.object(dist, "all_reduce", all_reduce):
+        function(*inputs, case.labels).backward()
+    return calls
+
+
+COUNTED = {
+    "summed": lambda x, head, y: lambda ref: fl.CrossEntropyLoss()(x, head, y),
+    "summed-reference": lambda x, head, y: lambda ref: fl.ASFTLoss()(x, head, y, reference=ref),
+    "per-token": lambda x, head, y: lambda ref: fl.token_losses(x, head, y).nll.sum(),
+    "per-token-reference": lambda x, head, y: lambda ref: fl.token_losses(x, head, y, reference=ref).kl.sum(),
+}
+
+
+def counted(name: str):
+    return lambda x, head, reference, y: COUNTED[name](x, head, y)(reference)
+
+
+def messages(sizes: tuple[int, ...]) -> dict[str, str]:
+    """Of what must raise, on every rank."""
+    case = token_case("own", sizes)
+    rank, group = dist.get_rank(), dist.group.WORLD
+    hidden, head, reference = spread_inputs(case, torch.float32, sizes)
+    whole = case.inputs(torch.float32)
+    labels, clean = case.labels, head.weight.detach()
+    others = dist.new_group([0])
+
+    def call(head=head, labels=labels, hidden=hidden, **options):
+        return fl.token_losses(hidden, head, labels, **options)
+
+    def moved(tensor):
+        return tensor if rank else tensor.roll(1)
+
+    attempts = {
+        "labels": lambda: call(labels=moved(labels)),
+        "tokens": lambda: call(labels=labels.masked_fill(torch.arange(33) < 3 * rank, -100)),
+        "frozen": lambda: call(fl.LMHead(clean.clone().requires_grad_(rank == 0), process_group=group)),
+        "reference missing": lambda: call(reference=None if rank else fl.Reference(hidden.detach())),
+        "reference rows": lambda: call(
+            reference=fl.Reference(hidden.detach(), fl.LMHead(torch.ones(20 + rank, D), process_group=group))
+        ),
+        "reference whole": lambda: call(reference=whole[2]),
+        "only the reference spread": lambda: call(whole[1], reference=reference),
+        "no rows": lambda: call(fl.LMHead(clean[:0], process_group=group)),
+        "label too large": lambda: call(labels=torch.full_like(labels, V)),
+        "sparse": lambda: call(gradient="sparse"),
+        "sparse objective": lambda: fl.CrossEntropyLoss(gradient="sparse")(hidden, head, labels),
+        "backend": lambda: call(backend="reference"),
+        "member": lambda: fl.LMHead(clean, process_group=others) if rank else fl.LMHead(clean, process_group=3.0),
+    }
+    found = {}
+    for name, attempt in attempts.items():
+        with pytest.raises((ValueError, TypeError)) as error:
+            attempt()
+        found[name] = f"{type(error.value).__name__}: {error.value}"
+    return found
+
+
+def dtensors(world: int) -> dict:
+    """Heads given as DTensors; one rank of four has no rows."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (world,))
+    v = 9 if world == 4 else 7
+    case = make(12, D, v, bias=True, reference="shared")
+    hidden, head, reference = case.inputs(torch.float64)
+
+    def parameter(tensor, placement):
+        return torch.nn.Parameter(distribute_tensor(tensor.detach(), mesh, [placement]))
+
+    found = {}
+    for placement in (Shard(0), Replicate()):
+        weight, bias = parameter(head.weight, placement), parameter(head.bias, placement)
+        x = hidden.detach().clone().requires_grad_()
+        spread = fl.LMHead(weight, bias)
+        with torch.no_grad():
+            fl.token_losses(x, spread, case.labels)  # what is done here must not be kept for later
+        out = fl.token_losses(x, spread, case.labels, reference=fl.Reference(reference.hidden, spread))
+        ((out.nll * case.nll_upstream).sum() + (out.kl * case.kl_upstream).sum()).backward()
+        assert isinstance(weight.grad, DTensor) and weight.grad.placements == (placement,)
+        found[str(placement)] = {
+            "nll": out.nll.detach(), "kl": out.kl.detach(), "d_hidden": x.grad, "d_weight": weight.grad.full_tensor(),
+            "d_bias": bias.grad.full_tensor(),
+        }  # fmt: skip
+    found["tensor"] = fl.CrossEntropyLoss()(hidden, parameter(head.weight, Shard(0)), case.labels).detach()
+    found["linear"] = torch.nn.Linear(D, v, dtype=torch.float64, device="meta")
+    found["linear"].weight, found["linear"].bias = parameter(head.weight, Shard(0)), parameter(head.bias, Shard(0))
+    found["linear"] = fl.CrossEntropyLoss()(hidden, found["linear"], case.labels).detach()
+    square = torch.randn(8, 8)
+    attempts = {
+        "columns": lambda: fl.LMHead(parameter(square, Shard(1))),
+        "two dimensions": lambda: fl.LMHead(
+            distribute_tensor(square, init_device_mesh("cpu", (1, world)), [Replicate(), Shard(0)])
+        ),
+        "bias": lambda: fl.LMHead(parameter(square, Shard(0)), torch.ones(8)),
+        "bias replicated": lambda: fl.LMHead(parameter(square, Shard(0)), parameter(torch.ones(8), Replicate())),
+        "group too": lambda: fl.LMHead(parameter(square, Shard(0)), process_group=dist.group.WORLD),
+        "hidden": lambda: fl.token_losses(parameter(hidden, Replicate()), weight, case.labels),
+    }
+    for name, attempt in attempts.items():
+        with pytest.raises(TypeError) as error:
+            attempt()
+        found[name] = str(error.value)
+    return found
+
+
+def compiled(sizes: tuple[int, ...]) -> dict:
+    """Under torch.compile: the same numbers; and what fullgraph=True says."""
+    case = token_case("shared", sizes)
+    results = []
+
+    def step(hidden, head, labels, reference):
+        return 2 * fl.LAwFLoss()(
+            hidden.sin(), head, labels, confidence=(labels % 2).clamp(0, 1).float(), reference=reference
+        )
+
+    for function in (step, torch.compile(step, backend="aot_eager")):
+        hidden, head, reference = spread_inputs(case, torch.float64, sizes)
+        loss = function(hidden, head, case.labels, reference)
+        loss.backward()
+        results.append((loss.detach(), hidden.grad, head.weight.grad))
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported) as error:
+        torch.compile(step, backend="eager", fullgraph=True)(hidden, head, case.labels, reference)
+    return {"eager": results[0], "compiled": results[1], "fullgraph": str(error.value)}
+
+
+@contextlib.contextmanager
+def small_chunks() -> Iterator[None]:
+    """Three chunks of a case's tokens, and several blocks of rows in each."""
+    with mock.patch.object(chunked, "CHUNK_BYTES", 1), mock.patch.dict(chunked.BLOCK_NUMBERS, cpu=3 * V):
+        yield
+
+
+def work(rank: int, world: int, folder: str) -> None:
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(world == 2)  # takes seconds to import on each rank
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/{world}", rank=rank, world_size=world, timeout=timedelta(seconds=120)
+    )
+    found: dict = {}
+    for sizes in SIZES[world]:
+        first = sizes == SIZES[world][0]
+        with small_chunks():
+            for name in TOKEN_CASES:
+                for dtype in ("float64", "float32") if first else ("float64",):
+                    case = token_case(name, sizes)
+                    found["token", name, sizes, dtype] = token_losses(case, spread_inputs(case, DTYPES[dtype], sizes))
+            for name in OBJECTIVES:
+                case = objective_case(name, sizes)
+                found["objective", name, sizes] = objective(name, case, spread_inputs(case, torch.float64, sizes))
+            found["ties", sizes] = token_losses(ties(), spread_inputs(ties(), torch.float32, sizes))
+        # Fewer chunks would do for the smaller shares.
+        case = token_case("own", sizes)
+        with mock.patch.object(chunked, "CHUNK_BYTES", 2 * 4 * max(sizes) * 17):
+            found["chunks", sizes] = token_losses(case, spread_inputs(case, torch.float32, sizes))
+        found["ignored", sizes] = token_losses(all_ignored(), spread_inputs(all_ignored(), torch.float32, sizes))
+    sizes = SIZES[world][0]
+    for name in TOKEN_CASES:
+        for dtype in ("bfloat16", "float16"):
+            case = make(64, D, V, **TOKEN_CASES[name])
+            found["half", name, dtype] = token_losses(case, spread_inputs(case, DTYPES[dtype], sizes))
+    large = (4096 - 1000 * (world - 1),) + (1000,) * (world - 1)
+    for reference in ("shared", "own"):
+        case = near_the_reference(reference)
+        for dtype in ("bfloat16", "float32"):
+            found["near", reference, dtype] = token_losses(case, spread_inputs(case, DTYPES[dtype], large))
+    found["offset"] = token_losses(
+        large_offset(), spread_inputs(large_offset(), torch.float32, (3, 3) if world == 2 else (2, 1, 1, 2))
+    )
+    if world == 2:
+        for name in COUNTED:
+            for frozen in (False, True):
+                case = make(33, D, V, reference="shared", ignored=0, frozen=frozen)
+                with small_chunks():
+                    found["calls", name, frozen] = collective_calls(case, sizes, counted(name))
+        found["messages"] = messages(sizes)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the compiler hides one of its own, which "error" would not let it
+            found["compiled"] = compiled(sizes)
+    else:
+        found["dtensors"] = dtensors(world)
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def large_offset() -> Case:
+    """Every logit is 16,384 and more, and exact in float32; the likeliest tokens lie on different ranks."""
+    base = torch.tensor([5.0, 0.0, 1.0, 4.5, 2.0, 3.0], dtype=torch.float64)
+    weight = torch.stack([torch.full_like(base, 16384.0), base], 1)
+    one = torch.ones(1, dtype=torch.float64)
+    return Case(torch.ones(1, 2).double(), weight, torch.tensor([3]), nll_upstream=one, reference_hidden=None)
+
+
+class Ranks:
+    """What the ranks saved, put together as one process has it."""
+
+    def __init__(self, world: int, found: list[dict]) -> None:
+        self.world, self.found = world, found
+
+    def __getitem__(self, key) -> dict[str, Tensor]:
+        parts = [found[key] for found in self.found]
+        whole = {}
+        for name in parts[0]:
+            values = [part[name] for part in parts]
+            if name in ("d_weight", "d_bias"):
+                whole[name] = torch.cat(values)
+            else:
+                assert all(torch.equal(values[0], v) for v in values), f"{name} differs between ranks"
+                whole[name] = values[0]
+        return {name: value.double() for name, value in whole.items()}
+
+
+def start(world: int, folder: str) -> Ranks:
+    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):
+        torch.multiprocessing.spawn(work, (world, folder), nprocs=world)
+    return Ranks(world, [torch.load(f"{folder}/{rank}.pt") for rank in range(world)])
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory) -> Ranks:
+    return start(2, str(tmp_path_factory.mktemp("ranks")))
+
+
+@pytest.fixture(scope="module")
+def four_ranks(tmp_path_factory) -> Ranks:
+    return start(4, str(tmp_path_factory.mktemp("ranks")))
+
+
+@pytest.fixture(params=["two", "four"])
+def ranks(request) -> Ranks:
+    return request.getfixturevalue(f"{request.param}_ranks")
+
+
+def truth_of(case: Case) -> dict[str, Tensor]:
+    return token_losses(case, case.inputs(torch.float64), backend="reference")
+
+
+def assert_close(got: dict[str, Tensor], truth: dict[str, Tensor], tolerance: float) -> None:
+    assert got.keys() == truth.keys()
+    for name in truth:
+        assert relative(got[name], truth[name]) <= (0 if name == "prediction" else tolerance), name
+
+
+@pytest.mark.parametrize("name", TOKEN_CASES)
+def test_token_losses_equal_the_oracle(ranks, name):
+    """Upstream gradients of both signs, several chunks, labels on both sides of each border, a rank without rows."""
+    for sizes in SIZES[ranks.world]:
+        got = ranks["token", name, sizes, "float64"]
+        assert_close(got, truth_of(token_case(name, sizes)), 2e-15)  # measured 6e-16
+    sizes = SIZES[ranks.world][0]
+    got, case = ranks["token", name, sizes, "float32"], token_case(name, sizes)
+    assert_close(got, truth_of(case.rounded(torch.float32)), 1e-6)  # measured 4e-7
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_objectives_equal_the_oracle(ranks, name):
+    for sizes in SIZES[ranks.world]:
+        case = objective_case(name, sizes)
+        truth = objective(name, case, case.inputs(torch.float64), backend="reference")
+        assert_close(ranks["objective", name, sizes], truth, 2e-15)  # measured 7e-16
+
+
+@pytest.mark.parametrize("name", TOKEN_CASES)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_errors_are_not_above_those_of_plain_pytorch(ranks, name, dtype):
+    case = make(64, D, V, **TOKEN_CASES[name]).rounded(DTYPES[dtype])
+    truth, plain = truth_of(case), token_losses(case, case.inputs(DTYPES[dtype]), backend="reference")
+    for output, value in ranks["half", name, dtype].items():
+        assert relative(value, truth[output]) <= 1.02 * relative(plain[output], truth[output]), output
+
+
+@pytest.mark.parametrize("reference", ["shared", "own"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_kl_near_the_reference_is_as_accurate_as_on_one_rank(ranks, reference, dtype):
+    case = near_the_reference(reference)
+    truth = truth_of(case)
+    one = token_losses(case, case.inputs(DTYPES[dtype]), backend="torch", gradient="exact")
+    got = ranks["near", reference, dtype]
+    for output in ("kl", "d_hidden", "d_weight"):
+        assert relative(got[output], truth[output]) <= 1.1 * relative(one[output], truth[output]), output
+
+
+def test_large_common_offset_in_the_logits(ranks):
+    truth = truth_of(large_offset())
+    for output in ("nll", "entropy", "d_weight"):
+        assert relative(ranks["offset"][output], truth[output]) < 2e-7, output  # measured 9e-8
+
+
+def test_among_equal_logits_the_smallest_id_is_predicted(ranks):
+    truth = truth_of(ties())
+    assert (truth["prediction"] == 1).sum() > 10
+    for sizes in SIZES[ranks.world]:
+        assert_close(ranks["ties", sizes], truth, 1e-6)
+
+
+def test_all_ranks_make_the_same_chunks(ranks):
+    """They would wait for each other for ever, where each counted by its own rows."""
+    for sizes in SIZES[ranks.world]:
+        assert_close(ranks["chunks", sizes], truth_of(token_case("own", sizes).rounded(torch.float32)), 1e-6)
+
+
+def test_all_labels_ignored(ranks):
+    for sizes in SIZES[ranks.world]:
+        got = ranks["ignored", sizes]
+        assert got.keys() == truth_of(all_ignored()).keys() and got["d_weight"].shape == (V, D)
+        assert all((value == (-1 if name == "prediction" else 0)).all() for name, value in got.items())
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
+@pytest.mark.parametrize("name", COUNTED)
+def test_one_collective_per_chunk_and_one_of_the_gradient(two_ranks, name, frozen):
+    per_token, reference = name.startswith("per-token"), name.endswith("reference")
+    numbers = 4 + 4 * reference + per_token * (1 + reference)  # `token_losses` takes the entropies too
+    sweep = [("all_gather", numbers * tokens) for tokens in (16, 16, 1)]
+    sweeps = 2 if per_token and not frozen else 1
+    reductions = 2 if per_token and frozen and reference else 1
+    expected = [("all_gather", 8)] + sweeps * sweep + reductions * [("all_reduce", 33 * D)]
+    assert all(found["calls", name, frozen] == expected for found in two_ranks.found)
+
+
+MESSAGES = {
+    "labels": "ValueError: process_group: .*all 2 ranks, got different labels; .*data parallelism, FSDP.*gather the weight",
+    "tokens": r"ValueError: process_group: .*different number of tokens with a label, by rank: \[27, 24\]",
+    "frozen": r"ValueError: process_group: .*gradients wanted .* by rank: \[3, 1\]",
+    "reference missing": r"ValueError: process_group: .*reference.*\[1, 0\]",
+    "reference rows": r"ValueError: reference head: .*\[100, 23\], got \[20, 21\].*pad",
+    "reference whole": r"ValueError: reference head: .*same ranks.*weight=\[123, 16\].*weight=\[(100|23), 16\].*ranks \[0, 1\]",
+    "only the reference spread": r"ValueError: reference head: .*same ranks.*process_group=group",
+    "no rows": "ValueError: head weight: .*no rows on any",
+    "label too large": "ValueError: labels: expected 0 ≤ label < 123 .*got 123",
+    "sparse": "ValueError: gradient='sparse'.*give gradient='auto' or 'exact'",
+    "sparse objective": "ValueError: gradient='sparse'.*give gradient='auto' or 'exact'",
+    "backend": "ValueError: backend='reference'.*give backend='auto' or 'torch'",
+    "member": "ValueError: process_group: .*not a member|TypeError: process_group: .*got float",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MESSAGES)
+def test_all_ranks_say_what_is_wrong(two_ranks, name):
+    for found in two_ranks.found:
+        assert re.match(MESSAGES[name], found["messages"][name]), found["messages"][name]
+    assert two_ranks.found[0]["messages"].keys() == MESSAGES.keys()
+
+
+def test_the_compiler_leaves_a_spread_head_to_eager_mode(two_ranks):
+    for found in two_ranks.found:
+        for eager, compiled_ in zip(found["compiled"]["eager"], found["compiled"]["compiled"], strict=True):
+            torch.testing.assert_close(compiled_, eager, rtol=1e-14, atol=1e-16)
+        assert "no part of a graph with a process_group" in found["compiled"]["fullgraph"]
+
+
+@pytest.mark.parametrize("placement", ["S(0)", "R"])
+def test_dtensors(four_ranks, placement):
+    """9 rows over 4 ranks: 3, 3, 3, 0."""
+    case = make(12, D, 9, bias=True, reference="shared")
+    truth = truth_of(case)
+    for found in four_ranks.found:
+        for name, value in found["dtensors"][placement].items():
+            assert relative(value, truth[name]) < 5e-15, name  # measured 1.7e-15, as much on one rank
+
+
+def test_dtensors_as_heads_and_those_that_are_none(four_ranks):
+    case = make(12, D, 9, bias=True, reference="shared")
+    hidden, head, _ = case.inputs(torch.float64)
+    messages = {
+        "columns": r"head weight: .*Shard\(dim=1\).*Shard\(0\) or Replicate on a mesh of one dimension.*full local tensor",
+        "two dimensions": r"head weight: .*mesh of shape \[1, 4\]",
+        "bias": "head weight, bias: expected both to be DTensors or none.*'Tensor'",
+        "bias replicated": r"head bias: .*Shard\(dim=0\).*Replicate",
+        "group too": "process_group: is known from the DTensor",
+        "hidden": r"hidden: .*DTensor; give hidden\.full_tensor",
+    }
+    for found in four_ranks.found:
+        assert relative(found["dtensors"]["tensor"], fl.CrossEntropyLoss()(hidden, head.weight, case.labels)) < 1e-15
+        assert relative(found["dtensors"]["linear"], fl.CrossEntropyLoss()(hidden, head, case.labels)) < 1e-15
+        for name, message in messages.items():
+            assert re.match(message, found["dtensors"][name]), found["dtensors"][name]
+
+
+def test_without_other_processes(tmp_path):
+    weight = torch.randn(7, 4)
+    with pytest.raises(ValueError, match=r"process_group: .*not initialised here.*init_process_group"):
+        fl.LMHead(weight, process_group=object())
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/one", rank=0, world_size=1)
+    try:
+        with pytest.raises(TypeError, match=r"process_group: .*dist\.group\.WORLD, got object"):
+            fl.LMHead(weight, process_group=object())
+        head = fl.LMHead(weight, process_group=dist.group.WORLD)
+        assert repr(head).endswith("softcap=None, process_group of ranks [0])")
+        # A group of one rank is as none: everything is possible.
+        hidden, labels = torch.randn(3, 4), torch.arange(3)
+        for options in ({"gradient": "sparse"}, {"backend": "reference"}):
+            one, none = (fl.token_losses(hidden, h, labels, **options).nll for h in (head, weight))
+            assert torch.equal(one, none)
+        reference = fl.Reference(hidden + 1, weight)
+        assert (fl.token_losses(hidden, head, labels, reference=reference).kl > 0).all()
+        with pytest.raises(ValueError, match=r"V, D ≥ 1, got \[0, 4\]"):
+            fl.LMHead(weight[:0], process_group=dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()
