@@ -107,8 +107,9 @@ def llama(seed: int = 0, **options: Any) -> Any:
     return LlamaForCausalLM(LlamaConfig(**{**sizes, **options}))
 
 
-def lora(seed: int = 0) -> Any:
-    model = get_peft_model(llama(seed), LoraConfig(r=2, target_modules=["q_proj", "down_proj"], lora_dropout=0.0))
+def lora(head: bool = False) -> Any:
+    targets = ["q_proj", "down_proj"] + head * ["lm_head"]
+    model = get_peft_model(llama(), LoraConfig(r=2, target_modules=targets, lora_dropout=0.0))
     for name, p in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(p, std=0.2)
@@ -219,7 +220,7 @@ GROUPS = {
 
 def sharded(
     ranks: Ranks, name: str, groups: Callable[[Any], list], silent: int = 0, after: bool = False, tied: bool = False,
-    loss_options: dict | None = None, checkpointing: bool = False, steps: int = 1, **options: Any,
+    loss_options: dict | None = None, checkpointing: bool = False, hook: bool = False, steps: int = 1, **options: Any,
 ) -> float:  # fmt: skip
     inputs, n = batch(silent=silent)
     model, loss_options = llama(tie_word_embeddings=tied), loss_options or {}
@@ -228,6 +229,8 @@ def sharded(
     if not after:
         fl.patch(model, make(name, **loss_options))
     ranks.shard(model, *groups(model), **options)
+    if hook:
+        model.lm_head.register_forward_pre_hook(lambda module, arguments: arguments)
     if after:
         fl.patch(model, make(name, **loss_options))
     for _ in range(steps):
@@ -257,6 +260,10 @@ case("FSDP2, sparse gradients", (2, 4))(
 case("FSDP2, patched after fully_shard")(
     functools.partial(sharded, name="TALR median", groups=head_with_norm, after=True, steps=2)
 )
+for _name in ("own group", "group with norm"):
+    case(f"FSDP2, a hook of the user's on the head in {_name}")(
+        functools.partial(sharded, name="TALR median", groups=GROUPS[_name], hook=True, steps=2)
+    )
 case("FSDP2, gradient checkpointing")(
     functools.partial(sharded, name="TALR median", groups=head_with_norm, checkpointing=True)
 )
@@ -283,16 +290,19 @@ def sharded_accumulation(ranks: Ranks) -> float:
     return ranks.difference(model, loss, one_process(llama(), fl.TALRLoss(0.7), inputs, n))
 
 
-def adapter_off(ranks: Ranks, groups: Callable[[Any], list], after: bool = False, **options: Any) -> float:
+def adapter_off(
+    ranks: Ranks, groups: Callable[[Any], list], after: bool = False, head: bool = False,
+    loss_options: dict | None = None, **options: Any,
+) -> float:  # fmt: skip
     inputs, n = batch(confidence=True)
-    model = lora()
+    model = lora(head)
     with torch.no_grad():
         trained = {name: p.clone() for name, p in model.named_parameters() if "lora_B" in name}
         for name in trained:
             model.get_parameter(name).zero_()  # at its start, so that "off" is the original
         if after:
             ranks.shard(model, *groups(model.get_base_model()))
-        fl.patch(model, fl.LAwFLoss(), reference="adapter-off")
+        fl.patch(model, fl.LAwFLoss(**loss_options or {}), reference="adapter-off")
         for name, value in trained.items():
             if not after:
                 model.get_parameter(name).copy_(value)
@@ -305,7 +315,7 @@ def adapter_off(ranks: Ranks, groups: Callable[[Any], list], after: bool = False
     for _ in range(2):
         model.zero_grad()
         loss = ranks.step(model, ranks.rows(inputs), n)
-    truth = one_process(lora(), fl.LAwFLoss(), inputs, n, reference=llama().double())
+    truth = one_process(lora(head), fl.LAwFLoss(), inputs, n, reference=llama().double())
     return ranks.difference(model, loss, truth)
 
 
@@ -313,6 +323,13 @@ for _name, _groups in GROUPS.items():
     case(f"FSDP2, LAwF, adapter-off, head in {_name}", (2, 4) if _name == "group with norm" else (2,))(
         functools.partial(adapter_off, groups=_groups)
     )
+for _name in ("own group", "group with norm"):
+    case(f"FSDP2, LAwF, adapter-off, adapter on the head in {_name}")(
+        functools.partial(adapter_off, groups=GROUPS[_name], head=True)
+    )
+case("FSDP2, LAwF, adapter-off, adapter on the head, sparse gradients")(
+    functools.partial(adapter_off, groups=head_alone, head=True, loss_options=dict(gradient="sparse"))
+)
 case("FSDP2, LAwF, adapter-off, patched after fully_shard")(
     functools.partial(adapter_off, groups=head_with_norm, after=True)
 )
@@ -426,22 +443,27 @@ def unpatched_class(ranks: Ranks) -> None:
     assert torch.equal(model(**ranks.rows(inputs), num_items_in_batch=n).loss, plain)
 
 
-@case("FSDP2, evaluation, and logits that are kept")
-def evaluation(ranks: Ranks) -> float:
+def evaluation(ranks: Ranks, groups: Callable[[Any], list], keep_logits: str | bool) -> float:
     inputs, n = batch()
-    truth = llama()
-    logits = truth(inputs["input_ids"]).logits
-    worst = 0.0
-    for groups in GROUPS.values():
-        model = fl.patch(llama(), make("TALR median"), keep_logits="eval")
-        ranks.shard(model, *groups(model))
-        with torch.no_grad():
-            out = model.eval()(**ranks.rows(inputs), num_items_in_batch=n)
-        assert torch.equal(out.logits.argmax(-1), ranks.rows(dict(z=logits))["z"].argmax(-1))
-        loss = ranks.step(model.train(), ranks.rows(inputs), n)
-        worst = max(worst, ranks.difference(model, loss, one_process(llama(), fl.TALRLoss(), inputs, n)))
-        assert (out.loss / loss).item() == pytest.approx(1, abs=1e-6)
-    return worst
+    predictions = ranks.rows(dict(p=llama()(inputs["input_ids"]).logits.argmax(-1)))["p"]
+    model = fl.patch(llama(), make("TALR median"), keep_logits=keep_logits)
+    ranks.shard(model, *groups(model))
+    with torch.no_grad():
+        evaluated = model.eval()(**ranks.rows(inputs), num_items_in_batch=n)
+    assert torch.equal(evaluated.logits.argmax(-1), predictions)
+    for _ in range(2):
+        model.zero_grad()
+        trained = model.train()(**ranks.rows(inputs), num_items_in_batch=n)
+        (trained.loss * ranks.world).backward()
+    assert (evaluated.loss / trained.loss).item() == pytest.approx(1, abs=1e-6)
+    if keep_logits is True:
+        assert torch.equal(trained.logits.argmax(-1), predictions)
+    return ranks.difference(model, trained.loss, one_process(llama(), fl.TALRLoss(), inputs, n))
+
+
+for _name, _groups in GROUPS.items():
+    case(f"FSDP2, evaluation, head in {_name}")(functools.partial(evaluation, groups=_groups, keep_logits="eval"))
+    case(f"FSDP2, logits kept, head in {_name}")(functools.partial(evaluation, groups=_groups, keep_logits=True))
 
 
 @case("reference='start' of a sharded model")

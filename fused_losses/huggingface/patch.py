@@ -259,9 +259,8 @@ class HeadModule:
             return DeferredLogits(call, hidden, self.vocabulary) if fused is None else fused(hidden)
 
         replaced = {self.name: forward}
-        if sharding.gathers(self.module) and (then_called or not sharding.gathers_with_others(self.module)):
-            # No hooks, which would gather the weight for nothing: nn.Module.__call__ takes this in place of them and forward.
-            replaced["_compiled_call_impl"] = forward
+        if sharding.hooks_can_wait(self.module, then_called):
+            replaced["_compiled_call_impl"] = forward  # nn.Module.__call__ takes it in place of hooks and forward
         attributes = vars(self.module)
         before = {name: attributes[name] for name in replaced if name in attributes}
         attributes.update(replaced)

@@ -20,9 +20,18 @@ def gathers(module: nn.Module) -> bool:
     return _fsdp_modules(module) > 0 or hasattr(innermost(module).weight, "ds_id")
 
 
-def gathers_with_others(module: nn.Module) -> bool:
-    """Whether `fully_shard([norm, head])` made a group, which waits for a call of each of its modules."""
-    return _fsdp_modules(module) > 1
+def hooks_can_wait(module: nn.Module, then_called: bool) -> bool:
+    """Whether a stand-in is made without the module's hooks, which would gather the weight for nothing.
+
+    A group `fully_shard([norm, head])` takes one call of each of its modules: after a second one of the head backward would free
+    the norm's weight too early, and without any the group waits for it.
+    """
+    together = _fsdp_modules(module)
+    if together > 1:
+        return then_called
+    if together == 1:
+        return len(module._forward_pre_hooks) == 1  # hooks of others may change the input
+    return gathers(module)
 
 
 def is_sharded_model(model: nn.Module) -> bool:
