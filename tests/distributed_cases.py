@@ -23,11 +23,19 @@ import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import fused_losses as fl
 
@@ -78,7 +86,7 @@ class Ranks:
             fully_shard(group, mesh=self.mesh, reshard_after_forward=reshard, **options)
         return fully_shard(model, mesh=self.mesh, **options)
 
-    def step(self, model: nn.Module, batch: dict, n: int) -> torch.Tensor:
+    def step(self, model: nn.Module, batch: dict, n: int | torch.Tensor) -> torch.Tensor:
         """Loss and gradients, the sums over all ranks."""
         loss = model(**batch, num_items_in_batch=n).loss
         (loss * self.world).backward()  # DDP and FSDP divide gradients by it
@@ -89,7 +97,11 @@ class Ranks:
         dist.all_reduce(total)
         expected_loss, expected = truth
         worst = abs(float(total) / expected_loss - 1)
-        got = {name.removeprefix("module."): p for name, p in model.named_parameters() if p.requires_grad}
+        got = {
+            name.removeprefix("module.").replace("_fsdp_wrapped_module.", ""): p
+            for name, p in model.named_parameters()
+            if p.requires_grad
+        }
         assert got.keys() == expected.keys()
         for name, p in got.items():
             g = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
@@ -132,7 +144,9 @@ def batch(confidence: bool = False, silent: int = 0) -> tuple[dict, int]:
     return fields, int((labels[:, 1:] != -100).sum())
 
 
-def one_process(model: nn.Module, loss: fl.Objective, inputs: dict, n: int, **options: Any) -> tuple[float, dict]:
+def one_process(
+    model: nn.Module, loss: fl.Objective, inputs: dict, n: int | None, **options: Any
+) -> tuple[float, dict]:
     """The truth: float64, full logits, the whole batch."""
     model = model.double()
     loss.backend = "reference"
@@ -162,9 +176,12 @@ def make(name: str, **options: Any) -> fl.Objective:
 def data_parallel(ranks: Ranks, name: str, silent: int = 0, **options: Any) -> float:
     inputs, n = batch(silent=silent)
     model = DistributedDataParallel(fl.patch(llama(), make(name)), **options)
+    mine = ranks.rows(inputs)
+    items = (mine["labels"][:, 1:] != -100).sum()
+    dist.all_reduce(items)
     for _ in range(2 if options else 1):  # a graph that is taken for static matters from the second step on
         model.zero_grad()
-        loss = ranks.step(model, ranks.rows(inputs), n)
+        loss = ranks.step(model, mine, items)
     return ranks.difference(model, loss, one_process(llama(), LOSSES[name](), inputs, n))
 
 
@@ -175,6 +192,18 @@ for _name in LOSSES:
     )
 case("DDP, find_unused_parameters")(functools.partial(data_parallel, name="TALR median", find_unused_parameters=True))
 case("DDP, static_graph")(functools.partial(data_parallel, name="TALR median", static_graph=True))
+
+
+@case("DDP, without num_items_in_batch")
+def own_items(ranks: Ranks) -> float:
+    """Each rank divides by its own labels."""
+    inputs, _ = batch()
+    model = DistributedDataParallel(fl.patch(llama(), fl.CrossEntropyLoss()))
+    loss = model(**ranks.rows(inputs)).loss
+    loss.backward()
+    halves = [{name: value.chunk(2)[i] for name, value in inputs.items()} for i in (0, 1)]
+    (first, a), (second, b) = (one_process(llama(), fl.CrossEntropyLoss(), half, None) for half in halves)
+    return ranks.difference(model, loss, (first + second, {name: (a[name] + b[name]) / 2 for name in a}))
 
 
 @case("DDP, accumulation with no_sync")
@@ -473,10 +502,25 @@ def start_of_sharded(ranks: Ranks) -> None:
         fl.patch(model, fl.LAwFLoss(), reference="start")
 
 
-@case("patch of a model in DDP")
+@case("patched in a wrapper")
 def wrapped_before(ranks: Ranks) -> None:
-    with pytest.raises(TypeError, match="wrapped in DistributedDataParallel; patch it first, then wrap it"):
-        fl.patch(DistributedDataParallel(llama()))
+    for wrapper in (DistributedDataParallel, whole):
+        with pytest.raises(TypeError, match=r"wrapped in .*DataParallel; patch it first, then wrap it"):
+            fl.patch(wrapper(llama()))
+
+
+def whole(model: nn.Module, **options: Any) -> FullyShardedDataParallel:
+    policy = ModuleWrapPolicy({LlamaDecoderLayer})
+    return FullyShardedDataParallel(model, auto_wrap_policy=policy, device_id=torch.device("cpu"), **options)
+
+
+@case("FSDP1")
+def first_fsdp(ranks: Ranks) -> float:
+    inputs, n = batch()
+    model = whole(fl.patch(llama(), make("TALR median")), use_orig_params=True)
+    loss = ranks.step(model, ranks.rows(inputs), n)
+    with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
+        return ranks.difference(model.module, loss, one_process(llama(), fl.TALRLoss(), inputs, n))
 
 
 # Context parallel: every rank has a part of each row's tokens

@@ -9,6 +9,7 @@ The differences are relative to the step.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -30,15 +31,16 @@ def loss(confidence: bool, ranks: bool = True) -> fl.Objective:
 
 def trainer(confidence: bool = False, accumulate: int = 1) -> float:
     inputs, n = batch(confidence)
-    model = fl.patch(llama(), loss(confidence), reference=llama(5) if confidence else None)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
     with tempfile.TemporaryDirectory() as directory:
-        arguments = TrainingArguments(
+        arguments = TrainingArguments(  # also makes the process group
             output_dir=directory, use_cpu=True, max_steps=1, optim="sgd", learning_rate=1.0, lr_scheduler_type="constant",
-            max_grad_norm=0.0, per_device_train_batch_size=ROWS // dist.get_world_size() // accumulate,
-            gradient_accumulation_steps=accumulate, average_tokens_across_devices=True, report_to="none",
-            save_strategy="no", disable_tqdm=True, logging_strategy="no", dataloader_pin_memory=False,
+            max_grad_norm=0.0, per_device_train_batch_size=ROWS // int(os.environ["WORLD_SIZE"]) // accumulate,
+            gradient_accumulation_steps=accumulate, report_to="none", save_strategy="no", disable_tqdm=True,
+            logging_strategy="no", dataloader_pin_memory=False,
         )  # fmt: skip
+        assert arguments.average_tokens_across_devices
+        model = fl.patch(llama(), loss(confidence), reference=llama(5) if confidence else None)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
         rows = [{name: values[row] for name, values in inputs.items()} for row in range(ROWS)]
         Trainer(model, arguments, train_dataset=rows).train()
     reference = dict(reference=llama(5).double()) if confidence else {}
@@ -75,8 +77,6 @@ def accelerate_fsdp(confidence: bool = False, tied: bool = False) -> float:
 
 def main() -> None:
     torch.set_num_threads(1)
-    if not dist.is_initialized():
-        dist.init_process_group("gloo")
     results = {
         "Trainer, TALR median": trainer(),
         "Trainer, LAwF, accumulation": trainer(confidence=True, accumulate=2),

@@ -25,8 +25,9 @@ import fused_losses as fl
 
 
 def difference(
-    stage: int, model: Any, expected: tuple[float, dict], confidence: bool = False, silent: int = 0, steps: int = 2
+    stage: int, model: Any, expected: tuple[float, dict], confidence: bool = False, silent: int = 0, later: Any = None
 ) -> float:
+    """`later`: done to the model when it is partitioned."""
     inputs, n = batch(confidence, silent)
     world = dist.get_world_size()
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -40,8 +41,10 @@ def difference(
         },
         optimizer=torch.optim.SGD(trained, lr=0.0),
     )
+    if later is not None:
+        later(model)
     mine = Ranks.rows(type("", (), dict(rank=dist.get_rank(), world=world)), inputs)
-    for _ in range(steps):  # ZeRO-3 fetches ahead from the second step on
+    for _ in range(2):  # ZeRO-3 fetches ahead from the second step on
         loss = engine(**mine, num_items_in_batch=n).loss
         engine.backward(loss * world)
         got = {name: safe_get_full_grad(p) for name, p in model.named_parameters() if p.requires_grad}
@@ -76,16 +79,29 @@ def main() -> None:
     truth = one_process(llama(), fl.LAwFLoss(), *batch(True), reference=llama(5).double())
     other = fl.patch(llama(), fl.LAwFLoss(), reference=llama(5))
     results["ZeRO-3, LAwF, another model"] = difference(3, other, truth, confidence=True)
-    truth = one_process(lora(), fl.LAwFLoss(), *batch(True), reference=llama().double())
-    model = lora()
-    trained = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_B" in name}
-    with torch.no_grad():
-        for name in trained:
-            nn.init.zeros_(model.get_parameter(name))
-        fl.patch(model, fl.LAwFLoss(), reference="adapter-off")
-        for name, value in trained.items():
-            model.get_parameter(name).copy_(value)
-    results["ZeRO-3, LAwF, adapter-off"] = difference(3, model, truth, confidence=True)
+    for head in (False, True):
+        truth = one_process(lora(head), fl.LAwFLoss(), *batch(True), reference=llama().double())
+        model = lora(head)
+        trained = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_B" in name}
+        with torch.no_grad():
+            for name in trained:
+                nn.init.zeros_(model.get_parameter(name))
+            fl.patch(model, fl.LAwFLoss(), reference="adapter-off")
+            for name, value in trained.items():
+                model.get_parameter(name).copy_(value)
+        results[f"ZeRO-3, LAwF, adapter-off, adapter on the head: {head}"] = difference(
+            3, model, truth, confidence=True
+        )
+    truth = one_process(llama(), fl.LAwFLoss(), *batch(True), reference=llama(5).double())
+    results["ZeRO-3, patched after"] = difference(
+        3, llama(), truth, confidence=True, later=lambda model: fl.patch(model, fl.LAwFLoss(), reference=llama(5))
+    )
+    try:
+        difference(3, llama(), truth, later=lambda model: fl.patch(model, fl.LAwFLoss(), reference="start"))
+    except ValueError as error:
+        assert "patch before fully_shard or ZeRO-3" in str(error), error
+    else:
+        raise AssertionError("no error")
     if dist.get_rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(results, indent=1))
     dist.destroy_process_group()

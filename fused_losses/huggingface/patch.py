@@ -27,6 +27,7 @@ from .logits import DeferredLogits
 from .references import ReferenceStates, Source, find_source
 
 STATE = "_fused_losses"  # the attribute of a patched model
+WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
 OWN = ("hidden", "head", "labels", "reference", "num_items")  # arguments of an objective that are no fields of a batch
 
 
@@ -486,7 +487,7 @@ def _base_model(model: Any, compiled: bool = False) -> Any:
     if not isinstance(model, nn.Module):
         made = "; give the model itself" if isinstance(model, str) else ""
         raise TypeError(f"model: expected a transformers model, got {type(model).__name__}{made}")
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+    if any(cls.__name__ in WRAPPERS for cls in type(model).__mro__):
         raise TypeError(f"model is wrapped in {type(model).__name__}; patch it first, then wrap it")
     if hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
         inner = model.get_base_model()
