@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from ..head import Reference
 from ..objectives import CrossEntropyLoss, LAwFLoss, Objective
 from ..op import Observer
-from . import trl
-from .heads import check_head, innermost, read_head
+from . import sharding, trl
+from .heads import check_head, read_head
 from .logits import DeferredLogits
 from .references import ReferenceStates, Source, find_source
 
 STATE = "_fused_losses"  # the attribute of a patched model
+WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
 OWN = ("hidden", "head", "labels", "reference", "num_items")  # arguments of an objective that are no fields of a batch
 
 
@@ -263,10 +264,16 @@ class HeadModule:
 
     @property
     def vocabulary(self) -> int:
-        return innermost(self.module).weight.shape[0]  # type: ignore[union-attr, return-value, index]
+        return sharding.vocabulary(self.module)
+
+    def __call__(self, hidden: Tensor, function: Callable[[Tensor], Any]) -> Any:
+        """A call of the module, with all its hooks, that computes `function` in place of logits; while `deferred`."""
+        return self.module._call_impl(hidden, fused=function)
 
     @contextlib.contextmanager
-    def deferred(self, call: Any) -> Iterator[None]:
+    def deferred(self, call: Any, then_called: bool = True) -> Iterator[None]:
+        """The module answers with a stand-in. `then_called`: afterwards it is called for the loss."""
+
         def forward(hidden: Any, *args: Any, fused: Callable[[Tensor], Any] | None = None, **kwargs: Any) -> Any:
             if args or kwargs:
                 raise TypeError(f"head: unexpected arguments {[type(a).__name__ for a in args]}, {sorted(kwargs)}")
@@ -274,17 +281,20 @@ class HeadModule:
                 hidden = hidden.full_tensor() if any(p.is_partial() for p in hidden.placements) else hidden.to_local()
             return DeferredLogits(call, hidden, self.vocabulary) if fused is None else fused(hidden)
 
+        replaced = {self.name: forward}
+        if sharding.hooks_can_wait(self.module, then_called):
+            replaced["_compiled_call_impl"] = forward  # nn.Module.__call__ takes it in place of hooks and forward
         attributes = vars(self.module)
-        absent = object()
-        before = attributes.get(self.name, absent)
-        attributes[self.name] = forward
+        before = {name: attributes[name] for name in replaced if name in attributes}
+        attributes.update(replaced)
         try:
             yield
         finally:
-            if before is absent:
-                del attributes[self.name]
-            else:
-                attributes[self.name] = before
+            for name in replaced:
+                if name in before:
+                    attributes[name] = before[name]
+                else:
+                    del attributes[name]
 
 
 class Call:
@@ -316,8 +326,10 @@ class Call:
 
     def evaluate(self, logits: DeferredLogits, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
         """The loss of these logits, within a call of the head module."""
-        compute = functools.partial(self._loss, logits, target.reshape(-1), ignore_index, reduction)
-        return self.head.module(logits.hidden, fused=compute)
+        compute: Callable[[Tensor], Tensor] = functools.partial(
+            self._loss, logits, target.reshape(-1), ignore_index, reduction
+        )
+        return self.head(logits.hidden, compute if self.reference is None else self.reference.within(compute))
 
     def _loss(
         self, logits: DeferredLogits, target: Tensor, ignore_index: int, reduction: str, hidden: Tensor
@@ -407,7 +419,7 @@ class Call:
         """Logits that are formed after all, with the operations noted so far, None unless they are to be kept."""
         if not self.keep:
             return None
-        z = self.head.module(logits.hidden, fused=self.head.own)
+        z = self.head(logits.hidden, self.head.own)
         z = z.reshape(-1, z.shape[-1])[logits.positions][..., : logits.width]
         z = logits.map(z).to(logits.dtype)
         return z.detach() if logits.detached else z
@@ -497,7 +509,7 @@ def _base_model(model: Any, compiled: bool = False) -> Any:
     if not isinstance(model, nn.Module):
         made = "; give the model itself" if isinstance(model, str) else ""
         raise TypeError(f"model: expected a transformers model, got {type(model).__name__}{made}")
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+    if any(cls.__name__ in WRAPPERS for cls in type(model).__mro__):
         raise TypeError(f"model is wrapped in {type(model).__name__}; patch it first, then wrap it")
     if hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
         inner: Any = model.get_base_model()  # type: ignore[operator]

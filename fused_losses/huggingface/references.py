@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..head import LMHead
 from ..objectives import Objective
+from . import sharding
 from .cache import model_facts
 from .heads import check_head, innermost, read_head
 from .logits import DeferredLogits, LogitMap
@@ -39,6 +40,10 @@ class ReferenceStates:
             )
         rows = logits.rows_of(self.hidden).to(logits.hidden.device)
         return rows, self.source.head(module, rows, logits, head)
+
+    def within(self, compute: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """`compute`, called while the reference's head has its weight."""
+        return self.source.within(compute, self.hidden)
 
 
 class Source:
@@ -74,6 +79,9 @@ class Source:
 
     def head(self, module: nn.Module, rows: Tensor, logits: DeferredLogits, head: LMHead) -> LMHead:
         raise NotImplementedError
+
+    def within(self, compute: Callable[[Tensor], Tensor], hidden: Tensor) -> Callable[[Tensor], Tensor]:
+        return compute
 
     def tensors(self, model: nn.Module) -> Iterable[tuple[str, Tensor]]:
         """All that decides the hidden states besides the inputs."""
@@ -113,8 +121,8 @@ class AdapterOff(Source):
             named = {name: p for name, p in model.named_parameters() if id(p) in adapter}
             if any(type(p).__name__ == "DTensor" for p in named.values()):
                 raise ValueError(
-                    "reference='adapter-off': the adapter was trained before and is sharded now, so no copy can be frozen; patch before "
-                    "fully_shard, or give the original model as reference="
+                    "reference='adapter-off': the adapter was trained before and is sharded now, so no copy can be frozen; give the model "
+                    "that you start from as reference="
                 )
             self.frozen = {name: p.detach().clone() for name, p in named.items()}
             module = model.get_output_embeddings()  # type: ignore[operator]
@@ -125,6 +133,11 @@ class AdapterOff(Source):
     def forward(self, model: nn.Module, patch: Any, args: tuple, kwargs: dict, head: Any) -> Tensor:
         with _evaluating(model), _captured(head) as captured:
             if self.frozen is not None:
+                if sharding.is_sharded_model(model):  # whose hooks would put the trained adapter back
+                    raise ValueError(
+                        "reference='adapter-off': the adapter was trained before and the model is sharded now; give the model that you start "
+                        "from as reference="
+                    )
                 return captured(torch.func.functional_call(model, self.frozen, args, kwargs))
             with _adapters_off(model):
                 return captured(patch.run(model, *args, **kwargs))
@@ -165,7 +178,7 @@ class OtherModel(Source):
         self.module = base.get_output_embeddings()
         check_head(self.module, name)
         heads: list[Any] = [model.get_output_embeddings(), self.module]  # type: ignore[operator]
-        ours, theirs = (innermost(head).weight.shape[0] for head in heads)  # type: ignore[index, union-attr]
+        ours, theirs = map(sharding.vocabulary, heads)
         if ours != theirs:
             raise ValueError(
                 f"reference: its vocabulary has {theirs} tokens, the model's {ours}; both need the same tokenizer (resize_token_embeddings "
@@ -193,11 +206,26 @@ class OtherModel(Source):
         self.map = captured.map
         return hidden
 
+    def within(self, compute: Callable[[Tensor], Tensor], hidden: Tensor) -> Callable[[Tensor], Tensor]:
+        """In a call of the reference's head where that gathers it; the hooks also gather it for backward."""
+        from .patch import HeadModule
+
+        if not sharding.gathers(self.module):
+            return compute
+
+        def call(own: Tensor) -> Tensor:
+            head = HeadModule(self.module)
+            with head.deferred(None):
+                return head(hidden, lambda _: compute(own))
+
+        return call
+
     def head(self, module: nn.Module, rows: Tensor, logits: DeferredLogits, head: LMHead) -> LMHead:
         weight = innermost(self.module).weight
-        if type(weight).__name__ == "DTensor" or weight.untyped_storage().size() == 0:  # type: ignore[union-attr, operator]
+        if sharding.is_sharded(weight):  # type: ignore[arg-type]
             raise ValueError(
-                "reference: its LM head is sharded outside of its own forward; leave the reference's head out of fully_shard / ZeRO-3"
+                "reference: its LM head is sharded outside of its own forward; give it a group of its own, "
+                "fully_shard(reference.lm_head), before fully_shard(reference)"
             )
         logit_scale, softcap = self.map.arguments()
         rows = rows.to(weight.device)  # type: ignore[arg-type]
@@ -235,6 +263,11 @@ def find_source(model: nn.Module, loss: Objective, reference: Any, cache: Any) -
             raise ValueError(f"reference: expected {', '.join(map(repr, NAMES))} or a model, got {reference!r}")
         if reference == "adapter-off":
             return AdapterOff(model, cache)
+        if sharding.is_sharded_model(model):
+            raise ValueError(
+                "reference='start': the model is sharded already, so this rank cannot copy it; patch before fully_shard or ZeRO-3, or give "
+                "another model"
+            )
         return OtherModel(model, copy.deepcopy(model).requires_grad_(False), cache)
     if not isinstance(reference, nn.Module):
         raise TypeError(
@@ -289,7 +322,7 @@ class _Captured:
 @contextlib.contextmanager
 def _captured(head: Any) -> Iterator[_Captured]:
     call = _Captured()
-    with head.deferred(call):
+    with head.deferred(call, then_called=False):
         yield call
 
 

@@ -1,0 +1,79 @@
+"""Patched models on several ranks (gloo, CPU) do what one process does with the whole batch; the cases are in distributed_cases.py."""
+
+import importlib.util
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import distributed_cases
+import pytest
+
+HERE = Path(__file__).parent
+LIMIT = 240  # seconds; a hang ends earlier, by gloo's own limit of 60
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """For processes that import from here."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.mark.parametrize("world", distributed_cases.CASES)
+def test_as_one_process(world, tmp_path, environment):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["distributed_cases"])  # transformers takes seconds to import
+    processes = [
+        context.Process(target=distributed_cases.work, args=(rank, world, str(tmp_path))) for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    end = time.monotonic() + LIMIT
+    for process in processes:
+        process.join(max(0, end - time.monotonic()))
+    for process in processes:
+        process.kill()
+    failed = []
+    for rank in range(world):
+        path = tmp_path / f"{rank}.json"
+        results = json.loads(path.read_text()) if path.exists() else {}
+        for name, (_, bound) in distributed_cases.CASES[world].items():
+            result = results.get(name, {"error": "not run: another case failed before, or this rank died"})
+            if "error" in result:
+                failed.append(f"rank {rank} of {world}, {name}: {result['error']}")
+                break
+            if result["difference"] is not None and not result["difference"] <= bound:
+                failed.append(f"rank {rank} of {world}, {name}: difference {result['difference']:.2e} > {bound:.0e}")
+    assert not failed, "\n".join(failed)
+
+
+def launch(command, script, tmp_path):
+    """The script's differences; it is started by `command`."""
+    path = tmp_path / "differences.json"
+    done = subprocess.run(
+        [*command, str(HERE / script), str(path)], capture_output=True, text=True, timeout=LIMIT, cwd=HERE.parent
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-8000:]
+    return json.loads(path.read_text())
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", "2",
+              "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+def test_trainer(command, tmp_path, environment):
+    differences = launch(command, "distributed_trainer.py", tmp_path)
+    assert len(differences) == 5
+    assert max(differences.values()) <= 7e-6, differences  # measured: 2.4e-6
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+def test_zero(tmp_path, environment):
+    differences = launch(TORCHRUN, "distributed_zero.py", tmp_path)
+    assert max(differences.values()) <= distributed_cases.ROUNDING, differences
