@@ -32,7 +32,8 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -561,6 +562,85 @@ def per_token(seed: int = 0) -> Any:
 case("context parallel, cross-entropy", (2, 4))(functools.partial(context_parallel, loss=fl.CrossEntropyLoss))
 case("context parallel, TALR fixed")(functools.partial(context_parallel, loss=LOSSES["TALR fixed"]))
 case("context parallel, LAwF", (2, 4))(functools.partial(context_parallel, loss=fl.LAwFLoss, confidence=True))
+
+
+# tensor parallelism: the vocabulary spread over ranks, the same batch on all
+
+
+def spread_parameter(ranks: Ranks, model: Any) -> None:
+    head = model.get_output_embeddings()
+    for name, p in list(head.named_parameters()):
+        rows = distribute_tensor(p.detach(), ranks.mesh, [Shard(0)])
+        setattr(head, name, nn.Parameter(rows, requires_grad=p.requires_grad))
+
+
+def spread_by_torch(ranks: Ranks, model: Any) -> None:
+    """Its hooks hand the head DTensors and want one back."""
+    parallelize_module(model.get_output_embeddings(), ranks.mesh, ColwiseParallel(output_layouts=Replicate()))
+
+
+def spread_after_a_sharded_sequence(ranks: Ranks, model: Any) -> None:
+    plan = ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate())
+    parallelize_module(model.get_output_embeddings(), ranks.mesh, plan)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base.model.norm.register_forward_hook(
+        lambda module, args, out: distribute_tensor(out, ranks.mesh, [Shard(1)], src_data_rank=None)
+        if not out.requires_grad
+        else DTensor.from_local(out, ranks.mesh, [Replicate()]).redistribute(placements=[Shard(1)])
+    )
+
+
+def spread_by_transformers(ranks: Ranks, model: Any) -> None:
+    """The whole body too, as from_pretrained(tp_plan="auto") does."""
+    from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+
+    apply_tensor_parallelism(model, ranks.mesh, model.tp_plan)
+
+
+def tensor_parallel(ranks: Ranks, spread: Callable, loss: str, reference: str | None = None, **options: Any) -> float:
+    lawf = reference is not None
+    inputs, n = batch(confidence=lawf)
+    build = lora if reference == "adapter-off" else functools.partial(llama, **options)
+    model = build()
+    objective = fl.LAwFLoss() if lawf else LOSSES[loss]()
+    given: dict[str, Any] = {}
+    if reference == "model":
+        other = llama(5)
+        spread(ranks, other)
+        given = dict(reference=other)
+    elif lawf:
+        given = dict(reference=reference)
+    if not isinstance(reference, str) or reference == "model":
+        spread(ranks, model)
+        fl.patch(model, objective, **given)
+    else:
+        fl.patch(model, objective, **given)
+        spread(ranks, model)
+    total = model(**inputs, num_items_in_batch=n).loss
+    total.backward()
+    truth_given = dict(reference=llama(5).double()) if reference == "model" else given
+    objective = fl.LAwFLoss() if lawf else LOSSES[loss]()
+    expected = one_process(build(), objective, inputs, n, **truth_given)
+    return ranks.difference(model, total / ranks.world, expected)
+
+
+for _name, _spread in (("a DTensor", spread_parameter), ("torch", spread_by_torch)):
+    for _loss in LOSSES:
+        case(f"vocabulary parallel by {_name}, {_loss}", (2, 4) if _name == "torch" else (2,))(
+            functools.partial(tensor_parallel, spread=_spread, loss=_loss)
+        )
+case("vocabulary parallel after a sharded sequence")(
+    functools.partial(tensor_parallel, spread=spread_after_a_sharded_sequence, loss="TALR median")
+)
+case("vocabulary parallel, LAwF, another model", (2, 4))(
+    functools.partial(tensor_parallel, spread=spread_by_torch, loss="", reference="model")
+)
+case("vocabulary parallel, LAwF, adapter off")(
+    functools.partial(tensor_parallel, spread=spread_parameter, loss="", reference="adapter-off")
+)
+case("tensor parallel by transformers, TALR")(
+    functools.partial(tensor_parallel, spread=spread_by_transformers, loss="TALR median")
+)
 
 
 def work(rank: int, world: int, directory: str) -> None:

@@ -256,8 +256,10 @@ class Patch:
 class HeadModule:
     """A model's output module, whose `forward` is ours for the time of a call."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, model: nn.Module) -> None:
         self.module = module
+        # Hooks of tensor parallelism turn inputs and outputs into DTensors, and the loss takes this rank's rows as they are.
+        self.spread = sharding.spreads(module, model)
         # accelerate's hooks sit between `forward` and `_old_forward`
         self.name = "_old_forward" if hasattr(module, "_hf_hook") and hasattr(module, "_old_forward") else "forward"
         self.own = getattr(module, self.name)
@@ -268,6 +270,8 @@ class HeadModule:
 
     def __call__(self, hidden: Tensor, function: Callable[[Tensor], Any]) -> Any:
         """A call of the module, with all its hooks, that computes `function` in place of logits; while `deferred`."""
+        if self.spread and function is not self.own:
+            return function(hidden)
         return self.module._call_impl(hidden, fused=function)
 
     @contextlib.contextmanager
@@ -278,11 +282,11 @@ class HeadModule:
             if args or kwargs:
                 raise TypeError(f"head: unexpected arguments {[type(a).__name__ for a in args]}, {sorted(kwargs)}")
             if type(hidden).__name__ == "DTensor":
-                hidden = hidden.full_tensor() if any(p.is_partial() for p in hidden.placements) else hidden.to_local()
+                hidden = hidden.full_tensor()
             return DeferredLogits(call, hidden, self.vocabulary) if fused is None else fused(hidden)
 
         replaced = {self.name: forward}
-        if sharding.hooks_can_wait(self.module, then_called):
+        if self.spread or sharding.hooks_can_wait(self.module, then_called):
             replaced["_compiled_call_impl"] = forward  # nn.Module.__call__ takes it in place of hooks and forward
         attributes = vars(self.module)
         before = {name: attributes[name] for name in replaced if name in attributes}
@@ -312,7 +316,7 @@ class Call:
         self.model_name = type(model).__name__
         module: Any = model.get_output_embeddings()  # type: ignore[operator]  # anew: PEFT and FSDP replace it
         check_head(module, self.model_name)
-        self.head = HeadModule(module)
+        self.head = HeadModule(module, model)
         self.keep = patch.keep_logits is True or (patch.keep_logits == "eval" and not model.training)
         self.reference: ReferenceStates | None = None
         self.token_loss: Tensor | None = None

@@ -201,7 +201,7 @@ class OtherModel(Source):
         device = next(self.other.parameters()).device
         args = tuple(a.to(device) if isinstance(a, Tensor) else a for a in args)
         kwargs = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in kwargs.items()}
-        with _evaluating(self.other), _captured(HeadModule(self.module)) as captured:
+        with _evaluating(self.other), _captured(HeadModule(self.module, self.other)) as captured:
             hidden = captured(patch.run_instead(model, self.other, args, kwargs))
         self.map = captured.map
         return hidden
@@ -214,7 +214,7 @@ class OtherModel(Source):
             return compute
 
         def call(own: Tensor) -> Tensor:
-            head = HeadModule(self.module)
+            head = HeadModule(self.module, self.other)
             with head.deferred(None):
                 return head(hidden, lambda _: compute(own))
 
@@ -222,7 +222,7 @@ class OtherModel(Source):
 
     def head(self, module: nn.Module, rows: Tensor, logits: DeferredLogits, head: LMHead) -> LMHead:
         weight = innermost(self.module).weight
-        if sharding.is_sharded(weight):  # type: ignore[arg-type]
+        if sharding.is_sharded(weight) and not sharding.spreads(self.module, self.other):  # type: ignore[arg-type]
             raise ValueError(
                 "reference: its LM head is sharded outside of its own forward; give it a group of its own, "
                 "fully_shard(reference.lm_head), before fully_shard(reference)"

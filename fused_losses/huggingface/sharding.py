@@ -34,6 +34,12 @@ def hooks_can_wait(module: nn.Module, then_called: bool) -> bool:
     return gathers(module)
 
 
+def spreads(module: nn.Module, model: nn.Module) -> bool:
+    """Whether the head's rows are spread over ranks for good (tensor parallelism), and not only between calls."""
+    weight = innermost(module).weight
+    return type(weight).__name__ == "DTensor" and not any(map(_fsdp_modules, (model, module)))
+
+
 def is_sharded_model(model: nn.Module) -> bool:
     return _fsdp_modules(model) > 0 or any(hasattr(p, "ds_id") or is_sharded(p) for p in model.parameters())
 
