@@ -33,7 +33,7 @@ def wrapped(backend: gpu.Gpu, wrap: Wrap) -> Iterator[None]:
     places = [
         (gpu.row_kernels, "logit_bits", "logit_bits"), (gpu.row_kernels, "directions", "directions"),
         (gpu.row_kernels, "tail_profile", "tail_profile"), (gpu, "weighted_sum_kernel", "weighted_sum"),
-        (gpu, "_tail_profile", "tail profile"), (gpu, "_product", "product dz W"), (gpu, "_add_product", "product dzᵀ x"),
+        (gpu, "_tail_profile", "tail profile"), (gpu, "_product", "product dz W"), (chunked, "add_product", "product dzᵀ x"),
         (gpu, "_bounds", "probe"), (gpu, "_join", "join"), (chunked, "_product", "logits"), (chunked, "by_column", "by column"),
     ]  # fmt: skip
     with contextlib.ExitStack() as stack:

@@ -89,7 +89,7 @@ def token_losses(
 
     and ∂/∂z = (a + b) p − a onehot(label) − b p_ref for the upstream gradients a of nll and b of kl, which may
     differ from token to token and may have either sign. Gradients flow to hidden, weight and bias, where these
-    require them; never to the reference.
+    require them, and to a low-rank part of the head (`LowRank`), which adds u Bᵀ to the product; never to the reference.
 
     Args:
         hidden: [..., D] float64, float32, bfloat16 or float16, of the dtype of the weight (under autocast both
@@ -119,7 +119,8 @@ def token_losses(
 
     Cost in GEMMs of 2·N·D·V FLOP, forward and backward together. Sparse: 1, with a reference 2, and 2 sparse products. Exact: 4
     (frozen head: 2); with a reference 6 (4). The objectives of this package need one fewer where their weights depend
-    on single tokens only. Tokens with exact gradients in sparse mode cost as much as in exact mode.
+    on single tokens only. Tokens with exact gradients in sparse mode cost as much as in exact mode. A frozen head with a trained
+    low-rank part: exact 3, with a reference 5.
     Memory: 96 MiB of chunk buffers; sparse: 8 bytes per entry (12 with a reference), of which there are 50 to 300 per
     token of ordinary text; exact: the gradients in fp32, and with a frozen head [N, D] rows per loss.
 

@@ -73,6 +73,22 @@ def test_lora_on_the_head(reference, frozen, path):
         assert max(found.values()) <= 1.5e-6, (gradient, found)  # measured 5e-7
 
 
+def test_lora_near_the_adapter_it_began_from():
+    """A float32 adapter beside fp16 operands: B − B_ref must be taken before it is rounded, as must u − u_ref."""
+    case = low_rank_inputs("rows", "copy", shape=(9, 48, 130), spread=4.5)
+    with torch.no_grad():
+        for key, size in (("b", 2e-3), ("rows", 1e-3)):
+            copy = case.fixed[f"ref_{key}"][:, :-1]  # the last column is there for another test
+            copy.copy_(case.leaves[key] + size * torch.randn_like(copy))
+    case.fixed["ref_hidden"] = case.leaves["hidden"].detach().clone()
+    case.upstream = (torch.zeros(9), torch.ones(9))
+    with coarse(1e-6, capacity=130):
+        found = low_rank_errors(case, torch.float16, "triton", torch.float32, gradient="sparse")
+    assert all(found[output] <= 1.5e-3 for output in ("kl", "d_hidden", "d_b", "d_rows")), (
+        found
+    )  # measured 7e-4; 0.07 otherwise
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 2), (2, 16, 33), (17, 65, 64)], ids=name)
 @pytest.mark.parametrize("reference", REFERENCES, ids=name)
 @pytest.mark.parametrize("gradient", ["exact", "sparse"])
