@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import functools
 import json
+import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
@@ -36,6 +37,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.distributed import DistributedConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import fused_losses as fl
@@ -584,17 +586,12 @@ def spread_after_a_sharded_sequence(ranks: Ranks, model: Any) -> None:
     parallelize_module(model.get_output_embeddings(), ranks.mesh, plan)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     base.model.norm.register_forward_hook(
-        lambda module, args, out: distribute_tensor(out, ranks.mesh, [Shard(1)], src_data_rank=None)
-        if not out.requires_grad
-        else DTensor.from_local(out, ranks.mesh, [Replicate()]).redistribute(placements=[Shard(1)])
+        lambda module, args, out: (
+            distribute_tensor(out, ranks.mesh, [Shard(1)], src_data_rank=None)
+            if not out.requires_grad
+            else DTensor.from_local(out, ranks.mesh, [Replicate()]).redistribute(placements=[Shard(1)])
+        )
     )
-
-
-def spread_by_transformers(ranks: Ranks, model: Any) -> None:
-    """The whole body too, as from_pretrained(tp_plan="auto") does."""
-    from transformers.distributed.tensor_parallel import apply_tensor_parallelism
-
-    apply_tensor_parallelism(model, ranks.mesh, model.tp_plan)
 
 
 def tensor_parallel(ranks: Ranks, spread: Callable, loss: str, reference: str | None = None, **options: Any) -> float:
@@ -638,9 +635,21 @@ case("vocabulary parallel, LAwF, another model", (2, 4))(
 case("vocabulary parallel, LAwF, adapter off")(
     functools.partial(tensor_parallel, spread=spread_parameter, loss="", reference="adapter-off")
 )
-case("tensor parallel by transformers, TALR")(
-    functools.partial(tensor_parallel, spread=spread_by_transformers, loss="TALR median")
-)
+
+
+@case("tensor parallel by transformers")
+def by_transformers(ranks: Ranks) -> float:
+    """The whole model, by its own plan."""
+    inputs, n = batch()
+    with tempfile.TemporaryDirectory() as directory:
+        llama().save_pretrained(directory)
+        plan = DistributedConfig(tp_plan="auto", tp_size=ranks.world)
+        model = LlamaForCausalLM.from_pretrained(directory, distributed_config=plan, use_cache=False)
+    assert type(model.lm_head.weight) is DTensor
+    fl.patch(model, fl.TALRLoss())
+    total = model(**inputs, num_items_in_batch=n).loss
+    total.backward()
+    return ranks.difference(model, total / ranks.world, one_process(llama(), fl.TALRLoss(), inputs, n))
 
 
 def work(rank: int, world: int, directory: str) -> None:

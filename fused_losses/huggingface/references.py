@@ -133,7 +133,7 @@ class AdapterOff(Source):
     def forward(self, model: nn.Module, patch: Any, args: tuple, kwargs: dict, head: Any) -> Tensor:
         with _evaluating(model), _captured(head) as captured:
             if self.frozen is not None:
-                if sharding.is_sharded_model(model):  # whose hooks would put the trained adapter back
+                if sharding.hooks_set_parameters(model):
                     raise ValueError(
                         "reference='adapter-off': the adapter was trained before and the model is sharded now; give the model that you start "
                         "from as reference="

@@ -44,6 +44,11 @@ def is_sharded_model(model: nn.Module) -> bool:
     return _fsdp_modules(model) > 0 or any(hasattr(p, "ds_id") or is_sharded(p) for p in model.parameters())
 
 
+def hooks_set_parameters(model: nn.Module) -> bool:
+    """Whether hooks put parameters into modules in each call, and with them back what was put there instead."""
+    return any(map(_fsdp_modules, model.modules())) or any(hasattr(p, "ds_id") for p in model.parameters())
+
+
 def is_sharded(weight: Tensor) -> bool:
     """Whether this rank has not the whole of the weight now."""
     return type(weight).__name__ == "DTensor" or weight.numel() == 0 or weight.untyped_storage().size() == 0
