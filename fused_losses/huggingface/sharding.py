@@ -35,7 +35,10 @@ def hooks_can_wait(module: nn.Module, then_called: bool) -> bool:
 
 
 def is_sharded_model(model: nn.Module) -> bool:
-    return _fsdp_modules(model) > 0 or any(hasattr(p, "ds_id") or is_sharded(p) for p in model.parameters())
+    """Whether a forward of it makes ranks wait for each other."""
+    if _fsdp_modules(model) > 0 or any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
+        return True
+    return any(hasattr(p, "ds_id") or is_sharded(p) for p in model.parameters())
 
 
 def is_sharded(weight: Tensor) -> bool:
