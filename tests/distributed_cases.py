@@ -367,11 +367,15 @@ case("FSDP2, LAwF, adapter-off, patched after fully_shard")(
 )
 
 
-def other_model(ranks: Ranks, wrap: Callable[[Ranks, Any], Any], reference: Any = None) -> float:
+def other_model(
+    ranks: Ranks, wrap: Callable[[Ranks, Any], Any], reference: Any = None, reference_cache: str | None = None
+) -> float:
     inputs, n = batch(confidence=True)
-    model = fl.patch(llama(), fl.LAwFLoss(), reference=reference or llama(5))
+    model = fl.patch(llama(), fl.LAwFLoss(), reference=reference or llama(5), reference_cache=reference_cache)
     model = wrap(ranks, model)
-    loss = ranks.step(model, ranks.rows(inputs), n)
+    for _ in range(3 if reference_cache else 1):
+        model.zero_grad()
+        loss = ranks.step(model, ranks.rows(inputs), n)
     return ranks.difference(model, loss, one_process(llama(), fl.LAwFLoss(), inputs, n, reference=llama(5).double()))
 
 
@@ -397,6 +401,25 @@ for _name, _groups in GROUPS.items():
     case(f"FSDP2, LAwF, another model that is sharded, its head in {_name}")(
         functools.partial(sharded_reference, groups=_groups)
     )
+
+
+@case("FSDP2, LAwF, another model whose states are kept")
+def kept_states(ranks: Ranks) -> float:
+    with tempfile.TemporaryDirectory() as directory:
+        return other_model(ranks, lambda _, model: ranks.shard(model, *head_with_norm(model)), llama(5), directory)
+
+
+@case("FSDP2, LAwF, states kept of a reference that is sharded")
+def kept_sharded(ranks: Ranks) -> None:
+    inputs, n = batch(confidence=True)
+    model = lora()
+    nothing = {name: torch.zeros_like(p) for name, p in model.named_parameters() if "lora_B" in name}
+    model.load_state_dict(nothing, strict=False)
+    with tempfile.TemporaryDirectory() as directory:
+        fl.patch(model, fl.LAwFLoss(), reference="adapter-off", reference_cache=directory)
+        ranks.shard(model)
+        with pytest.raises(ValueError, match="reference_cache: the reference is sharded"):
+            ranks.step(model, ranks.rows(inputs), n)
 
 
 @case("FSDP2, LAwF, another model that is sharded again after its forward")

@@ -68,8 +68,17 @@ class Source:
 
         if self.cache is None:
             return ReferenceStates(self, compute())
+        if sharding.is_sharded_model(self.model(model)):
+            raise ValueError(
+                "reference_cache: the reference is sharded, so all ranks must run its forward together and none can skip it; leave "
+                "reference_cache out, or give a reference that is whole on each rank"
+            )
         hidden = self.cache.states(compute, lambda: self.tensors(model), self.description(model), args, kwargs, labels)
         return ReferenceStates(self, hidden)
+
+    def model(self, trained: nn.Module) -> nn.Module:
+        """The model whose forward gives the states."""
+        return trained
 
     def begin(self, model: nn.Module) -> None:
         """Checks that need the model as it is when the first batch comes."""
@@ -185,6 +194,9 @@ class OtherModel(Source):
                 "changes the head of one)"
             )
         self.map: LogitMap | None = None  # known after a first forward
+
+    def model(self, trained: nn.Module) -> nn.Module:
+        return self.other
 
     def states(self, model, patch, args, kwargs, head, labels) -> ReferenceStates:
         if self.map is None and self.cache is not None:

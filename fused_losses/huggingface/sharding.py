@@ -41,7 +41,10 @@ def spreads(module: nn.Module, model: nn.Module) -> bool:
 
 
 def is_sharded_model(model: nn.Module) -> bool:
-    return _fsdp_modules(model) > 0 or any(hasattr(p, "ds_id") or is_sharded(p) for p in model.parameters())
+    """Whether a forward of it makes ranks wait for each other."""
+    if _fsdp_modules(model) > 0 or any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
+        return True
+    return any(hasattr(p, "ds_id") or is_sharded(p) for p in model.parameters())
 
 
 def hooks_set_parameters(model: nn.Module) -> bool:
