@@ -1,8 +1,8 @@
 """A patched model in Trainer and SFTTrainer, beside the same training unpatched: seconds a step, peak memory, loss of each step.
 
-    python benchmarks/huggingface.py [--rounds 3]
+    python benchmarks/huggingface.py [--rounds 2]
 
-SmolLM2-135M-Instruct in float32 on the CPU, 4 rows of 512 tokens a step. Each contestant trains in a process of its own; rounds are interleaved. Unpatched means what one
+SmolLM2-135M-Instruct in float32 on the CPU, 2 rows of 512 tokens a step. Each contestant trains in a process of its own; rounds are interleaved. Unpatched means what one
 writes without this package: the model's own full logits, and for LAwF those of the model without its adapter too. Writes benchmarks/results/huggingface.json.
 """
 
@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 RESULTS = Path(__file__).parent / "results" / "huggingface.json"
-ROWS, LENGTH = 4, 512
+ROWS, LENGTH = 2, 512
 STEPS_OF_EPOCH = 2  # of two epochs; the second is timed
 CONTESTANTS = {
     "Trainer, all parameters": ("cross-entropy", "cross-entropy patched", "TALR", "TALR patched"),
@@ -35,7 +35,7 @@ CONTESTANTS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--one", nargs=2, metavar=("TRAINER", "LOSS"), help="one contestant, in this process")
     options = parser.parse_args()
     if options.rounds < 1:

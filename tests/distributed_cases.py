@@ -665,9 +665,12 @@ def by_transformers(ranks: Ranks) -> float:
     """The whole model, by its own plan."""
     inputs, n = batch()
     with tempfile.TemporaryDirectory() as directory:
-        llama().save_pretrained(directory)
+        paths = [directory]
+        llama().save_pretrained(directory)  # writes on rank 0 alone
+        dist.broadcast_object_list(paths)
         plan = DistributedConfig(tp_plan="auto", tp_size=ranks.world)
-        model = LlamaForCausalLM.from_pretrained(directory, distributed_config=plan, use_cache=False)
+        model = LlamaForCausalLM.from_pretrained(paths[0], distributed_config=plan, use_cache=False)
+        dist.barrier()
     assert type(model.lm_head.weight) is DTensor
     fl.patch(model, fl.TALRLoss())
     total = model(**inputs, num_items_in_batch=n).loss
