@@ -149,10 +149,10 @@ class Clock:
         return Callback()
 
 
-def arguments(lawf: bool) -> dict:
+def arguments() -> dict:
     return dict(
         output_dir="/tmp/unused", per_device_train_batch_size=ROWS, max_steps=2 * STEPS_OF_EPOCH, learning_rate=1e-5, report_to=[], use_cpu=True,
-        save_strategy="no", logging_steps=1, disable_tqdm=True, remove_unused_columns=not lawf, seed=0, bf16=False,
+        save_strategy="no", logging_steps=1, disable_tqdm=True, remove_unused_columns=False, seed=0, bf16=False,
         gradient_checkpointing=False,
     )  # fmt: skip
 
@@ -181,7 +181,7 @@ def with_trainer(model, tokenizer, loss: str, rows: list[dict]) -> dict:
     clock = Clock()
     trainer = Trainer(
         model,
-        TrainingArguments(**arguments(lawf=False)),
+        TrainingArguments(**arguments()),
         train_dataset=Dataset.from_list([{"input_ids": r["input_ids"], "labels": r["labels"]} for r in rows]),
         data_collator=default_data_collator,
         compute_loss_func=plain_talr if loss == "TALR" else None,
@@ -222,8 +222,14 @@ def with_sft_trainer(model, tokenizer, loss: str, rows: list[dict]) -> dict:
         clock = Clock()
         trainer = (plain_lawf_trainer(SFTTrainer) if loss == "LAwF" else SFTTrainer)(
             model,
-            args=SFTConfig(**arguments(lawf), dataset_kwargs={"skip_prepare_dataset": True}, max_length=LENGTH),
-            train_dataset=Dataset.from_list([dict(r, attention_mask=[1] * len(r["labels"])) for r in rows]),
+            args=SFTConfig(**arguments(), dataset_kwargs={"skip_prepare_dataset": True}, max_length=LENGTH),
+            train_dataset=Dataset.from_list(
+                [
+                    {name: value for name, value in row.items() if lawf or name != "confidence"}
+                    | {"attention_mask": [1] * LENGTH}
+                    for row in rows
+                ]
+            ),
             processing_class=tokenizer,
             data_collator=default_data_collator,
             callbacks=[clock],

@@ -200,6 +200,18 @@ def test_another_model_with_a_cache(tmp_path):
     assert ran == [1, 1, 1, 0]  # the first call learns what the teacher does to its logits
 
 
+def test_another_model_with_an_adapter(tmp_path):
+    """Only its scaling differs."""
+    inputs, losses = batch(rows(9, 12)), []
+    for alpha in (4, 4, 16):
+        teacher = adapted(trained=True, lora_alpha=alpha)
+        model = fl.patch(llama(), fl.LAwFLoss(), reference=teacher, reference_cache=tmp_path)
+        for _ in range(2):  # the first call runs the teacher in any case
+            losses.append(model(**inputs).loss.item())
+        assert losses[-1] == pytest.approx(losses[-2], rel=1e-6)
+    assert losses[0] == losses[2] and abs(losses[4] / losses[0] - 1) > 0.1
+
+
 def test_labels_at_padding(tmp_path):
     model = fl.patch(adapted(trained=True), fl.LAwFLoss(), reference=llama(), reference_cache=tmp_path)
     plain = fl.patch(adapted(trained=True), fl.LAwFLoss(), reference=llama())

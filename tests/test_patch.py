@@ -148,6 +148,22 @@ class TestSameAsBefore:
         with fl.patched(model):
             torch.testing.assert_close(model(input_ids=inputs["input_ids"], shift_labels=shifted).loss, want)
 
+    def test_shift_labels_that_the_model_ignores(self):
+        class Shifting(LlamaForCausalLM):
+            def forward(self, input_ids=None, labels=None):
+                out = super().forward(input_ids=input_ids)
+                logits, labels = out.logits[:, :-1].reshape(-1, VOCABULARY), labels[:, 1:].reshape(-1)
+                out.loss = nn.functional.cross_entropy(logits, labels)
+                return out
+
+        model, inputs = Shifting(LlamaConfig(**SIZES)), batch()
+        assert_same(model, **inputs)
+        shifted = nn.functional.pad(inputs["labels"], (0, 1), value=-100)[:, 1:].contiguous()
+        fl.patch(model)
+        for labels in ({}, dict(labels=inputs["labels"])):
+            with pytest.raises(ValueError, match="shift_labels: Shifting takes its loss of other labels"):
+                model(input_ids=inputs["input_ids"], shift_labels=shifted, **labels)
+
     def test_logits_to_keep(self):
         inputs = batch()
         shifted = nn.functional.pad(inputs["labels"], (0, 1), value=-100)[:, 1:].contiguous()
@@ -288,7 +304,8 @@ class TestUntouched:
             model.forward = wrap(model.forward)
         fl.patch(model)
         if when == "after":
-            model.forward = wrap(wrap(model.forward))
+            model.forward = wrap(model.forward)
+            model.forward = wrap(model.forward)
         torch.testing.assert_close(model(**inputs).loss, want)
         assert seen == [["input_ids", "labels"]] * (1 if when == "before" else 2)
         calls = len(seen)

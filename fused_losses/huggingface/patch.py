@@ -140,7 +140,10 @@ class Patch:
 
         def forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
             state = vars(model).get(STATE)
-            return self.original(model, *args, **kwargs) if state is None else state(model, args, kwargs)
+            if state is not None:
+                return state(model, args, kwargs)
+            # Unpatched since, and a wrapper still calls what it wraps.
+            return self.original(model, *args, **kwargs) if self.level is None else self._next(model, args, kwargs)
 
         functools.update_wrapper(forward, self.original)
         del forward.__wrapped__  # type: ignore[attr-defined]
@@ -343,6 +346,8 @@ class Call:
         logit_scale, softcap = logits.map.arguments()
         head = read_head(self.head.module, rows, logit_scale, softcap, logits.width)
         target = target.to(rows.device)
+        if self.shift_labels is not None:
+            self._is_shifted(self.shift_labels, target, positions)
         if ignore_index != self.loss.ignore_index:
             target = target.masked_fill(target == ignore_index, self.loss.ignore_index)
         arguments: dict[str, Any] = self._aligned(logits, target, positions)
@@ -409,6 +414,10 @@ class Call:
             candidate = _shift(labels, shift, ignore).reshape(-1).to(positions.device)
             if int(positions.max()) < len(candidate) and torch.equal(candidate[positions], target):
                 return shift
+        if self.shift_labels is not None:
+            raise ValueError(
+                f"shift_labels: {self.model_name} takes its loss of other labels than these; give labels alone, in the layout of the inputs"
+            )
         raise ValueError(
             f"{self.model_name} neither shifts labels by one nor takes them as they are, so {', '.join(self.fields) or 'sequence_ids'} "
             "cannot be aligned with them; call the loss in a loop of your own"

@@ -158,10 +158,7 @@ class AdapterOff(Source):
             return read_head(module, rows, head.logit_scale, head.softcap, logits.width, adapters=self.frozen_head)
 
     def description(self, model: nn.Module) -> tuple[str, ...]:
-        """With how a frozen adapter is applied, which no tensor says."""
-        names = ("active_adapters", "scaling", "r", "fan_in_fan_out", "use_rslora", "use_dora")
-        layers = _adapted(model) if self.frozen else ()
-        return *model_facts(model), *(str([(n, getattr(layer, n, None)) for n in names]) for layer in layers)
+        return *model_facts(model), *(_adapter_facts(model) if self.frozen else ())
 
     def tensors(self, model: nn.Module) -> Iterable[tuple[str, Tensor]]:
         adapter = {id(p) for layer in _adapted(model) for p in _adapter_parameters(layer)}
@@ -249,7 +246,7 @@ class OtherModel(Source):
         yield from self.other.named_buffers()
 
     def description(self, model: nn.Module) -> tuple[str, ...]:
-        return model_facts(self.other)
+        return *model_facts(self.other), *_adapter_facts(self.other)
 
 
 def find_source(model: nn.Module, loss: Objective, reference: Any, cache: Any) -> Source | None:
@@ -359,6 +356,21 @@ def _adapted(model: nn.Module) -> Iterator[Any]:
                 yield module
         elif hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
             yield module
+
+
+def _adapter_facts(model: nn.Module) -> tuple[str, ...]:
+    """How adapters are applied, which no tensor says."""
+    names = (
+        "active_adapters",
+        "disable_adapters",
+        "merged",
+        "scaling",
+        "r",
+        "fan_in_fan_out",
+        "use_rslora",
+        "use_dora",
+    )
+    return tuple(str([(name, getattr(layer, name, None)) for name in names]) for layer in _adapted(model))
 
 
 def _adapter_parameters(layer: Any) -> Iterator[nn.Parameter]:
