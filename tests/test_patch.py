@@ -2,6 +2,8 @@
 
 import copy
 import functools
+import inspect
+from unittest import mock
 
 import pytest
 import torch
@@ -159,10 +161,10 @@ class TestSameAsBefore:
         model, inputs = Shifting(LlamaConfig(**SIZES)), batch()
         assert_same(model, **inputs)
         shifted = nn.functional.pad(inputs["labels"], (0, 1), value=-100)[:, 1:].contiguous()
-        fl.patch(model)
-        for labels in ({}, dict(labels=inputs["labels"])):
-            with pytest.raises(ValueError, match="shift_labels: Shifting takes its loss of other labels"):
-                model(input_ids=inputs["input_ids"], shift_labels=shifted, **labels)
+        want = fl.patch(model)(**inputs).loss
+        assert torch.equal(model(**inputs, shift_labels=shifted).loss, want)
+        with pytest.raises(ValueError, match="shift_labels: Shifting takes its loss of other labels"):
+            model(input_ids=inputs["input_ids"], shift_labels=shifted)
 
     def test_logits_to_keep(self):
         inputs = batch()
@@ -311,6 +313,49 @@ class TestUntouched:
         calls = len(seen)
         fl.unpatch(model)
         assert torch.equal(model(**inputs).loss, want) and len(seen) == 2 * calls
+
+    def test_wrappers_taken_off_again(self):
+        """Each assignment restores what was found then, as unittest.mock does."""
+        model, inputs = llama(), batch()
+        fl.patch(model)
+        want, seen = model(**inputs).loss, []
+
+        def wrap(name):
+            inner = model.forward
+
+            def forward(*args, **kwargs):
+                seen.append(name)
+                return inner(*args, **kwargs)
+
+            return forward
+
+        model.forward = wrap("first")
+        before = model.forward
+        model.forward = wrap("second")
+        assert torch.equal(model(**inputs).loss, want) and seen == ["second", "first"]
+        model.forward = before
+        with mock.patch.object(model, "forward", wrap("third")):
+            model(**inputs)
+        model(**inputs)
+        assert seen[2:] == ["third", "first", "first"]
+        fl.unpatch(model)
+        assert list(inspect.signature(model.forward).parameters)[:2] == ["input_ids", "attention_mask"]
+        model(**inputs)
+        assert seen[5:] == ["first"]
+
+    def test_hooks_on_the_head(self):
+        """They see the head once, and what they do to its input or output counts."""
+        inputs = batch()
+        for register in ("register_forward_pre_hook", "register_forward_hook"):
+            model, calls = llama(), []
+
+            def hook(module, args, output=None, calls=calls):
+                calls.append(1)
+                return (args[0] * 0.5,) if output is None else output * 0.5
+
+            getattr(model.lm_head, register)(hook)
+            assert_same(model, **inputs)
+            assert len(calls) == 3
 
 
 class TestLogits:
@@ -533,6 +578,38 @@ class TestRefused:
         with pytest.raises(error, match=text):
             model(**values)
         model(**batch(), confidence=torch.zeros(3, 11))
+
+    def test_other_ignored_labels(self):
+        """The model ignores −100, the loss another label; fields are aligned all the same."""
+        model, inputs = llama(), batch()
+        confidence = torch.rand(3, 11)
+        with fl.patched(model, fl.LAwFLoss(), reference=llama_at(7)):
+            want = model(**inputs, confidence=confidence).loss
+        with fl.patched(model, fl.LAwFLoss(ignore_index=-1), reference=llama_at(7)):
+            assert torch.equal(model(**inputs, confidence=confidence).loss, want)
+
+    def test_sequences_that_index_a_field(self):
+        model, inputs = llama(), batch()
+        initial = torch.tensor([1.0, 2.0, 3.0])
+        positions = torch.arange(11).expand(3, 11).clone()
+        positions[1, :4] = 1  # padding to its left
+        inputs["labels"][1, :5] = -100
+        with fl.patched(model, fl.FLOWLoss(2.0)):
+            want = model(**inputs, initial_nll=initial).loss
+            torch.testing.assert_close(
+                model(**inputs, position_ids=positions, initial_nll=initial).loss, want, rtol=0.2, atol=0
+            )
+            positions[2] = torch.cat([torch.arange(5), torch.arange(6)])
+            with pytest.raises(ValueError, match="initial_nll: rows hold several sequences"):
+                model(**inputs, position_ids=positions, initial_nll=initial)
+
+    def test_start_follows_the_model(self):
+        model = llama()
+        fl.patch(model, fl.LAwFLoss(), reference="start")
+        source = vars(model)["_fused_losses"].source
+        model.to("meta")
+        source.begin(model)
+        assert next(source.other.parameters()).device.type == "meta"
 
     def test_means_of_groups_over_several_batches(self):
         model = llama()

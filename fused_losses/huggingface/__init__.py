@@ -6,6 +6,6 @@ Importing this needs torch only; transformers, peft, trl and safetensors are imp
 from .cache import ReferenceCache
 from .collator import AnchorCollator
 from .logits import LogitsNotKept
-from .patch import patch, patched, unpatch
+from .patching import patch, patched, unpatch
 
 __all__ = ["AnchorCollator", "LogitsNotKept", "ReferenceCache", "patch", "patched", "unpatch"]

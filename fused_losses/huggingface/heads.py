@@ -81,7 +81,7 @@ def _read(
     module: Any, hidden: Tensor, adapters: Any, prefix: str, low_rank: list[tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor | None]:
     frozen = adapters if isinstance(adapters, dict) else {}
-    off = adapters == "off" or getattr(module, "disable_adapters", False)
+    off = adapters == "off" or (adapters == "active" and getattr(module, "disable_adapters", False))
     if _is_auxiliary(module):
         active = [name for name in module.active_adapters if name in module.modules_to_save]
         if off or not active:
@@ -107,7 +107,10 @@ def _read(
             rows = F.linear(hidden.to(a.weight.dtype), frozen[f"{prefix}lora_A.{name}.weight"])
         else:
             rows = a(module.lora_dropout[name](hidden.to(a.weight.dtype)))
-        low_rank.append((b_weight.to(weight.dtype), (rows * scaling).to(hidden.dtype)))
+        # An adapter keeps its dtype beside a half-precision weight: the KL may be of a small difference of two of them.
+        if torch.float64 in (weight.dtype, b_weight.dtype):
+            b_weight, rows = b_weight.to(weight.dtype), rows.to(weight.dtype)
+        low_rank.append((b_weight, rows * scaling))
         if b_bias is not None:
             extra = b_bias.to(weight.dtype) * scaling
             bias = extra if bias is None else bias + extra

@@ -230,7 +230,7 @@ class DeferredLogits(metaclass=_Explained):
             raise LogitsNotKept(
                 f"the model calls cross_entropy with {what}, which the patched loss would drop; unpatch it"
             )
-        if self.detached or target.numel() != self.positions.numel():
+        if target.numel() != self.positions.numel():
             raise ValueError(
                 f"labels: expected one for each of the {self.positions.numel()} rows of logits {list(self.shape)}, got shape "
                 f"{list(target.shape)}; labels must be as long as the inputs"
@@ -291,7 +291,7 @@ def _operator(name: str) -> Callable[..., Any]:
     return operation
 
 
-for _name in ("add", "radd", "sub", "rsub", "rtruediv", "pow", "neg", "matmul", "eq", "ne", "lt", "le", "gt", "ge", "iter", "len", "bool"):  # fmt: skip
+for _name in ("add", "radd", "sub", "rsub", "rtruediv", "pow", "neg", "matmul", "eq", "ne", "lt", "le", "gt", "ge", "iter", "len", "bool", "setitem"):  # fmt: skip
     setattr(DeferredLogits, f"__{_name}__", _operator(f"__{_name}__"))
 DeferredLogits.__hash__ = object.__hash__  # type: ignore[method-assign]
 

@@ -17,6 +17,7 @@ from ..head import LMHead
 from ..objectives import Objective
 from . import sharding
 from .cache import model_facts
+from .deferral import HeadModule
 from .heads import check_head, innermost, read_head
 from .logits import DeferredLogits, LogitMap
 from .rows import CachedRows
@@ -53,7 +54,10 @@ class Source:
         self.cache = None if cache is None else CachedRows(cache)
 
     def __deepcopy__(self, memo: dict) -> Source:
-        return self
+        """Of a copied model: the same reference, with a guard of its own over what decides it."""
+        twin = copy.copy(self)
+        twin.cache = None if self.cache is None else CachedRows(self.cache.directory)
+        return twin
 
     def states(
         self, model: nn.Module, patch: Any, args: tuple, kwargs: dict, head: Any, labels: Tensor
@@ -73,7 +77,15 @@ class Source:
                 "reference_cache: the reference is sharded, so all ranks must run its forward together and none can skip it; leave "
                 "reference_cache out, or give a reference that is whole on each rank"
             )
-        hidden = self.cache.states(compute, lambda: self.tensors(model), self.description(model), args, kwargs, labels)
+
+        def precision() -> str:  # under the same wrappers as the forward
+            kind = labels.device.type
+            return str((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)))
+
+        context = patch.run_instead(model, precision, (), {})
+        hidden = self.cache.states(
+            compute, lambda: self.tensors(model), self.description(model), args, kwargs, labels, context
+        )
         return ReferenceStates(self, hidden)
 
     def model(self, trained: nn.Module) -> nn.Module:
@@ -107,13 +119,12 @@ class AdapterOff(Source):
         super().__init__(cache)
         self.frozen: dict[str, Tensor] | None = None  # the adapter's parameters at the start, None: it changed nothing
         self.frozen_head: dict[str, Tensor] = {}  # those of the head, by their names in its module
-        self.begun = False
-        if any(_adapted(model)):
+        self.begun: list | None = None  # what the adapter was then
+        self.late = not any(_adapted(model))  # the adapter comes after the patch
+        if not self.late:
             self.begin(model)
 
     def begin(self, model: nn.Module) -> None:
-        if self.begun:
-            return
         if not any(_adapted(model)):
             raise ValueError(
                 "reference='adapter-off': the model has no PEFT adapter whose layers could be switched off (prompt learning has none); "
@@ -126,7 +137,21 @@ class AdapterOff(Source):
                 f"reference='adapter-off': {len(trained)} parameters outside the adapter are trained ({', '.join(trained[:3])}), so the model "
                 "without it does not stay what it is; freeze them, or take reference='start'"
             )
+        now = [(name, list(layer.active_adapters)) for name, layer in _named_adapted(model)]
+        if self.begun is not None:
+            if now != self.begun:
+                raise ValueError(
+                    "reference='adapter-off': the model has other adapters, or others are active, than when its reference was taken; "
+                    "fused_losses.unpatch(model), and patch again"
+                )
+            return
         if not _is_at_its_start(model):
+            if self.late:
+                raise ValueError(
+                    "reference='adapter-off': the adapter came after the patch and is not at its start (trained before, or a checkpoint was "
+                    "loaded), so what it started from is unknown; patch after PEFT and before a checkpoint is loaded, or give the original "
+                    "model as reference="
+                )
             named = {name: p for name, p in model.named_parameters() if id(p) in adapter}
             if any(type(p).__name__ == "DTensor" for p in named.values()):
                 raise ValueError(
@@ -137,7 +162,7 @@ class AdapterOff(Source):
             module = model.get_output_embeddings()  # type: ignore[operator]
             prefix = next(f"{name}." for name, m in model.named_modules() if m is module)
             self.frozen_head = {n.removeprefix(prefix): v for n, v in self.frozen.items() if n.startswith(prefix)}
-        self.begun = True
+        self.begun = now
 
     def forward(self, model: nn.Module, patch: Any, args: tuple, kwargs: dict, head: Any) -> Tensor:
         with _evaluating(model), _captured(head) as captured:
@@ -147,8 +172,9 @@ class AdapterOff(Source):
                         "reference='adapter-off': the adapter was trained before and the model is sharded now; give the model that you start "
                         "from as reference="
                     )
-                return captured(torch.func.functional_call(model, self.frozen, args, kwargs))
-            with _adapters_off(model):
+                with _adapters(model, on=True):
+                    return captured(torch.func.functional_call(model, self.frozen, args, kwargs))
+            with _adapters(model, on=False):
                 return captured(patch.run(model, *args, **kwargs))
 
     def head(self, module: nn.Module, rows: Tensor, logits: DeferredLogits, head: LMHead) -> LMHead:
@@ -170,8 +196,9 @@ class AdapterOff(Source):
 class OtherModel(Source):
     """Another model, or a frozen copy of this one."""
 
-    def __init__(self, model: nn.Module, other: Any, cache: Any) -> None:
+    def __init__(self, model: nn.Module, other: Any, cache: Any, own: bool = False) -> None:
         super().__init__(cache)
+        self.own = own  # a copy that nobody else holds: it follows the model to its device
         self.other: Any = other
         name = type(other).__name__
         base = other.get_base_model() if hasattr(other, "get_base_model") and hasattr(other, "peft_config") else other
@@ -195,6 +222,12 @@ class OtherModel(Source):
     def model(self, trained: nn.Module) -> nn.Module:
         return self.other
 
+    def begin(self, model: nn.Module) -> None:
+        if self.own:
+            device = next(model.parameters()).device
+            if next(self.other.parameters()).device != device:
+                self.other.to(device)
+
     def states(self, model, patch, args, kwargs, head, labels) -> ReferenceStates:
         if self.map is None and self.cache is not None:
             cache, self.cache = self.cache, None
@@ -205,8 +238,6 @@ class OtherModel(Source):
         return super().states(model, patch, args, kwargs, head, labels)
 
     def forward(self, model: nn.Module, patch: Any, args: tuple, kwargs: dict, head: Any) -> Tensor:
-        from .patch import HeadModule
-
         device = next(self.other.parameters()).device
         args = tuple(a.to(device) if isinstance(a, Tensor) else a for a in args)
         kwargs = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in kwargs.items()}
@@ -217,8 +248,6 @@ class OtherModel(Source):
 
     def within(self, compute: Callable[[Tensor], Tensor], hidden: Tensor) -> Callable[[Tensor], Tensor]:
         """In a call of the reference's head where that gathers it; the hooks also gather it for backward."""
-        from .patch import HeadModule
-
         if not sharding.gathers(self.module):
             return compute
 
@@ -238,7 +267,7 @@ class OtherModel(Source):
             )
         logit_scale, softcap = self.map.arguments()
         rows = rows.to(weight.device)  # type: ignore[arg-type]
-        with torch.no_grad():
+        with torch.no_grad(), _evaluating(self.other):
             return read_head(self.module, rows, logit_scale, softcap, logits.width)
 
     def tensors(self, model: nn.Module) -> Iterable[tuple[str, Tensor]]:
@@ -267,6 +296,10 @@ def find_source(model: nn.Module, loss: Objective, reference: Any, cache: Any) -
         return None
     if not takes:
         raise ValueError(f"reference: {name} has no use for one; leave it out")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(
+            "reference: the model is an encoder-decoder, whose reference would need its decoder's inputs; not supported"
+        )
     if isinstance(reference, str):
         if reference not in NAMES:
             raise ValueError(f"reference: expected {', '.join(map(repr, NAMES))} or a model, got {reference!r}")
@@ -277,7 +310,7 @@ def find_source(model: nn.Module, loss: Objective, reference: Any, cache: Any) -
                 "reference='start': the model is sharded already, so this rank cannot copy it; patch before fully_shard or ZeRO-3, or give "
                 "another model"
             )
-        return OtherModel(model, copy.deepcopy(model).requires_grad_(False), cache)
+        return OtherModel(model, copy.deepcopy(model).requires_grad_(False), cache, own=True)
     if not isinstance(reference, nn.Module):
         raise TypeError(
             f"reference: expected {', '.join(map(repr, NAMES))} or a transformers model, got {type(reference).__name__}"
@@ -348,28 +381,21 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _adapted(model: nn.Module) -> Iterator[Any]:
+def _named_adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The layers that PEFT has put around the model's own."""
-    for module in model.modules():
-        if hasattr(module, "adapter_layer_names") and hasattr(module, "enable_adapters"):
-            if hasattr(module, "base_layer") or hasattr(module, "original_module"):
-                yield module
-        elif hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
-            yield module
+    for name, module in model.named_modules():
+        wraps = hasattr(module, "base_layer") or hasattr(module, "original_module")
+        if wraps and (hasattr(module, "enable_adapters") or hasattr(module, "modules_to_save")):
+            yield name, module
+
+
+def _adapted(model: nn.Module) -> Iterator[Any]:
+    return (layer for _, layer in _named_adapted(model))
 
 
 def _adapter_facts(model: nn.Module) -> tuple[str, ...]:
     """How adapters are applied, which no tensor says."""
-    names = (
-        "active_adapters",
-        "disable_adapters",
-        "merged",
-        "scaling",
-        "r",
-        "fan_in_fan_out",
-        "use_rslora",
-        "use_dora",
-    )
+    names = ("active_adapters", "disable_adapters", "merged", "scaling", "fan_in_fan_out", "use_rslora", "use_dora")
     return tuple(str([(name, getattr(layer, name, None)) for name in names]) for layer in _adapted(model))
 
 
@@ -408,22 +434,23 @@ def _dora_only(layer: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _adapters_off(model: nn.Module) -> Iterator[None]:
+def _adapters(model: nn.Module, on: bool) -> Iterator[None]:
+    """All adapters on or off; afterwards as they were."""
     layers = list(_adapted(model))
-    merged = [layer for layer in layers if getattr(layer, "merged", False)]
-    if merged:
+    if any(getattr(layer, "merged", False) for layer in layers):
         raise ValueError(
             "reference='adapter-off': the adapter is merged into the weights; call model.unmerge_adapter() first"
         )
     # Enabling sets requires_grad, also of what the user has frozen.
     trained = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
-    for layer in layers:
-        layer.enable_adapters(False)
+    switched = [layer for layer in layers if layer.disable_adapters == on]
+    for layer in switched:
+        layer.enable_adapters(on)
     try:
         yield
     finally:
-        for layer in layers:
-            layer.enable_adapters(True)
+        for layer in switched:
+            layer.enable_adapters(not on)
         for p, flag in trained:
             if p.requires_grad != flag:
                 p.requires_grad_(flag)

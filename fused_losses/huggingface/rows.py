@@ -15,8 +15,8 @@ from .cache import ReferenceCache, Unchanged, model_digest
 class CachedRows:
     """Hidden states [B, T, D] out of the cache where every row is there, else computed and then kept.
 
-    A row's key is made of all its inputs at its real tokens, so it does not depend on the padding to its right or on the
-    other rows.
+    A row's key is made of all its inputs at its real tokens, so it does not depend on the padding to its right or on the other
+    rows, but where the batch has inputs that are not [B, T, ...], such as images: these are part of every row's key.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -35,25 +35,37 @@ class CachedRows:
         args: tuple,
         kwargs: dict,
         labels: Tensor,
+        context: str = "",
     ) -> Tensor:
-        keyed = self._keys(tensors, description, args, kwargs, labels)
+        """`context`: what else decides the states, such as autocast."""
+        keyed = self._keys(tensors, description, args, kwargs, labels, context)
         if keyed is None:
             return compute()
         keys, tokens = keyed
-        rows = [self.cache.get(key) for key in keys]
-        if all(row is not None and len(row) == len(at) for row, at in zip(rows, tokens, strict=True)):
-            hidden = rows[0].new_zeros((*labels.shape, rows[0].shape[-1]))
+        rows = [self.cache.get(key) if key else None for key in keys]
+        found = [row for row in rows if row is not None]
+        if found and all(row is not None or not key for row, key in zip(rows, keys, strict=True)):
+            hidden = found[0].new_zeros((*labels.shape, found[0].shape[-1]))
             for into, row, at in zip(hidden, rows, tokens, strict=True):
-                into[at] = row
+                if row is not None:
+                    into[at] = row
             return hidden.to(labels.device)
         hidden = compute()
         if hidden.shape[:-1] == labels.shape:
             for key, row, values, at in zip(keys, rows, hidden, tokens, strict=True):
-                if row is None:
+                if row is None and key:
                     self.cache.put(key, values[at.to(values.device)].cpu())
         return hidden
 
-    def _keys(self, tensors, description, args, kwargs, labels) -> tuple[list[str], list[Tensor]] | None:
+    def _keys(
+        self,
+        tensors: Callable[[], Iterable[tuple[str, Tensor]]],
+        description: tuple[str, ...],
+        args: tuple,
+        kwargs: dict,
+        labels: Tensor,
+        context: str,
+    ) -> tuple[list[str], list[Tensor]] | None:
         """For each row its key and which of its tokens are real; None where inputs have no digest."""
         inputs = {**{str(i): a for i, a in enumerate(args)}, **kwargs}
         mask = inputs.get("attention_mask")
@@ -65,11 +77,11 @@ class CachedRows:
             labelled = labels.cpu() != -100
             real = (mask.cpu() != 0) | labelled
             real[:, :-1] |= labelled[:, 1:]
-        common: list[Any] = []
+        common: list[Any] = [(context,)]
         whole: dict[str, Tensor] = {}
         for name, value in sorted(inputs.items()):
             if isinstance(value, Tensor):
-                if value.dim() > 0 and value.shape[0] == len(labels):
+                if value.shape[:2] == labels.shape:
                     whole[name] = value.cpu()
                 else:
                     common.append((name, list(value.shape), str(value.dtype), value.cpu()))
@@ -85,11 +97,9 @@ class CachedRows:
             if not torch.equal(at, torch.arange(len(at))):
                 parts.append(("tokens", at))
             for name, value in whole.items():
-                row = value[b]
-                if row.dim() == 1 and len(row) == labels.shape[1]:
-                    row = row[at]
+                row = value[b][at]
                 parts.append((name, list(row.shape), str(row.dtype), row))
-            keys.append(self.cache.key(at, *(x for part in parts for x in part)))
+            keys.append("" if len(at) == 0 else self.cache.key(at, *(x for part in parts for x in part)))
         return keys, tokens
 
     def _open(self, tensors: Callable[[], Iterable[tuple[str, Tensor]]], description: tuple[str, ...]) -> None:

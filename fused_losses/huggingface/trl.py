@@ -53,7 +53,8 @@ def output(call: Any, outputs: Any) -> Any:
     num_items = mask.sum().clamp(min=1) if call.num_items is None else call.num_items
     loss = call.token_loss / num_items
     if aux_loss is not None:
-        loss = loss + (outputs.loss - call.token_loss)
+        # What the model has added to its tokens' loss, which it may have divided.
+        loss = loss + (outputs.loss - (loss if call.model_divides else call.token_loss))
     return FusedCausalLMOutput(
         loss=loss,
         log_probs=SummedLogProbs(call.token_loss),  # type: ignore[arg-type]

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from ..head import Reference
 from ..objectives import CrossEntropyLoss, LAwFLoss, Objective
 from ..op import Observer
-from . import sharding, trl
+from . import trl
+from .deferral import HeadModule
 from .heads import check_head, read_head
 from .logits import DeferredLogits
 from .references import ReferenceStates, Source, find_source
@@ -57,12 +58,12 @@ def patch(
             FSDP wraps it; before or after PEFT.
         loss: an `Objective`, such as `fl.TALRLoss()`; cross-entropy by default. Its options (gradient, tolerance, ...) hold.
         reference: of LAwFLoss and ASFTLoss, which model is the frozen original:
-            "adapter-off": the model without its PEFT adapter; where the adapter is not at its start (training goes on from a
-            trained one), a frozen copy of that adapter, taken at the first use, so patch before you train;
+            "adapter-off": the model without its PEFT adapter; where that is not at its start (training goes on from a trained
+            one), a frozen copy of it as it is now. PEFT may come after the patch with a fresh adapter only;
             "start": a frozen copy of the whole model, taken now;
             or another model with the same vocabulary.
-        reference_cache: a directory, or a `ReferenceCache`, for the reference's hidden states: from the second epoch on its
-            forward is skipped (`huggingface.cache`).
+        reference_cache: a directory for the reference's hidden states: from the second epoch on its forward is skipped
+            (`huggingface.cache`).
         keep_logits: True: also make real logits, of full size, for `outputs.logits` and for whatever the model does with
             them; "eval": where the model is not in training (compute_metrics of a Trainer).
 
@@ -138,17 +139,8 @@ class Patch:
         self.takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         self.accepted = set(parameters)
 
-        def forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            state = vars(model).get(STATE)
-            if state is not None:
-                return state(model, args, kwargs)
-            # Unpatched since, and a wrapper still calls what it wraps.
-            return self.original(model, *args, **kwargs) if self.level is None else self._next(model, args, kwargs)
-
-        functools.update_wrapper(forward, self.original)
-        del forward.__wrapped__  # type: ignore[attr-defined]
-        forward.__signature__ = self._signature(parameters)  # type: ignore[attr-defined]
-        self.forward = forward
+        self.signature = self._signature(parameters)
+        self.forwards: dict[int, Callable[..., Any]] = {}
 
     def _signature(self, parameters: Any) -> inspect.Signature:
         """The model's own, and the fields of a batch that the loss or its collator takes: Trainer drops columns that are not in it."""
@@ -161,24 +153,53 @@ class Patch:
         ]
         return inspect.Signature([*own, *more, inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)])
 
+    def forward_at(self, level: int) -> Callable[..., Any]:
+        """`model.forward` as somebody finds it who comes when there are so many wrappers."""
+        if level not in self.forwards:
+
+            def forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+                state = vars(model).get(STATE)
+                if state is not None:
+                    return state(model, args, kwargs)
+                # Unpatched since, and a wrapper still calls what it wraps.
+                return self.original(model, *args, **kwargs) if self.level is None else self._next(model, args, kwargs)
+
+            functools.update_wrapper(forward, self.original)
+            del forward.__wrapped__  # type: ignore[attr-defined]
+            forward.__signature__ = self.signature  # type: ignore[attr-defined]
+            self.forwards[level] = forward
+        return self.forwards[level]
+
     def __deepcopy__(self, memo: dict) -> Patch:
         """Of a copied model: a loss of its own, the same reference."""
         twin = copy.copy(self)
-        twin.loss, twin.wrappers, twin.level = copy.copy(self.loss), [], None
+        twin.loss, twin.level, twin.forwards = copy.copy(self.loss), None, {}
+        twin.source = copy.deepcopy(self.source, memo)
+        twin.wrappers = [
+            types.MethodType(w.__func__, memo[id(w.__self__)])
+            for w in self.wrappers
+            if isinstance(w, types.MethodType) and id(w.__self__) in memo and not _holds(w.__func__, w.__self__)
+        ]
         return twin
 
-    def set_forward(self, model: nn.Module, forward: Any) -> None:
+    def set_forward(self, forward: Any) -> None:
         function = forward
         while hasattr(function, "__func__"):  # accelerate binds what is bound already
             function = function.__func__
-        if function is self.forward:
-            self.wrappers.clear()  # somebody restores what he found
-        else:
+        level = next((level for level, own in self.forwards.items() if own is function), None)
+        if level is None:
             self.wrappers.append(forward)
+        else:  # somebody restores what he found; accelerate, which looks for it in vain, what it finds now
+            del self.wrappers[level if level < len(self.wrappers) else 0 :]
 
     def composed(self, model: nn.Module) -> Callable[..., Any]:
         """The wrappers around the class's own forward, without us."""
-        return functools.partial(self.run, model)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self.run(model, *args, **kwargs)
+
+        forward.__signature__ = inspect.signature(types.MethodType(self.original, model))  # type: ignore[attr-defined]
+        return forward
 
     def run(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The forward that would run if the model were not patched."""
@@ -216,7 +237,11 @@ class Patch:
         if self.position_of_labels is not None and len(args) > self.position_of_labels:
             labels = args[self.position_of_labels]
         if labels is None and shift_labels is not None:
-            labels = kwargs["labels"] = shift_labels  # only so that the model computes a loss
+            labels = shift_labels  # only so that the model computes a loss
+            if self.position_of_labels is not None and len(args) > self.position_of_labels:
+                args = (*args[: self.position_of_labels], labels, *args[self.position_of_labels + 1 :])
+            else:
+                kwargs["labels"] = labels
         if getattr(model, "_is_replica", False):
             raise RuntimeError(
                 "a patched model in nn.DataParallel (a Trainer that sees several GPUs in one process): launch with torchrun or accelerate "
@@ -254,54 +279,6 @@ class Patch:
             return kwargs
         ours = ("num_items_in_batch", "shift_labels")
         return {name: value for name, value in kwargs.items() if name in self.accepted or name not in ours}
-
-
-class HeadModule:
-    """A model's output module, whose `forward` is ours for the time of a call."""
-
-    def __init__(self, module: nn.Module, model: nn.Module) -> None:
-        self.module = module
-        # Hooks of tensor parallelism turn inputs and outputs into DTensors, and the loss takes this rank's rows as they are.
-        self.spread = sharding.spreads(module, model)
-        # accelerate's hooks sit between `forward` and `_old_forward`
-        self.name = "_old_forward" if hasattr(module, "_hf_hook") and hasattr(module, "_old_forward") else "forward"
-        self.own = getattr(module, self.name)
-
-    @property
-    def vocabulary(self) -> int:
-        return sharding.vocabulary(self.module)
-
-    def __call__(self, hidden: Tensor, function: Callable[[Tensor], Any]) -> Any:
-        """A call of the module, with all its hooks, that computes `function` in place of logits; while `deferred`."""
-        if self.spread and function is not self.own:
-            return function(hidden)
-        return self.module._call_impl(hidden, fused=function)
-
-    @contextlib.contextmanager
-    def deferred(self, call: Any, then_called: bool = True) -> Iterator[None]:
-        """The module answers with a stand-in. `then_called`: afterwards it is called for the loss."""
-
-        def forward(hidden: Any, *args: Any, fused: Callable[[Tensor], Any] | None = None, **kwargs: Any) -> Any:
-            if args or kwargs:
-                raise TypeError(f"head: unexpected arguments {[type(a).__name__ for a in args]}, {sorted(kwargs)}")
-            if type(hidden).__name__ == "DTensor":
-                hidden = hidden.full_tensor()
-            return DeferredLogits(call, hidden, self.vocabulary) if fused is None else fused(hidden)
-
-        replaced = {self.name: forward}
-        if self.spread or sharding.hooks_can_wait(self.module, then_called):
-            replaced["_compiled_call_impl"] = forward  # nn.Module.__call__ takes it in place of hooks and forward
-        attributes = vars(self.module)
-        before = {name: attributes[name] for name in replaced if name in attributes}
-        attributes.update(replaced)
-        try:
-            yield
-        finally:
-            for name in replaced:
-                if name in before:
-                    attributes[name] = before[name]
-                else:
-                    del attributes[name]
 
 
 class Call:
@@ -347,10 +324,10 @@ class Call:
         head = read_head(self.head.module, rows, logit_scale, softcap, logits.width)
         target = target.to(rows.device)
         if self.shift_labels is not None:
-            self._is_shifted(self.shift_labels, target, positions)
+            self._is_shifted(self.shift_labels, target, positions, ignore_index)
+        arguments: dict[str, Any] = self._aligned(logits, target, positions, ignore_index)
         if ignore_index != self.loss.ignore_index:
             target = target.masked_fill(target == ignore_index, self.loss.ignore_index)
-        arguments: dict[str, Any] = self._aligned(logits, target, positions)
         if self.reference is not None:
             arguments["reference"] = Reference(*self.reference.at(logits, self.head.module, head))
         arguments["num_items"] = self._divisor(reduction)
@@ -360,6 +337,7 @@ class Call:
         if self.summed and not self.patch.accepts_num_items:
             loss = loss * (target != self.loss.ignore_index).sum()
         self.token_loss, self.target = loss.clone(), target  # a model adds its router's loss in place
+        self.model_divides = reduction == "sum"
         if seen.prediction is not None:
             everywhere = torch.full((logits.hidden.shape[:-1].numel(),), -1, device=rows.device)
             self._predictions = everywhere.index_copy(0, positions, seen.prediction)
@@ -372,16 +350,29 @@ class Call:
             return 1
         return self.num_items
 
-    def _aligned(self, logits: DeferredLogits, target: Tensor, positions: Tensor) -> dict[str, Tensor]:
+    def _aligned(
+        self, logits: DeferredLogits, target: Tensor, positions: Tensor, ignore_index: int
+    ) -> dict[str, Tensor]:
         """The fields of the batch for each row of logits."""
-        fields = dict(self.fields)
+        fields, aligned = dict(self.fields), {}
         if "sequence_ids" in self.patch.fields and "sequence_ids" not in fields:
             packed = packed_sequences(self.position_ids, self.labels)
+            if packed is not None and "initial_nll" in fields:
+                self._check_one_sequence_a_row(packed, ignore_index)
+                packed = None
             if packed is None:
-                fields_of_rows = self._rows(logits, positions)
-                return {"sequence_ids": fields_of_rows, **self._shifted(fields, target, positions)}
-            fields["sequence_ids"] = packed
-        return self._shifted(fields, target, positions)
+                aligned["sequence_ids"] = self._rows(logits, positions)
+            else:
+                fields["sequence_ids"] = packed
+        return aligned | self._shifted(fields, target, positions, ignore_index)
+
+    def _check_one_sequence_a_row(self, packed: Tensor, ignore_index: int) -> None:
+        """Numbers of packed sequences, padding among them, are no index of a field that has one number for each."""
+        for row, labels in zip(packed, self.labels, strict=True):
+            if len(row[labels != ignore_index].unique()) > 1:
+                raise ValueError(
+                    "initial_nll: rows hold several sequences, as position_ids say; give sequence_ids too, which index it"
+                )
 
     def _rows(self, logits: DeferredLogits, positions: Tensor) -> Tensor:
         """The row of the batch that each token is in."""
@@ -390,7 +381,9 @@ class Call:
             shape = self.labels.shape
         return positions // (shape[-1] if len(shape) > 1 else shape.numel())
 
-    def _shifted(self, fields: dict[str, Tensor], target: Tensor, positions: Tensor) -> dict[str, Tensor]:
+    def _shifted(
+        self, fields: dict[str, Tensor], target: Tensor, positions: Tensor, ignore_index: int
+    ) -> dict[str, Tensor]:
         """What is in the layout of the labels, moved as the model moved the labels."""
         labels = self.labels if self.shift_labels is None else self.shift_labels
         moved = {}
@@ -404,14 +397,13 @@ class Call:
                     continue
                 raise ValueError(f"{name}: expected the labels' shape {list(labels.shape)}, got {list(values.shape)}")
             if shift is None:
-                shift = self._is_shifted(labels, target, positions)
+                shift = self._is_shifted(labels, target, positions, ignore_index)
             moved[name] = _shift(values, shift).reshape(-1).to(positions.device)[positions]
         return moved
 
-    def _is_shifted(self, labels: Tensor, target: Tensor, positions: Tensor) -> bool:
-        ignore = self.loss.ignore_index
+    def _is_shifted(self, labels: Tensor, target: Tensor, positions: Tensor, ignore_index: int) -> bool:
         for shift in (False,) if self.shift_labels is not None else (True, False):
-            candidate = _shift(labels, shift, ignore).reshape(-1).to(positions.device)
+            candidate = _shift(labels, shift, ignore_index).reshape(-1).to(positions.device)
             if int(positions.max()) < len(candidate) and torch.equal(candidate[positions], target):
                 return shift
         if self.shift_labels is not None:
@@ -480,6 +472,12 @@ def _shift(values: Tensor, shift: bool, fill: int = 0) -> Tensor:
     return nn.functional.pad(values, (0, 1), value=fill)[..., 1:] if shift else values
 
 
+def _holds(function: Any, model: nn.Module) -> bool:
+    """Whether a wrapper calls this very model, as TRL's does: it is of no use around a copy."""
+    cells = getattr(function, "__closure__", None) or ()
+    return any(getattr(cell.cell_contents, "__self__", None) is model for cell in cells)
+
+
 class _Forward:
     """`model.forward` of a patched class; assigning to it puts a wrapper below ours."""
 
@@ -490,10 +488,15 @@ class _Forward:
         if model is None:
             return self.original
         state = vars(model).get(STATE)
-        return types.MethodType(self.original if state is None else state.forward, model)
+        return types.MethodType(self.original if state is None else state.forward_at(len(state.wrappers)), model)
 
     def __set__(self, model: Any, forward: Any) -> None:
-        vars(model)[STATE].set_forward(model, forward)
+        vars(model)[STATE].set_forward(forward)
+
+    def __delete__(self, model: Any) -> None:
+        if not vars(model)[STATE].wrappers:
+            raise AttributeError("forward")
+        vars(model)[STATE].wrappers.pop()
 
 
 _CLASSES: dict[type, type] = {}
