@@ -212,6 +212,43 @@ def test_another_model_with_an_adapter(tmp_path):
     assert losses[0] == losses[2] and abs(losses[4] / losses[0] - 1) > 0.1
 
 
+def test_a_copy_looks_at_its_own_model(tmp_path):
+    model = fl.patch(adapted(), fl.LAwFLoss(), reference="adapter-off", reference_cache=tmp_path)
+    inputs = batch(rows(9, 12))
+    model(**inputs)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.get_base_model().model.norm.weight.mul_(1.3)
+    assert references(twin, inputs, Counted(twin))[0] == 1
+
+
+def test_autocast_has_states_of_its_own(tmp_path):
+    model = fl.patch(adapted(), fl.LAwFLoss(), reference="adapter-off", reference_cache=tmp_path)
+    counted, inputs = Counted(model), batch(rows(9, 12))
+    ran = []
+    for enabled in (True, False, True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            ran.append(references(model, inputs, counted)[0])
+    assert ran == [1, 1, 0, 0]
+
+
+def test_inputs_that_are_not_one_per_token(tmp_path):
+    """Such as images, whose number may equal that of the rows: they are part of every row's key."""
+    model = fl.patch(adapted(), fl.LAwFLoss(), reference="adapter-off", reference_cache=tmp_path)
+    counted, inputs = Counted(model), batch(rows(9, 12))
+    images = torch.zeros(2, 3)
+    other = images.clone()
+    other[1] = 1
+    assert [references(model, {**inputs, "images": x}, counted)[0] for x in (images, images, other)] == [1, 0, 1]
+
+
+def test_a_row_of_padding_alone(tmp_path):
+    model = fl.patch(adapted(), fl.LAwFLoss(), reference="adapter-off", reference_cache=tmp_path)
+    counted, inputs = Counted(model), batch(rows(9, 12))
+    inputs["attention_mask"][0], inputs["labels"][0] = 0, -100
+    assert [references(model, inputs, counted)[0] for _ in range(2)] == [1, 0]
+
+
 def test_labels_at_padding(tmp_path):
     model = fl.patch(adapted(trained=True), fl.LAwFLoss(), reference=llama(), reference_cache=tmp_path)
     plain = fl.patch(adapted(trained=True), fl.LAwFLoss(), reference=llama())

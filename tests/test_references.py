@@ -209,3 +209,103 @@ def test_confidence_is_asked_for():
     run = trainer(lawf(llama(), "start"))
     with pytest.raises(ValueError, match="LAwFLoss needs confidence="):
         run.train()
+
+
+def kl(model):
+    """Mean KL to the reference: LAwF without anchors."""
+    data = collate(rows())
+    data["confidence"] = torch.zeros(data["input_ids"].shape)
+    with torch.no_grad():
+        return model(**data).loss.item()
+
+
+def test_an_adapter_that_comes_late_and_trained():
+    """Such as a checkpoint that is resumed: what it started from is unknown."""
+    model = adapted(base=lawf(llama(), "adapter-off"))
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if "lora_B" in name).add_(0.1)
+    with pytest.raises(ValueError, match="came after the patch and is not at its start"):
+        kl(model)
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["fresh", "trained"])
+def test_where_the_user_has_switched_adapters_off(trained):
+    model = adapted(trained)
+    plain, start = copy.deepcopy(model), copy.deepcopy(model)
+    lawf(model, "adapter-off")
+    with model.disable_adapter():
+        got = kl(model)
+        assert all(layer.disable_adapters for layer in model.modules() if hasattr(layer, "lora_A"))
+    if not trained:
+        assert got == pytest.approx(0, abs=1e-9)
+        return
+    lawf(plain.unload(), start)
+    assert got == pytest.approx(kl(plain.get_base_model()), rel=1e-6) and got > 1e-3
+
+
+def test_other_adapters_than_at_the_start():
+    model = adapted()
+    lawf(model, "adapter-off")
+    kl(model)
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"]))
+    model.set_adapter("second")
+    with pytest.raises(ValueError, match="has other adapters, or others are active"):
+        kl(model)
+
+
+def test_parameters_that_are_unfrozen_later():
+    model = lawf(adapted(), "adapter-off")
+    kl(model)
+    model.get_base_model().model.norm.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match="parameters outside the adapter are trained"):
+        kl(model)
+
+
+def test_dropout_on_the_head_of_a_reference():
+    model = adapted(trained=True, lora_dropout=0.5)
+    head = get_peft_model(
+        llama(), LoraConfig(r=2, target_modules=["lm_head"], lora_dropout=0.5, init_lora_weights=False)
+    )
+    for trained in (model, head):
+        base = trained.get_base_model()
+        lawf(base, "start")
+        trained.eval()
+        assert kl(base) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("moved", [1e-2, 1e-3])
+def test_an_adapter_in_float32_on_a_head_in_bf16(moved):
+    """The KL of two adapters that nearly agree: neither is rounded to the head's dtype."""
+    model = get_peft_model(llama(), LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)).to(
+        torch.bfloat16
+    )
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for p in parameters:
+        p.data = p.data.float()
+    model.eval()
+    lawf(model, "adapter-off", gradient="exact")
+    kl(model)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for p in parameters:
+            p.add_(moved * torch.randn(p.shape))
+    data = collate(rows())
+    data["confidence"] = torch.zeros(data["input_ids"].shape)
+    model(**data).loss.backward()
+    head = model.get_base_model().lm_head
+    state = vars(model.get_base_model())["_fused_losses"].source.frozen_head
+    with torch.no_grad():
+        x = (
+            model.get_base_model()
+            .model(data["input_ids"], attention_mask=data["attention_mask"])
+            .last_hidden_state.double()
+        )
+    a, b = (p.detach().double().requires_grad_() for p in parameters)
+    a0, b0 = (v.double() for v in state.values())
+    scaling, base = head.scaling["default"], x @ head.base_layer.weight.double().T
+    labels = data["labels"][:, 1:] != -100
+    log_p = (base + (x @ a.T) @ b.T * scaling).log_softmax(-1)[:, :-1][labels]
+    log_r = (base + (x @ a0.T) @ b0.T * scaling).log_softmax(-1)[:, :-1][labels]
+    (log_r.exp() * (log_r - log_p)).sum(-1).mean().backward()
+    for p, truth in zip(parameters, (a, b), strict=True):
+        assert (p.grad.double() - truth.grad).norm() / truth.grad.norm() < 5e-3
