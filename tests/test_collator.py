@@ -288,7 +288,6 @@ BAD = {
     "anchors: half a position": ([IDS | {"anchors": [[1.5, 1.0]]}], TypeError, r"anchors: .*whole numbers.*got \[1.5, 1.0\]"),
     "anchors: booleans": ([IDS | {"anchors": [False, True]}], TypeError, "anchors: .*got False"),
     "anchors: triples": ([IDS | {"anchors": [[1, 1, 1]]}], TypeError, r"anchors: .*got \[1, 1, 1\]"),
-    "anchors: no confidence": ([IDS | {"anchors": {1: None}}], TypeError, r"anchors: .*got \(1, None\)"),
     "anchors: a number": ([IDS | {"anchors": 1}], TypeError, "anchors: .*got int"),
     "mask: all": ([IDS | {"attention_mask": [0, 0, 0]}], ValueError, "row 0, attention_mask: the row is empty"),
     "mask: hole": ([IDS | {"attention_mask": [1, 0, 1]}], ValueError, "attention_mask: expected zeros at the ends only"),

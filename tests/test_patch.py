@@ -503,6 +503,7 @@ class TestRefused:
         ("make", "error", "text"),
         [
             (lambda: "meta-llama/Llama-3.1-8B", TypeError, "expected a transformers model, got str; give the model itself"),
+            (lambda: LlamaForCausalLM, TypeError, "expected a transformers model, got type; give the model itself"),
             (lambda: nn.Linear(2, 2), TypeError, "expected a transformers model"),
             (lambda: LlamaModel(LlamaConfig(**SIZES)), TypeError, "LlamaModel takes no labels"),
             (lambda: BertModel(tiny_bert()), TypeError, "BertModel takes no labels"),
@@ -561,14 +562,17 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("inputs", "error", "text"),
         [
-            (dict(labels=lambda y: y[:, :-2]), ValueError, r"one for each of the 33 rows.*as long as the inputs"),
-            (dict(labels=lambda y: y + 1000), ValueError, "labels"),
-            (dict(labels=lambda y: y.float()), LogitsNotKept, "probabilities as target"),
+            (dict(labels=lambda y: y[:, :-2], confidence=lambda y: torch.zeros(3, 9)), ValueError, r"one for each of the 33 rows.*as long as the inputs"),
+            (dict(labels=lambda y: y + 1000, confidence=lambda y: torch.zeros(3, 11)), ValueError, "labels: expected"),
+            (dict(labels=lambda y: y.float(), confidence=lambda y: torch.zeros(3, 11)), TypeError, r"labels: expected an int64 tensor of token ids, got torch.float32; .*labels.long"),
             (dict(confidence=lambda y: torch.zeros(3, 5)), ValueError, r"confidence: expected the labels' shape \[3, 11\], got \[3, 5\]"),
             (dict(confidence=lambda y: [0.0]), TypeError, "confidence: expected a tensor"),
             (dict(confidence=lambda y: torch.full((3, 11), 1.5)), ValueError, "confidence"),
             (dict(labels=lambda y: None, confidence=lambda y: torch.zeros(3, 11)), ValueError, "confidence: given without labels"),
-            (dict(), ValueError, "needs confidence="),
+            (dict(), ValueError, "confidence: is missing in the batch.*AnchorCollator.*remove_unused_columns=False"),
+            (dict(confidence=torch.zeros_like, num_items_in_batch=lambda y: 0), ValueError, "num_items.*> 0, got 0"),
+            (dict(confidence=torch.zeros_like, num_items_in_batch=lambda y: torch.tensor(float("nan"))), ValueError, "num_items"),
+            (dict(old_nll=lambda y: torch.zeros(3, 11)), TypeError, "old_nll: LAwFLoss has no use for it"),
         ],
     )  # fmt: skip
     def test_batch(self, inputs, error, text):

@@ -207,7 +207,7 @@ def test_the_model_itself_as_its_reference():
 
 def test_confidence_is_asked_for():
     run = trainer(lawf(llama(), "start"))
-    with pytest.raises(ValueError, match="LAwFLoss needs confidence="):
+    with pytest.raises(ValueError, match="confidence: is missing in the batch"):
         run.train()
 
 

@@ -167,16 +167,15 @@ def twice(outputs, labels, num_items_in_batch=None):
 @pytest.mark.parametrize(
     "options", [dict(label_smoothing_factor=0.1), dict(compute_loss_func=twice)], ids=lambda o: next(iter(o))
 )
-def test_losses_made_of_logits_elsewhere_get_real_ones_and_say_that_ours_is_unused(options):
-    with pytest.warns(UserWarning, match="TALRLoss.* is not used.*label_smoothing_factor"):
-        ours = step(trainer(patched("talr2"), **options))
-    theirs = step(trainer(llama(), **options))
-    assert error(ours, theirs) == 0
+def test_losses_made_of_logits_elsewhere_are_refused(options):
+    run = trainer(patched("talr2"), **options)
+    with pytest.raises(ValueError, match=r"labels: are missing, so TALRLoss .*label_smoothing_factor"):
+        run.train()
 
 
 def test_confidence_without_labels_is_an_error():
     run = trainer(patched("lawf"), rows(anchors=True), label_smoothing_factor=0.1)
-    with pytest.raises(ValueError, match="confidence: given without labels"):
+    with pytest.raises(ValueError, match=r"labels: are missing, so LAwFLoss .*label_smoothing_factor"):
         run.train()
 
 

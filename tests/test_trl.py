@@ -170,5 +170,5 @@ def test_lawf_with_a_confidence_column_and_a_lora_adapter(layout):
 
 def test_lawf_without_the_column_that_sft_trainer_drops():
     run = sft_trainer(fl.patch(llama(), fl.LAwFLoss(), reference="start"), rows(anchors=True))
-    with pytest.raises(ValueError, match="LAwFLoss needs confidence="):
+    with pytest.raises(ValueError, match="confidence: is missing in the batch"):
         run.train()

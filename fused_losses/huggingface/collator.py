@@ -219,7 +219,7 @@ def _pairs(anchors: Any, field: str) -> Iterator[tuple[int, float]]:
     if hasattr(anchors, "tolist"):
         anchors = anchors.tolist()
     if isinstance(anchors, Mapping):
-        anchors = list(anchors.items())
+        anchors = [pair for pair in anchors.items() if pair[1] is not None]  # Arrow gives every row every key
     if not isinstance(anchors, (list, tuple)):
         raise TypeError(f"{field}: {expected}, got {type(anchors).__name__}")
     for anchor in anchors:

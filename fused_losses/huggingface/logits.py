@@ -224,7 +224,10 @@ class DeferredLogits(metaclass=_Explained):
         if reduction not in ("mean", "sum"):
             unusual.append(f"reduction={reduction!r}")
         if not isinstance(target, Tensor) or target.is_floating_point():
-            unusual.append("probabilities as target")
+            what = str(target.dtype) if isinstance(target, Tensor) else type(target).__name__
+            raise TypeError(
+                f"labels: expected an int64 tensor of token ids, got {what}; convert them with labels.long()"
+            )
         if unusual or self.detached:
             what = ", ".join(unusual) or "logits without a gradient"
             raise LogitsNotKept(

@@ -12,7 +12,6 @@ import copy
 import functools
 import inspect
 import types
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..head import Reference
-from ..objectives import CrossEntropyLoss, LAwFLoss, Objective
+from ..objectives import CrossEntropyLoss, LAwFLoss, Objective, item_count
 from ..op import Observer
 from . import trl
 from .deferral import HeadModule
@@ -30,6 +29,7 @@ from .references import ReferenceStates, Source, find_source
 
 STATE = "_fused_losses"  # the attribute of a patched model
 WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
+FIELDS = ("confidence", "old_nll", "initial_nll", "sequence_ids")  # of the losses of this package
 OWN = ("hidden", "head", "labels", "reference", "num_items")  # arguments of an objective that are no fields of a batch
 
 
@@ -231,6 +231,9 @@ class Patch:
             return self._next(model, args, kwargs)
         fields = {name: kwargs.pop(name) for name in self.fields if name in kwargs and name not in self.accepted}
         fields = {name: value for name, value in fields.items() if value is not None}
+        for name in FIELDS:
+            if kwargs.get(name) is not None and name not in self.fields and name not in self.accepted and self.loss:
+                raise TypeError(f"{name}: {type(self.loss).__name__} has no use for it; leave it out of the batch")
         if kwargs.get("anchors") is not None and "anchors" not in self.accepted:
             raise TypeError("anchors: give confidence, which fused_losses.huggingface.AnchorCollator makes of them")
         labels, shift_labels = kwargs.get("labels"), kwargs.get("shift_labels")
@@ -248,15 +251,14 @@ class Patch:
                 "launch, or make one GPU visible with CUDA_VISIBLE_DEVICES=0"
             )
         if self.loss is None or labels is None:
-            if fields and self.loss is not None:
-                raise ValueError(f"{', '.join(fields)}: given without labels; give labels too")
             # A Trainer that computes the loss itself takes the labels away but gives their number.
             if self.loss is not None and kwargs.get("num_items_in_batch") is not None:
-                warnings.warn(
-                    f"{type(self.loss).__name__} of fused_losses.patch is not used: the loss is computed elsewhere, from full logits "
-                    "(label_smoothing_factor or compute_loss_func of a Trainer); leave that out, or call fused_losses.unpatch(model)",
-                    stacklevel=3,
+                raise ValueError(
+                    f"labels: are missing, so {type(self.loss).__name__} of fused_losses.patch would not be used; a Trainer takes them away for "
+                    "label_smoothing_factor and compute_loss_func: leave these out, or call fused_losses.unpatch(model)"
                 )
+            if fields and self.loss is not None:
+                raise ValueError(f"{', '.join(fields)}: given without labels; give labels too")
             return self.run(model, *args, **self._passed_on(kwargs))
         fused_output = kwargs.pop("fused_lm_head", False)
         call = Call(self, model, labels, shift_labels, kwargs, fields, summed=bool(fused_output))
@@ -302,6 +304,13 @@ class Call:
         self.token_loss: Tensor | None = None
         self.target: Tensor | None = None
         self.observer = Observer(frozenset({"entropy"}) if summed else frozenset())
+        if isinstance(self.loss, LAwFLoss) and "confidence" not in fields:
+            raise ValueError(
+                "confidence: is missing in the batch, and LAwFLoss needs it, of the labels' shape; fused_losses.huggingface.AnchorCollator makes it "
+                "of a column anchors or confidence, which SFTTrainer drops unless remove_unused_columns=False"
+            )
+        if self.num_items is not None:
+            item_count(self.num_items, 1)
         if self.num_items is not None and not patch.accepts_num_items:
             raise ValueError(
                 "num_items_in_batch: LAwFLoss(reduction='group_mean') takes the mean of each group in a batch, so there is nothing to divide "
@@ -472,7 +481,7 @@ def _shift(values: Tensor, shift: bool, fill: int = 0) -> Tensor:
     return nn.functional.pad(values, (0, 1), value=fill)[..., 1:] if shift else values
 
 
-def _holds(function: Any, model: nn.Module) -> bool:
+def _holds(function: Any, model: Any) -> bool:
     """Whether a wrapper calls this very model, as TRL's does: it is of no use around a copy."""
     cells = getattr(function, "__closure__", None) or ()
     return any(getattr(cell.cell_contents, "__self__", None) is model for cell in cells)
@@ -523,7 +532,7 @@ def _patched_class(cls: type) -> type:
 def _base_model(model: Any, compiled: bool = False) -> Any:
     """The transformers model under PEFT's wrapper."""
     if not isinstance(model, nn.Module):
-        made = "; give the model itself" if isinstance(model, str) else ""
+        made = "; give the model itself" if isinstance(model, (str, type)) else ""
         raise TypeError(f"model: expected a transformers model, got {type(model).__name__}{made}")
     if any(cls.__name__ in WRAPPERS for cls in type(model).__mro__):
         raise TypeError(f"model is wrapped in {type(model).__name__}; patch it first, then wrap it")

@@ -23,6 +23,10 @@ class CachedRows:
         if not isinstance(directory, (str, Path)):
             raise TypeError(f"reference_cache: expected a directory, got {type(directory).__name__}")
         self.directory = Path(directory)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"reference_cache: {directory} cannot be a directory ({error}); give another") from None
         self.cache: Any = None  # a ReferenceCache from the first batch on
         self.unchanged: Unchanged | None = None
         self.description: tuple[str, ...] = ()
