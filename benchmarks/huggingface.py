@@ -3,7 +3,7 @@
     python benchmarks/huggingface.py [--rounds 2]
 
 SmolLM2-135M-Instruct in float32 on the CPU, 2 rows of 512 tokens a step. Each contestant trains in a process of its own; rounds are interleaved. Unpatched means what one
-writes without this package: the model's own full logits, and for LAwF those of the model without its adapter too. Writes benchmarks/results/huggingface.json.
+writes without this package: the model's own full logits, and for LAwF those of the model without its adapter too. Writes benchmarks/results/huggingface.json; after an interruption it goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -44,18 +44,31 @@ def main() -> None:
         print(json.dumps(run(*options.one)))
         return
     pairs = [(trainer, loss) for trainer, losses in CONTESTANTS.items() for loss in losses]
-    runs: dict[tuple[str, str], list[dict]] = {pair: [] for pair in pairs}
-    for trainer, loss in tqdm(pairs * options.rounds):
+    # What is finished, for a start that goes on from there.
+    part = RESULTS.with_suffix(".part")
+    finished: dict[str, dict] = json.loads(part.read_text()) if part.exists() else {}
+    for i in tqdm(range(len(pairs) * options.rounds)):
+        trainer, loss = pairs[i % len(pairs)]
+        if str(i) in finished:
+            continue
         command = [sys.executable, __file__, "--one", trainer, loss]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if done.returncode:
             sys.exit(f"{trainer}, {loss}: exit {done.returncode}")
-        runs[trainer, loss].append(json.loads(done.stdout.splitlines()[-1]))
+        finished[str(i)] = json.loads(done.stdout.splitlines()[-1])
+        write(part, finished)
+    rounds = range(options.rounds)
+    runs = {pair: [finished[str(k * len(pairs) + i)] for k in rounds] for i, pair in enumerate(pairs)}
     record = record_of(options, runs)
-    temporary = RESULTS.with_suffix(".new")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(temporary, RESULTS)
+    write(RESULTS, record)
+    part.unlink()
     print(table(record))
+
+
+def write(path: Path, content: dict) -> None:
+    temporary = path.with_suffix(".new")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary, path)
 
 
 def record_of(options: argparse.Namespace, runs: dict) -> dict:

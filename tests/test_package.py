@@ -33,7 +33,7 @@ def test_public_names_have_docstrings():
     import fused_losses as fl
 
     assert set(fl.__all__) == {n for n in dir(fl) if n[0] != "_" and not hasattr(getattr(fl, n), "__path__") and n[0].isupper()} | {
-        "token_losses", "l2_to_initial", "wise_ft",
+        "token_losses", "l2_to_initial", "wise_ft", "patch", "patched", "unpatch",
     }  # fmt: skip
     for name in fl.__all__:
         assert len(getattr(fl, name).__doc__.strip()) > 40, name
