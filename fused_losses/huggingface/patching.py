@@ -229,10 +229,12 @@ class Patch:
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> Any:
         if self.level is not None:  # a wrapper calls what it wraps
             return self._next(model, args, kwargs)
+        if self.loss is None:
+            return self.run(model, *args, **kwargs)
         fields = {name: kwargs.pop(name) for name in self.fields if name in kwargs and name not in self.accepted}
         fields = {name: value for name, value in fields.items() if value is not None}
         for name in FIELDS:
-            if kwargs.get(name) is not None and name not in self.fields and name not in self.accepted and self.loss:
+            if kwargs.get(name) is not None and name not in self.fields and name not in self.accepted:
                 raise TypeError(f"{name}: {type(self.loss).__name__} has no use for it; leave it out of the batch")
         if kwargs.get("anchors") is not None and "anchors" not in self.accepted:
             raise TypeError("anchors: give confidence, which fused_losses.huggingface.AnchorCollator makes of them")
@@ -250,14 +252,14 @@ class Patch:
                 "a patched model in nn.DataParallel (a Trainer that sees several GPUs in one process): launch with torchrun or accelerate "
                 "launch, or make one GPU visible with CUDA_VISIBLE_DEVICES=0"
             )
-        if self.loss is None or labels is None:
+        if labels is None:
             # A Trainer that computes the loss itself takes the labels away but gives their number.
-            if self.loss is not None and kwargs.get("num_items_in_batch") is not None:
+            if kwargs.get("num_items_in_batch") is not None:
                 raise ValueError(
                     f"labels: are missing, so {type(self.loss).__name__} of fused_losses.patch would not be used; a Trainer takes them away for "
                     "label_smoothing_factor and compute_loss_func: leave these out, or call fused_losses.unpatch(model)"
                 )
-            if fields and self.loss is not None:
+            if fields:
                 raise ValueError(f"{', '.join(fields)}: given without labels; give labels too")
             return self.run(model, *args, **self._passed_on(kwargs))
         fused_output = kwargs.pop("fused_lm_head", False)
