@@ -140,6 +140,8 @@ class SparseTokenLossesFunction(torch.autograd.Function):
                 builder.add(entries, done=flat)
                 del chunk  # its buffers go before the entries are joined
             sparse = builder.finish()
+            if builder.threshold >= sparse_softmax.FINEST_HALF:
+                sparse = sparse.halved()
         report.entries, report.saved_bytes = len(sparse.columns), sparse.nbytes
         rows = [None if not dense or getattr(dense[0], name) is None else torch.cat([getattr(d, name) for d in dense])
                 for name in ("nll", "kl")]  # fmt: skip

@@ -121,7 +121,7 @@ def token_losses(
     (frozen head: 2); with a reference 6 (4). The objectives of this package need one fewer where their weights depend
     on single tokens only. Tokens with exact gradients in sparse mode cost as much as in exact mode. A frozen head with a trained
     low-rank part: exact 3, with a reference 5.
-    Memory: 96 MiB of chunk buffers; sparse: 8 bytes per entry (12 with a reference), of which there are 50 to 300 per
+    Memory: 96 MiB of chunk buffers; sparse: 8 bytes per entry, of which there are 50 to 300 per
     token of ordinary text; exact: the gradients in fp32, and with a frozen head [N, D] rows per loss.
 
     `torch.compile(fullgraph=True)`: the call is part of the graph, with the same numbers; the number of tokens may change, a
