@@ -192,6 +192,9 @@ def accuracy() -> None:
     for kind, (hidden, labels) in states["texts"].items():
         for loss in ("cross-entropy", "TALR"):
             cases.append((kind, loss, hidden, labels, None))
+    mixed = [torch.cat([pair[i][:512] for pair in states["texts"].values()]) for i in range(2)]
+    for loss in ("cross-entropy", "TALR"):
+        cases.append(("all four in one call", loss, *mixed, None))
     for kind in texts.TUNED:
         noisy = texts.with_label_noise(texts.Text(*states["texts"][kind]), len(weight))
         for loss in ("cross-entropy", "TALR"):
@@ -233,7 +236,8 @@ def accuracy() -> None:
         row["plain bf16"] = [relative(g, t) for g, t in zip(plain, (dx, dw), strict=True)]
         rows.append(row)
         tqdm.write(accuracy_line(row))
-    save("sparse-accuracy", {"threshold": sparse_softmax.THRESHOLD, "rows": rows, "curve": curve(states)})
+    content = {"threshold": sparse_softmax.THRESHOLD, "rows": rows, "curve": curve(states), "groups": groups()}
+    save("sparse-accuracy", content)
 
 
 def saved_megabytes(report: fl.GradientReport, vocabulary: int, tokens: int = 8192) -> float:
@@ -282,6 +286,46 @@ def curve(states: dict) -> list[dict]:
                 "ours": [relative(g, t) for g, t in zip(ours, (dx, dw), strict=True)],
             })  # fmt: skip
     return points
+
+
+def groups() -> list[dict]:
+    """Made up to be bad for one profile: two halves of the vocabulary that no token mixes, told apart by one direction of the head.
+
+    A token of either half has a tail in its half only, the profile is the mean of both, and `distance` is how far apart the halves'
+    rows of the head are, in standard deviations of a row's norm. The logits are the same for every distance.
+    """
+    n, d, v = 512, 64, 32000
+    rows = []
+    for distance, both, tolerance in [
+        *((distance, both, sparse_softmax.TOLERANCE) for distance in (1.0, 10.0, 100.0) for both in (False, True)),
+        *((10.0, True, tolerance) for tolerance in (0.1, 0.05, 0.03, 0.02)),
+    ]:
+        g = torch.Generator().manual_seed(0)
+        weight = torch.randn(v, d, generator=g) / d**0.5
+        weight[:, 0] = -(1.0 + torch.arange(v) % (v // 2)).log()
+        weight[:, 1] = torch.where(torch.arange(v) < v // 2, distance, -distance)
+        hidden = 2.5 * torch.randn(n, d, generator=g)
+        hidden[:, 0], hidden[:, 1] = 1.2, 10 / distance
+        if both:
+            hidden[n // 2 :, 1] *= -1
+        labels = torch.multinomial((hidden @ weight.T).softmax(1), 1, generator=g)[:, 0]
+        truth = Truth(hidden, weight, labels, torch.ones(n), None).gradients()
+        ours, report = fused(hidden, weight, labels, torch.ones(n), None, None, gradient="sparse", tolerance=tolerance)
+        rows.append({
+            "distance": distance, "halves": 1 + both, "tolerance": tolerance, "bound": report.bound,
+            "exact_tokens": report.exact_tokens, "entries": report.entries / n,
+            "ours": [relative(got, exact) for got, exact in zip(ours, truth, strict=True)],
+        })  # fmt: skip
+        tqdm.write(groups_line(rows[-1]))
+    return rows
+
+
+def groups_line(row: dict) -> str:
+    errors = " / ".join(f"{100 * e:.2f}" for e in row["ours"])
+    return (
+        f"| {row['distance']:g} | {row['halves']} | {100 * row['tolerance']:g} | {100 * row['bound']:.1f} | "
+        f"{row['exact_tokens']} of 512 | {errors} |"
+    )
 
 
 # --- speed -------------------------------------------------------------------------------------------------------------
@@ -527,6 +571,11 @@ def tables() -> None:
     print("|---|---|---|---|---|---|---|---|")
     for row in record["rows"]:
         print(accuracy_line(row))
+    print(
+        "\n| distance | halves in the call | tolerance, % | bound, % | exact tokens | dx / dW, % |\n|---|---|---|---|---|---|"
+    )
+    for row in record["groups"]:
+        print(groups_line(row))
     kinds = {kind: [r for r in record["rows"] if r["text"] == kind] for kind in texts.TUNED}
     for kind, rows in kinds.items():
         saved = ", ".join(f"{r['loss']} {r['saved_MB_per_8192']:.1f} MB" for r in rows)

@@ -526,7 +526,7 @@ def check_options(gradient: str, backend: str, ignore_index: int, tolerance: flo
         )
     if isinstance(tolerance, bool) or not isinstance(tolerance, Real) or not 0 < tolerance < 1:
         raise ValueError(
-            f"tolerance: expected a Python number between 0 and 1 (the default is {TOLERANCE}), got {tolerance!r}; for exact "
+            f"tolerance: expected a Python number above 0 and below 1 (the default is {TOLERANCE}), got {tolerance!r}; for exact "
             "gradients give gradient='exact'"
         )
     if backend != "auto" and backend not in backends.NAMES:

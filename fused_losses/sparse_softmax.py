@@ -17,6 +17,7 @@ once more, until the bound is within the tolerance. docs/method.md has the deriv
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -86,15 +87,19 @@ class GradientReport:
         if self.mode != "sparse":
             kind = "exact" if self.mode == "exact" else "no"
             return f"{kind} gradients" + ("" if self.tokens is None else f" for {self.tokens} tokens")
+        limit = f"tolerance {100 * self.tolerance:.3g} %"
         if self.tokens is None:
-            return f"sparse gradients (tolerance {self.tolerance:.2%})"
+            return f"sparse gradients ({limit})"
+        if self.bound is not None and math.isnan(self.bound):
+            return f"sparse gradients: no bound, as a loss or an upstream gradient is not finite ({limit})"
+        if self.exact_tokens == self.tokens:
+            return f"sparse gradients: all {self.tokens} tokens exact, as too few of their entries stand out ({limit})"
         text = f"sparse gradients: {self.tokens} tokens, {self.entries / max(1, self.tokens):.0f} entries each, "
         text += f"{self.saved_bytes / 2**20:.1f} MiB saved"
         if self.bound is None:
-            return text + "; bound known after backward"
-        return (
-            text + f"; {self.exact_tokens} tokens exact, L1 error ≤ {self.bound:.2%} (tolerance {self.tolerance:.2%})"
-        )
+            return f"{text}; bound known after backward ({limit})"
+        text += f"; {self.exact_tokens} of them exact, L1 error of the logits' gradient ≤ {100 * self.bound:.3g} %"
+        return f"{text} ({limit})"
 
 
 @dataclass
