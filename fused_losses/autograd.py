@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 
 import torch
@@ -142,9 +142,9 @@ class SparseTokenLossesFunction(torch.autograd.Function):
             sparse = builder.finish()
             if builder.threshold >= sparse_softmax.FINEST_HALF:
                 sparse = sparse.halved()
-        report.entries, report.saved_bytes = len(sparse.columns), sparse.nbytes
         rows = [None if not dense or getattr(dense[0], name) is None else torch.cat([getattr(d, name) for d in dense])
                 for name in ("nll", "kl")]  # fmt: skip
+        report.entries, report.saved_bytes = len(sparse.columns), sparse.nbytes + _nbytes(rows)
         ctx.save_for_backward(*problem.tensors(), *rows, *sparse.tensors())
         ctx.problem, ctx.backend = problem.without_tensors(), backend
         ctx.report, ctx.publish = report, publish
@@ -205,9 +205,9 @@ class SparseSummedLossFunction(torch.autograd.Function):
         a, b = (_joined([(pair[i], at) for pair, at in weights], out.nll) for i in (0, 1))
         if sparse.kl is not None:
             sparse = sparse.with_weights(a, b)
-        report.entries, report.saved_bytes = len(sparse.columns), sparse.nbytes
         dense = dense or Gradients()
         sums_there = (dense.hidden, dense.weight, dense.bias, dense.low_rank)
+        report.entries, report.saved_bytes = len(sparse.columns), sparse.nbytes + _nbytes((a, b, *sums_there))
         ctx.save_for_backward(*problem.tensors(), a, b, *sums_there, *sparse.tensors())
         ctx.problem, ctx.backend = problem.without_tensors(), backend
         ctx.report, ctx.publish = report, publish
@@ -235,6 +235,10 @@ def _outputs(ctx, out: Statistics) -> tuple[Tensor | None, ...]:
     fixed = (out.prediction, out.entropy, out.reference_nll, out.reference_entropy, out.topk_entropy)
     ctx.mark_non_differentiable(*(v for v in fixed if v is not None))
     return out.nll, out.kl, *fixed
+
+
+def _nbytes(tensors: Iterable[Tensor | None]) -> int:
+    return sum(t.nbytes for t in tensors if t is not None)
 
 
 def _weights_of(loss: TokenLoss, sums: list[Tensor]) -> Callable[[Statistics, slice], tuple]:

@@ -168,8 +168,8 @@ def has_logits(dtype: torch.dtype) -> bool:
     """Whether `logits` works here, tried on a small product."""
     if load() is not None or dtype not in (torch.float32, torch.bfloat16):
         return False
-    hidden, weight = torch.arange(12.0).view(3, 4).to(dtype), torch.arange(20.0).view(5, 4).to(dtype)
-    out = torch.empty(3, 5)
+    hidden, weight = torch.arange(12, dtype=dtype).view(3, 4), torch.arange(20, dtype=dtype).view(5, 4)
+    out = torch.empty(3, 5, dtype=torch.float32)
     try:
         return bool(torch.ops.fused_losses.logits(hidden, weight, None, out)) and torch.equal(
             out, hidden.float() @ weight.float().T

@@ -518,7 +518,7 @@ def _full_logits_statistics(problem: Problem) -> Statistics:
 
 
 def check_options(gradient: str, backend: str, ignore_index: int, tolerance: float) -> None:
-    if gradient not in GRADIENTS:
+    if not isinstance(gradient, str) or gradient not in GRADIENTS:
         raise ValueError(f"gradient: expected one of {', '.join(GRADIENTS)}, got {gradient!r}")
     if gradient == "sparse" and backend == "reference":
         raise ValueError(

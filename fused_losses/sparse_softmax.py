@@ -59,7 +59,8 @@ class GradientReport:
         tokens: N, without ignored ones. It and the numbers below are None where `torch.compile` has made `token_losses` part
             of a graph; those of objectives are filled in also there.
         entries: kept in S, all tokens together.
-        saved_bytes: of S and what belongs to it, kept for backward besides the inputs.
+        saved_bytes: kept for backward besides the inputs: S, what belongs to it, and gradients taken in forward of tokens that
+            are too flat for it.
         exact_tokens: how many got exact gradients; None before backward.
         bound: certified bound of ‖error‖₁ / ‖gradient‖₁ for the gradient of the logits as computed; rounding comes on top. At
             most `tolerance`; 0 where all tokens are exact, NaN where a loss or an upstream gradient is not finite, None
@@ -233,7 +234,8 @@ class Builder:
         def join(name: str) -> Tensor | None:
             return torch.cat([getattr(t, name) for t in tails]) if with_kl or name.startswith("nll") else None
 
-        total = self.profile.sum()
+        # The sum is of the same value however many threads take part in it.
+        total = self.profile.sum(dtype=torch.float64).to(self.profile.dtype)
         return SparseSoftmax(
             offsets=offsets,
             columns=torch.cat([c.columns for c in chunks]),
@@ -279,7 +281,7 @@ def select(error: Tensor, norm: Tensor, forced: Tensor, tolerance: float) -> tup
     finite = error.isfinite()
     forced = forced | ~finite
     left = torch.where(forced, 0, error).double()
-    total = torch.where(norm.isfinite(), norm, 0).double().sum()
+    total = torch.where(norm.isfinite(), norm, 0).clamp(min=0).double().sum()
     numbers = (left.sum(), total, forced.any(), (finite & norm.isfinite()).all())
     everything, total, some_forced, all_finite = torch.stack([n.double() for n in numbers]).tolist()
     exact, bound = forced[:0].long(), everything
@@ -324,7 +326,7 @@ def gradients(
     """
     dense_scale = 1.0 if factor is None or dense is None else float(factor)
     if factor is not None:
-        factor = factor.expand_as(sparse.tails.nll)
+        factor = factor.to(sparse.tails.nll.dtype).expand_as(sparse.tails.nll)
         a, b = (None if w is None else w * factor for w in (a, b))
     need_hidden, need_weight, need_bias, need_low_rank = needs
     head = problem.head

@@ -55,22 +55,22 @@ def scan(
     buffers: tuple[Tensor, ...] = ()
     softcap = problem.head.softcap or 0.0
     for chunk in chunked.logit_chunks(
-        problem, product(problem), narrow=True, extra=capacity * 4 * (1 + values), round_difference=True
+        problem, product(problem), narrow=True, extra=capacity * 4 * (1 + values)
     ):
         size = len(chunk.z)
         if not buffers:
             buffers = (
                 torch.empty(size, capacity, dtype=torch.int32),
-                *(torch.empty(size, capacity) for _ in range(values)),
+                *(torch.empty(size, capacity, dtype=torch.float32) for _ in range(values)),
             )
         labels, results = problem.labels[chunk.tokens].contiguous(), out.at(chunk.tokens)
         finish(problem, chunk)
         if results.topk_entropy is not None:
-            z = chunk.z if chunk.r is None or not chunked.keeps_difference(problem) else chunk.z + chunk.r
+            z = chunk.z if chunk.r is None or not chunked.keeps_difference(problem, chunk) else chunk.z + chunk.r
             results.topk_entropy.copy_(chunked.entropy_of(z.topk(min(problem.top_k, z.shape[1]), dim=1).values))
-        logits = (chunk.z, chunk.r, chunked.keeps_difference(problem), labels, softcap)
+        logits = (chunk.z, chunk.r, chunked.keeps_difference(problem, chunk), labels, softcap)
         columns, *entries = (b[:size] for b in buffers)
-        rows, counts = torch.empty(8, size), torch.empty(size, dtype=torch.int64)
+        rows, counts = torch.empty(8, size, dtype=torch.float32), torch.empty(size, dtype=torch.int64)
         torch.ops.fused_losses.compact(
             *logits, threshold, results.nll, results.prediction, results.kl, results.entropy, results.reference_nll,
             results.reference_entropy, rows, counts, columns, entries[0], entries[1] if values == 2 else None,
@@ -93,7 +93,7 @@ def finish(problem: Problem, chunk: Chunk) -> None:
     if all(head.bias is None and head.logit_scale == 1 and head.softcap is None for head in heads):
         return
     for rows in chunked._slices(len(chunk.z), 16):
-        chunked.finish(problem, chunk.z[rows], None if chunk.r is None else chunk.r[rows])
+        chunked.finish(problem, chunk.z[rows], None if chunk.r is None else chunk.r[rows], chunk.difference)
 
 
 def dense_rows(problem: Problem, chunk: Chunk) -> Gradients:
@@ -140,6 +140,6 @@ def columns_product(
 def weighted_sum(matrix: Tensor, scale: Tensor) -> Tensor:
     if matrix.dtype not in HALF_OR_SINGLE or scale.dtype != torch.float32:
         return chunked.weighted_sum(matrix, scale)
-    out = torch.empty(matrix.shape[1])
+    out = torch.empty(matrix.shape[1], dtype=torch.float32)
     torch.ops.fused_losses.weighted_sum(matrix.contiguous(), scale, out)
     return out

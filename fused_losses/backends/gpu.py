@@ -33,6 +33,8 @@ BIT_BYTES = 32 << 20
 PROBE = 4096
 # So a token may have so many times the entries that the exact threshold is allowed.
 CANDIDATES = 2
+# Where 1 − p[label] is 0 in fp32, its logarithm would let every id through.
+LEAST_WRONG = 1e-30
 # Logits of the sampled tokens at a time.
 PROFILE_BYTES = 32 << 20
 
@@ -133,7 +135,7 @@ class Gpu:
         """Chunks with raw logits in their buffers, statistics filled in, and what else is known of their tokens, [9, C]."""
         for chunk in chunked.logit_chunks(problem, narrow=False, budget=LOGIT_BYTES):
             here = out.at(chunk.tokens)
-            known = torch.empty(len(Row), len(chunk.z), device=chunk.z.device)
+            known = torch.empty(len(Row), len(chunk.z), dtype=torch.float32, device=chunk.z.device)
             z, r, difference, labels, *scales = _logits(problem, chunk)
             if here.topk_entropy is not None:
                 _topk_entropy(problem, z, r, difference, scales, here.topk_entropy)
@@ -186,7 +188,8 @@ class Gpu:
         for chunk, known in self._logit_chunks(problem, out):
             z, r, difference, _, *scales = _logits(problem, chunk)
             lse = known[Row.TOP] + known[Row.LOG_SUM]
-            least = math.log(threshold) + 0.5 * torch.log(-torch.expm1(-out.nll[chunk.tokens]))
+            wrong = -torch.expm1(-out.nll[chunk.tokens])
+            least = math.log(threshold) + 0.5 * torch.log(wrong.clamp(min=LEAST_WRONG))
             bounds = torch.stack([lse + least, known[Row.REF_TOP] + known[Row.REF_LOG_SUM] + least])
             bits = torch.empty(len(z), words, dtype=torch.int32, device=z.device)
             row_kernels.logit_bits(z, r, difference, bounds, *scales, bits)  # type: ignore[call-arg]
@@ -220,7 +223,7 @@ class Gpu:
     def _scan_statistics(self, problem: Problem, out: Statistics, tile: tiles.Scan) -> None:
         operands = _Operands(problem, tile)
         label = operands.label_logits(self.kernels)
-        known = torch.zeros(3, len(problem.labels), device=problem.hidden.device)
+        known = torch.zeros(3, len(problem.labels), dtype=torch.float32, device=problem.hidden.device)
         if problem.has_reference:
             known = _bounds(operands, label, 1.0)
         everything = slice(0, len(problem.labels))
@@ -246,7 +249,7 @@ class Gpu:
 
         reference = problem.has_reference
         values, kl_values = empty(True, total), empty(reference, total)
-        kept = torch.zeros(4, size, device=device)
+        kept = torch.zeros(4, size, dtype=torch.float32, device=device)
         rows = rows and dim <= tiles.ROWS_UP_TO
         rows_dtype = problem.dtype if problem.hidden.dtype == problem.dtype else torch.float32
         nll_rows = empty(rows, size, dim, dtype=rows_dtype)
@@ -259,7 +262,7 @@ class Gpu:
             hidden = other.to(problem.dtype)
         elif reference:
             own = problem.reference_head
-            entry_reference = torch.empty(total, device=device)
+            entry_reference = torch.empty(total, dtype=torch.float32, device=device)
             kernels.entry_logits(
                 problem.reference_hidden[tokens].to(problem.dtype).contiguous(),
                 own.weight.to(problem.dtype).contiguous(), _bias(own), offsets, columns, entry_reference,
@@ -320,7 +323,7 @@ class Gpu:
         torch.cumsum((counts[hot] + (SPLIT - 1)) // SPLIT, 0, out=hot_first[1:])
         slots = int(hot_first[-1]) if len(hot) else 0
         dim = matrix.shape[1]
-        partial = torch.empty(slots, dim, device=matrix.device)
+        partial = torch.empty(slots, dim, dtype=torch.float32, device=matrix.device)
         out = torch.empty(len(counts), dim, dtype=dtype, device=matrix.device)
         self.kernels.segment_product(
             offsets, columns, values, matrix.contiguous(), scale.contiguous(), vector.contiguous(), base, base_scale,
@@ -362,7 +365,7 @@ class _Operands:
         offsets = torch.arange(len(labels) + 1, device=labels.device)
 
         def logit(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-            out = torch.empty(len(labels), device=labels.device)
+            out = torch.empty(len(labels), dtype=torch.float32, device=labels.device)
             kernels.entry_logits(hidden.contiguous(), weight.contiguous(), bias, offsets, labels.int(), out)
             return out.mul_(scale)
 
@@ -382,7 +385,7 @@ class _Operands:
         blocks, all_tiles = -(-count // tile.block_n), -(-vocabulary // tile.block_v)
         per_part = _tiles_per_part(blocks, all_tiles, _processors(device))
         parts = -(-all_tiles // per_part)
-        partial = torch.empty(parts, len(Sum), count, device=device)
+        partial = torch.empty(parts, len(Sum), count, dtype=torch.float32, device=device)
         known = known.contiguous()
         words = bits.shape[1] if bits is not None else 0
         left = [self.hidden[tokens], self.weight]
@@ -428,7 +431,7 @@ def _bounds(operands: _Operands, label: list[Tensor], threshold: float) -> Tenso
     lower bounds, log θ + (L + R)/2 is one of lse + log(θ √(1 − p[label])), and L_ref + log θ + (R − L)/2 of the reference's."""
     problem = operands.problem
     count = len(problem.labels)
-    known = torch.zeros(len(Known), count, device=problem.hidden.device)
+    known = torch.zeros(len(Known), count, dtype=torch.float32, device=problem.hidden.device)
     partial = operands.run(slice(0, count), known, None, min(PROBE, problem.head.vocabulary))
     others = (partial[:, Sum.TOP] + partial[:, Sum.SUM].log()).logsumexp(0)
     lse = torch.logaddexp(others, label[0])
@@ -538,7 +541,7 @@ def _tails(problem: Problem, nll: Tensor, labels: Tensor, known: Tensor, kept: T
     if problem.head.softcap is not None:
         # Σ p·slope over the others and the label's |p − 1|·slope; the label is an entry, but where there are too many.
         slope = 1 - (_label_logit(problem, nll, known) / problem.head.softcap) ** 2
-        l1 = rest + wrong * slope
+        l1 = (rest + wrong * slope.clamp(min=0)).clamp(min=0)  # rounding, where the soft-cap is all but reached
     tails = Tails(torch.where(tail < 0, 0, tail), l1)
     if problem.has_reference:
         tails.kl = known[Row.GAP] - kept[KEPT_GAP]
@@ -567,7 +570,7 @@ def _tail_profile(problem: Problem, tokens: Tensor, lse: Tensor, bits: Tensor, p
     for first in range(0, head.vocabulary, width):
         block = slice(first, min(first + width, head.vocabulary))
         weight = head.weight[block].to(problem.dtype)
-        z = torch.empty(len(tokens), len(weight), device=hidden.device)
+        z = torch.empty(len(tokens), len(weight), dtype=torch.float32, device=hidden.device)
         chunked._product(z, hidden, weight, None if head.bias is None else head.bias[block])
         row_kernels.tail_profile(z, labels, lse, bits, first, head.logit_scale, head.softcap or 0.0, profile)
 
@@ -594,7 +597,7 @@ def _logits(problem: Problem, chunk: chunked.Chunk) -> Any:
     """The first arguments of the kernels over logits."""
     head, own = problem.head, problem.reference_head or problem.head
     return (
-        chunk.z, chunk.r, problem.shared_head, problem.labels[chunk.tokens].contiguous(), head.logit_scale,
+        chunk.z, chunk.r, chunk.difference, problem.labels[chunk.tokens].contiguous(), head.logit_scale,
         head.softcap or 0.0, own.logit_scale, own.softcap or 0.0,
     )  # fmt: skip
 

@@ -271,6 +271,7 @@ class Chunk:
     half: Tensor | None
     low_rank: Tensor | None = None  # [V, r]
     low_rank_rows: Tensor | None = None  # [C, r]
+    difference: bool = False  # z is the logits minus r
 
     @property
     def nll_direction(self) -> Tensor:
@@ -323,16 +324,15 @@ class Chunk:
 
 
 def logit_chunks(
-    problem: Problem, product: Product | None = None, *, narrow: bool, extra: int = 0, round_difference: bool = False,
-    budget: int | None = None,
+    problem: Problem, product: Product | None = None, *, narrow: bool, extra: int = 0, budget: int | None = None,
 ) -> Iterator[Chunk]:  # fmt: skip
     """Chunks of tokens with z = x Wᵀ + u Bᵀ + b in their buffers, and r that of the reference; neither scaled nor capped.
 
-    With a shared head z is (x − x_ref) Wᵀ + (u − u_ref) Bᵀ. `product` replaces the plain matrix products with W; that with
-    B is fp32, on CUDA of operands of their dtype. `narrow`: a buffer for rounded operands of further products is wanted.
-    `extra`: bytes per token that the caller adds to the chunk. `budget`: bytes of a chunk, where not CHUNK_BYTES.
-    `round_difference`: x − x_ref may be rounded to the operands' dtype. Where the two lie within a factor of two of each
-    other, it is exact in that dtype anyway.
+    With a shared head z is (x − x_ref) Wᵀ + (u − u_ref) Bᵀ (`difference`), unless `product` takes bf16 operands and x − x_ref
+    has digits that bf16 has not: then z and r, both fp32, are nearer the truth than the product of a rounded difference. Where
+    two of its numbers lie within a factor of two of each other, theirs has none. `product` replaces the plain matrix products
+    with W; that with B is fp32, on CUDA of operands of their dtype. `narrow`: a buffer for rounded operands of further products
+    is wanted. `extra`: bytes per token that the caller adds to the chunk. `budget`: bytes of a chunk, where not CHUNK_BYTES.
     """
     count, columns = len(problem.labels), len(problem.head.weight)
     if count == 0:
@@ -366,7 +366,7 @@ def logit_chunks(
         rows = problem.hidden[tokens]
         hidden, low_rank_rows = _split(rows, weight, low_rank)
         z = z_buffer[: len(hidden)]
-        r = None
+        r, is_difference = None, False
         if r_buffer is not None:
             r = r_buffer[: len(hidden)]
             ref_rows = problem.reference_hidden[tokens]
@@ -376,11 +376,14 @@ def logit_chunks(
                 _add_low_rank(r, ref_low_rank_rows, low_rank)
                 difference = rows.to(acc) - widened(ref_rows, rows.shape[1]).to(acc)
                 difference, low_rank_difference = difference[:, : weight.shape[1]], difference[:, weight.shape[1] :]
-                if product is not None and (round_difference or dtype == acc):
-                    multiply(z, difference.to(dtype), weight, None)
+                narrow_difference = difference if product is None else difference.to(dtype)
+                is_difference = narrow_difference.dtype == acc or _holds(narrow_difference, difference)
+                if is_difference:
+                    multiply(z, narrow_difference, weight, None)
+                    _add_low_rank(z, low_rank_difference, low_rank)
                 else:
-                    _product(z, difference, weight, None)
-                _add_low_rank(z, low_rank_difference, low_rank)
+                    multiply(z, hidden, weight, head.bias)
+                    _add_low_rank(z, low_rank_rows, low_rank)
             else:
                 multiply(z, hidden, weight, head.bias)
                 _add_low_rank(z, low_rank_rows, low_rank)
@@ -393,7 +396,12 @@ def logit_chunks(
             else:
                 multiply(z, hidden, weight, head.bias)
             _add_low_rank(z, low_rank_rows, low_rank)
-        yield Chunk(tokens, hidden, weight, z, r, half, low_rank, low_rank_rows)
+        yield Chunk(tokens, hidden, weight, z, r, half, low_rank, low_rank_rows, is_difference)
+
+
+def _holds(narrow: Tensor, wide: Tensor) -> bool:
+    """Whether nothing of `wide` was rounded."""
+    return not bool(((narrow.to(wide.dtype) != wide) & (wide == wide)).any())
 
 
 def _split(rows: Tensor, weight: Tensor, low_rank: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -434,44 +442,48 @@ def row_passes(
     for rows in _slices(size, block):
         z, r = chunk.z[rows], None if chunk.r is None else chunk.r[rows]
         if not finished:
-            finish(problem, z, r)
-        _row_pass(problem, out.at(rows), labels[rows], z, r, scratch[: len(z)], directions)
+            finish(problem, z, r, chunk.difference)
+        keeps = keeps_difference(problem, chunk)
+        _row_pass(problem, out.at(rows), labels[rows], z, r, keeps, scratch[: len(z)], directions)
         if then is not None:
             then(rows)
 
 
-def keeps_difference(problem: Problem) -> bool:
-    """Whether, after `finish`, z is the difference of both models' logits; a soft-cap is not linear."""
-    return problem.shared_head and problem.head.softcap is None
+def keeps_difference(problem: Problem, chunk: Chunk) -> bool:
+    """Whether, after `finish` too, z is the difference of both models' logits; a soft-cap is not linear."""
+    return chunk.difference and problem.head.softcap is None
 
 
-def finish(problem: Problem, z: Tensor, r: Tensor | None) -> None:
-    """Scale and soft-cap, in place: z and r become logits; with `keeps_difference` z becomes logits minus r."""
+def finish(problem: Problem, z: Tensor, r: Tensor | None, difference: bool) -> None:
+    """Scale and soft-cap, in place: z and r become logits. `difference`: z is logits minus r and stays so without a soft-cap."""
     head = problem.head
     if r is None:
         _finish_logits(z, head)
         return
-    if keeps_difference(problem):
+    if difference and head.softcap is None:
         if head.logit_scale != 1:
             z.mul_(head.logit_scale)
     else:
-        if problem.shared_head:
+        if difference:
             z.add_(r)
         _finish_logits(z, head)
     _finish_logits(r, problem.reference_head or head)
 
 
 def _row_pass(
-    problem: Problem, out: Statistics, labels: Tensor, z: Tensor, r: Tensor | None, scratch: Tensor, directions: bool
-) -> None:
-    """Statistics of a few rows; with `directions`, z becomes ∂nll/∂z and r becomes ∂kl/∂z (both without logit_scale)."""
+    problem: Problem, out: Statistics, labels: Tensor, z: Tensor, r: Tensor | None, difference: bool, scratch: Tensor,
+    directions: bool,
+) -> None:  # fmt: skip
+    """Statistics of a few rows; with `directions`, z becomes ∂nll/∂z and r becomes ∂kl/∂z (both without logit_scale).
+    `difference`: z is logits minus r."""
     head = problem.head
     labels = labels[:, None]
     shared_difference = None
-    if r is not None and keeps_difference(problem):
+    if difference:
         shared_difference = z.clone()
         z.add_(r)
-    slope = 1 - (z / head.softcap) ** 2 if directions and head.softcap is not None else None
+    # At least 0: rounding would make it negative where the soft-cap is all but reached.
+    slope = (1 - (z / head.softcap) ** 2).clamp_(min=0) if directions and head.softcap is not None else None
 
     if out.topk_entropy is not None:
         out.topk_entropy.copy_(entropy_of(z.topk(min(problem.top_k, z.shape[1]), dim=1).values))
