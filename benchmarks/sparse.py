@@ -516,6 +516,8 @@ def figures() -> None:
             axis.plot(entries, [100 * p["ours"][what] for p in points], "o-", color=color, label=f"{kind}: S + m qᵀ")
             axis.plot(entries, [100 * p["dropped"][what] for p in points], "o--", color=color, alpha=0.5,
                       label=f"{kind}: tail dropped")  # fmt: skip
+            default = next(p for p in points if p["threshold"] == record["threshold"])
+            axis.plot(default["entries"], 100 * default["ours"][what], "o", color=color, markersize=11)
             plain = next(r for r in record["rows"] if r["text"] == kind and r["loss"] == "cross-entropy")["plain bf16"]
             axis.axhline(
                 100 * plain[what], color=color, linewidth=1, linestyle=":", label=f"{kind}: plain bf16, all entries"
@@ -538,7 +540,9 @@ def figures() -> None:
         share = [s["parts"][part] / s["seconds"] * 100 for s in split["split"]]
         axis.barh(labels, share, left=left, label=part, color=color)
         left = [a + b for a, b in zip(left, share, strict=True)]
-    axis.set(xlabel="% of forward + backward, cross-entropy, N = 2048, V = 49,152", xlim=(0, 100))
+    alone = [s["gemm_seconds"] / s["seconds"] * 100 for s in split["split"]]
+    axis.plot(alone, labels, "k|", markersize=24, markeredgewidth=2, label="torch.mm alone")
+    axis.set(xlabel="% of forward + backward, cross-entropy, N = 2048, V = 49,152", xlim=(0, 5 + max([100, *alone])))
     axis.invert_yaxis()
     figure.legend(*axis.get_legend_handles_labels(), fontsize=8, ncols=3, loc="upper center")
     _write(figure, "sparse-time.png", top=0.82)
@@ -556,11 +560,12 @@ def figures() -> None:
         axes[0][column].set(title=name)
         difference = [100 * abs(a - b) / abs(a) for a, b in zip(exact, sparse, strict=True)]
         axes[1][column].plot(difference, color="tab:red")
-        axes[1][column].axhline(0.5, color="black", linewidth=1, linestyle=":")
+        axes[1][column].axhline(0.5, color="black", linewidth=1, linestyle=":", label="0.5 %")
         axes[1][column].set(xlabel="step", ylim=(0, 0.6))
     axes[0][0].set_ylabel("loss")
-    axes[1][0].set_ylabel("difference, %")
+    axes[1][0].set_ylabel("difference of the losses, %")
     axes[0][0].legend()
+    axes[1][0].legend()
     _write(figure, "sparse-training.png")
 
 
