@@ -100,9 +100,11 @@ def token_losses(
             same head.
         ignore_index: tokens with this label are removed before any work.
         gradient: "exact"; "sparse": sparse-plus-rank-one softmax with a certified error (`sparse_softmax`), values are
-            exact; "auto": sparse for bfloat16 and float16 where V ≥ 8192, else exact.
+            those of "exact"; "auto": sparse where the products are of bfloat16 or float16 (autocast included) and V ≥ 8192,
+            else exact.
         tolerance: of sparse gradients: bound on ‖error‖₁ / ‖gradient‖₁ of the gradient of the logits, all tokens and the
-            caller's upstream weights together, in (0, 1). Tokens that would break it get exact gradients.
+            caller's upstream weights together, in (0, 1). Tokens that would break it get exact gradients. Of no
+            consequence for exact gradients; above the default entries are no fewer.
             `out.gradient_report` has the bound that was reached. The default was measured to give relative L2
             errors of 0.2 to 0.7 % for the gradients of nll (docs/method.md).
         backend: "auto", "triton" or "cuda" (kernels for GPUs), "cpu" (compiled kernels), "torch" (chunked, any device), or

@@ -307,3 +307,31 @@ def test_bf16_is_refused_because_the_interpreter_computes_it_wrongly(gradient):
     hidden, weight = torch.randn(3, 8).bfloat16().requires_grad_(), torch.randn(40, 8).bfloat16()
     with pytest.raises(TypeError, match="expected float32 or float16, got bfloat16"):
         fl.token_losses(hidden, weight, torch.arange(3), backend="triton", gradient=gradient)
+
+
+@pytest.mark.parametrize("gradient", ["exact", "sparse"])
+def test_default_dtype_is_of_no_consequence(gradient, path):
+    """Kernels write float32 whatever torch.set_default_dtype says."""
+    case = make(9, 8, 67, reference="own", ignored=0, bias=True)
+    plain = run(case, torch.float32, "triton", gradient=gradient)
+    torch.set_default_dtype(torch.float64)
+    try:
+        other = run(case, torch.float32, "triton", gradient=gradient)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(plain[k], other[k]) for k in plain)
+
+
+def test_certain_tokens_and_saturated_soft_caps(path):
+    """p[label] is 1 in float32: nothing but the label is kept. 1 − (z/softcap)² may round to less than 0."""
+    weight = torch.zeros(67, 2)
+    weight[:, 0], weight[5, 0] = -torch.arange(67), 200.0
+    hidden = torch.ones(6, 2).requires_grad_()
+    out = fl.token_losses(hidden, weight, torch.full((6,), 5), gradient="sparse", backend="triton")
+    out.nll.sum().backward()
+    assert (out.nll == 0).all() and (hidden.grad == 0).all()
+    assert out.gradient_report.entries == 6 and out.gradient_report.exact_tokens <= 1
+    hidden = (1e4 * torch.randn(4, 2)).requires_grad_()
+    loss = fl.CrossEntropyLoss(gradient="sparse", backend="triton")
+    loss(hidden, fl.LMHead(torch.randn(67, 2), softcap=5.0), torch.arange(4)).backward()
+    assert hidden.grad.isfinite().all() and 0 <= loss.gradient_report.bound <= 0.15
