@@ -103,6 +103,8 @@ class Objective(nn.Module):
 
         Cost in GEMMs: 1 + 4, with a reference 2 + 6; memory of two gradients of everything.
         """
+        if not isinstance(hidden, Tensor):
+            raise TypeError(f"hidden: expected a tensor [..., D], got {type(hidden).__name__}")
         whole = as_head(head)
         low_rank = whole.low_rank
         tensors = {"hidden": hidden.detach().requires_grad_(), "weight": whole.weight, "bias": whole.bias}

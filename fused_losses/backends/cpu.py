@@ -54,9 +54,7 @@ def scan(
     values = 1 + problem.has_reference
     buffers: tuple[Tensor, ...] = ()
     softcap = problem.head.softcap or 0.0
-    for chunk in chunked.logit_chunks(
-        problem, product(problem), narrow=True, extra=capacity * 4 * (1 + values)
-    ):
+    for chunk in chunked.logit_chunks(problem, product(problem), narrow=True, extra=capacity * 4 * (1 + values)):
         size = len(chunk.z)
         if not buffers:
             buffers = (
