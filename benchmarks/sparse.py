@@ -529,7 +529,7 @@ def figures() -> None:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("relative L2 error, %")
     figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, ncols=2, loc="upper center")
-    _write(figure, "sparse-error.png", top=0.8)
+    _write(figure, "sparse-error.png", top=0.86)
 
     split = json.loads((RESULTS / "sparse-speed-cpu.json").read_text())
     figure, axis = plt.subplots(figsize=(9, 3.2))
@@ -544,7 +544,8 @@ def figures() -> None:
     axis.plot(alone, labels, "k|", markersize=24, markeredgewidth=2, label="torch.mm alone")
     axis.set(xlabel="% of forward + backward, cross-entropy, N = 2048, V = 49,152", xlim=(0, 5 + max([100, *alone])))
     axis.invert_yaxis()
-    figure.legend(*axis.get_legend_handles_labels(), fontsize=8, ncols=3, loc="upper center")
+    handles, names = axis.get_legend_handles_labels()
+    figure.legend(handles, names, fontsize=8, ncols=3, loc="upper center", markerscale=0.4)
     _write(figure, "sparse-time.png", top=0.82)
 
     path = RESULTS / "training.json"
@@ -560,12 +561,12 @@ def figures() -> None:
         axes[0][column].set(title=name)
         difference = [100 * abs(a - b) / abs(a) for a, b in zip(exact, sparse, strict=True)]
         axes[1][column].plot(difference, color="tab:red")
-        axes[1][column].axhline(0.5, color="black", linewidth=1, linestyle=":", label="0.5 %")
+        axes[1][column].axhline(0.5, color="black", linewidth=1, linestyle=":")
         axes[1][column].set(xlabel="step", ylim=(0, 0.6))
     axes[0][0].set_ylabel("loss")
     axes[1][0].set_ylabel("difference of the losses, %")
+    axes[1][0].text(0, 0.51, "0.5 %", fontsize=9)
     axes[0][0].legend()
-    axes[1][0].legend()
     _write(figure, "sparse-training.png")
 
 
