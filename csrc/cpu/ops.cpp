@@ -9,10 +9,6 @@
 #include <numeric>
 #include <vector>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include "kernels.h"
 
 namespace fused_losses {
@@ -51,18 +47,6 @@ std::vector<int64_t> balanced(const int64_t* offsets, int64_t count, int64_t eac
   }
   bounds[0] = 0;
   return bounds;
-}
-
-// A hint for a large tensor that is about to be written for the first time: a page fault per 4 KiB costs more than the
-// arithmetic on it.
-void large_pages(const Tensor& t, int64_t bytes) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t page = 2 << 20;
-  const uintptr_t begin = ((uintptr_t)t.data_ptr() + page - 1) / page * page, end = (uintptr_t)t.data_ptr() + bytes;
-  if (end > begin + 2 * page) madvise((void*)begin, (end - begin) / page * page, MADV_HUGEPAGE);
-#else
-  (void)t, (void)bytes;
-#endif
 }
 
 bool logits_op(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias, Tensor out) {
@@ -132,7 +116,6 @@ void columns_product_op(const Tensor& offsets, const Tensor& columns, const Tens
                         const Tensor& scale, const Tensor& vector, const std::optional<Tensor>& base, double base_scale,
                         Tensor out) {
   const int64_t V = out.size(0);
-  large_pages(out, out.numel() * (element(out) == Element::Float32 ? 4 : 2));
   const Sparse s = sparse_of(offsets, columns, values, V, matrix.size(1));
   // By column: a counting sort, stable, so that every sum runs over the rows in order.
   const int64_t entries = s.offsets[s.rows];
