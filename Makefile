@@ -24,7 +24,7 @@ demo: $(VENV)/.core
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not gpu'
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/interpreted
-	$(BIN)/python -m pytest -n 2 -m slow
+	$(BIN)/python -m pytest -m slow
 
 test-tritons: $(VENV)/.core $(TRITONS:%=.tritons/%)
 	for version in $(TRITONS); do \

@@ -476,8 +476,8 @@ def test_what_sparse_gradients_get_wrong_here(halves):
     assert set(found) == {"hidden", "weight", "low_rank.b"}
     assert found["hidden"] == pytest.approx(relative(x.grad, y.grad), rel=1e-4)
     assert sparse.gradient_report.bound < 0.1
-    assert found["hidden"] > 0.3 if halves == 2 else 0 < found["hidden"] < 0.03
-    assert found["weight"] < 0.05 and loss.gradient_report is None and loss.gradient == "auto"
+    assert found["hidden"] > 0.3 if halves == 2 else 0 < found["hidden"] < 0.03  # measured 0.75 and 0.0105
+    assert 0 < found["weight"] < 0.017 and loss.gradient_report is None and loss.gradient == "auto"
 
 
 def test_report():
@@ -735,7 +735,7 @@ def test_float64_weights_of_a_loss_with_heavy_tokens(backend):
         assert 0 < loss.gradient_report.exact_tokens < 32
         grads.append((hidden.grad, head.weight.grad))
     for single, double in zip(*grads, strict=True):
-        assert relative(double, single) < 1e-6
+        assert relative(double, single) < 1e-7
 
 
 @needs_kernels

@@ -310,7 +310,7 @@ def test_bf16_is_refused_because_the_interpreter_computes_it_wrongly(gradient):
 
 
 @pytest.mark.parametrize("gradient", ["exact", "sparse"])
-def test_default_dtype_is_of_no_consequence(gradient, path):
+def test_default_dtype_is_of_no_consequence(gradient):
     """Kernels write float32 whatever torch.set_default_dtype says."""
     case = make(9, 8, 67, reference="own", ignored=0, bias=True)
     plain = run(case, torch.float32, "triton", gradient=gradient)
