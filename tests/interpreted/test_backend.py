@@ -53,7 +53,7 @@ def test_exact_mode_equals_the_oracle(head, reference, frozen):
 
 @pytest.mark.parametrize("head", HEADS, ids=name)
 @pytest.mark.parametrize("reference", REFERENCES, ids=name)
-@pytest.mark.parametrize("frozen", [False, True], ids=name)
+@pytest.mark.parametrize("frozen, path", [(False, "scan"), (True, "logits")], indirect=["path"])
 def test_sparse_mode_with_nothing_left_out_equals_the_oracle(head, reference, frozen, path):
     case = make(18, 17, 67, **head, reference=reference, frozen=frozen, ignored=0)
     with coarse(1e-30, capacity=67):
@@ -131,7 +131,7 @@ def test_kl_is_accurate_near_the_reference_and_far_from_it(size, reference):
     assert relative(got["d_hidden"], truth["d_hidden"]) < bound
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(**CERTIFICATE)
 def test_certificate_holds(**options):
     options["n"] = min(options["n"], 8)
