@@ -101,7 +101,8 @@ class Objective(nn.Module):
         no report. Keys: "hidden" (also where it does not require a gradient), and of "weight", "bias", "low_rank.b", "low_rank.a"
         those that require one; 0 where both are 0.
 
-        Cost in GEMMs: 1 + 4, with a reference 2 + 6; memory of two gradients of everything.
+        Raises what the call with gradient="sparse" raises: ValueError with backend="reference" or a head spread over ranks. Cost: that
+        of one step with sparse and one with exact gradients, and the memory of two gradients of everything.
         """
         if not isinstance(hidden, Tensor):
             raise TypeError(f"hidden: expected a tensor [..., D], got {type(hidden).__name__}")

@@ -598,11 +598,10 @@ class TestRefused:
         positions = torch.arange(11).expand(3, 11).clone()
         positions[1, :4] = 1  # padding to its left
         inputs["labels"][1, :5] = -100
+        rows = torch.arange(3)[:, None].expand(3, 11)
         with fl.patched(model, fl.FLOWLoss(2.0)):
-            want = model(**inputs, initial_nll=initial).loss
-            torch.testing.assert_close(
-                model(**inputs, position_ids=positions, initial_nll=initial).loss, want, rtol=0.2, atol=0
-            )
+            want = model(**inputs, position_ids=positions, sequence_ids=rows, initial_nll=initial).loss
+            assert torch.equal(model(**inputs, position_ids=positions, initial_nll=initial).loss, want)
             positions[2] = torch.cat([torch.arange(5), torch.arange(6)])
             with pytest.raises(ValueError, match="initial_nll: rows hold several sequences"):
                 model(**inputs, position_ids=positions, initial_nll=initial)

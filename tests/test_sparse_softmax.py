@@ -246,7 +246,7 @@ def test_rounding_of_kept_entries_is_in_the_certificate(backend, weights):
     error = ((halved - single).abs().sum() / single.abs().sum()).item()
     assert report.exact_tokens == report_single.exact_tokens == 0 and report.entries > 29 * V
     assert report.saved_bytes < report_single.saved_bytes - 3.9 * report.entries
-    assert report_single.bound < 1e-6 and 5e-5 < error < report.bound < (2.2e-3 if weights == "opposite" else 6e-4)
+    assert report_single.bound < 1e-6 and 5e-5 < error < report.bound < 6e-4  # measured 1.8e-4 and 5e-4
 
 
 # --- chunks computed densely in forward, and what else may happen ------------------------------------------------------
@@ -474,7 +474,7 @@ def test_what_sparse_gradients_get_wrong_here(halves):
     y = hidden.clone().requires_grad_()
     fl.TALRLoss(temperature=2.0, gradient="exact")(y, fl.LMHead(weight, low_rank=low_rank), labels).backward()
     assert set(found) == {"hidden", "weight", "low_rank.b"}
-    assert found["hidden"] == pytest.approx(relative(x.grad, y.grad), rel=1e-4)
+    assert found["hidden"] == pytest.approx(relative(x.grad, y.grad), rel=4e-7)
     assert sparse.gradient_report.bound < 0.1
     assert found["hidden"] > 0.3 if halves == 2 else 0 < found["hidden"] < 0.03  # measured 0.75 and 0.0105
     assert 0 < found["weight"] < 0.017 and loss.gradient_report is None and loss.gradient == "auto"
@@ -714,7 +714,7 @@ def test_saturated_soft_cap(backend, cap):
         loss = fl.CrossEntropyLoss(gradient="sparse", backend=backend)
         loss(hidden, fl.LMHead(weight, softcap=cap), torch.arange(4)).backward()
         assert hidden.grad.isfinite().all() and loss.gradient_report.bound <= 0.15
-        assert scale < 1e8 or hidden.grad.norm() < 1e-3
+        assert scale < 1e8 or not hidden.grad.any()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -735,7 +735,7 @@ def test_float64_weights_of_a_loss_with_heavy_tokens(backend):
         assert 0 < loss.gradient_report.exact_tokens < 32
         grads.append((hidden.grad, head.weight.grad))
     for single, double in zip(*grads, strict=True):
-        assert relative(double, single) < 1e-7
+        assert torch.equal(double, single)
 
 
 @needs_kernels
@@ -751,8 +751,10 @@ def test_values_in_bf16_near_and_far_from_the_reference(gradient, distance):
     hidden = x.clone().requires_grad_()
     out = fl.token_losses(hidden, weight, labels, reference=fl.Reference(ref), gradient=gradient, backend="cpu")
     z, z_ref = x.double() @ weight.double().T, ref.double() @ weight.double().T
-    assert (out.nll - oracle.nll(z, labels)).abs().max() < 1e-5
-    assert relative(out.kl, oracle.kl(z_ref, z)) < 1.5e-4  # measured 5e-5 at a KL of 1e-4
+    assert (out.nll - oracle.nll(z, labels)).abs().max() < 4.5e-6  # measured 1.5e-6
+    assert relative(out.kl, oracle.kl(z_ref, z)) < (
+        1.5e-4 if distance < 0.1 else 5e-6
+    )  # measured 5e-5 at a KL of 1e-4, 1.7e-6
 
 
 def test_threads_do_not_change_results():
