@@ -339,7 +339,7 @@ class TestUntouched:
         model(**inputs)
         assert seen[2:] == ["third", "first", "first"]
         fl.unpatch(model)
-        assert list(inspect.signature(model.forward).parameters)[:2] == ["input_ids", "attention_mask"]
+        assert model.forward is vars(model)["forward"] and model.forward.__name__ == "forward"
         model(**inputs)
         assert seen[5:] == ["first"]
 

@@ -14,7 +14,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fused_losses.huggingface.cache import CacheStats, ReferenceCache, Unchanged, model_digest, model_facts
+from fused_losses.huggingface.cache import CacheStats, ReferenceCache
+from fused_losses.huggingface.digest import Unchanged, model_digest, model_facts
 
 ROOT = Path(__file__).parents[1]
 DIGEST = "d" * 64
@@ -467,7 +468,7 @@ def test_digest_of_any_dtype(dtype):
 
 
 def test_digest_sees_every_chunk(monkeypatch):
-    monkeypatch.setattr("fused_losses.huggingface.cache.CHUNK", 64)
+    monkeypatch.setattr("fused_losses.huggingface.digest.CHUNK", 64)
     base = torch.zeros(53, dtype=torch.uint8).repeat(5)
     for layout in (lambda t: t, lambda t: torch.stack([t, t], 1)[:, 0]):
         digests = {model_digest([("a", layout(base))])}

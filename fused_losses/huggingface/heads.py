@@ -42,6 +42,11 @@ def check_head(module: Any, model_name: str) -> None:
         check_head(module.base_layer, model_name)
         return
     name = f"{type(module).__module__}.{type(module).__qualname__}"
+    if hasattr(module, "base_layer"):
+        raise TypeError(
+            f"head: {model_name}'s is a {name}, and of PEFT's adapters only LoRA is supported on the LM head; leave the head out of "
+            "target_modules, or train unpatched"
+        )
     if not isinstance(module, nn.Linear):
         raise TypeError(
             f"head: {model_name}'s is a {name}, not a linear layer, so its logits are not hidden @ weight.T + bias; call the losses in "
@@ -122,4 +127,7 @@ def _is_auxiliary(module: Any) -> bool:
 
 
 def _is_lora(module: Any) -> bool:
-    return hasattr(module, "lora_A") and hasattr(module, "base_layer")
+    """Plain LoRA's layer, and none that only has parts of the same name, such as AdaLoRA's."""
+    if not hasattr(module, "base_layer") or not isinstance(getattr(module, "lora_A", None), nn.ModuleDict):
+        return False
+    return isinstance(getattr(module, "lora_B", None), nn.ModuleDict)

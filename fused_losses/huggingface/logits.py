@@ -24,6 +24,10 @@ class LogitsNotKept(RuntimeError):
     """Something was asked of the logits that only real ones can answer."""
 
 
+class AttributeNotKept(LogitsNotKept, AttributeError):
+    """The same, where it was an attribute, so that `hasattr` answers False."""
+
+
 @dataclass(frozen=True)
 class LogitMap:
     """What a model does to the logits after its head: z ↦ scale · z, or where capped, cap · tanh(scale · z)."""
@@ -53,44 +57,61 @@ class _Explained(type):
         return f"stand-in for the logits of a model patched by fused_losses, which forms none; {KEEP}"
 
 
+class HeadCall:
+    """One call of a head: what its stand-ins need while the model's forward runs, and what is left of it afterwards."""
+
+    def __init__(self, call: Any, hidden: Tensor) -> None:
+        self.call = call  # has evaluate(logits, target, ...), real(logits) or None, heads, model_name
+        self.hidden: Any = hidden
+        self.index = len(call.heads)  # among the calls of this forward
+        self.predictions: Tensor | None = None  # [rows] of the head's input, flattened; −1 without a label
+        self.model_name = call.model_name
+        call.heads.append(self)
+
+    def close(self) -> None:
+        """The forward is over. Weights may move now, so nothing more is computed; hidden states are not kept alive."""
+        self.call = self.hidden = None
+
+
 class DeferredLogits(metaclass=_Explained):
     """Logits [..., V] of a head that has been called but has not multiplied yet.
 
-    Holds the head's input and, for each row of logits, the row of that input which it belongs to. `argmax(-1)` gives the
-    predictions of the fused pass once the loss is computed, −1 where the label is ignored.
+    Holds, for each row of logits, the row of the head's input which it belongs to. `argmax(-1)` gives the predictions of the fused pass
+    once the loss is computed, −1 where the label is ignored. A stand-in can be copied, pickled and moved as logits can.
     """
 
     def __init__(
         self,
-        call: Any,
-        hidden: Tensor,
+        origin: HeadCall,
         vocabulary: int,
+        lead: Any,
+        device: torch.device,
+        dtype: torch.dtype,
         positions: Tensor | None = None,
         map: LogitMap | None = None,
-        dtype: torch.dtype | None = None,
         width: int | None = None,
         detached: bool = False,
-        whole: bool = False,
+        whole: bool = True,
     ) -> None:
-        self.call = call  # has evaluate(logits, target, ...), predictions(logits), and real(logits) or None
-        self.hidden = hidden
-        self.whole = positions is None or whole  # every row of the head's input, in order
+        self.origin = origin
         self.vocabulary = vocabulary  # of the head
+        self.lead = torch.Size(lead)  # of the head's input
+        self.device, self.dtype = device, dtype
         self.width = vocabulary if width is None else width  # of these logits, where padding was cut off
-        lead = hidden.shape[:-1]
         if positions is None:
-            positions = torch.arange(lead.numel(), device=hidden.device).view(lead)
+            positions = torch.arange(self.lead.numel(), device=device).view(self.lead)
         self.positions = positions  # row of the head's input, flattened, for each row of logits
         self.map = map or LogitMap()
-        self.dtype = dtype or hidden.dtype
         self.detached = detached
+        self.whole = whole  # every row of the head's input, in order
+
+    @property
+    def hidden(self) -> Tensor:
+        """The head's input."""
+        return self.origin.hidden
 
     def _with(self, **changes: Any) -> DeferredLogits:
-        state = {
-            name: getattr(self, name)
-            for name in ("call", "hidden", "vocabulary", "positions", "map", "dtype", "width", "detached", "whole")
-        }
-        return DeferredLogits(**{**state, **changes})
+        return DeferredLogits(**{**vars(self), **changes})
 
     def __repr__(self) -> str:
         return f"DeferredLogits(shape={list(self.shape)}, dtype={self.dtype}, map={self.map})"
@@ -100,10 +121,6 @@ class DeferredLogits(metaclass=_Explained):
     @property
     def shape(self) -> torch.Size:
         return torch.Size((*self.positions.shape, self.width))
-
-    @property
-    def device(self) -> torch.device:
-        return self.hidden.device
 
     @property
     def ndim(self) -> int:
@@ -134,9 +151,10 @@ class DeferredLogits(metaclass=_Explained):
             torch.device(w) for w in wanted if isinstance(w, (str, int, torch.device)) and not isinstance(w, bool)
         ]
         devices += [w.device for w in wanted if isinstance(w, Tensor)]
-        if any(d.type != self.device.type or (d.index or 0) != (self.device.index or 0) for d in devices):
-            return self._otherwise("to", lambda z: z.to(*args, **kwargs), f"a move from {self.device} to {devices[0]}")
-        return self._with(dtype=dtypes[0]) if dtypes else self
+        changes: dict[str, Any] = {"dtype": dtypes[0]} if dtypes else {}
+        if devices:
+            changes["device"] = devices[0]
+        return self._with(**changes) if changes else self
 
     def type_as(self, other: Tensor) -> Any:
         return self.to(other)
@@ -146,6 +164,12 @@ class DeferredLogits(metaclass=_Explained):
 
     def detach(self) -> DeferredLogits:
         return self._with(detached=True)
+
+    def cpu(self) -> DeferredLogits:
+        return self._with(device=torch.device("cpu"))
+
+    def __len__(self) -> int:
+        return self.shape[0]
 
     # --- what is noted
 
@@ -202,8 +226,9 @@ class DeferredLogits(metaclass=_Explained):
 
     def argmax(self, dim: int | None = None, keepdim: bool = False) -> Any:
         if dim in (-1, self.ndim - 1):
-            predictions = self.call.predictions(self)
-            if predictions is not None:
+            if self.origin.predictions is not None:
+                positions = self.positions.to(self.origin.predictions.device)
+                predictions = self.origin.predictions[positions].to(self.device)
                 return predictions[..., None] if keepdim else predictions
             return self._otherwise("argmax", lambda z: z.argmax(dim, keepdim), "argmax before the loss is computed")
         return self._otherwise("argmax", lambda z: z.argmax(dim, keepdim), f"argmax along dimension {dim}")
@@ -228,6 +253,11 @@ class DeferredLogits(metaclass=_Explained):
             raise TypeError(
                 f"labels: expected an int64 tensor of token ids, got {what}; convert them with labels.long()"
             )
+        if self.origin.call is None:
+            raise LogitsNotKept(
+                f"cross_entropy was asked of the logits of {self.origin.model_name} after its forward, and the patched loss forms no "
+                f"logits: take outputs.loss, or patch with the objective that you want; {KEEP}"
+            )
         if unusual or self.detached:
             what = ", ".join(unusual) or "logits without a gradient"
             raise LogitsNotKept(
@@ -238,30 +268,48 @@ class DeferredLogits(metaclass=_Explained):
                 f"labels: expected one for each of the {self.positions.numel()} rows of logits {list(self.shape)}, got shape "
                 f"{list(target.shape)}; labels must be as long as the inputs"
             )
-        return self.call.evaluate(self, target, ignore_index, reduction)
+        return self.origin.call.evaluate(self, target, ignore_index, reduction).to(self.device)
 
     # --- everything else
 
     def _otherwise(self, name: str, function: Callable[[Tensor], Any], what: str = "") -> Any:
         """The same of real logits where they are kept, else an error."""
-        real = self.call.real(self)
+        real = self._real()
         if real is None:
-            raise LogitsNotKept(
-                f"{self.call.model_name} asks for {what or name} of its logits after labels were given, and the patched "
-                f"loss forms no logits; {KEEP}"
-            )
+            raise LogitsNotKept(self._refusal(what or name))
         return function(real)
 
+    def _real(self) -> Tensor | None:
+        return None if self.origin.call is None else self.origin.call.real(self)
+
+    def _refusal(self, what: str) -> str:
+        return f"{self.origin.model_name} asks for {what} of its logits after labels were given, and the patched loss forms no logits; {KEEP}"
+
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or not hasattr(Tensor, name):
-            raise AttributeError(name)
-        return self._otherwise(name, lambda z: getattr(z, name))
+        if name.startswith("__") or name in _STATE or not hasattr(Tensor, name):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        real = self._real()
+        if real is None:
+            raise AttributeNotKept(self._refusal(name))
+        return getattr(real, name)
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._otherwise("__array__", lambda z: z.__array__(*args, **kwargs), "a numpy array")
+
+    def __eq__(self, other: object) -> Any:
+        return self._otherwise("__eq__", lambda z: z == other) if other is not None else False
+
+    def __ne__(self, other: object) -> Any:
+        return self._otherwise("__ne__", lambda z: z != other) if other is not None else True
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if function is F.cross_entropy and args and isinstance(args[0], DeferredLogits):
-            return args[0].cross_entropy(*args[1:], **kwargs)
+        if function is F.cross_entropy:
+            if not args and "input" in kwargs:
+                args = (kwargs.pop("input"),)
+            if args and isinstance(args[0], DeferredLogits):
+                return args[0].cross_entropy(*args[1:], **kwargs)
         name = getattr(function, "__name__", str(function))
         method = _METHODS.get(name)
         if method is not None and isinstance(args[0], DeferredLogits):
@@ -273,7 +321,7 @@ class DeferredLogits(metaclass=_Explained):
         def real_of(value: Any) -> Any:
             if isinstance(value, DeferredLogits):
                 found.append(value)
-                return value.call.real(value)
+                return value._real()
             return type(value)(map(real_of, value)) if isinstance(value, (list, tuple)) else value
 
         args, kwargs = tuple(map(real_of, args)), {key: real_of(value) for key, value in kwargs.items()}
@@ -283,7 +331,7 @@ class DeferredLogits(metaclass=_Explained):
 
 _METHODS = {
     "tanh": "tanh", "mul": "__mul__", "multiply": "__mul__", "div": "__truediv__", "true_divide": "__truediv__",
-    "divide": "__truediv__", "argmax": "argmax", "reshape": "reshape", "detach": "detach",
+    "divide": "__truediv__", "argmax": "argmax", "reshape": "reshape", "detach": "detach", "eq": "__eq__", "ne": "__ne__",
 }  # fmt: skip
 
 
@@ -294,7 +342,7 @@ def _operator(name: str) -> Callable[..., Any]:
     return operation
 
 
-for _name in ("add", "radd", "sub", "rsub", "rtruediv", "pow", "neg", "matmul", "eq", "ne", "lt", "le", "gt", "ge", "iter", "len", "bool", "setitem"):  # fmt: skip
+for _name in ("add", "radd", "sub", "rsub", "rtruediv", "pow", "neg", "matmul", "lt", "le", "gt", "ge", "iter", "bool", "setitem"):  # fmt: skip
     setattr(DeferredLogits, f"__{_name}__", _operator(f"__{_name}__"))
 DeferredLogits.__hash__ = object.__hash__  # type: ignore[method-assign]
 
@@ -324,4 +372,16 @@ def _split(index: Any, ndim: int) -> tuple[Any, slice | None]:
     return (parts[:-1], last) if isinstance(last, slice) else (_NEVER, None)
 
 
+_STATE = {
+    "origin",
+    "positions",
+    "width",
+    "map",
+    "detached",
+    "whole",
+    "lead",
+    "device",
+    "dtype",
+    "vocabulary",
+}  # while one is unpickled
 _NEVER = object()  # no tensor can be indexed with it: refused

@@ -1,10 +1,11 @@
-"""The frozen original model of LAwF and ASFT: where its hidden states come from."""
+"""The frozen original model of LAwF and ASFT: which one it is, and where its hidden states come from."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,40 +16,63 @@ from torch import Tensor, nn
 
 from ..head import LMHead
 from ..objectives import Objective
-from . import sharding
-from .cache import model_facts
+from . import adapters, sharding
+from .adapters import VirtualTokens
+from .alignment import Alignment
 from .deferral import HeadModule
+from .digest import model_facts
 from .heads import check_head, innermost, read_head
-from .logits import DeferredLogits, LogitMap
+from .logits import DeferredLogits, HeadCall, LogitMap
 from .rows import CachedRows
 
-NAMES = ("adapter-off", "start")
+NAMES = ("base", "start", "adapter-off")
 
 
 @dataclass
 class ReferenceStates:
-    """The reference's hidden states for one batch, in the layout of the head's input."""
+    """What the reference's head got for one batch: hidden states for each call of it, in order."""
 
     source: Source
-    hidden: Tensor
+    hidden: list[Tensor]
+    virtual: int = 0  # tokens that only the trained model sees, before each row
 
-    def at(self, logits: DeferredLogits, module: nn.Module, head: LMHead) -> tuple[Tensor, LMHead]:
-        """Hidden states and head of the reference for these logits' rows; within a call of the trained head's module."""
-        if self.hidden.shape[:-1] != logits.hidden.shape[:-1]:
+    def of(self, origin: HeadCall) -> Tensor:
+        if origin.index >= len(self.hidden):
             raise ValueError(
-                f"reference: its head saw tokens of shape {list(self.hidden.shape[:-1])}, the model's {list(logits.hidden.shape[:-1])}; "
+                f"reference: {origin.model_name} called its head {origin.index + 1} times, the reference {len(self.hidden)}, so there is "
+                "nothing to compare with; such a model (multi-token prediction) needs an objective without a reference"
+            )
+        return self.hidden[origin.index]
+
+    def fits(self, logits: DeferredLogits) -> bool:
+        """Whether both heads saw the same rows in the same order."""
+        return not self.virtual and self.of(logits.origin).shape[:-1] == logits.lead
+
+    def at(self, logits: DeferredLogits, alignment: Alignment | None) -> tuple[Tensor, Tensor | None]:
+        """The reference's hidden states for these logits' rows, and which of these it predicts; None for all."""
+        hidden = self.of(logits.origin)
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        if self.fits(logits):
+            return (flat if logits.whole else flat.index_select(0, logits.positions.reshape(-1))), None
+        if alignment is None or hidden.shape[:-1] != (alignment.shape[0], alignment.shape[1] - self.virtual):
+            raise ValueError(
+                f"reference: its head saw tokens of shape {list(hidden.shape[:-1])}, the model's {list(logits.lead)}; "
                 "both must see the same tokens"
             )
-        rows = logits.rows_of(self.hidden).to(logits.hidden.device)
-        return rows, self.source.head(module, rows, logits, head)
-
-    def within(self, compute: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        """`compute`, called while the reference's head has its weight."""
-        return self.source.within(compute, self.hidden)
+        positions = logits.positions.reshape(-1)
+        column = alignment.column()[positions].to(hidden.device) - self.virtual
+        row = alignment.row_of_batch()[positions].to(hidden.device)
+        known = (column >= 0) & (alignment.index[positions] >= 0).to(hidden.device)
+        return flat.index_select(0, row * hidden.shape[1] + column.clamp(min=0)), known
 
 
 class Source:
-    """A way to the reference's hidden states."""
+    """A way to the reference's hidden states.
+
+    `before`: it runs before the model's forward, else where that forward computes its loss, so under the autocast that is in force there.
+    """
+
+    alone = False  # its forward switches parts of the trained model, so that no other thread may run that meanwhile
 
     def __init__(self, cache: Any) -> None:
         self.cache = None if cache is None else CachedRows(cache)
@@ -59,49 +83,56 @@ class Source:
         twin.cache = None if self.cache is None else CachedRows(self.cache.directory)
         return twin
 
-    def states(
-        self, model: nn.Module, patch: Any, args: tuple, kwargs: dict, head: Any, labels: Tensor
-    ) -> ReferenceStates:
+    @property
+    def before(self) -> bool:
+        return False
+
+    def states(self, call: Any, device: torch.device) -> ReferenceStates:
         """One forward of the reference's body on the same inputs, or what the cache has of it."""
-        self.begin(model)
-        args, kwargs = without_labels(patch, args, kwargs)
+        model = call.model
+        self.begin(call, device)
+        inputs, virtual = reference_inputs(call)
+        labels = call.labels[:, virtual:] if virtual else call.labels
+        found: list[Tensor] = []
 
         def compute() -> Tensor:
             with torch.no_grad():
-                return self.forward(model, patch, args, kwargs, head)
+                found.extend(self.forward(call, inputs))
+            return found[0]
 
         if self.cache is None:
-            return ReferenceStates(self, compute())
+            compute()
+            return ReferenceStates(self, found, virtual)
         if sharding.is_sharded_model(self.model(model)):
             raise ValueError(
                 "reference_cache: the reference is sharded, so all ranks must run its forward together and none can skip it; leave "
                 "reference_cache out, or give a reference that is whole on each rank"
             )
-
-        def precision() -> str:  # under the same wrappers as the forward
-            kind = labels.device.type
-            return str((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)))
-
-        context = patch.run_instead(model, precision, (), {})
+        kind = labels.device.type
+        context = str((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)))
         hidden = self.cache.states(
-            compute, lambda: self.tensors(model), self.description(model), args, kwargs, labels, context
+            compute, lambda: self.tensors(model), self.description(model), (), inputs, labels, context
         )
-        return ReferenceStates(self, hidden)
+        if len(found) > 1:
+            raise ValueError("reference_cache: the reference calls its head several times; leave reference_cache out")
+        return ReferenceStates(self, [hidden], virtual)
 
     def model(self, trained: nn.Module) -> nn.Module:
         """The model whose forward gives the states."""
         return trained
 
-    def begin(self, model: nn.Module) -> None:
-        """Checks that need the model as it is when the first batch comes."""
+    def begin(self, call: Any, device: torch.device) -> None:
+        """Checks that need the model as it is when a batch comes. `device`: of the trained head's input."""
 
-    def forward(self, model: nn.Module, patch: Any, args: tuple, kwargs: dict, head: Any) -> Tensor:
+    def forward(self, call: Any, inputs: dict) -> list[Tensor]:
         raise NotImplementedError
 
     def head(self, module: nn.Module, rows: Tensor, logits: DeferredLogits, head: LMHead) -> LMHead:
+        """The reference's head for these rows; within a call of the trained head's module."""
         raise NotImplementedError
 
     def within(self, compute: Callable[[Tensor], Tensor], hidden: Tensor) -> Callable[[Tensor], Tensor]:
+        """`compute`, called while the reference's head has its weight."""
         return compute
 
     def tensors(self, model: nn.Module) -> Iterable[tuple[str, Tensor]]:
@@ -112,89 +143,129 @@ class Source:
         return model_facts(model)
 
 
-class AdapterOff(Source):
-    """The model under its PEFT adapter; where that was trained before, with a frozen copy of it."""
+class Base(Source):
+    """The trained model without its adapters."""
 
-    def __init__(self, model: nn.Module, cache: Any) -> None:
+    alone = True
+
+    def __init__(self, model: nn.Module, outer: nn.Module | None, cache: Any, name: str = "base") -> None:
         super().__init__(cache)
-        self.frozen: dict[str, Tensor] | None = None  # the adapter's parameters at the start, None: it changed nothing
-        self.frozen_head: dict[str, Tensor] = {}  # those of the head, by their names in its module
-        self.begun: list | None = None  # what the adapter was then
-        self.late = not any(_adapted(model))  # the adapter comes after the patch
-        if not self.late:
-            self.begin(model)
+        self.name = name
+        self.warned = name != "adapter-off"
+        if self._has_adapters(model, outer):
+            self._check(model, outer)
 
-    def begin(self, model: nn.Module) -> None:
-        if not any(_adapted(model)):
-            raise ValueError(
-                "reference='adapter-off': the model has no PEFT adapter whose layers could be switched off (prompt learning has none); "
-                "add one with peft.get_peft_model, or take reference='start'"
-            )
-        adapter = {id(p) for layer in _adapted(model) for p in _adapter_parameters(layer)}
-        trained = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in adapter]
+    @property
+    def before(self) -> bool:
+        """Not inside the model's own forward, which FSDP would not bear; but a cache must know the autocast in there, and is of no shards."""
+        return self.cache is None
+
+    def _has_adapters(self, model: nn.Module, outer: nn.Module | None) -> bool:
+        return adapters.has_layers(model) or (outer is not None and hasattr(outer, "peft_config"))
+
+    def _check(self, model: nn.Module, outer: nn.Module | None) -> None:
+        own = adapters.parameters(model)
+        trained = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in own]
         if trained:
             raise ValueError(
-                f"reference='adapter-off': {len(trained)} parameters outside the adapter are trained ({', '.join(trained[:3])}), so the model "
+                f"reference={self.name!r}: {len(trained)} parameters outside the adapter are trained ({', '.join(trained[:3])}), so the model "
                 "without it does not stay what it is; freeze them, or take reference='start'"
             )
-        now = [(name, list(layer.active_adapters)) for name, layer in _named_adapted(model)]
-        if self.begun is not None:
-            if now != self.begun:
-                raise ValueError(
-                    "reference='adapter-off': the model has other adapters, or others are active, than when its reference was taken; "
-                    "fused_losses.unpatch(model), and patch again"
-                )
-            return
-        if not _is_at_its_start(model):
-            if self.late:
-                raise ValueError(
-                    "reference='adapter-off': the adapter came after the patch and is not at its start (trained before, or a checkpoint was "
-                    "loaded), so what it started from is unknown; patch after PEFT and before a checkpoint is loaded, or give the original "
-                    "model as reference="
-                )
-            named = {name: p for name, p in model.named_parameters() if id(p) in adapter}
-            if any(type(p).__name__ == "DTensor" for p in named.values()):
-                raise ValueError(
-                    "reference='adapter-off': the adapter was trained before and is sharded now, so no copy can be frozen; give the model "
-                    "that you start from as reference="
-                )
-            self.frozen = {name: p.detach().clone() for name, p in named.items()}
-            module = model.get_output_embeddings()  # type: ignore[operator]
-            prefix = next(f"{name}." for name, m in model.named_modules() if m is module)
-            self.frozen_head = {n.removeprefix(prefix): v for n, v in self.frozen.items() if n.startswith(prefix)}
-        self.begun = now
+        warned, self.warned = self.warned, True
+        if not warned and not adapters.at_start(model):
+            warnings.warn(
+                "reference='adapter-off' is the model without its adapter, and the adapter has been trained already, so the reference is not "
+                "the model as it is now: take reference='start' for that, or reference='base' if the original is meant",
+                UserWarning,
+                stacklevel=5,
+            )
 
-    def forward(self, model: nn.Module, patch: Any, args: tuple, kwargs: dict, head: Any) -> Tensor:
-        with _evaluating(model), _captured(head) as captured:
-            if self.frozen is not None:
-                if sharding.hooks_set_parameters(model):
-                    raise ValueError(
-                        "reference='adapter-off': the adapter was trained before and the model is sharded now; give the model that you start "
-                        "from as reference="
-                    )
-                with _adapters(model, on=True):
-                    return captured(torch.func.functional_call(model, self.frozen, args, kwargs))
-            with _adapters(model, on=False):
-                return captured(patch.run(model, *args, **kwargs))
+    def begin(self, call: Any, device: torch.device) -> None:
+        if not self._has_adapters(call.model, call.outer):
+            raise ValueError(
+                f"reference={self.name!r}: the model has no PEFT adapter, so there is nothing to switch off; add one with "
+                "peft.get_peft_model, or take reference='start'"
+            )
+        self._check(call.model, call.outer)
+
+    def forward(self, call: Any, inputs: dict) -> list[Tensor]:
+        with _evaluating(call.model), _captured(call.head) as captured, adapters.off(call.model, call.outer):
+            return captured.states(call.run(**inputs))
 
     def head(self, module: nn.Module, rows: Tensor, logits: DeferredLogits, head: LMHead) -> LMHead:
         with torch.no_grad():
-            if self.frozen is None:
-                return read_head(module, rows, head.logit_scale, head.softcap, logits.width, adapters="off")
-            return read_head(module, rows, head.logit_scale, head.softcap, logits.width, adapters=self.frozen_head)
-
-    def description(self, model: nn.Module) -> tuple[str, ...]:
-        return *model_facts(model), *(_adapter_facts(model) if self.frozen else ())
+            return read_head(module, rows, head.logit_scale, head.softcap, logits.width, adapters="off")
 
     def tensors(self, model: nn.Module) -> Iterable[tuple[str, Tensor]]:
-        adapter = {id(p) for layer in _adapted(model) for p in _adapter_parameters(layer)}
-        yield from ((n, p) for n, p in model.named_parameters() if id(p) not in adapter)
+        own = adapters.parameters(model)
+        yield from ((n, p) for n, p in model.named_parameters() if id(p) not in own)
         yield from model.named_buffers()
-        yield from ((f"frozen {name}", value) for name, value in (self.frozen or {}).items())
+
+
+class Frozen(Base):
+    """The trained model with its adapters, and what else is trained, as they were when it was patched."""
+
+    def __init__(self, model: nn.Module, outer: nn.Module | None, cache: Any) -> None:
+        own = adapters.parameters(model)
+        named = {name: p for name, p in model.named_parameters() if id(p) in own or p.requires_grad}
+        if any(type(p).__name__ == "DTensor" for p in named.values()) or sharding.hooks_set_parameters(model):
+            raise ValueError(
+                "reference='start': the model is sharded already, so this rank cannot copy its adapter; patch before it is sharded, or give "
+                "the model that you start from as reference="
+            )
+        self.frozen = {name: p.detach().clone() for name, p in named.items()}
+        module = model.get_output_embeddings()  # type: ignore[operator]
+        prefix = next(f"{name}." for name, m in model.named_modules() if m is module)
+        self.frozen_head = {n.removeprefix(prefix): v for n, v in self.frozen.items() if n.startswith(prefix)}
+        self.begun = adapters.active(model)
+        super().__init__(model, outer, cache, "start")
+
+    def _check(self, model: nn.Module, outer: nn.Module | None) -> None:
+        if adapters.active(model) != self.begun:
+            raise ValueError(
+                "reference='start': the model has other adapters, or others are active, than when its reference was taken; "
+                "fused_losses.unpatch(model), and patch again"
+            )
+        late = [name for name, p in model.named_parameters() if p.requires_grad and name not in self.frozen]
+        if late:
+            raise ValueError(
+                f"reference='start': {len(late)} parameters are trained that were not when the reference was taken ({', '.join(late[:3])}); "
+                "fused_losses.unpatch(model), and patch again once all that will be trained requires a gradient"
+            )
+
+    def forward(self, call: Any, inputs: dict) -> list[Tensor]:
+        if sharding.hooks_set_parameters(call.model):
+            raise ValueError(
+                "reference='start': the adapter was trained before and the model is sharded now; give the model that you start from as "
+                "reference="
+            )
+        with _evaluating(call.model), _captured(call.head) as captured, adapters.on(call.model):
+            frozen = self._here(call.model)
+            return captured.states(call.run_with(lambda: torch.func.functional_call(call.model, frozen, (), inputs)))
+
+    def _here(self, model: nn.Module) -> dict[str, Tensor]:
+        """The copies, on the devices of what they stand for."""
+        places = {name: p.device for name, p in model.named_parameters() if name in self.frozen}
+        self.frozen = {name: v.to(places.get(name, v.device)) for name, v in self.frozen.items()}
+        self.frozen_head = {name: v.to(next(iter(places.values()), v.device)) for name, v in self.frozen_head.items()}
+        return self.frozen
+
+    def head(self, module: nn.Module, rows: Tensor, logits: DeferredLogits, head: LMHead) -> LMHead:
+        frozen = {name: v.to(rows.device) for name, v in self.frozen_head.items()}
+        with torch.no_grad():
+            return read_head(module, rows, head.logit_scale, head.softcap, logits.width, adapters=frozen or "active")
+
+    def description(self, model: nn.Module) -> tuple[str, ...]:
+        return *model_facts(model), *adapters.facts(model)
+
+    def tensors(self, model: nn.Module) -> Iterable[tuple[str, Tensor]]:
+        yield from ((n, p) for n, p in model.named_parameters() if n not in self.frozen)
+        yield from model.named_buffers()
+        yield from ((f"frozen {name}", value) for name, value in self.frozen.items())
 
 
 class OtherModel(Source):
-    """Another model, or a frozen copy of this one."""
+    """Another model, or a frozen copy of this one; run by its own forward."""
 
     def __init__(self, model: nn.Module, other: Any, cache: Any, own: bool = False) -> None:
         super().__init__(cache)
@@ -206,8 +277,9 @@ class OtherModel(Source):
             raise TypeError(f"reference: expected a transformers model with an LM head, got {name}")
         if base is model:
             raise ValueError(
-                "reference: is the trained model itself; give reference='start' for a frozen copy of it, or 'adapter-off' with PEFT"
+                "reference: is the trained model itself; give reference='start' for a frozen copy of it, or 'base' with PEFT"
             )
+        self.base = base
         self.module = base.get_output_embeddings()
         check_head(self.module, name)
         heads: list[Any] = [model.get_output_embeddings(), self.module]  # type: ignore[operator]
@@ -217,42 +289,52 @@ class OtherModel(Source):
                 f"reference: its vocabulary has {theirs} tokens, the model's {ours}; both need the same tokenizer (resize_token_embeddings "
                 "changes the head of one)"
             )
-        self.map: LogitMap | None = None  # known after a first forward
+        self.maps: list[LogitMap | None] = []  # of each call of its head; known after a first forward
 
     def model(self, trained: nn.Module) -> nn.Module:
         return self.other
 
-    def begin(self, model: nn.Module) -> None:
-        if self.own:
-            device = next(model.parameters()).device
-            if next(self.other.parameters()).device != device:
-                self.other.to(device)
+    def begin(self, call: Any, device: torch.device) -> None:
+        embeddings = call.inputs.get("inputs_embeds")
+        width = self.base.get_input_embeddings().weight.shape[-1]
+        if isinstance(embeddings, Tensor) and embeddings.shape[-1] != width:
+            raise ValueError(
+                f"inputs_embeds: are of the model's width {embeddings.shape[-1]}, the reference has {width}; give input_ids, which both embed "
+                "by themselves"
+            )
+        where = next(self.other.parameters()).device
+        if self.own and where not in (device, torch.device("meta")) and not hasattr(self.base, "_hf_hook"):
+            self.other.to(device)
 
-    def states(self, model, patch, args, kwargs, head, labels) -> ReferenceStates:
-        if self.map is None and self.cache is not None:
+    def states(self, call: Any, device: torch.device) -> ReferenceStates:
+        if not self.maps and self.cache is not None:
             cache, self.cache = self.cache, None
             try:
-                return super().states(model, patch, args, kwargs, head, labels)
+                return super().states(call, device)
             finally:
                 self.cache = cache
-        return super().states(model, patch, args, kwargs, head, labels)
+        return super().states(call, device)
 
-    def forward(self, model: nn.Module, patch: Any, args: tuple, kwargs: dict, head: Any) -> Tensor:
+    def forward(self, call: Any, inputs: dict) -> list[Tensor]:
         device = next(self.other.parameters()).device
-        args = tuple(a.to(device) if isinstance(a, Tensor) else a for a in args)
-        kwargs = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in kwargs.items()}
-        with _evaluating(self.other), _captured(HeadModule(self.module, self.other)) as captured:
-            hidden = captured(patch.run_instead(model, self.other, args, kwargs))
-        self.map = captured.map
-        return hidden
+        if device.type != "meta":  # else its own hooks bring its weights and inputs together
+            inputs = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in inputs.items()}
+        accepted = inspect.signature(self.base.forward).parameters
+        if "use_cache" not in accepted:
+            inputs.pop("use_cache", None)
+        with _evaluating(self.other), _captured(HeadModule(self.module, self.base)) as captured:
+            hidden = captured.states(self.other(**inputs))
+        self.maps = captured.maps
+        prompt = VirtualTokens.of(self.other)
+        return [x[:, prompt.before(x) :] for x in hidden] if prompt else hidden
 
     def within(self, compute: Callable[[Tensor], Tensor], hidden: Tensor) -> Callable[[Tensor], Tensor]:
-        """In a call of the reference's head where that gathers it; the hooks also gather it for backward."""
-        if not sharding.gathers(self.module):
+        """In a call of the reference's head where hooks bring its weight; they do so for backward too."""
+        head = HeadModule(self.module, self.base)
+        if not head.gathers:
             return compute
 
         def call(own: Tensor) -> Tensor:
-            head = HeadModule(self.module, self.other)
             with head.deferred(None):
                 return head(hidden, lambda _: compute(own))
 
@@ -260,12 +342,17 @@ class OtherModel(Source):
 
     def head(self, module: nn.Module, rows: Tensor, logits: DeferredLogits, head: LMHead) -> LMHead:
         weight = innermost(self.module).weight
-        if sharding.is_sharded(weight) and not sharding.spreads(self.module, self.other):  # type: ignore[arg-type]
+        if sharding.is_sharded(weight) and not sharding.spreads(self.module, self.base):  # type: ignore[arg-type]
             raise ValueError(
                 "reference: its LM head is sharded outside of its own forward; give it a group of its own, "
                 "fully_shard(reference.lm_head), before fully_shard(reference)"
             )
-        logit_scale, softcap = self.map.arguments()
+        known = self.maps[logits.origin.index] if logits.origin.index < len(self.maps) else None
+        if known is None:
+            raise ValueError(
+                f"reference: its forward gives no logits of call {logits.origin.index + 1} of its head, so what it does to them is unknown"
+            )
+        logit_scale, softcap = known.arguments()
         rows = rows.to(weight.device)  # type: ignore[arg-type]
         with torch.no_grad(), _evaluating(self.other):
             return read_head(self.module, rows, logit_scale, softcap, logits.width)
@@ -275,11 +362,13 @@ class OtherModel(Source):
         yield from self.other.named_buffers()
 
     def description(self, model: nn.Module) -> tuple[str, ...]:
-        return *model_facts(self.other), *_adapter_facts(self.other)
+        return *model_facts(self.other), *adapters.facts(self.other)
 
 
-def find_source(model: nn.Module, loss: Objective, reference: Any, cache: Any) -> Source | None:
-    """What `patch(reference=...)` says, checked against what the loss needs."""
+def find_source(
+    model: nn.Module, outer: nn.Module | None, loss: Objective, reference: Any, cache: Any
+) -> Source | None:
+    """What `patch(reference=...)` says, checked against what the loss needs. `outer`: the PEFT model around `model`, where it is known."""
     takes = "reference" in inspect.signature(type(loss).forward).parameters
     needs = takes and type(loss).forward is not Objective.forward
     name = type(loss).__name__
@@ -288,8 +377,8 @@ def find_source(model: nn.Module, loss: Objective, reference: Any, cache: Any) -
     if reference is None:
         if needs:
             raise ValueError(
-                f"{name} compares with a frozen original model: give reference='adapter-off' (PEFT), reference='start' (a frozen copy of this "
-                "model), or another model"
+                f"{name} compares with a frozen original model: give reference='base' (the model without its PEFT adapter), "
+                "reference='start' (the model as it is now), or another model"
             )
         if cache is not None:
             raise ValueError("reference_cache: given without a reference; there is nothing to keep")
@@ -302,63 +391,109 @@ def find_source(model: nn.Module, loss: Objective, reference: Any, cache: Any) -
         )
     if isinstance(reference, str):
         if reference not in NAMES:
-            raise ValueError(f"reference: expected {', '.join(map(repr, NAMES))} or a model, got {reference!r}")
-        if reference == "adapter-off":
-            return AdapterOff(model, cache)
+            raise ValueError(f"reference: expected 'base', 'start' or a model, got {reference!r}")
+        if reference != "start":
+            return Base(model, outer, cache, reference)
+        if adapters.has_layers(model) or (outer is not None and hasattr(outer, "peft_config")):
+            prompt = VirtualTokens.of(outer)
+            trained = any(p.requires_grad for p in model.parameters())
+            if (prompt and not trained) or (not prompt and adapters.at_start(model) and not _trains_more(model)):
+                return Base(model, outer, cache, "start")  # the same, without a copy
+            return Frozen(model, outer, cache)
         if sharding.is_sharded_model(model):
             raise ValueError(
                 "reference='start': the model is sharded already, so this rank cannot copy it; patch before fully_shard or ZeRO-3, or give "
                 "another model"
             )
-        return OtherModel(model, copy.deepcopy(model).requires_grad_(False), cache, own=True)
+        return OtherModel(model, frozen_copy(model), cache, own=True)
     if not isinstance(reference, nn.Module):
-        raise TypeError(
-            f"reference: expected {', '.join(map(repr, NAMES))} or a transformers model, got {type(reference).__name__}"
-        )
+        raise TypeError(f"reference: expected 'base', 'start' or a transformers model, got {type(reference).__name__}")
     return OtherModel(model, reference, cache)
 
 
-def without_labels(patch: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """The inputs of a forward that computes no loss and keeps no cache of keys and values."""
-    at = patch.position_of_labels
-    if at is not None and len(args) > at:
-        args = (*args[:at], None, *args[at + 1 :])
-    if kwargs.get("past_key_values") is not None:
-        raise ValueError(
-            "past_key_values: given together with labels and a reference, which would see them too (prefix tuning does that); train without, "
-            "or call the loss in a loop of your own"
-        )
+def _trains_more(model: nn.Module) -> bool:
+    own = adapters.parameters(model)
+    return any(p.requires_grad and id(p) not in own for p in model.parameters())
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """A copy without what others have wrapped around its forward, which may still call the model itself; but with accelerate's hooks."""
+    twin: Any = copy.deepcopy(model).requires_grad_(False)
+    state = vars(twin)
+    hook = state.pop("_hf_hook", None)
+    for name in ("forward", "_old_forward", "_original_forward"):
+        state.pop(name, None)
+    if hook is not None:
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(twin, hook)
+    return twin
+
+
+def reference_inputs(call: Any) -> tuple[dict, int]:
+    """The inputs of a forward of the reference, which computes no loss and keeps no cache of keys and values; and how many virtual tokens
+    of prompt learning it does not see."""
     dropped = ("labels", "shift_labels", "num_items_in_batch", "output_router_logits")
-    kwargs = {name: value for name, value in kwargs.items() if name not in dropped}
-    if "use_cache" in patch.accepted:
-        kwargs["use_cache"] = False
-    return args, kwargs
+    inputs = {name: value for name, value in call.inputs.items() if name not in dropped}
+    inputs["use_cache"] = False
+    if not call.patch.takes_any and "use_cache" not in call.patch.accepted:
+        del inputs["use_cache"]
+    prompt = call.prompt()
+    virtual = 0
+    if prompt is not None:
+        inputs, virtual = prompt.removed(inputs)
+    if inputs.get("past_key_values") is not None:
+        raise ValueError(
+            "past_key_values: given together with labels and a reference, which would see them too; train without, or call the loss in "
+            "a loop of your own"
+        )
+    embeddings = inputs.get("inputs_embeds")
+    if isinstance(embeddings, Tensor) and embeddings.requires_grad:
+        raise ValueError(
+            "inputs_embeds: require a gradient, so they are trained (a soft prompt?), and the frozen reference would see them; give input_ids, "
+            "or inputs_embeds.detach() if they are not trained. With PEFT's prompt learning patch the PEFT model, not the one inside"
+        )
+    return inputs, virtual
 
 
 class _Captured:
     """The call of a forward whose head is only asked for its input."""
 
     model_name = "the reference model"
-    map: LogitMap
 
-    def __call__(self, outputs: Any) -> Tensor:
-        values = list(outputs) if isinstance(outputs, tuple) else [outputs.get("logits")]
-        logits = next((v for v in values if isinstance(v, DeferredLogits)), None)
-        if logits is None:
+    def __init__(self) -> None:
+        self.heads: list[HeadCall] = []
+        self.maps: list[LogitMap | None] = []
+
+    def states(self, outputs: Any) -> list[Tensor]:
+        found = list(_stand_ins(outputs))
+        if not found:
             raise ValueError("reference: its forward did not give logits of its head")
-        if not logits.whole:
+        if not all(logits.whole for logits in found):
             raise ValueError("reference: its forward cuts its logits, which cannot be followed")
-        self.map = logits.map
-        return logits.hidden
-
-    def predictions(self, logits: DeferredLogits) -> None:
-        return None
+        maps = {logits.origin.index: logits.map for logits in found}
+        self.maps = [maps.get(origin.index) for origin in self.heads]
+        hidden = [origin.hidden for origin in self.heads]
+        for origin in self.heads:
+            origin.close()
+        return hidden
 
     def real(self, logits: DeferredLogits) -> None:
         return None
 
     def evaluate(self, *_: Any) -> Any:
         raise ValueError("reference: it computes a loss of its own")
+
+
+def _stand_ins(outputs: Any) -> Iterator[DeferredLogits]:
+    if isinstance(outputs, DeferredLogits):
+        yield outputs
+    elif isinstance(outputs, (tuple, list)):
+        for value in outputs:
+            yield from _stand_ins(value)
+    elif hasattr(outputs, "values") and not isinstance(outputs, Tensor):
+        for value in outputs.values():
+            yield from _stand_ins(value)
 
 
 @contextlib.contextmanager
@@ -379,78 +514,3 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def _named_adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The layers that PEFT has put around the model's own."""
-    for name, module in model.named_modules():
-        wraps = hasattr(module, "base_layer") or hasattr(module, "original_module")
-        if wraps and (hasattr(module, "enable_adapters") or hasattr(module, "modules_to_save")):
-            yield name, module
-
-
-def _adapted(model: nn.Module) -> Iterator[Any]:
-    return (layer for _, layer in _named_adapted(model))
-
-
-def _adapter_facts(model: nn.Module) -> tuple[str, ...]:
-    """How adapters are applied, which no tensor says."""
-    names = ("active_adapters", "disable_adapters", "merged", "scaling", "fan_in_fan_out", "use_rslora", "use_dora")
-    return tuple(str([(name, getattr(layer, name, None)) for name in names]) for layer in _adapted(model))
-
-
-def _adapter_parameters(layer: Any) -> Iterator[nn.Parameter]:
-    own = {id(p) for p in getattr(layer, "base_layer", layer).parameters()} if hasattr(layer, "base_layer") else set()
-    if hasattr(layer, "original_module"):
-        own |= {id(p) for p in layer.original_module.parameters()}
-    yield from (p for p in layer.parameters() if id(p) not in own)
-
-
-def _is_at_its_start(model: nn.Module) -> bool:
-    """Whether the adapter changes nothing yet: LoRA with B = 0, and no trained copies of modules."""
-    for layer in _adapted(model):
-        if hasattr(layer, "original_module"):
-            original = dict(layer.original_module.named_parameters())
-            for name in layer.active_adapters:
-                if name in getattr(layer, "modules_to_save", {}):
-                    for key, p in layer.modules_to_save[name].named_parameters():
-                        if key not in original or not torch.equal(p, original[key]):
-                            return False
-            continue
-        b = getattr(layer, "lora_B", None)
-        if b is None or (getattr(layer, "lora_variant", None) and not _dora_only(layer)):
-            return False
-        embedding = getattr(layer, "lora_embedding_B", {})
-        tensors = [module.weight for name, module in b.items() if name in layer.active_adapters]
-        tensors += [b.bias for n, b in b.items() if n in layer.active_adapters and b.bias is not None]
-        tensors += [p for name, p in embedding.items() if name in layer.active_adapters]
-        if any(bool(t.count_nonzero()) for t in tensors):
-            return False
-    return True
-
-
-def _dora_only(layer: Any) -> bool:
-    return all("Dora" in type(variant).__name__ for variant in layer.lora_variant.values())
-
-
-@contextlib.contextmanager
-def _adapters(model: nn.Module, on: bool) -> Iterator[None]:
-    """All adapters on or off; afterwards as they were."""
-    layers = list(_adapted(model))
-    if any(getattr(layer, "merged", False) for layer in layers):
-        raise ValueError(
-            "reference='adapter-off': the adapter is merged into the weights; call model.unmerge_adapter() first"
-        )
-    # Enabling sets requires_grad, also of what the user has frozen.
-    trained = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
-    switched = [layer for layer in layers if layer.disable_adapters == on]
-    for layer in switched:
-        layer.enable_adapters(on)
-    try:
-        yield
-    finally:
-        for layer in switched:
-            layer.enable_adapters(not on)
-        for p, flag in trained:
-            if p.requires_grad != flag:
-                p.requires_grad_(flag)

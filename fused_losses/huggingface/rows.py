@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cache import ReferenceCache, Unchanged, model_digest
+from .cache import ReferenceCache
+from .digest import Unchanged, model_digest
 
 
 class CachedRows:
