@@ -68,8 +68,8 @@ def references(model, inputs, counted, own=1):
 
 def test_second_epoch_runs_no_reference(tmp_path):
     model = adapted()
-    uncached = fl.patch(copy.deepcopy(model), fl.LAwFLoss(), reference="adapter-off")
-    fl.patch(model, fl.LAwFLoss(), reference="adapter-off", reference_cache=tmp_path)
+    uncached = fl.patch(copy.deepcopy(model), fl.LAwFLoss(), reference="base")
+    fl.patch(model, fl.LAwFLoss(), reference="base", reference_cache=tmp_path)
     counted, data = Counted(model), rows(9, 12, 7, 10)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
     order = [[(0, 1), (2, 3)], [(3, 0), (1, 2)], [(2, 0), (3, 1)]]
@@ -90,7 +90,7 @@ def test_second_epoch_runs_no_reference(tmp_path):
 def test_another_process_finds_it(tmp_path):
     inputs = batch(rows(9, 12))
     for ran_once in (1, 0):
-        model = fl.patch(adapted(), fl.LAwFLoss(), reference="adapter-off", reference_cache=tmp_path)
+        model = fl.patch(adapted(), fl.LAwFLoss(), reference="base", reference_cache=tmp_path)
         ran, _ = references(model, inputs, Counted(model))
         assert ran == ran_once
 
@@ -100,7 +100,9 @@ def test_another_process_finds_it(tmp_path):
 )
 def test_what_changed_is_not_served(tmp_path, change):
     trained = change in ("frozen adapter", "scaling")
-    model = fl.patch(adapted(trained), fl.LAwFLoss(), reference="adapter-off", reference_cache=tmp_path)
+    model = fl.patch(
+        adapted(trained), fl.LAwFLoss(), reference="start" if trained else "base", reference_cache=tmp_path
+    )
     data = rows(9, 9)
     model(**batch(data))
     options = dict(lora_alpha=3) if change == "scaling" else {}
@@ -123,16 +125,16 @@ def test_what_changed_is_not_served(tmp_path, change):
     inputs = batch(data)
     if change == "position":
         inputs["position_ids"] = torch.arange(9).expand(2, 9) + 1
-    fl.patch(model, fl.LAwFLoss(), reference="adapter-off", reference_cache=tmp_path)
+    fl.patch(model, fl.LAwFLoss(), reference="start" if trained else "base", reference_cache=tmp_path)
     ran, loss = references(model, inputs, Counted(model))
     assert ran == 1
-    plain = fl.patch(copy.deepcopy(fl.unpatch(model)), fl.LAwFLoss(), reference="adapter-off")
+    plain = fl.patch(copy.deepcopy(fl.unpatch(model)), fl.LAwFLoss(), reference="start" if trained else "base")
     assert torch.equal(plain(**inputs).loss, loss)
 
 
 def test_a_weight_changed_while_training(tmp_path):
     """Of a frozen weight, in place; the guard sees it."""
-    model = fl.patch(adapted(), fl.LAwFLoss(), reference="adapter-off", reference_cache=tmp_path)
+    model = fl.patch(adapted(), fl.LAwFLoss(), reference="base", reference_cache=tmp_path)
     counted, inputs = Counted(model), batch(rows(9, 12))
     assert [references(model, inputs, counted)[0] for _ in range(2)] == [1, 0]
     with torch.no_grad():
@@ -142,7 +144,7 @@ def test_a_weight_changed_while_training(tmp_path):
 
 @pytest.mark.parametrize("damage", ["truncated", "a byte", "empty", "of another row"])
 def test_damaged_files_are_made_again(tmp_path, damage):
-    model = fl.patch(adapted(), fl.LAwFLoss(), reference="adapter-off", reference_cache=tmp_path)
+    model = fl.patch(adapted(), fl.LAwFLoss(), reference="base", reference_cache=tmp_path)
     counted, inputs = Counted(model), batch(rows(9, 12))
     _, want = references(model, inputs, counted)
     one, other = sorted(Path(tmp_path).rglob("*.safetensors"))
@@ -176,7 +178,7 @@ def test_left_padding(tmp_path):
 
 
 def test_packed_rows_count_as_one(tmp_path):
-    model = fl.patch(adapted(), fl.LAwFLoss(), reference="adapter-off", reference_cache=tmp_path)
+    model = fl.patch(adapted(), fl.LAwFLoss(), reference="base", reference_cache=tmp_path)
     counted, ids = Counted(model), torch.cat(rows(5, 7))[None]
     inputs = dict(input_ids=ids, labels=ids, confidence=torch.zeros(ids.shape), use_cache=False)
     apart = torch.cat([torch.arange(5), torch.arange(7)])[None]
@@ -213,7 +215,7 @@ def test_another_model_with_an_adapter(tmp_path):
 
 
 def test_a_copy_looks_at_its_own_model(tmp_path):
-    model = fl.patch(adapted(), fl.LAwFLoss(), reference="adapter-off", reference_cache=tmp_path)
+    model = fl.patch(adapted(), fl.LAwFLoss(), reference="base", reference_cache=tmp_path)
     inputs = batch(rows(9, 12))
     model(**inputs)
     twin = copy.deepcopy(model)
@@ -223,7 +225,7 @@ def test_a_copy_looks_at_its_own_model(tmp_path):
 
 
 def test_autocast_has_states_of_its_own(tmp_path):
-    model = fl.patch(adapted(), fl.LAwFLoss(), reference="adapter-off", reference_cache=tmp_path)
+    model = fl.patch(adapted(), fl.LAwFLoss(), reference="base", reference_cache=tmp_path)
     counted, inputs = Counted(model), batch(rows(9, 12))
     ran = []
     for enabled in (True, False, True, False):
@@ -234,7 +236,7 @@ def test_autocast_has_states_of_its_own(tmp_path):
 
 def test_inputs_that_are_not_one_per_token(tmp_path):
     """Such as images, whose number may equal that of the rows: they are part of every row's key."""
-    model = fl.patch(adapted(), fl.LAwFLoss(), reference="adapter-off", reference_cache=tmp_path)
+    model = fl.patch(adapted(), fl.LAwFLoss(), reference="base", reference_cache=tmp_path)
     counted, inputs = Counted(model), batch(rows(9, 12))
     images = torch.zeros(2, 3)
     other = images.clone()
@@ -243,7 +245,7 @@ def test_inputs_that_are_not_one_per_token(tmp_path):
 
 
 def test_a_row_of_padding_alone(tmp_path):
-    model = fl.patch(adapted(), fl.LAwFLoss(), reference="adapter-off", reference_cache=tmp_path)
+    model = fl.patch(adapted(), fl.LAwFLoss(), reference="base", reference_cache=tmp_path)
     counted, inputs = Counted(model), batch(rows(9, 12))
     inputs["attention_mask"][0], inputs["labels"][0] = 0, -100
     assert [references(model, inputs, counted)[0] for _ in range(2)] == [1, 0]
@@ -259,7 +261,7 @@ def test_labels_at_padding(tmp_path):
 
 
 def test_inputs_without_a_digest_are_computed_each_time(tmp_path):
-    model = fl.patch(adapted(), fl.LAwFLoss(), reference="adapter-off", reference_cache=tmp_path)
+    model = fl.patch(adapted(), fl.LAwFLoss(), reference="base", reference_cache=tmp_path)
     counted, inputs = Counted(model), batch(rows(9, 12))
     assert [references(model, {**inputs, "note": [1]}, counted)[0] for _ in range(2)] == [1, 1]
     with pytest.raises(ValueError, match="past_key_values: given together with labels and a reference"):
@@ -268,7 +270,7 @@ def test_inputs_without_a_digest_are_computed_each_time(tmp_path):
 
 def test_directory(tmp_path):
     with pytest.raises(TypeError, match="reference_cache: expected a directory, got int"):
-        fl.patch(adapted(), fl.LAwFLoss(), reference="adapter-off", reference_cache=3)
+        fl.patch(adapted(), fl.LAwFLoss(), reference="base", reference_cache=3)
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"reference_cache: .*file cannot be a directory.*give another"):
-        fl.patch(adapted(), fl.LAwFLoss(), reference="adapter-off", reference_cache=tmp_path / "file")
+        fl.patch(adapted(), fl.LAwFLoss(), reference="base", reference_cache=tmp_path / "file")

@@ -376,7 +376,7 @@ class TestLogits:
         "use",
         [
             lambda z: z.softmax(-1), lambda z: z + 1, lambda z: torch.logsumexp(z, -1), lambda z: z[..., 3], lambda z: z[..., 2:],
-            lambda z: list(z), lambda z: z.argmax(1), lambda z: z.sum(), lambda z: z.cpu(), lambda z: z.view(-1), lambda z: z == z,
+            lambda z: list(z), lambda z: z.argmax(1), lambda z: z.sum(), lambda z: z.softmax, lambda z: z.view(-1), lambda z: z == z,
             lambda z: torch.stack([z, z]), lambda z: z.tanh().tanh(), lambda z: z * torch.ones(VOCABULARY), lambda z: bool(z),
             lambda z: z.numpy(), lambda z: torch.cat([z, z]), lambda z: z.unsqueeze(0), lambda z: z[None],
         ],
@@ -528,10 +528,10 @@ class TestRefused:
         [
             (dict(loss=fl.TALRLoss), TypeError, r"got TALRLoss; give an instance, TALRLoss\(\)"),
             (dict(loss=nn.CrossEntropyLoss()), TypeError, "expected an Objective"),
-            (dict(loss=fl.LAwFLoss()), ValueError, "give reference='adapter-off'"),
+            (dict(loss=fl.LAwFLoss()), ValueError, "give reference='base'"),
             (dict(loss=fl.ASFTLoss()), ValueError, "frozen original model"),
             (dict(loss=fl.TALRLoss(), reference="start"), ValueError, "TALRLoss has no use for one"),
-            (dict(loss=fl.LAwFLoss(), reference="adapter_off"), ValueError, "expected 'adapter-off', 'start' or a model, got 'adapter_off'"),
+            (dict(loss=fl.LAwFLoss(), reference="adapter_off"), ValueError, "expected 'base', 'start' or a model, got 'adapter_off'"),
             (dict(loss=fl.LAwFLoss(), reference=3), TypeError, "got int"),
             (dict(loss=fl.TALRLoss(), reference_cache="x"), ValueError, "without a reference"),
             (dict(keep_logits="train"), ValueError, "expected True, False or 'eval', got 'train'"),
@@ -553,9 +553,9 @@ class TestRefused:
         with pytest.raises(ValueError, match="is the trained model itself"):
             fl.patch(model, fl.LAwFLoss(), reference=model)
 
-    def test_adapter_off_without_an_adapter(self):
+    def test_base_without_an_adapter(self):
         model = llama()
-        fl.patch(model, fl.LAwFLoss(), reference="adapter-off")  # the adapter may come later
+        fl.patch(model, fl.LAwFLoss(), reference="base")  # the adapter may come later
         with pytest.raises(ValueError, match="no PEFT adapter"):
             model(**batch(), confidence=torch.zeros(3, 11))
 
@@ -607,12 +607,15 @@ class TestRefused:
                 model(**inputs, position_ids=positions, initial_nll=initial)
 
     def test_start_follows_the_model(self):
+        """To where its head runs, but not to the meta device, where an offloaded model's weights are between calls."""
         model = llama()
         fl.patch(model, fl.LAwFLoss(), reference="start")
-        source = vars(model)["_fused_losses"].source
-        model.to("meta")
-        source.begin(model)
-        assert next(source.other.parameters()).device.type == "meta"
+        source, moved = vars(model)["_fused_losses"].source, []
+        call = mock.Mock(inputs={})
+        with mock.patch.object(source.other, "to", moved.append):
+            source.begin(call, torch.device("cpu"))
+            source.begin(call, torch.device("cuda", 1))
+        assert moved == [torch.device("cuda", 1)]
 
     def test_means_of_groups_over_several_batches(self):
         model = llama()

@@ -2,6 +2,7 @@
 
 import copy
 
+import peft
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -46,31 +47,157 @@ def lawf(model, reference, **options):
     return fl.patch(model, fl.LAwFLoss(**options), reference=reference)
 
 
-@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize(
+    "options", [{}, dict(use_dora=True), dict(modules_to_save=["lm_head"])], ids=["lora", "dora", "head"]
+)
 @pytest.mark.parametrize("trained", [False, True], ids=["fresh", "trained"])
-def test_adapter_off(trained, dora):
-    model = adapted(trained, use_dora=dora)
-    reference = copy.deepcopy(model) if trained else llama()
-    assert_two_steps(lawf(model, "adapter-off"), reference)
-
-
-def test_adapter_off_where_peft_comes_after_the_patch():
-    assert_two_steps(adapted(base=lawf(llama(), "adapter-off")), llama())
+@pytest.mark.parametrize("reference", ["base", "start"])
+def test_an_adapted_model(reference, trained, options):
+    """ "base" is the model without its adapter, however far that is; "start" the model with the adapter that it had."""
+    model = adapted(trained, **options)
+    truth = llama() if reference == "base" else copy.deepcopy(model)
+    assert_two_steps(lawf(model, reference), truth)
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["fresh", "trained"])
-def test_adapter_off_with_a_trained_copy_of_the_head(trained):
-    model = adapted(trained, modules_to_save=["lm_head"])
-    reference = copy.deepcopy(model) if trained else llama()
-    assert_two_steps(lawf(model, "adapter-off"), reference)
+def test_base_where_peft_comes_after_the_patch(trained):
+    assert_two_steps(adapted(trained, base=lawf(llama(), "base")), llama())
 
 
-def test_adapter_off_leaves_frozen_adapters_frozen():
+def test_base_is_base_and_warns_where_that_is_not_the_model_as_it_is():
+    fresh = lawf(adapted(), "adapter-off")
+    model = adapted(trained=True)
+    with pytest.warns(UserWarning, match="adapter has been trained already.*reference='start'.*reference='base'"):
+        lawf(model, "adapter-off")
+    late = adapted(trained=True, base=lawf(llama(), "adapter-off"))
+    with pytest.warns(UserWarning, match="adapter has been trained already"):
+        kl(late)
+    lawf(based := adapted(trained=True), "base")
+    assert kl(model) == kl(based) > 1e-2 and kl(late) > 1e-2 and kl(fresh) == 0  # and none of them warns again
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")  # PEFT's, of a norm that it has no test for
+@pytest.mark.parametrize("kind", ["adalora", "ia3", "loha", "ln"])
+@pytest.mark.parametrize("reference", ["base", "start"])
+def test_other_adapters_than_lora(kind, reference):
+    kinds = dict(
+        adalora=peft.AdaLoraConfig(target_modules=["q_proj"], init_r=4, target_r=2, total_step=100),
+        ia3=peft.IA3Config(target_modules=["v_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        loha=peft.LoHaConfig(target_modules=["q_proj"], r=2),
+        ln=peft.LNTuningConfig(target_modules=["norm"]),
+    )
+    torch.manual_seed(2)
+    model = get_peft_model(llama(), kinds[kind])
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.3 * torch.randn(p.shape))
+    start = copy.deepcopy(model)
+    lawf(model, reference)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.3 * torch.randn(p.shape))
+    truth = llama() if reference == "base" else start
+    assert kl(model) == pytest.approx(kl_of(copy.deepcopy(model), truth), rel=1e-5) and kl(model) > 1e-3
+
+
+def test_start_freezes_what_else_is_trained():
+    """A bias, a norm: "start" is the model as it was, with all of it."""
+    model = adapted(trained=True, bias="all")
+    model.get_base_model().model.norm.weight.requires_grad_(True)
+    start = copy.deepcopy(model)
+    lawf(model, "start")
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.mul_(0.8)
+    assert kl(model) == pytest.approx(kl_of(copy.deepcopy(model), start), rel=1e-5) and kl(model) > 1e-3
+    model.get_base_model().lm_head.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"1 parameters are trained that were not .*\(lm_head.weight\)"):
+        kl(model)
+
+
+# --- prompt learning: virtual tokens are no part of any reference
+
+PROMPTS = dict(
+    prompt=lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    encoder=lambda: peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=8),
+    prefix=lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    adaption=lambda: peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=3, adapter_layers=1),
+)
+
+
+@pytest.mark.parametrize("order", ["peft first", "patch first"])
+@pytest.mark.parametrize("reference", ["base", "start", "model"])
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_prompt_learning(kind, reference, order, tmp_path):
+    torch.manual_seed(3)
+    other = llama(7)
+    given = other if reference == "model" else reference
+    if order == "peft first":
+        model = lawf(get_peft_model(llama(), PROMPTS[kind]()), given)
+    elif kind == "adaption" and reference == "base":
+        pytest.skip("who switches its layers is not known then")
+    else:
+        model = get_peft_model(lawf(llama(), given), PROMPTS[kind]())
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.3 * torch.randn(p.shape))
+    want = kl_of(fl.unpatch(copy.deepcopy(model)), other if reference == "model" else llama())
+    assert kl(model) == pytest.approx(want, rel=1e-5) and want > 1e-3
+    data = collate(rows())
+    model(**data, confidence=torch.zeros(data["input_ids"].shape)).loss.backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for n, p in model.named_parameters() if p.requires_grad)
+
+
+def test_prompt_learning_with_a_cache(tmp_path):
+    torch.manual_seed(3)
+    model = get_peft_model(llama(), PROMPTS["prompt"]())
+    fl.patch(model, fl.LAwFLoss(), reference="base", reference_cache=tmp_path)
+    first = kl(model)
+    with torch.no_grad():
+        model.prompt_encoder.default.embedding.weight.add_(1.0)
+    assert kl(model) == pytest.approx(kl_of(fl.unpatch(copy.deepcopy(model)), llama()), rel=1e-5) != first
+    assert len(list(tmp_path.rglob("*.safetensors"))) == len(rows())
+
+
+def test_trained_embeddings_of_ones_own_are_refused():
+    """A soft prompt without PEFT: the reference must not see it."""
+    ids = torch.tensor([[5, 6, 7, 8]])
+    inputs = dict(labels=ids, confidence=torch.zeros(1, 4))
+    model = lawf(llama(), "start")
+    embeddings = model.get_input_embeddings()(ids).detach()
+    assert model(inputs_embeds=embeddings, **inputs).loss == model(input_ids=ids, **inputs).loss
+    with pytest.raises(ValueError, match=r"inputs_embeds: require a gradient.*soft prompt"):
+        model(inputs_embeds=embeddings.clone().requires_grad_(), **inputs)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(1.1)
+    for one in (model, lawf(llama(), llama(7))):
+        with pytest.raises(ValueError, match="inputs_embeds: the model and its reference have different embeddings"):
+            one(inputs_embeds=embeddings, **inputs)
+    wider = llama(7, hidden_size=24, num_attention_heads=4)
+    with pytest.raises(ValueError, match="inputs_embeds: are of the model's width 16, the reference has 24"):
+        lawf(llama(), wider)(inputs_embeds=embeddings, **inputs)
+
+
+def kl_of(model, reference):
+    """Mean KL(p_ref ‖ p) over the tokens of `kl`, of models that give logits, in float64; prompts are cut off."""
+    data = collate(rows())
+    labels = data.pop("labels")[:, 1:]
+    size = labels.shape[1]
+    with torch.no_grad():
+        log_p, log_r = (m(**data).logits[:, -size - 1 : -1].double().log_softmax(-1) for m in (model, reference))
+    return float((log_r.exp() * (log_r - log_p)).sum(-1)[labels != -100].mean())
+
+
+def test_base_leaves_frozen_adapters_frozen():
     model = adapted()
     frozen = [p for name, p in model.named_parameters() if "layers.0" in name and "lora_" in name]
     for p in frozen:
         p.requires_grad_(False)
-    assert_two_steps(lawf(model, "adapter-off"), llama())
+    assert_two_steps(lawf(model, "base"), llama())
     assert frozen and not any(p.requires_grad for p in frozen)
 
 
@@ -79,8 +206,8 @@ def test_adapter_off_leaves_frozen_adapters_frozen():
     [dict(per_device_train_batch_size=2, gradient_accumulation_steps=4), dict(gradient_checkpointing=True)],
     ids=["accumulated", "checkpointing"],
 )
-def test_adapter_off_with_options_of_the_trainer(options):
-    assert_two_steps(lawf(adapted(), "adapter-off"), llama(), **options)
+def test_base_with_options_of_the_trainer(options):
+    assert_two_steps(lawf(adapted(), "base"), llama(), **options)
 
 
 def test_start_is_a_copy_of_the_whole_model():
@@ -117,7 +244,7 @@ def test_anchor_and_retain_weights_reach_the_loss():
 # --- the reference stays as it is
 
 
-@pytest.mark.parametrize("reference", ["start", "adapter-off", "trained-adapter-off"])
+@pytest.mark.parametrize("reference", ["start", "base", "trained-start"])
 def test_dropout_does_not_reach_the_reference(reference):
     make = lambda: adapted(reference.startswith("trained"), llama(attention_dropout=0.5), lora_dropout=0.5)  # noqa: E731
     batch = collate(rows(2, anchors=True))
@@ -143,7 +270,7 @@ def test_dropout_does_not_reach_the_reference(reference):
 @pytest.mark.parametrize("kind", [adapted, llama])
 def test_autocast_is_the_same_for_the_reference(kind):
     """Where nothing was trained yet and nothing is an anchor, the KL is 0, so it is where both are rounded alike."""
-    model = lawf(kind().float(), "start" if kind is llama else "adapter-off")
+    model = lawf(kind().float(), "start" if kind is llama else "base")
     data = [{**row, "confidence": [0.0] * len(row["labels"])} for row in rows(anchors=True)]
     run = trainer(model, data, data, bf16=True)
     assert abs(run.evaluate()["eval_loss"]) < 1e-6
@@ -160,7 +287,7 @@ def test_generation_and_scoring_need_no_reference():
 
 
 def test_saved_models_have_no_reference_in_them(tmp_path):
-    model = lawf(adapted(trained=True), "adapter-off")
+    model = lawf(adapted(trained=True), "start")
     trainer(model, rows(anchors=True)).train()
     model.save_pretrained(tmp_path / "adapter")
     from peft import PeftModel
@@ -179,21 +306,21 @@ def test_other_vocabulary():
         lawf(llama(), llama(7, vocab_size=101))
 
 
-def test_adapter_off_without_an_adapter():
-    run = trainer(lawf(llama(), "adapter-off"), rows(anchors=True))
+def test_base_without_an_adapter():
+    run = trainer(lawf(llama(), "base"), rows(anchors=True))
     with pytest.raises(ValueError, match=r"no PEFT adapter.*get_peft_model.*'start'"):
         run.train()
 
 
-def test_adapter_off_with_parameters_trained_outside_the_adapter():
+def test_base_with_parameters_trained_outside_the_adapter():
     model = adapted()
     model.get_base_model().model.norm.weight.requires_grad_(True)
     with pytest.raises(ValueError, match=r"1 parameters outside the adapter are trained \(model.norm.weight\)"):
-        lawf(model, "adapter-off")
+        lawf(model, "base")
 
 
 def test_merged_adapters():
-    model = lawf(adapted(), "adapter-off")
+    model = lawf(adapted(), "base")
     model.merge_adapter()
     with pytest.raises(ValueError, match="unmerge_adapter"):
         model(**collate(rows(2, anchors=True)))
@@ -219,42 +346,37 @@ def kl(model):
         return model(**data).loss.item()
 
 
-def test_an_adapter_that_comes_late_and_trained():
-    """Such as a checkpoint that is resumed: what it started from is unknown."""
-    model = adapted(base=lawf(llama(), "adapter-off"))
-    with torch.no_grad():
-        next(p for name, p in model.named_parameters() if "lora_B" in name).add_(0.1)
-    with pytest.raises(ValueError, match="came after the patch and is not at its start"):
-        kl(model)
-
-
-@pytest.mark.parametrize("trained", [False, True], ids=["fresh", "trained"])
-def test_where_the_user_has_switched_adapters_off(trained):
-    model = adapted(trained)
+@pytest.mark.parametrize("reference", ["base", "start"])
+def test_where_the_user_has_switched_adapters_off(reference):
+    model = adapted(trained=True)
     plain, start = copy.deepcopy(model), copy.deepcopy(model)
-    lawf(model, "adapter-off")
+    lawf(model, reference)
     with model.disable_adapter():
         got = kl(model)
         assert all(layer.disable_adapters for layer in model.modules() if hasattr(layer, "lora_A"))
-    if not trained:
+    if reference == "base":
         assert got == 0
         return
     lawf(plain.unload(), start)
     assert got == pytest.approx(kl(plain.get_base_model()), rel=1e-6) and got > 1e-3
 
 
-def test_other_adapters_than_at_the_start():
-    model = adapted()
-    lawf(model, "adapter-off")
+@pytest.mark.parametrize("reference", ["base", "start"])
+def test_other_adapters_than_at_the_start(reference):
+    model = adapted(trained=True)
+    lawf(model, reference)
     kl(model)
     model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"]))
     model.set_adapter("second")
+    if reference == "base":
+        assert kl(model) < 1e-6  # a fresh adapter changes nothing
+        return
     with pytest.raises(ValueError, match="has other adapters, or others are active"):
         kl(model)
 
 
 def test_parameters_that_are_unfrozen_later():
-    model = lawf(adapted(), "adapter-off")
+    model = lawf(adapted(), "base")
     kl(model)
     model.get_base_model().model.norm.weight.requires_grad_(True)
     with pytest.raises(ValueError, match="parameters outside the adapter are trained"):
@@ -283,7 +405,7 @@ def test_an_adapter_in_float32_on_a_head_in_bf16(moved):
     for p in parameters:
         p.data = p.data.float()
     model.eval()
-    lawf(model, "adapter-off", gradient="exact")
+    lawf(model, "start", gradient="exact")
     kl(model)
     torch.manual_seed(5)
     with torch.no_grad():

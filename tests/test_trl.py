@@ -156,7 +156,7 @@ def test_loss_type_dft_is_refused_and_dft_of_ours_is_the_same():
 @pytest.mark.parametrize("layout", ["rows", "accumulated"])
 def test_lawf_with_a_confidence_column_and_a_lora_adapter(layout):
     data = rows(anchors=True)
-    model = fl.patch(llama(), fl.LAwFLoss(), reference="adapter-off")
+    model = fl.patch(llama(), fl.LAwFLoss(), reference="base")
     config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
     # SFTTrainer drops a column that it does not know in two places.
     kept = dict(remove_unused_columns=False, dataset_kwargs={"skip_prepare_dataset": True}, data_collator=collate)

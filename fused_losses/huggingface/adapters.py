@@ -135,9 +135,10 @@ class VirtualTokens:
 
     count: int
     in_cache: bool  # as keys and values, which take no position of the hidden states
+    input_ids: Tensor | None = None  # without them
 
     @classmethod
-    def of(cls, outer: Any) -> VirtualTokens | None:
+    def of(cls, outer: Any, input_ids: Tensor | None = None) -> VirtualTokens | None:
         """Those of a PEFT model; None where it has none, or they are switched off."""
         config = getattr(outer, "active_peft_config", None) if hasattr(outer, "peft_config") else None
         if (
@@ -147,7 +148,7 @@ class VirtualTokens:
         ):
             return None
         kind = getattr(config.peft_type, "value", str(config.peft_type))
-        return cls(config.num_virtual_tokens, kind in ("PREFIX_TUNING", "CARTRIDGE"))
+        return cls(config.num_virtual_tokens, kind in ("PREFIX_TUNING", "CARTRIDGE"), input_ids)
 
     def before(self, hidden: Tensor) -> int:
         """How many of these positions are virtual."""
@@ -160,7 +161,11 @@ class VirtualTokens:
         if self.in_cache:
             inputs.pop("past_key_values", None)
         elif isinstance(embeddings, Tensor):
-            inputs["inputs_embeds"] = embeddings[:, self.count :].detach()
+            del inputs["inputs_embeds"]
+            if self.input_ids is None:
+                inputs["inputs_embeds"] = embeddings[:, self.count :].detach()
+            else:
+                inputs["input_ids"] = self.input_ids
         else:
             return inputs, 0
         if isinstance(mask, Tensor) and mask.dim() == 2:
@@ -168,15 +173,16 @@ class VirtualTokens:
         return inputs, 0 if self.in_cache else self.count
 
 
-def calling_peft_model(model: nn.Module) -> Any:
-    """The PEFT model whose forward is calling this one, where PEFT came after the patch; None where there is none.
+def caller(model: nn.Module) -> tuple[Any, Any]:
+    """The PEFT model whose forward is calling this one, and the input_ids that it was called with; None, None where there is none.
 
-    Nothing in the inner model names the outer one, so this looks at the callers.
+    Nothing that the inner model gets names the outer one, and ids have become embeddings, so this looks at the callers.
     """
     frame = sys._getframe(1)
     while frame is not None:
-        caller = frame.f_locals.get("self")
-        if caller is not model and hasattr(type(caller), "get_base_model") and hasattr(caller, "peft_config"):
-            return caller if caller.get_base_model() is model else None
+        outer = frame.f_locals.get("self")
+        is_peft = frame.f_code.co_name == "forward" and hasattr(type(outer), "get_base_model")
+        if is_peft and outer is not model and outer.get_base_model() is model:
+            return outer, frame.f_locals.get("input_ids")
         frame = frame.f_back  # type: ignore[assignment]
-    return None
+    return None, None

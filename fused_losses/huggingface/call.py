@@ -52,6 +52,7 @@ class Call:
         self.token_loss: Tensor | None = None
         self.target: Tensor | None = None
         self.observer = Observer(frozenset({"entropy"}) if summed else frozenset())
+        self._prompt: tuple | None = None
         self._check()
 
     def _check(self) -> None:
@@ -77,12 +78,11 @@ class Call:
 
     def prompt(self) -> VirtualTokens | None:
         """The virtual tokens that these inputs begin with."""
-        outer = self.outer
-        if outer is None and (
-            self.inputs.get("inputs_embeds") is not None or self.inputs.get("past_key_values") is not None
-        ):
-            outer = adapters.calling_peft_model(self.model)
-        return VirtualTokens.of(outer)
+        if self._prompt is None:
+            given = (self.inputs.get(name) is not None for name in ("inputs_embeds", "past_key_values"))
+            calling, input_ids = adapters.caller(self.model) if any(given) else (None, None)
+            self._prompt = (VirtualTokens.of(calling or self.outer, input_ids),)
+        return self._prompt[0]
 
     # --- running the model
 

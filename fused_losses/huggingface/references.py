@@ -181,7 +181,7 @@ class Base(Source):
             )
 
     def begin(self, call: Any, device: torch.device) -> None:
-        if not self._has_adapters(call.model, call.outer):
+        if not self._has_adapters(call.model, call.outer) and call.prompt() is None:
             raise ValueError(
                 f"reference={self.name!r}: the model has no PEFT adapter, so there is nothing to switch off; add one with "
                 "peft.get_peft_model, or take reference='start'"
@@ -290,21 +290,37 @@ class OtherModel(Source):
                 "changes the head of one)"
             )
         self.maps: list[LogitMap | None] = []  # of each call of its head; known after a first forward
+        self.equal_embeddings: list | None = None  # the two that were found equal
 
     def model(self, trained: nn.Module) -> nn.Module:
         return self.other
 
     def begin(self, call: Any, device: torch.device) -> None:
-        embeddings = call.inputs.get("inputs_embeds")
-        width = self.base.get_input_embeddings().weight.shape[-1]
-        if isinstance(embeddings, Tensor) and embeddings.shape[-1] != width:
-            raise ValueError(
-                f"inputs_embeds: are of the model's width {embeddings.shape[-1]}, the reference has {width}; give input_ids, which both embed "
-                "by themselves"
-            )
+        self._check_embeddings(call)
         where = next(self.other.parameters()).device
         if self.own and where not in (device, torch.device("meta")) and not hasattr(self.base, "_hf_hook"):
             self.other.to(device)
+
+    def _check_embeddings(self, call: Any) -> None:
+        """What the model's embeddings made is for the reference only if it has the same."""
+        given, prompt = call.inputs.get("inputs_embeds"), call.prompt()
+        if not isinstance(given, Tensor) or (prompt is not None and prompt.input_ids is not None):
+            return
+        ours, theirs = (m.get_input_embeddings().weight for m in (call.model, self.base))
+        if theirs.shape[-1] != given.shape[-1]:
+            raise ValueError(
+                f"inputs_embeds: are of the model's width {given.shape[-1]}, the reference has {theirs.shape[-1]}; give input_ids, which both "
+                "embed by themselves"
+            )
+        now = [(id(w), w._version, w.data_ptr()) for w in (ours, theirs)]
+        if now != self.equal_embeddings:
+            alike = ours.shape == theirs.shape and ours.device.type != "meta" and torch.equal(ours, theirs.to(ours))
+            if not alike:
+                raise ValueError(
+                    "inputs_embeds: the model and its reference have different embeddings, so the reference would get what it does not know; "
+                    "give input_ids, which both embed by themselves"
+                )
+            self.equal_embeddings = now
 
     def states(self, call: Any, device: torch.device) -> ReferenceStates:
         if not self.maps and self.cache is not None:
