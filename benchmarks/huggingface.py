@@ -229,7 +229,7 @@ def with_sft_trainer(model, tokenizer, loss: str, rows: list[dict]) -> dict:
     with tempfile.TemporaryDirectory() as cache:
         if lawf and "patched" in loss:
             kept = cache if loss.endswith("cached") else None
-            fl.patch(model, fl.LAwFLoss(), reference="adapter-off", reference_cache=kept)
+            fl.patch(model, fl.LAwFLoss(), reference="base", reference_cache=kept)
         elif loss.endswith("patched"):
             fl.patch(model)
         clock = Clock()

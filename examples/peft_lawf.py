@@ -40,7 +40,7 @@ def main(steps=60, model=None, data=None):
     model, tokenizer = tiny.model_and_tokenizer(model, trained=True)
     # ------------------------------------------------------------------------------------
     model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear"))
-    fl.patch(model, fl.LAwFLoss(), reference="adapter-off")
+    fl.patch(model, fl.LAwFLoss(), reference="base")
     # ------------------------------------------------------------------------------------
     features = [feature(tokenizer, **row) for row in rows]
     before = measure(model, features[:64])

@@ -322,28 +322,17 @@ def sharded_accumulation(ranks: Ranks) -> float:
     return ranks.difference(model, loss, one_process(llama(), fl.TALRLoss(0.7), inputs, n))
 
 
-def adapter_off(
+def without_adapter(
     ranks: Ranks, groups: Callable[[Any], list], after: bool = False, head: bool = False,
     loss_options: dict | None = None, **options: Any,
 ) -> float:  # fmt: skip
     inputs, n = batch(confidence=True)
     model = lora(head)
-    with torch.no_grad():
-        trained = {name: p.clone() for name, p in model.named_parameters() if "lora_B" in name}
-        for name in trained:
-            model.get_parameter(name).zero_()  # at its start, so that "off" is the original
-        if after:
-            ranks.shard(model, *groups(model.get_base_model()))
-        fl.patch(model, fl.LAwFLoss(**loss_options or {}), reference="adapter-off")
-        for name, value in trained.items():
-            if not after:
-                model.get_parameter(name).copy_(value)
+    if after:
+        ranks.shard(model, *groups(model.get_base_model()))
+    fl.patch(model, fl.LAwFLoss(**loss_options or {}), reference="base")
     if not after:
         ranks.shard(model, *groups(model.get_base_model()), **options)
-    else:
-        for name, value in trained.items():
-            p = model.get_parameter(name)
-            p.data.copy_(distribute_tensor(value, p.device_mesh, p.placements))
     for _ in range(2):
         model.zero_grad()
         loss = ranks.step(model, ranks.rows(inputs), n)
@@ -352,18 +341,18 @@ def adapter_off(
 
 
 for _name, _groups in GROUPS.items():
-    case(f"FSDP2, LAwF, adapter-off, head in {_name}", (2, 4) if _name == "group with norm" else (2,))(
-        functools.partial(adapter_off, groups=_groups)
+    case(f"FSDP2, LAwF, base, head in {_name}", (2, 4) if _name == "group with norm" else (2,))(
+        functools.partial(without_adapter, groups=_groups)
     )
 for _name in ("own group", "group with norm"):
-    case(f"FSDP2, LAwF, adapter-off, adapter on the head in {_name}")(
-        functools.partial(adapter_off, groups=GROUPS[_name], head=True)
+    case(f"FSDP2, LAwF, base, adapter on the head in {_name}")(
+        functools.partial(without_adapter, groups=GROUPS[_name], head=True)
     )
-case("FSDP2, LAwF, adapter-off, adapter on the head, sparse gradients")(
-    functools.partial(adapter_off, groups=head_alone, head=True, loss_options=dict(gradient="sparse"))
+case("FSDP2, LAwF, base, adapter on the head, sparse gradients")(
+    functools.partial(without_adapter, groups=head_alone, head=True, loss_options=dict(gradient="sparse"))
 )
-case("FSDP2, LAwF, adapter-off, patched after fully_shard")(
-    functools.partial(adapter_off, groups=head_with_norm, after=True)
+case("FSDP2, LAwF, base, patched after fully_shard")(
+    functools.partial(without_adapter, groups=head_with_norm, after=True)
 )
 
 
@@ -379,8 +368,8 @@ def other_model(
     return ranks.difference(model, loss, one_process(llama(), fl.LAwFLoss(), inputs, n, reference=llama(5).double()))
 
 
-case("FSDP2, bfloat16, LAwF, adapter-off", bound=0.3)(
-    functools.partial(adapter_off, groups=head_with_norm, mp_policy=BFLOAT16)
+case("FSDP2, bfloat16, LAwF, base", bound=0.3)(
+    functools.partial(without_adapter, groups=head_with_norm, mp_policy=BFLOAT16)
 )
 case("FSDP2, bfloat16, LAwF, another model", bound=0.1)(
     functools.partial(other_model, wrap=lambda ranks, model: ranks.shard(model, *head_alone(model), mp_policy=BFLOAT16))
@@ -416,7 +405,7 @@ def kept_sharded(ranks: Ranks) -> None:
     nothing = {name: torch.zeros_like(p) for name, p in model.named_parameters() if "lora_B" in name}
     model.load_state_dict(nothing, strict=False)
     with tempfile.TemporaryDirectory() as directory:
-        fl.patch(model, fl.LAwFLoss(), reference="adapter-off", reference_cache=directory)
+        fl.patch(model, fl.LAwFLoss(), reference="base", reference_cache=directory)
         ranks.shard(model)
         with pytest.raises(ValueError, match="reference_cache: the reference is sharded"):
             ranks.step(model, ranks.rows(inputs), n)
@@ -429,17 +418,16 @@ def resharded_reference(ranks: Ranks) -> None:
         other_model(ranks, lambda _, model: model, reference)
 
 
-@case("FSDP2, LAwF, adapter-off, adapter trained before")
+@case("FSDP2, LAwF, start, adapter trained before")
 def trained_before(ranks: Ranks) -> None:
     inputs, n = batch(confidence=True)
-    refused = pytest.raises(ValueError, match=r"reference='adapter-off': the adapter was trained before .* sharded now")
-    model = fl.patch(lora(), fl.LAwFLoss(), reference="adapter-off")
+    model = fl.patch(lora(), fl.LAwFLoss(), reference="start")
     ranks.shard(model, *head_alone(model.get_base_model()))
-    with refused:
+    with pytest.raises(ValueError, match=r"reference='start': the adapter was trained before .* sharded now"):
         ranks.step(model, ranks.rows(inputs), n)
     model = ranks.shard(lora())
-    with refused:
-        fl.patch(model, fl.LAwFLoss(), reference="adapter-off")
+    with pytest.raises(ValueError, match=r"reference='start': the model is sharded already.*its adapter"):
+        fl.patch(model, fl.LAwFLoss(), reference="start")
 
 
 @case("FSDP2, the head is gathered once in forward and once in backward")
@@ -501,7 +489,7 @@ def unpatched_class(ranks: Ranks) -> None:
 def evaluation(ranks: Ranks, groups: Callable[[Any], list], keep_logits: str | bool) -> float:
     inputs, n = batch()
     predictions = ranks.rows(dict(p=llama()(inputs["input_ids"]).logits.argmax(-1)))["p"]
-    model = fl.patch(llama(), make("TALR median"), keep_logits=keep_logits)
+    model = fl.patch(llama(), make("TALR median"), keep_logits=keep_logits, eval_loss="objective")
     ranks.shard(model, *groups(model))
     with torch.no_grad():
         evaluated = model.eval()(**ranks.rows(inputs), num_items_in_batch=n)
@@ -620,7 +608,7 @@ def spread_after_a_sharded_sequence(ranks: Ranks, model: Any) -> None:
 def tensor_parallel(ranks: Ranks, spread: Callable, loss: str, reference: str | None = None, **options: Any) -> float:
     lawf = reference is not None
     inputs, n = batch(confidence=lawf)
-    build = lora if reference == "adapter-off" else functools.partial(llama, **options)
+    build = lora if reference == "base" else functools.partial(llama, **options)
     model = build()
     objective = fl.LAwFLoss() if lawf else LOSSES[loss]()
     given: dict[str, Any] = {}
@@ -656,7 +644,7 @@ case("vocabulary parallel, LAwF, another model", (2, 4))(
     functools.partial(tensor_parallel, spread=spread_by_torch, loss="", reference="model")
 )
 case("vocabulary parallel, LAwF, adapter off")(
-    functools.partial(tensor_parallel, spread=spread_parameter, loss="", reference="adapter-off")
+    functools.partial(tensor_parallel, spread=spread_parameter, loss="", reference="base")
 )
 
 

@@ -86,10 +86,10 @@ def main() -> None:
         with torch.no_grad():
             for name in trained:
                 nn.init.zeros_(model.get_parameter(name))
-            fl.patch(model, fl.LAwFLoss(), reference="adapter-off")
+            fl.patch(model, fl.LAwFLoss(), reference="base")
             for name, value in trained.items():
                 model.get_parameter(name).copy_(value)
-        results[f"ZeRO-3, LAwF, adapter-off, adapter on the head: {head}"] = difference(
+        results[f"ZeRO-3, LAwF, base, adapter on the head: {head}"] = difference(
             3, model, truth, confidence=True
         )
     truth = one_process(llama(), fl.LAwFLoss(), *batch(True), reference=llama(5).double())

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import inspect
 from unittest import mock
 
 import pytest

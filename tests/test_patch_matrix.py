@@ -200,7 +200,7 @@ def a_copy(case):
 
 def pickling(case):
     model = case.make()
-    with pytest.raises((pickle.PicklingError, AttributeError), match="unpatch|local object|unwrap|Can't"):
+    with pytest.raises((pickle.PicklingError, AttributeError), match=r"unpatch|local object|unwrap|Can't"):
         pickle.dumps(model)
     if case.who in (nobody, lora) and case.when != "in a closure":
         with pytest.raises(pickle.PicklingError, match=r"fused_losses.unpatch\(model\) first"):

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from training import collate, error, expected, llama, mixtral, rows, sft_trainer, step, tokenizer
 
 import fused_losses as fl
@@ -98,6 +98,40 @@ def test_router_loss_is_in(layout):
     assert ours[1]["aux_loss"] > 1
 
 
+@pytest.mark.parametrize("order", ["patch, PEFT by the trainer", "PEFT, patch", "PEFT by the trainer, patch"])
+@pytest.mark.parametrize("loss", [None, fl.TALRLoss()], ids=str)
+def test_peft_in_bf16(order, loss):
+    """SFTConfig's default where there is a GPU."""
+    model = llama().float()
+    if order.startswith("patch"):
+        fl.patch(model, loss)
+    elif order == "PEFT, patch":
+        torch.manual_seed(1)
+        model = fl.patch(get_peft_model(model, lora()), loss)
+    torch.manual_seed(1)
+    run = sft_trainer(model, peft_config=None if order == "PEFT, patch" else lora(), bf16=True)
+    if order == "PEFT by the trainer, patch":
+        fl.patch(run.model, loss)
+    ours = ran(run)
+    if loss is None:
+        torch.manual_seed(1)
+        theirs = ran(sft_trainer(llama().float(), peft_config=lora(), bf16=True))
+        torch.manual_seed(1)
+        truth = ran(sft_trainer(llama(), peft_config=lora()))[0]
+        assert error(ours[0], truth) < 1.2 * error(theirs[0], truth)
+        assert ours[1] == pytest.approx(theirs[1], rel=2e-2)
+    assert {"loss", "entropy", "mean_token_accuracy"} <= ours[1].keys() and len(ours[0]) == 8
+
+
+@pytest.mark.parametrize("layout", ["rows", "packed", "accumulated"])
+def test_bf16_is_as_good_as_unpatched(layout):
+    options = {**LAYOUTS[layout], "bf16": True}
+    truth = ran(sft_trainer(llama(), **LAYOUTS[layout]))[0]
+    ours, theirs = (ran(sft_trainer(model, **options)) for model in (fl.patch(llama().float()), llama().float()))
+    assert error(ours[0], truth) < 1.2 * error(theirs[0], truth)
+    assert ours[1] == pytest.approx(theirs[1], rel=2e-2)
+
+
 @pytest.mark.parametrize("patch_first", [True, False])
 def test_peft_config(patch_first):
     theirs = ran(sft_trainer(llama(), peft_config=lora()))
@@ -136,9 +170,8 @@ def test_talr(layout):
 @pytest.mark.parametrize("layout", ["rows", "packed", "padding-free"])
 def test_talr_takes_its_median_over_documents(layout):
     data = rows(10, 5)
-    run = sft_trainer(
-        fl.patch(llama(), fl.TALRLoss()), eval_data=data, **{**LAYOUTS[layout], "per_device_eval_batch_size": 10}
-    )
+    model = fl.patch(llama(), fl.TALRLoss(), eval_loss="objective")
+    run = sft_trainer(model, eval_data=data, **{**LAYOUTS[layout], "per_device_eval_batch_size": 10})
     assert run.evaluate()["eval_loss"] == pytest.approx(expected(llama(), data, "talr")[0], rel=1e-5)
     assert error(step(run), expected(llama(), rows(), "talr")[1]) < TOLERANCE
 

@@ -106,7 +106,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def sft_trainer(model: Any, data: list[dict] | None = None, eval_data: list[dict] | None = None, **options: Any) -> Any:
     from trl import SFTConfig, SFTTrainer
 
-    own = {name: options.pop(name) for name in ("peft_config", "data_collator", "processing_class") if name in options}
+    own = {
+        name: options.pop(name)
+        for name in ("peft_config", "data_collator", "processing_class", "compute_loss_func")
+        if name in options
+    }
     own.setdefault("processing_class", tokenizer())
     plain = dict(bf16=False, gradient_checkpointing=False, shuffle_dataset=False, max_length=64)
     arguments = SFTConfig(**{**DESCENT, **plain, **options})

@@ -39,7 +39,8 @@ class Call:
         self.patch, self.loss, self.model, self.follow, self.inputs = patch, loss, model, follow, inputs
         self.labels, self.shift_labels, self.fields = labels, inputs.get("shift_labels"), fields
         self.num_items = inputs.get("num_items_in_batch")
-        self.wanted = wanted
+        # With a fixed τ TALR knows no sequences; FLOW's weights are one for each.
+        self.by_sequence = "sequence_ids" in wanted and ("initial_nll" in wanted or loss.temperature == "median")
         self.summed = summed
         self.model_name = type(model).__name__
         self.outer = patch.outer()
@@ -116,6 +117,11 @@ class Call:
         logit_scale, softcap = logits.map.arguments()
         head = read_head(self.head.module, rows, logit_scale, softcap, logits.width)
         target = target.to(rows.device)
+        if self.by_sequence and "initial_nll" not in self.fields and self.token_loss is not None:
+            raise ValueError(
+                f"{self.model_name} takes its loss in several parts, so the median of {type(self.loss).__name__} would be that of a part; give "
+                "a fixed temperature"
+            )
         alignment = self._alignment(logits, target, positions, ignore_index)
         arguments: dict[str, Any] = self._aligned(alignment, positions, ignore_index)
         if self.reference is not None:
@@ -160,7 +166,7 @@ class Call:
         self, logits: DeferredLogits, target: Tensor, positions: Tensor, ignore_index: int
     ) -> Alignment | None:
         """None where nothing needs it."""
-        needed = self.fields or "sequence_ids" in self.wanted
+        needed = self.fields or self.by_sequence
         unlike = self.reference is not None and not self.reference.fits(logits)
         if not (needed or unlike or self.shift_labels is not None):
             return None
@@ -182,7 +188,7 @@ class Call:
         if alignment is None:
             return {}
         fields, aligned = dict(self.fields), {}
-        if "sequence_ids" in self.wanted:
+        if self.by_sequence:
             packed = fields.pop("sequence_ids", None)
             if packed is None:
                 packed = packed_sequences(self.inputs, self.labels)
