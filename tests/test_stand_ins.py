@@ -126,3 +126,25 @@ def test_per_token_log_probabilities_are_refused():
             use(one)
     with pytest.raises((TypeError, RuntimeError)):
         concatenate([one, one])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda z: z.__setitem__((slice(None), slice(None), [3, 4]), -1e4), lambda z: z.masked_fill_(z.argmax(-1)[..., None] > 0, 0.0),
+        lambda z: z.mul_(2.0), lambda z: z.__imul__(2.0), lambda z: torch.fill_(z, 0.0), lambda z: z.__iadd__(1.0),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_model_that_changes_its_logits_in_place(change, keep):
+    """Such as Chameleon, which rules tokens of images out: a copy would be changed, and the loss would be another."""
+
+    class Changing(LlamaForCausalLM):
+        def forward(self, input_ids=None, labels=None, **kwargs):
+            logits = self.lm_head(self.model(input_ids=input_ids).last_hidden_state)
+            change(logits)
+            return self.loss_function(logits, labels, V), logits
+
+    model = fl.patch(Changing(llama().config), keep_logits=keep)
+    with pytest.raises(LogitsNotKept, match="Changing (changes its logits in place|asks for argmax)"):
+        model(input_ids=IDS, labels=LABELS)

@@ -102,22 +102,22 @@ def test_router_loss_is_in(layout):
 @pytest.mark.parametrize("loss", [None, fl.TALRLoss()], ids=str)
 def test_peft_in_bf16(order, loss):
     """SFTConfig's default where there is a GPU."""
-    model = llama().float()
-    if order.startswith("patch"):
-        fl.patch(model, loss)
-    elif order == "PEFT, patch":
+    by_trainer = order != "PEFT, patch"
+
+    def run(model, patched=False, **options):
         torch.manual_seed(1)
-        model = fl.patch(get_peft_model(model, lora()), loss)
-    torch.manual_seed(1)
-    run = sft_trainer(model, peft_config=None if order == "PEFT, patch" else lora(), bf16=True)
-    if order == "PEFT by the trainer, patch":
-        fl.patch(run.model, loss)
-    ours = ran(run)
+        if not by_trainer:
+            model = get_peft_model(model, lora())
+        if patched and order != "PEFT by the trainer, patch":
+            fl.patch(model, loss)
+        made = sft_trainer(model, peft_config=lora() if by_trainer else None, **options)
+        if patched and order == "PEFT by the trainer, patch":
+            fl.patch(made.model, loss)
+        return ran(made)
+
+    ours = run(llama().float(), patched=True, bf16=True)
     if loss is None:
-        torch.manual_seed(1)
-        theirs = ran(sft_trainer(llama().float(), peft_config=lora(), bf16=True))
-        torch.manual_seed(1)
-        truth = ran(sft_trainer(llama(), peft_config=lora()))[0]
+        theirs, truth = run(llama().float(), bf16=True), run(llama())[0]
         assert error(ours[0], truth) < 1.2 * error(theirs[0], truth)
         assert ours[1] == pytest.approx(theirs[1], rel=2e-2)
     assert {"loss", "entropy", "mean_token_accuracy"} <= ours[1].keys() and len(ours[0]) == 8

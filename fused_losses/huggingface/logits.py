@@ -261,7 +261,7 @@ class DeferredLogits(metaclass=_Explained):
         if unusual or self.detached:
             what = ", ".join(unusual) or "logits without a gradient"
             raise LogitsNotKept(
-                f"the model calls cross_entropy with {what}, which the patched loss would drop; unpatch it"
+                f"cross_entropy is called with {what} of the logits of {self.origin.model_name}, which the patched loss would drop; unpatch it"
             )
         if target.numel() != self.positions.numel():
             raise ValueError(
@@ -269,6 +269,17 @@ class DeferredLogits(metaclass=_Explained):
                 f"{list(target.shape)}; labels must be as long as the inputs"
             )
         return self.origin.call.evaluate(self, target, ignore_index, reduction).to(self.device)
+
+    # --- what would be lost
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self._refuse_in_place("[...] =")
+
+    def _refuse_in_place(self, name: str) -> Any:
+        raise LogitsNotKept(
+            f"{self.origin.model_name} changes its logits in place ({name}), which the patched loss would not see, nor logits that are kept "
+            "for outputs: train it unpatched, or call the losses in a loop of your own (fused_losses.token_losses)"
+        )
 
     # --- everything else
 
@@ -288,6 +299,8 @@ class DeferredLogits(metaclass=_Explained):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name in _STATE or not hasattr(Tensor, name):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        if _in_place(name):
+            return lambda *args, **kwargs: self._refuse_in_place(name)
         real = self._real()
         if real is None:
             raise AttributeNotKept(self._refusal(name))
@@ -317,6 +330,8 @@ class DeferredLogits(metaclass=_Explained):
         if name in ("mul", "__mul__", "__rmul__", "multiply") and isinstance(args[1], DeferredLogits):
             return args[1] * args[0]
         found: list[DeferredLogits] = []
+        if _in_place(name) and isinstance(args[0], DeferredLogits):
+            return args[0]._refuse_in_place(name)
 
         def real_of(value: Any) -> Any:
             if isinstance(value, DeferredLogits):
@@ -335,6 +350,10 @@ _METHODS = {
 }  # fmt: skip
 
 
+def _in_place(name: str) -> bool:
+    return name.endswith("_") and not name.endswith("__")
+
+
 def _operator(name: str) -> Callable[..., Any]:
     def operation(self: DeferredLogits, *args: Any) -> Any:
         return self._otherwise(name, lambda z: getattr(z, name)(*args))
@@ -342,8 +361,10 @@ def _operator(name: str) -> Callable[..., Any]:
     return operation
 
 
-for _name in ("add", "radd", "sub", "rsub", "rtruediv", "pow", "neg", "matmul", "lt", "le", "gt", "ge", "iter", "bool", "setitem"):  # fmt: skip
+for _name in ("add", "radd", "sub", "rsub", "rtruediv", "pow", "neg", "matmul", "lt", "le", "gt", "ge", "iter", "bool"):  # fmt: skip
     setattr(DeferredLogits, f"__{_name}__", _operator(f"__{_name}__"))
+for _name in ("iadd", "isub", "imul", "itruediv", "ipow"):
+    setattr(DeferredLogits, f"__{_name}__", lambda self, other, name=_name: self._refuse_in_place(name))
 DeferredLogits.__hash__ = object.__hash__  # type: ignore[method-assign]
 
 

@@ -91,7 +91,8 @@ def entrance(below: Below, own: Callable[..., Any], signature: Any) -> Callable[
         return state(model, below.of(model), args, kwargs)
 
     functools.update_wrapper(forward, own)
-    vars(forward).pop("__wrapped__", None)  # accelerate unwraps as far as it finds one, and is to stop here
+    # accelerate takes wrappers off as far as it finds this: past the entrance that is outermost, and to one that it found itself.
+    del forward.__wrapped__  # type: ignore[attr-defined]
     forward.__signature__ = signature  # type: ignore[attr-defined]
     _ENTRANCES[forward] = below
     return forward
@@ -164,7 +165,12 @@ class Forward:
             state.copied = False
         found = vars(model).get("forward")
         if state.entrance is None or state.entrance[0] is not found:
-            state.entrance = found, entrance(Below(model, self.own), self.own, state.signature)
+            if state.entrance is not None:
+                vars(state.entrance[1]).pop("__wrapped__", None)
+            made = entrance(Below(model, self.own), self.own, state.signature)
+            if found is not None:
+                made.__wrapped__ = found  # type: ignore[attr-defined]
+            state.entrance = found, made
         return types.MethodType(state.entrance[1], model)
 
     def __set__(self, model: Any, forward: Any) -> None:
