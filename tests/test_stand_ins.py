@@ -146,5 +146,5 @@ def test_a_model_that_changes_its_logits_in_place(change, keep):
             return self.loss_function(logits, labels, V), logits
 
     model = fl.patch(Changing(llama().config), keep_logits=keep)
-    with pytest.raises(LogitsNotKept, match="Changing (changes its logits in place|asks for argmax)"):
+    with pytest.raises(LogitsNotKept, match=r"Changing (changes its logits in place|asks for argmax)"):
         model(input_ids=IDS, labels=LABELS)

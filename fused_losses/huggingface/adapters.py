@@ -55,10 +55,10 @@ def parameters(model: nn.Module) -> set[int]:
 
 def at_start(model: nn.Module) -> bool:
     """Whether the adapters are known to change nothing yet, such as LoRA with B = 0."""
-    gates = [m.adaption_gate for m in _adapted_attentions(model)]
-    return not any(bool(g.count_nonzero()) for g in gates) and all(
-        _changes_nothing(la) for _, la in _named_layers(model)
-    )
+    gates: list[Any] = [attention.adaption_gate for attention in _adapted_attentions(model)]
+    if any(bool(gate.count_nonzero()) for gate in gates):
+        return False
+    return all(_changes_nothing(layer) for _, layer in _named_layers(model))
 
 
 def _changes_nothing(layer: Any) -> bool:

@@ -455,7 +455,7 @@ _CLASSES: dict[type, type] = {}
 
 def _patched_class(model: Any) -> type:
     """A subclass with the same name, so that configurations and checkpoints name the model's own class."""
-    cls = type(model)
+    cls: Any = type(model)
     if cls in _CLASSES:
         return _CLASSES[cls]
 

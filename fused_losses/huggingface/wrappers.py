@@ -81,7 +81,7 @@ _MODEL = object()  # stands for the model among the arguments of a partial funct
 _ENTRANCES: weakref.WeakKeyDictionary[Any, Below] = weakref.WeakKeyDictionary()
 
 
-def entrance(below: Below, own: Callable[..., Any], signature: Any) -> Callable[..., Any]:
+def entrance(below: Below, found: Any, own: Callable[..., Any], signature: Any) -> Callable[..., Any]:
     """A function of (model, ...), as a class would have it."""
 
     def forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -91,8 +91,10 @@ def entrance(below: Below, own: Callable[..., Any], signature: Any) -> Callable[
         return state(model, below.of(model), args, kwargs)
 
     functools.update_wrapper(forward, own)
-    # accelerate takes wrappers off as far as it finds this: past the entrance that is outermost, and to one that it found itself.
+    # accelerate takes wrappers off as far as it finds this. Its device hooks, which are partial functions, are to stay.
     del forward.__wrapped__  # type: ignore[attr-defined]
+    if found is not None and not isinstance(found, functools.partial):
+        forward.__wrapped__ = found  # type: ignore[attr-defined]
     forward.__signature__ = signature  # type: ignore[attr-defined]
     _ENTRANCES[forward] = below
     return forward
@@ -165,12 +167,7 @@ class Forward:
             state.copied = False
         found = vars(model).get("forward")
         if state.entrance is None or state.entrance[0] is not found:
-            if state.entrance is not None:
-                vars(state.entrance[1]).pop("__wrapped__", None)
-            made = entrance(Below(model, self.own), self.own, state.signature)
-            if found is not None:
-                made.__wrapped__ = found  # type: ignore[attr-defined]
-            state.entrance = found, made
+            state.entrance = found, entrance(Below(model, self.own), found, self.own, state.signature)
         return types.MethodType(state.entrance[1], model)
 
     def __set__(self, model: Any, forward: Any) -> None:
