@@ -1,11 +1,11 @@
-"""Every causal and multimodal language model class of transformers, and every kind of PEFT, patched against itself unpatched.
+"""Every class of language models in transformers, and kinds of PEFT, patched against itself unpatched: docs/models.md.
 
     python benchmarks/causal_models.py            # writes docs/models.md; about 8 minutes on one CPU thread
     python benchmarks/causal_models.py --resume   # goes on where a run was interrupted
     python benchmarks/causal_models.py Llama      # only rows with that in their names; prints, writes nothing
 
-Tiny random models on the CPU (tests/tiny_models.py), cross-entropy with exact gradients; what is compared: tests/comparison.py and
-tests/adapters.py.
+Tiny random models on the CPU (tests/tiny_models.py), cross-entropy with exact gradients; what is compared:
+tests/comparison.py and tests/adapters.py.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from adapters import KINDS, MODELS, ORDERS, compare_adapter  # noqa: E402
 from comparison import VARIANTS, Outcome, compare, quiet  # noqa: E402
-from tiny_models import causal_names, multimodal_names  # noqa: E402
+from tiny_models import WITH_IMAGE, causal_names, multimodal_names  # noqa: E402
 
 PAGE = ROOT / "docs" / "models.md"
 PARTIAL = Path(tempfile.gettempdir()) / "fused_losses_models.jsonl"  # what an interrupted run has measured
@@ -43,13 +43,14 @@ MARKS = {
 }
 MEANING = {
     "plain": "full fine-tuning, float32",
-    "float64": "the same in float64 (transformers casts logits to float32), where parameters with a small gradient count too",
+    "float64": "the same in float64 (transformers casts logits to float32), where parameters with a small gradient "
+    "count too",
     "lora": "LoRA on the linear layers of the body, frozen head",
     "lora_head": "LoRA on the head too",
     "modules_to_save": "LoRA on the body, the head trained through `modules_to_save`",
     "checkpointing": "gradient checkpointing",
-    "packed": "both sequences in one row, told apart by position_ids; by three or four of them a token where the model has "
-    "positions in time, height and width",
+    "packed": "both sequences in one row, told apart by position_ids; by three or four of them a token where the model "
+    "has positions in time, height and width",
     "bf16": "the model in bfloat16: error against float32 at most 1.3 times the unpatched model's",
     "autocast": "the same under autocast to bfloat16",
 }
@@ -132,8 +133,8 @@ def page(causal: Table, multimodal: Table, adapters: Table) -> str:
         paragraph(
             "*Equal*: with `fused_losses.patch(model)`, loss and the gradient of every parameter are those of the "
             "unpatched model to 1e-5 relative (where a parameter's gradient is less than 1 % of all, relative to that; "
-            "in float64 0.1 %), and after `unpatch` they are bit-equal to what they were. *Refused*: an error says why. "
-            "–: the unpatched model, or PEFT, cannot do it either, or it was not tried. [Reasons](#reasons) are below."
+            "in float64 0.1 %), and after `unpatch` they are bit-equal to what they were. *Refused*: an error says why."
+            " –: the unpatched model, or PEFT, cannot do it either, or it was not tried. [Reasons](#reasons) are below."
         ),
         "\n".join(paragraph(f"- `{variant}`: {meaning}", "  ") for variant, meaning in MEANING.items()),
         "## Causal language models",
@@ -152,8 +153,8 @@ def page(causal: Table, multimodal: Table, adapters: Table) -> str:
         ),
         "## Kinds of PEFT",
         paragraph(
-            "Patched before and after `get_peft_model`: the loss, and the gradient of every trained parameter. Adapters "
-            'of linear layers are on all of the body; "head too": on the LM head as well.'
+            "Patched before and after `get_peft_model`: the loss, and the gradient of every trained parameter. "
+            "Adapters of linear layers are on all of the body; “head too”: on the LM head as well."
         ),
         table("kind", adapters, [column(name, order) for name in MODELS for order in ORDERS]),
         "## Reasons",
@@ -211,9 +212,9 @@ def reasons(results: Table) -> list[str]:
     for name, row in results.items():
         for where, outcome in row.items():
             if outcome.kind != "equal":
-                short = name.removesuffix(" + image").partition(",")[0]
                 reason = outcome.reason or f"errors {outcome.loss_error:.1e} and {outcome.gradient_error:.1e}"
-                reason = reason.replace(short, "MODEL")
+                for model in (name.removesuffix(WITH_IMAGE), *MODELS):
+                    reason = reason.replace(model, "MODEL") if model not in KINDS else reason
                 reason = reason if len(reason) <= 180 else reason[:177] + "..."
                 found.setdefault((outcome.kind, reason), {}).setdefault(name, []).append(where)
     order = list(MARKS)[::-1]

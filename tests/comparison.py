@@ -19,8 +19,8 @@ import fused_losses as fl
 
 VARIANTS = ("plain", "float64", "lora", "lora_head", "modules_to_save", "checkpointing", "packed", "bf16", "autocast")
 TOLERANCE = 1e-5
-# A parameter's error is taken relative to its gradient, or to this part of all parameters' gradient where its own is less:
-# that of a key's bias is zero but for rounding, as adding one number to all scores of a softmax changes nothing.
+# A parameter's error is taken relative to its gradient, or to this part of all parameters' gradient where its own is
+# less: that of a key's bias is zero but for rounding, as adding one number to all scores of a softmax changes nothing.
 LEAST = {"float64": 1e-3}
 LEAST_OF_FLOAT32 = 1e-2
 BYPASSED = "the patched forward was not called: the logits are there"
@@ -123,7 +123,7 @@ def prepare(model: nn.Module, inputs: dict[str, Any], variant: str) -> tuple[nn.
 
 
 def packed(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
-    """All rows in one, told apart by position_ids that restart; what has not the rows' shape (images) stays as it is."""
+    """All rows in one, told apart by position_ids that restart; what has another shape (images) stays as it is."""
     shape, labels = inputs["input_ids"].shape, inputs["labels"].clone()
     labels[:, 0] = -100
     one_row = {

@@ -14,8 +14,8 @@ from tiny_models import causal_names, multimodal_names, names
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 MARKS = {"equal": "equal", "refused": "refused", "–": "impossible"}
 FAULTS = ("**DIFFERENT**", "**ERROR**")
-# A soft-cap, a scale, experts, no rotation of positions, labels that the model does not shift, a head behind another layer;
-# three positions a token, an image.
+# A soft-cap, a scale, experts, no rotation of positions, labels that the model does not shift, a head behind another
+# layer, positions in time, height and width, an image.
 SAMPLE = (
     "Gemma2ForCausalLM",
     "GraniteForCausalLM",

@@ -1,4 +1,4 @@
-"""The tiny models are what their users take them for: complete, finite, without dropout, every factor on the way to the loss at work."""
+"""The tiny models are what their users take them for: complete, finite, without dropout, every factor at work."""
 
 import inspect
 

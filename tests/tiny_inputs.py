@@ -97,8 +97,8 @@ def placed_patches(config: Any) -> dict[str, Tensor]:
 
 
 _IMAGES: dict[Callable[[Any], dict[str, Tensor]], str] = {
-    pixels: "AyaVision Cohere2Vision Gemma3 GotOcr2 InternVL Llama4 Llava Ovis2 PaliGemma QianfanOCR Step3p7 VideoLlava "
-    "VipLlava",
+    pixels: "AyaVision Cohere2Vision Gemma3 GotOcr2 InternVL Llama4 Llava Ovis2 PaliGemma QianfanOCR Step3p7 "
+    "VideoLlava VipLlava",
     sized_pixels: "LightOnOcr Mistral3 MistralLarge4",
     tiles: "Idefics2 Idefics3 SmolVLM",
     sized_tiles: "LlavaNext LlavaNextVideo LlavaOnevision",
@@ -114,9 +114,9 @@ WITH_IMAGE = " + image"
 
 
 def with_image(model: Any, inputs: dict[str, Tensor], images: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The images of each row after its first token, in as many places as the model makes features of them, without labels.
+    """The images of each row after its first token, as many places as the model makes features of them, no labels there.
 
-    Or beside the tokens, where the model gives them no places.
+    A model that gives images no places among the tokens gets them beside.
     """
     if not hasattr(model, "get_image_features"):
         return inputs | images

@@ -4,10 +4,10 @@
         model, inputs = build(name)
         loss = model(**inputs).loss
 
-Float32 on the CPU, in train() mode without dropout. Sizes come from one `TABLE` of configuration fields, applied to every
-configuration and the ones inside it; `OVERRIDES` names what single classes need on top; tiny_inputs.py has what they are called
-with. Classes that take images come twice: with text alone, and as "LlavaForConditionalGeneration + image". Multipliers are not 1,
-biases not 0 and soft-caps low, so that leaving one out shows.
+Float32 on the CPU, in train() mode without dropout. Sizes come from one `TABLE` of configuration fields, applied to
+every configuration and the ones inside it; `OVERRIDES` names what single classes need on top; tiny_inputs.py has what
+they are called with. Classes that take images come twice: with text alone, and as "LlavaForConditionalGeneration +
+image". Multipliers are not 1, biases not 0 and soft-caps low, so that leaving one out shows.
 """
 
 from __future__ import annotations
@@ -68,9 +68,9 @@ TABLE: list[tuple[Any, str]] = [
     (HIDDEN, "projector_hidden_size projector_output_dim image_token_embed_dim encoder_hidden_size"),
     (
         HIDDEN,
-        "qformer_hidden_size decoder_hidden_size patch_embed_hidden_size vision_output_dim adapter_in_dim adapter_out_dim",
+        "qformer_hidden_size decoder_hidden_size patch_embed_hidden_size vision_output_dim adapter_in_dim",
     ),
-    (HIDDEN, "adapter_input_size audio_hidden_size latent_channels base_channels"),
+    (HIDDEN, "adapter_out_dim adapter_input_size audio_hidden_size latent_channels base_channels"),
     (2, "depth spatial_merge_size"),
     (16, "image_size crop_size output_channels post_conv_in_channels post_conv_mid_channels post_conv_out_channels"),
     (16, "downsample_hidden_size num_embeddings num_position_embeddings"),
@@ -91,7 +91,7 @@ TABLE: list[tuple[Any, str]] = [
     (94, "audio_token_id audio_token_index"),
     (93, "vision_start_token_id image_start_token_id video_start_token_id boi_token_id boi_token_index"),
     (92, "vision_end_token_id image_end_token_id video_end_token_id eoi_token_id eoi_token_index"),
-    # values: initial weights so large that every layer matters; what is on the way to the logits and the loss not 1, not 0
+    # values: initial weights so large that every layer matters; on the way to the logits and the loss no 1 and no 0
     (0.2, "initializer_range init_std embed_init_std embedding_initializer_range"),
     (True, "is_decoder output_router_logits lm_head_bias decoder_bias"),
     (False, "use_cache"),
@@ -307,7 +307,7 @@ def value_of(config: Any, name: str) -> Any:
 
 
 def few_layers(config: Any) -> dict[str, Any]:
-    """One layer of each kind, at least two: lists with an entry a layer, cut to their different entries in order of appearance."""
+    """One layer of each kind, at least two: lists with an entry a layer, cut to their different entries in order."""
     now = vars(config)
     depth_name = next((n for n in ("num_hidden_layers", "num_layers", "n_layer", "n_layers") if n in now), None)
     if depth_name is None:
@@ -428,6 +428,7 @@ def build(name: str, seed: int = 0) -> tuple[torch.nn.Module, dict[str, Any]]:
         perturb(model)
         text = config.get_text_config()
         special = [value for value in vars(config).values() if isinstance(value, int) and value in SPECIAL]
+        special += (getattr(config, "vocabulary_map", None) or {}).values()
         inputs = batch(getattr(text, "unpadded_vocab_size", text.vocab_size), special)
         if image:
             inputs = with_image(model, inputs, IMAGES[name](config))
