@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from adapters import KINDS, MODELS, ORDERS, compare_adapter  # noqa: E402
 from comparison import VARIANTS, Outcome, compare, quiet  # noqa: E402
-from tiny_models import WITH_IMAGE, causal_names, multimodal_names  # noqa: E402
+from tiny_models import TIMM, WITH_IMAGE, causal_names, multimodal_names  # noqa: E402
 
 PAGE = ROOT / "docs" / "models.md"
 PARTIAL = Path(tempfile.gettempdir()) / "fused_losses_models.jsonl"  # what an interrupted run has measured
@@ -144,7 +144,8 @@ def page(causal: Table, multimodal: Table, adapters: Table) -> str:
         "## Models that take images or sounds",
         paragraph(
             f"All classes in the mappings of image-text-to-text and multimodal models that are not above, with text "
-            f"alone, and the most used with images too: {tally(multimodal)}."
+            f"alone, and the most used with images too: {tally(multimodal)}. Towers that come from the timm package "
+            f"({', '.join(TIMM)}) are replaced by SigLIP's."
         ),
         table("class", multimodal, VARIANTS),
         errors(multimodal),
@@ -220,11 +221,11 @@ def reasons(results: Table) -> list[str]:
     order = list(MARKS)[::-1]
     lines = []
     for (kind, reason), rows in sorted(found.items(), key=lambda item: order.index(item[0][0])):
-        columns = {" and ".join(where) for where in rows.values()}
+        columns = {"; ".join(where) for where in rows.values()}
         if len(columns) == 1:
-            who = f"{', '.join(rows)} ({columns.pop()})"
+            who = f"{'; '.join(rows)} ({columns.pop()})"
         else:
-            who = ", ".join(f"{name} ({' and '.join(where)})" for name, where in rows.items())
+            who = "; ".join(f"{name} ({'; '.join(where)})" for name, where in rows.items())
         lines.append(paragraph(f"- *{kind}*: {reason.strip().rstrip('.')}: {who}", "  "))
     return lines
 
