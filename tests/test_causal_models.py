@@ -3,13 +3,14 @@
 python benchmarks/causal_models.py        writes the page, with the other ways of training too
 """
 
+import functools
 from pathlib import Path
 
 import pytest
 import torch
 from adapters import KINDS, MODELS, ORDERS, compare_adapter
 from comparison import VARIANTS, Step, compare, compared, failed
-from tiny_models import causal_names, multimodal_names, names
+from tiny_models import causal_names, multimodal_names, quick_names
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 MARKS = {"equal": "equal", "refused": "refused", "–": "impossible"}
@@ -30,6 +31,7 @@ SAMPLE = (
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and PEFT, about tiny models
 
 
+@functools.cache
 def rows(columns: int = len(VARIANTS)) -> dict[str, list[str]]:
     lines = [line.strip("| \n").split(" | ") for line in PAGE.read_text().splitlines() if line.startswith("| ")]
     return {cells[0]: cells[1:] for cells in lines if len(cells) == 1 + columns and cells[1] in (*MARKS, *FAULTS)}
@@ -41,7 +43,7 @@ def as_users_run():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", quick_names())
 def test_same_loss_and_gradients(name):
     outcome = compare(name)
     assert outcome.kind not in ("different", "error"), outcome
