@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
+import traceback
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from tiny_models import CannotBuild, build
@@ -16,15 +19,16 @@ import fused_losses as fl
 
 VARIANTS = ("plain", "float64", "lora", "lora_head", "modules_to_save", "checkpointing", "packed", "bf16", "autocast")
 TOLERANCE = 1e-5
-# A parameter's error is taken relative to its gradient, or to this part of all parameters' gradient where its own is less: that of a
-# key's bias is zero but for rounding, as adding one number to all scores of a softmax changes nothing.
+# A parameter's error is taken relative to its gradient, or to this part of all parameters' gradient where its own is
+# less: that of a key's bias is zero but for rounding, as adding one number to all scores of a softmax changes nothing.
 LEAST = {"float64": 1e-3}
 LEAST_OF_FLOAT32 = 1e-2
+BYPASSED = "the patched forward was not called: the logits are there"
 
 
 @dataclass
 class Outcome:
-    kind: str  # equal, different, refused by us, or impossible unpatched
+    kind: str  # equal, different, error (a crash of ours), refused by us, or impossible unpatched
     reason: str = ""
     loss_error: float = 0.0
     gradient_error: float = 0.0  # largest of all parameters; in half precision that of all together
@@ -32,12 +36,19 @@ class Outcome:
     restored: bool = True  # bit-equal after unpatch
 
 
-def step(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+class Step(NamedTuple):
+    loss: Tensor
+    gradients: dict[str, Tensor]
+    logits_formed: bool
+
+
+def step(model: nn.Module, inputs: dict[str, Any]) -> Step:
     model.zero_grad()
     out = model(**inputs)
     loss = out[0] if isinstance(out, tuple) else out.loss
     loss.backward()
-    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return Step(loss.detach(), gradients, type(getattr(out, "logits", None)) is Tensor)
 
 
 def compare(name: str, variant: str = "plain") -> Outcome:
@@ -51,27 +62,48 @@ def compare(name: str, variant: str = "plain") -> Outcome:
     except Exception as problem:
         if variant == "plain":
             raise
-        return Outcome("impossible", _one_line(problem))
+        return Outcome("impossible", one_line(problem))
     with _precision(variant):
         try:
             fl.patch(model)
             ours = step(model, inputs)
-        except (TypeError, ValueError, fl.huggingface.LogitsNotKept) as problem:
-            return Outcome("refused", _one_line(problem))
+        except Exception as problem:
+            return failed(problem)
         fl.unpatch(model)
         again = step(model, inputs)
-    restored = torch.equal(before[0], again[0]) and before[1].keys() == again[1].keys()
-    restored = restored and all(torch.equal(g, again[1][n]) for n, g in before[1].items())
     if variant in ("bf16", "autocast"):
-        return _half_precision(name, variant, before, ours, restored)
-    loss_error = float(abs(ours[0] - before[0]) / abs(before[0]))
-    least = LEAST.get(variant, LEAST_OF_FLOAT32) * _norm(before[1])
-    gradient_error = max(
-        float((ours[1][n] - g).norm() / max(g.norm(), least)) if n in ours[1] else float("inf")
-        for n, g in before[1].items()
-    )
-    same = ours[1].keys() == before[1].keys() and max(loss_error, gradient_error) <= TOLERANCE and restored
+        return _half_precision(name, variant, before, ours, _equal(before, again))
+    return compared(before, ours, again, LEAST.get(variant, LEAST_OF_FLOAT32))
+
+
+def failed(problem: Exception) -> Outcome:
+    """Refused where the patch raises in words of its own, else an error."""
+    frames = traceback.extract_tb(problem.__traceback__)
+    own = Path(frames[-1].filename).is_relative_to(Path(fl.__file__).parent)
+    if own and isinstance(problem, (TypeError, ValueError, fl.huggingface.LogitsNotKept)):
+        return Outcome("refused", one_line(problem))
+    return Outcome("error", f"{type(problem).__name__}: {one_line(problem)}")
+
+
+def compared(before: Step, ours: Step, again: Step, least: float = LEAST_OF_FLOAT32) -> Outcome:
+    """Loss and gradients unpatched, patched and unpatched again."""
+    if ours.logits_formed:
+        return Outcome("different", BYPASSED)
+    restored = _equal(before, again)
+    loss_error = float(abs(ours.loss - before.loss) / abs(before.loss))
+    least *= _norm(before.gradients)
+    gradient_error = max(_relative(ours.gradients.get(n), g, least) for n, g in before.gradients.items())
+    same = ours.gradients.keys() == before.gradients.keys() and restored
+    same = same and loss_error <= TOLERANCE and gradient_error <= TOLERANCE
     return Outcome("equal" if same else "different", "", loss_error, gradient_error, 0.0, restored)
+
+
+def _relative(ours: Tensor | None, theirs: Tensor, least: float) -> float:
+    """Infinite where one has no gradient, or nan in it, which max() would not see."""
+    if ours is None:
+        return float("inf")
+    error = float((ours - theirs).norm() / max(theirs.norm(), least))
+    return float("inf") if math.isnan(error) else error
 
 
 def prepare(model: nn.Module, inputs: dict[str, Any], variant: str) -> tuple[nn.Module, dict[str, Any]]:
@@ -82,13 +114,28 @@ def prepare(model: nn.Module, inputs: dict[str, Any], variant: str) -> tuple[nn.
     elif variant == "packed":
         if "position_ids" not in inspect.signature(type(model).forward).parameters:
             raise CannotBuild("its forward takes no position_ids")
-        ids, labels = inputs["input_ids"].reshape(1, -1), inputs["labels"].clone()
-        labels[:, 0] = -100
-        positions = torch.arange(inputs["labels"].shape[1]).repeat(len(labels))[None]
-        inputs = dict(input_ids=ids, labels=labels.reshape(1, -1), position_ids=positions, use_cache=False)
+        inputs = packed(model, inputs)
     elif variant in ("bf16", "float64"):
-        model.to(torch.bfloat16 if variant == "bf16" else torch.float64)
+        dtype = torch.bfloat16 if variant == "bf16" else torch.float64
+        model.to(dtype)
+        inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
     return model, inputs
+
+
+def packed(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    """All rows in one, told apart by position_ids that restart; what has another shape (images) stays as it is."""
+    shape, labels = inputs["input_ids"].shape, inputs["labels"].clone()
+    labels[:, 0] = -100
+    one_row = {
+        name: value.reshape(1, -1, *value.shape[2:]) if value.shape[:2] == shape else value
+        for name, value in (inputs | {"labels": labels}).items()
+        if name != "attention_mask"
+    }
+    positions = torch.arange(shape[1]).repeat(len(labels))[None]
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    if "mrope_section" in rope:  # of time, height and width, and for text those of the text before them
+        positions = positions.expand(3 if "pixel_values" in inputs else 4, -1, -1)
+    return one_row | {"position_ids": positions, "use_cache": False}
 
 
 def _adapted(model: nn.Module, variant: str) -> nn.Module:
@@ -118,17 +165,19 @@ def _precision(variant: str) -> Any:
     return torch.autocast("cpu", torch.bfloat16, enabled=variant == "autocast")
 
 
-def _half_precision(name: str, variant: str, before: Any, ours: Any, restored: bool) -> Outcome:
+def _half_precision(name: str, variant: str, before: Step, ours: Step, restored: bool) -> Outcome:
     """Both against float32 with the same weights."""
+    if ours.logits_formed:
+        return Outcome("different", BYPASSED)
     model, inputs = build(name)
     if variant == "bf16":
         model.to(torch.bfloat16).float()
     truth = step(model, inputs)
-    total = _norm(truth[1])
+    total = _norm(truth.gradients)
 
-    def errors(result: Any) -> tuple[float, float]:
-        gradient = _norm({n: result[1][n].float() - g for n, g in truth[1].items()})
-        return float(abs(result[0].float() - truth[0]) / abs(truth[0])), float(gradient / total)
+    def errors(result: Step) -> tuple[float, float]:
+        gradient = _norm({n: result.gradients[n].float() - g for n, g in truth.gradients.items()})
+        return float(abs(result.loss.float() - truth.loss) / abs(truth.loss)), float(gradient / total)
 
     (loss_error, gradient_error), (plain_loss, plain_error) = errors(ours), errors(before)
     # The body's rounding is common to both; a loss may by chance come nearer with more of it.
@@ -136,11 +185,16 @@ def _half_precision(name: str, variant: str, before: Any, ours: Any, restored: b
     return Outcome("equal" if same else "different", "", loss_error, gradient_error, plain_error, restored)
 
 
+def _equal(a: Step, b: Step) -> bool:
+    same = torch.equal(a.loss, b.loss) and a.gradients.keys() == b.gradients.keys()
+    return same and all(torch.equal(g, b.gradients[n]) for n, g in a.gradients.items())
+
+
 def _norm(gradients: dict[str, Tensor]) -> float:
     return float(torch.stack([g.float().norm() for g in gradients.values()]).norm())
 
 
-def _one_line(problem: Exception) -> str:
+def one_line(problem: Exception) -> str:
     return " ".join(str(problem).split()) or type(problem).__name__
 
 
