@@ -60,7 +60,8 @@ class Below:
             self.function = found.__func__
         elif isinstance(found, functools.partial):
             self.function = found.func
-            self.partial = tuple(_MODEL if a is model else a for a in found.args), found.keywords, vars(found)
+            attributes = {name: value for name, value in vars(found).items() if name != "__wrapped__"}  # which binds the model
+            self.partial = tuple(_MODEL if a is model else a for a in found.args), found.keywords, attributes
         else:
             self.function = found
         self.is_own = found is None
@@ -81,7 +82,7 @@ _MODEL = object()  # stands for the model among the arguments of a partial funct
 _ENTRANCES: weakref.WeakKeyDictionary[Any, Below] = weakref.WeakKeyDictionary()
 
 
-def entrance(below: Below, found: Any, own: Callable[..., Any], signature: Any) -> Callable[..., Any]:
+def entrance(below: Below, own: Callable[..., Any], signature: Any) -> Callable[..., Any]:
     """A function of (model, ...), as a class would have it."""
 
     def forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -93,8 +94,8 @@ def entrance(below: Below, found: Any, own: Callable[..., Any], signature: Any) 
     functools.update_wrapper(forward, own)
     # accelerate takes wrappers off as far as it finds this. Its device hooks, which are partial functions, are to stay.
     del forward.__wrapped__  # type: ignore[attr-defined]
-    if found is not None and not isinstance(found, functools.partial):
-        forward.__wrapped__ = found  # type: ignore[attr-defined]
+    if not below.is_own and below.partial is None:
+        forward.__wrapped__ = below.function  # type: ignore[attr-defined]
     forward.__signature__ = signature  # type: ignore[attr-defined]
     _ENTRANCES[forward] = below
     return forward
@@ -135,7 +136,7 @@ def _calls_another(wrapper: Any, model: nn.Module, depth: int) -> bool:
         if isinstance(wrapper.__self__, nn.Module) and wrapper.__self__ is not model:
             return wrapper.__func__.__name__ == "forward"
         return _calls_another(wrapper.__func__, model, depth - 1)
-    if wrapper in _ENTRANCES if isinstance(wrapper, types.FunctionType) else False:
+    if isinstance(wrapper, types.FunctionType) and wrapper in _ENTRANCES:
         return False
     inner = [cell.cell_contents for cell in getattr(wrapper, "__closure__", None) or () if _filled(cell)]
     inner += [wrapper.func] if isinstance(wrapper, functools.partial) else []
@@ -167,7 +168,7 @@ class Forward:
             state.copied = False
         found = vars(model).get("forward")
         if state.entrance is None or state.entrance[0] is not found:
-            state.entrance = found, entrance(Below(model, self.own), found, self.own, state.signature)
+            state.entrance = found, entrance(Below(model, self.own), self.own, state.signature)
         return types.MethodType(state.entrance[1], model)
 
     def __set__(self, model: Any, forward: Any) -> None:
