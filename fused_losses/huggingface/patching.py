@@ -25,7 +25,7 @@ from ..objectives import CrossEntropyLoss, LAwFLoss, Objective
 from . import trl, wrappers
 from .call import Call
 from .heads import check_head
-from .labels import plain
+from ..labels import plain
 from .references import Source, find_source
 from .wrappers import STATE, Forward, Turns
 
