@@ -16,7 +16,8 @@ class MissingAttribute(TypeError, AttributeError):
 
 
 def number(value: Any) -> int | float | None:
-    """A Python number from one of Python's, of numpy's or a 0-d tensor; None where it is no real number or would lose a gradient."""
+    """A Python number from one of Python's, of numpy's or a 0-d tensor; None where it is no real number or would lose "
+    "a gradient."""
     if type(value) in (int, float):
         return value
     if isinstance(value, Tensor):
@@ -84,7 +85,8 @@ def unlabelled(values: Tensor, name: str, length: int, valid: Tensor) -> None:
         where = f"[{first // length}, {first % length}]" if length < len(values) else f"[{first}]"
         raise ValueError(
             f"{name}: expected 0 where the label is ignored, got more than 0 at {int(lost.sum())} such tokens, first "
-            f"{values[first].item():g} at position {where}; they would not be learned: give them their label, or set {name} to 0 there"
+            f"{values[first].item():g} at position {where}; they would not be learned: give them their label, or set "
+            f"{name} to 0 there"
         )
 
 

@@ -25,12 +25,13 @@ FRAMES = 12  # so far above an operation on labels the call of an autograd funct
 
 
 class AnchorLabels(Tensor):
-    """Labels that come with a confidence. All but a loss takes them as the tensor they are; integer results keep the class.
+    """Labels that come with a confidence: a tensor to everything but a loss. Integer results keep the class.
 
-    A model that nobody patched swallows the batch's `confidence` and trains on plain cross-entropy. Then its labels arrive in
-    `torch.nn.functional.cross_entropy` or the like, pick log-probabilities (label smoothing), or are read in the forward of an
-    autograd function of another library (TRL's and Liger's fused heads): ValueError where a gradient is wanted, RuntimeWarning where
-    none is, as in evaluation. A patched model and the losses of this package take the class off (`plain`).
+    A model that nobody patched swallows the batch's `confidence` and trains on plain cross-entropy. Then its labels
+    arrive in `torch.nn.functional.cross_entropy` or the like, pick log-probabilities (label smoothing), or are read in
+    the forward of an autograd function of another library (TRL's and Liger's fused heads): ValueError where a gradient
+    is wanted, RuntimeWarning where none is, as in evaluation. A patched model and the losses of this package take the
+    class off (`plain`).
     """
 
     _gradients = True  # whether they were enabled where this tensor was made
@@ -63,7 +64,11 @@ class AnchorLabels(Tensor):
 
 def plain(labels: Any) -> Any:
     """The same tensor without the class; whatever else is given as it is."""
-    return labels.as_subclass(Tensor) if isinstance(labels, AnchorLabels) else labels
+    if not isinstance(labels, AnchorLabels):
+        return labels
+    with torch._C.DisableTorchFunctionSubclass():
+        # Dynamo does not trace as_subclass back to Tensor.
+        return torch.ops.aten.alias(labels) if torch.compiler.is_compiling() else labels.as_subclass(Tensor)
 
 
 def _labelled(values: Tensor) -> Tensor:
@@ -117,8 +122,10 @@ def _custom_function(args: tuple, kwargs: dict[str, Any]) -> tuple[str, bool] | 
 
 def _refuse(loss: str, wanted: bool) -> None:
     message = (
-        f"labels: those of AnchorCollator, which come with a confidence, have reached plain cross-entropy ({loss}), so the anchors are "
-        "ignored; call fused_losses.patch(model, fused_losses.LAwFLoss(), reference=...) before training. For plain cross-entropy "
+        f"labels: those of AnchorCollator, which come with a confidence, have reached plain cross-entropy ({loss}), so "
+        f"the anchors are "
+        "ignored; call fused_losses.patch(model, fused_losses.LAwFLoss(), reference=...) before training. For plain "
+        "cross-entropy "
         "give labels.as_subclass(torch.Tensor), or take a collator without anchors"
     )
     if wanted:

@@ -34,7 +34,8 @@ OTHER_NAMES = {
     "tau": "temperature", "t": "temperature", "temp": "temperature", "min_weight": "floor", "group": "process_group",
     "eps": "epsilon", "clip": "epsilon", "clip_eps": "epsilon", "k": "top_k", "topk": "top_k",
     "beta": "kl_weight", "kl_coef": "kl_weight", "kl_coeff": "kl_weight", "lam": "kl_weight", "lambda_": "kl_weight",
-    "ignored": "ignore_index", "pad_token_id": "ignore_index", "tol": "tolerance", "device": "backend", "reduce": "reduction",
+    "ignored": "ignore_index", "pad_token_id": "ignore_index", "tol": "tolerance", "device": "backend",
+    "reduce": "reduction",
 }  # fmt: skip
 
 
@@ -42,15 +43,16 @@ class Objective(nn.Module):
     """Base of the objectives: subclass it and write `token_loss`.
 
     `token_loss(out, **per_token)` gets statistics of tokens with a label ([C] vectors: `out.nll`, `out.kl`,
-    `out.prediction`, `out.reference_nll`, and those named in `wanted`, a class attribute: "entropy", "reference_entropy",
-    "topk_entropy"), returns a loss per token, [C], by ordinary differentiable operations on `out.nll` and `out.kl`. An `__init__` of
-    your own begins with `super().__init__()`. `token_loss` sees some of the tokens at a time, so it must not mix
-    tokens. Further tensors of the labels' shape, given by keyword to the call, arrive in `per_token`. The gradient is taken while the logits are at hand: 3 GEMMs, 2 with a frozen head, one more with
-    a reference.
+    `out.prediction`, `out.reference_nll`, and those named in `wanted`, a class attribute: "entropy",
+    "reference_entropy", "topk_entropy"), returns a loss per token, [C], by ordinary differentiable operations on
+    `out.nll` and `out.kl`. An `__init__` of your own begins with `super().__init__()`. `token_loss` sees some of the
+    tokens at a time, so it must not mix tokens. Further tensors of the labels' shape, given by keyword to the call,
+    arrive in `per_token`. The gradient is taken while the logits are at hand: 3 GEMMs, 2 with a frozen head, one more
+    with a reference.
 
-    Raises, besides what `token_losses` raises: TypeError for unknown options, a statistic that is not in `wanted`, trainable parameters
-    and other tensors with a gradient in `token_loss`; ValueError for unknown names in `wanted`, and a loss that is not one number per
-    token or has no gradient where one is needed.
+    Raises, besides what `token_losses` raises: TypeError for unknown options, a statistic that is not in `wanted`,
+    trainable parameters and other tensors with a gradient in `token_loss`; ValueError for unknown names in `wanted`,
+    and a loss that is not one number per token or has no gradient where one is needed.
 
     Options of every objective: `ignore_index`, `gradient`, `tolerance` and `backend`, as in `token_losses`. `gradient_report` says how
     gradients are formed: of the last call, and after a backward with sparse gradients, of the call that this was of.
@@ -71,7 +73,8 @@ class Objective(nn.Module):
         if any(_belongs_to_a_call(value) for value in args) and not _takes(cls, args, kwargs):
             raise TypeError(
                 f"{cls.__name__}: tensors are arguments of the call, not of the constructor; write "
-                f"{cls.__name__}()(hidden, head, labels), with the options ({', '.join(_options(cls))}) between the first brackets"
+                f"{cls.__name__}()(hidden, head, labels), with the options ({', '.join(_options(cls))}) between the "
+                f"first brackets"
             )
         return super().__new__(cls)
 
@@ -255,7 +258,8 @@ def _unknown_option(cls: type, name: str) -> str:
 
 def _not_made(cls: type) -> str:
     return (
-        f"{cls.__name__}: Objective.__init__ has not run; call super().__init__() first in {cls.__name__}.__init__ (of a dataclass in "
+        f"{cls.__name__}: Objective.__init__ has not run; call super().__init__() first in {cls.__name__}.__init__ (of "
+        f"a dataclass in "
         "__post_init__)"
     )
 
@@ -368,8 +372,8 @@ class LAwFLoss(Objective):
         reduction: "token_mean" or "group_mean".
 
     Args of the call: hidden [..., D], head, labels int64 [...] (also off the anchors every token that shall be retained
-    needs a label, any valid id: only ignored tokens are left out), `confidence` [...] in [0, 1], and not above 0 where the
-    label is ignored, `reference`, `num_items`: n; for group_mean a pair (anchors, others).
+    needs a label, any valid id: only ignored tokens are left out), `confidence` [...] in [0, 1], and not above 0 where
+    the label is ignored, `reference`, `num_items`: n; for group_mean a pair (anchors, others).
 
     GEMMs: 4, 3 with a frozen head. Source: longern/LAwF.
     """

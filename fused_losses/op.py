@@ -380,7 +380,8 @@ class TracedTokens(Tokens):
 
 
 class TokenStatistics:
-    """What a `token_loss` is given of a `Statistics`: those that are always there, and the others where they are wanted."""
+    """What a `token_loss` is given of a `Statistics`: those that are always there, and the others where they are "
+    "wanted."""
 
     def __init__(self, out: Statistics, wanted: frozenset[str]) -> None:
         self.nll, self.prediction, self.kl, self.reference_nll = out.nll, out.prediction, out.kl, out.reference_nll
@@ -401,11 +402,13 @@ class TokenStatistics:
             )
         if name in self._wanted:
             raise MissingAttribute(
-                f"out.{name}: is of the reference, and there is none; give reference=fused_losses.Reference(hidden states) to the call"
+                f"out.{name}: is of the reference, and there is none; give reference=fused_losses.Reference(hidden "
+                f"states) to the call"
             )
         names = ", ".join(f'"{n}"' for n in OPTIONAL if n == name or n in self._wanted)
         raise MissingAttribute(
-            f"out.{name}: is not computed, as it costs more and the objective does not ask for it; set the class attribute "
+            f"out.{name}: is not computed, as it costs more and the objective does not ask for it; set the class "
+            f"attribute "
             f"wanted = frozenset({{{names}}})"
         )
 
@@ -468,7 +471,8 @@ def _check_gradient(result: Tensor, out: Statistics) -> None:
     """A loss that trains nothing, or something that it cannot reach from here, is a mistake."""
     if not result.requires_grad:
         raise ValueError(
-            "token_loss: the loss has no gradient, so nothing would be trained; it must depend on out.nll or out.kl, not detached "
+            "token_loss: the loss has no gradient, so nothing would be trained; it must depend on out.nll or out.kl, "
+            "not detached "
             "(weights may be: weight.detach() * out.nll)"
         )
     if torch.compiler.is_compiling() or not out.nll.is_leaf:
@@ -480,7 +484,8 @@ def _check_gradient(result: Tensor, out: Statistics) -> None:
         variable = getattr(node, "variable", None)
         if variable is not None and not any(variable is t for t in own):
             raise TypeError(
-                f"token_loss: uses a tensor {list(variable.shape)} that requires a gradient, which would be lost here; give it detached, "
+                f"token_loss: uses a tensor {list(variable.shape)} that requires a gradient, which would be lost here; "
+                f"give it detached, "
                 "or write the loss over fused_losses.token_losses(...) instead"
             )
         if node is not None and node not in seen:
@@ -640,7 +645,8 @@ def check_options(gradient: str, backend: str, ignore_index: int, tolerance: flo
     bound = checks.number(tolerance)
     if bound is None or not 0 < bound < 1:
         raise ValueError(
-            f"tolerance: expected a number above 0 and below 1 (the default is {TOLERANCE}), got {tolerance!r}; for exact "
+            f"tolerance: expected a number above 0 and below 1 (the default is {TOLERANCE}), got {tolerance!r}; for "
+            f"exact "
             "gradients give gradient='exact'"
         )
     if backend != "auto" and backend not in backends.NAMES:
@@ -666,12 +672,14 @@ def _check_transforms(hidden: Tensor, head: LMHead, labels: Tensor, backend: str
     if backend == "reference":
         if isinstance(labels, Tensor) and compiled.is_batched(labels):
             raise NotImplementedError(
-                "torch.func.vmap over labels is not supported; give all tokens in one call, with a loss for each by fused_losses.token_losses"
+                "torch.func.vmap over labels is not supported; give all tokens in one call, with a loss for each by "
+                "fused_losses.token_losses"
             )
         return
     if compiled.in_transform():
         raise NotImplementedError(
-            "torch.func (grad, vjp, jvp, jacrev, vmap, functional_call under these) is not supported by fused losses; call backward() or "
+            "torch.func (grad, vjp, jvp, jacrev, vmap, functional_call under these) is not supported by fused losses; "
+            "call backward() or "
             "torch.autograd.grad(), or give backend='reference', with full logits (not for vmap over labels)"
         )
     if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
@@ -679,7 +687,8 @@ def _check_transforms(hidden: Tensor, head: LMHead, labels: Tensor, backend: str
         tensors = [t for t in (hidden, head.weight, head.bias, *low_rank) if isinstance(t, Tensor)]
         if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
             raise NotImplementedError(
-                "forward-mode differentiation (torch.autograd.forward_ad) is not supported by fused losses; call backward() or "
+                "forward-mode differentiation (torch.autograd.forward_ad) is not supported by fused losses; call "
+                "backward() or "
                 "torch.autograd.grad(), or give backend='reference', with full logits"
             )
 
@@ -715,7 +724,8 @@ def _check_hidden(hidden: Tensor, head: LMHead) -> None:
     compiling = torch.compiler.is_compiling()
     if hidden.device.type == "meta" or (not compiling and type(hidden).__name__ == "FakeTensor"):
         raise ValueError(
-            f"hidden: expected a tensor with numbers, got one {'on meta' if hidden.device.type == 'meta' else 'that is fake'}, which has "
+            f"hidden: expected a tensor with numbers, got one "
+            f"{'on meta' if hidden.device.type == 'meta' else 'that is fake'}, which has "
             "only a shape; load the model to a device first, or trace the call with torch.compile or torch.export"
         )
     _check_low_rank_rows(head.low_rank, hidden, "low_rank rows")

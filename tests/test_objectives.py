@@ -365,7 +365,9 @@ def test_an_anchor_without_a_label_is_an_error(where, ignore_index, reduction):
     module = fl.LAwFLoss(reduction=reduction, ignore_index=ignore_index)
     given = dict(confidence=confidence, reference=fl.Reference(hidden + 1))
     module(hidden, weight, labels, **given)
-    lost = {"padding": (1, slice(2, 5)), "prompt": (0, slice(0, 3)), "everything": ..., "with weight 0.01": (1, 2)}[where]
+    lost = {"padding": (1, slice(2, 5)), "prompt": (0, slice(0, 3)), "everything": ..., "with weight 0.01": (1, 2)}[
+        where
+    ]
     labels[lost] = ignore_index
     if where == "with weight 0.01":
         confidence[1, 2] = 0.01
@@ -373,7 +375,9 @@ def test_an_anchor_without_a_label_is_an_error(where, ignore_index, reduction):
     with pytest.raises(ValueError) as error:
         module(hidden, weight, labels, **given)
     message = str(error.value)
-    assert message.startswith("confidence: expected 0 where the label is ignored") and f"at {count} such tokens" in message
+    assert (
+        message.startswith("confidence: expected 0 where the label is ignored") and f"at {count} such tokens" in message
+    )
     assert f"position {first}" in message and "give them their label" in message
     confidence[lost] = 0
     module(hidden, weight, labels, **given)
@@ -399,7 +403,9 @@ def test_an_anchor_without_a_label_is_an_error_in_a_graph(backend):
     confidence = torch.zeros(2, 5).index_fill(1, torch.tensor([1]), 0.5)
     assert compiled(confidence, labels).item() == pytest.approx(loss(confidence, labels).item(), rel=1e-6)
     labels[1, 1] = -100
-    with pytest.raises(ValueError, match=r"confidence: expected 0 where .* at 1 such tokens, first 0.5 at position \[1, 1\]"):
+    with pytest.raises(
+        ValueError, match=r"confidence: expected 0 where .* at 1 such tokens, first 0.5 at position \[1, 1\]"
+    ):
         compiled(confidence, labels)
 
 
@@ -452,7 +458,7 @@ def test_a_statistic_of_the_reference_without_one_says_so():
 
 
 def test_a_statistic_that_does_not_exist_lists_those_that_do():
-    with pytest.raises(AttributeError, match="out.entropi: there is no such statistic; there are nll, .*topk_entropy"):
+    with pytest.raises(AttributeError, match=r"out.entropi: there is no such statistic; there are nll, .*topk_entropy"):
         tried(own(token_loss=lambda self, out: out.entropi * out.nll))
 
 
@@ -508,7 +514,9 @@ def test_a_loss_without_a_gradient_is_an_error_where_one_is_needed(reference, ba
 
 
 def test_a_loss_of_the_kl_alone_has_a_gradient():
-    loss = tried(own(token_loss=lambda self, out: out.nll.detach() + out.kl), reference=fl.Reference(torch.randn(2, 5, 8)))
+    loss = tried(
+        own(token_loss=lambda self, out: out.nll.detach() + out.kl), reference=fl.Reference(torch.randn(2, 5, 8))
+    )
     loss.backward()
 
 
@@ -581,7 +589,9 @@ def test_an_objective_of_ones_own_may_take_tensors():
 
     loss = Weighted(torch.ones(30), gradient="exact")
     loss(torch.randn(3, 8, requires_grad=True), torch.randn(30, 8), torch.arange(3)).backward()
-    with pytest.raises(TypeError, match=r"Weighted\(\)\(hidden, head, labels\), with the options \(weights, ignore_index"):
+    with pytest.raises(
+        TypeError, match=r"Weighted\(\)\(hidden, head, labels\), with the options \(weights, ignore_index"
+    ):
         Weighted(torch.randn(3, 8), torch.randn(30, 8), torch.arange(3))
 
 
@@ -648,7 +658,7 @@ def test_numpy_scalars_of_no_number_are_refused():
     import numpy as np
 
     for wrong in (np.float32("nan"), np.float32("inf"), np.bool_(True), np.str_("1"), np.array([0.5]), np.float32(-1)):
-        with pytest.raises(ValueError, match="floor: expected a finite number.*got"):
+        with pytest.raises(ValueError, match=r"floor: expected a finite number.*got"):
             fl.TALRLoss(floor=wrong)
         with pytest.raises((ValueError, TypeError), match="num_items: expected"):
             fl.CrossEntropyLoss()(torch.randn(3, 8), torch.randn(30, 8), torch.arange(3), num_items=wrong)
@@ -674,7 +684,9 @@ def test_heads_and_token_losses_take_numbers_of_numpy_and_tensors():
     expected = fl.token_losses(hidden, fl.LMHead(weight, logit_scale=0.5, softcap=4.0), labels).nll
     for half, four in zip(forms(0.5), forms(4.0), strict=True):
         head = fl.LMHead(weight, logit_scale=half, softcap=four)
-        assert torch.equal(fl.token_losses(hidden, head, labels, tolerance=half, ignore_index=torch.tensor(-100)).nll, expected)
+        assert torch.equal(
+            fl.token_losses(hidden, head, labels, tolerance=half, ignore_index=torch.tensor(-100)).nll, expected
+        )
     for wrong in (True, "1", torch.ones(1), torch.ones((), requires_grad=True)):
         with pytest.raises(ValueError, match="logit_scale: expected a finite number"):
             fl.LMHead(weight, logit_scale=wrong)

@@ -196,11 +196,14 @@ TRANSFORMS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # PyTorch's own, at the first dual number
 @pytest.mark.parametrize("function", [objective, per_token])
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_transforms_of_torch_func_are_refused_but_by_the_reference(function, name):
     for options in ({}, {"backend": "torch"}, {"gradient": "sparse"}):
-        with pytest.raises(NotImplementedError, match=r"torch\.func .*not supported.*backward\(\).*backend='reference'"):
+        with pytest.raises(
+            NotImplementedError, match=r"torch\.func .*not supported.*backward\(\).*backend='reference'"
+        ):
             TRANSFORMS[name](functools.partial(function, **options))
     TRANSFORMS[name](functools.partial(function, backend="reference"))
 
@@ -213,7 +216,10 @@ def test_the_reference_has_the_gradient_of_torch_func():
 
 def test_vmap_is_refused():
     pairs = (torch.randn(5, 3, 4), LABELS.expand(5, 3))
-    for options, message in (({}, r"torch\.func .*vmap.*not supported"), ({"backend": "reference"}, "vmap over labels")):
+    for options, message in (
+        ({}, r"torch\.func .*vmap.*not supported"),
+        ({"backend": "reference"}, "vmap over labels"),
+    ):
         with pytest.raises(NotImplementedError, match=message):
             torch.func.vmap(functools.partial(objective, **options))(*pairs)
 
@@ -234,10 +240,11 @@ def test_functional_call_alone_is_no_transform():
         torch.func.grad(lambda p: torch.func.functional_call(model, p, (HIDDEN,)))(parameters)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # PyTorch's own, at the first dual number
 @pytest.mark.parametrize("function", [objective, per_token])
 def test_forward_mode_is_refused_but_by_the_reference(function):
     for hidden, weight in ((HIDDEN, WEIGHT), (TRAINED, WEIGHT)):
-        with pytest.raises(NotImplementedError, match="forward-mode.*not supported.*backend='reference'"):
+        with pytest.raises(NotImplementedError, match=r"forward-mode.*not supported.*backend='reference'"):
             forward_mode(function, hidden, weight)
         assert forward_mode(functools.partial(function, backend="reference"), hidden, weight).isfinite()
     with forward_ad.dual_level():
@@ -260,7 +267,7 @@ def test_second_derivatives_are_refused_but_by_the_reference(function, gradient,
 @pytest.mark.parametrize("function", [objective, per_token])
 def test_a_batched_backward_is_refused(function, gradient):
     loss = function(TRAINED, weight=WEIGHT.clone().requires_grad_(), gradient=gradient)
-    with pytest.raises(NotImplementedError, match="no batched backward.*one gradient after the other"):
+    with pytest.raises(NotImplementedError, match=r"no batched backward.*one gradient after the other"):
         torch.autograd.grad(loss, TRAINED, torch.ones(3), is_grads_batched=True)
 
 

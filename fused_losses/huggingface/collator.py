@@ -53,22 +53,23 @@ class AnchorCollator:
 
     **Every other field** goes into the batch, by the first of these rules that fits. All rows must have it.
 
-        tokens        [T] or [T, ...]: cut as attention_mask says, and padded with 0, names that end in "labels" with −100. token_type_ids,
-                      mm_token_type_ids, position_ids, sequence_ids, old_nll and the like always, others where each row's length is
-                      that of its input_ids. position_ids [3, T] become [3, B, T].
-        concatenate   along dimension 0, as processors lay out the images of a batch: pixel_values [n, C, H, W] of a row's n images, or
-                      [patches, D] (Qwen2-VL); image_grid_thw [n, 3], image_sizes [n, 2], and whatever else begins with pixel_, image_,
-                      video_, audio_ or input_features. A row without images has shape [0, ...].
-        stack         equal shapes [...] become [B, ...], numbers [B]: pixel_values [C, H, W] of one image a row, image_grid_thw [3],
-                      and all other fields.
+        tokens        [T] or [T, ...]: cut as attention_mask says, and padded with 0, names that end in "labels" with −100.
+                      token_type_ids, mm_token_type_ids, position_ids, sequence_ids, old_nll and the like always, others
+                      where each row's length is that of its input_ids. position_ids [3, T] become [3, B, T].
+        concatenate   along dimension 0, as processors lay out the images of a batch: pixel_values [n, C, H, W] of a
+                      row's n images, or [patches, D] (Qwen2-VL); image_grid_thw [n, 3], image_sizes [n, 2], and
+                      whatever else begins with pixel_, image_, video_, audio_ or input_features. A row without images
+                      has shape [0, ...].
+        stack         equal shapes [...] become [B, ...], numbers [B]: pixel_values [C, H, W] of one image a row,
+                      image_grid_thw [3], and all other fields.
 
-    So a row may hold what a processor gives for it alone (input_ids and fields of tokens without their dimension of 1), or one image
-    without a dimension for it. Left out are text (with a warning once, as no model takes it), and what tokenizers and trainers
-    note for themselves: text, messages, prompt, completion, length, seq_lengths, completion_mask, assistant_masks, special_tokens_mask,
-    offset_mapping. `fields` decides otherwise.
+    So a row may hold what a processor gives for it alone (input_ids and fields of tokens without their dimension of 1),
+    or one image without a dimension for it. Left out are text (with a warning once, as no model takes it), and what
+    tokenizers and trainers note for themselves: text, messages, prompt, completion, length, seq_lengths,
+    completion_mask, assistant_masks, special_tokens_mask, offset_mapping. `fields` decides otherwise.
 
-    Pad ids at the end of a row without attention_mask and labels are text, for they may be the eos_token that is to be learned; where there
-    are two or more, or the tokenizer has another eos_token, a warning says so once.
+    Pad ids at the end of a row without attention_mask and labels are text, for they may be the eos_token that is to be
+    learned; where there are two or more, or the tokenizer has another eos_token, a warning says so once.
 
     Args:
         pad_token_id: any valid id; what is padded is masked and has no label.
@@ -76,21 +77,22 @@ class AnchorCollator:
         padding_side: "right" or "left".
         pad_to_multiple_of: of the length of the rows, or of the one packed row.
         padding_free: one packed row [1, ΣT] whose `position_ids` start at 0 for each sequence, for attention that tells
-            sequences by these (FlashAttention; others where transformers makes the mask from position_ids). Those of the rows are
-            taken where they have any.
-        fields: rules for fields by name: "tokens", "concatenate", "stack" or "leave out". Idefics3, say, takes the images of a row as
-            one item: {"pixel_values": "stack"}.
+            sequences by these (FlashAttention; others where transformers makes the mask from position_ids). Those of
+            the rows are taken where they have any.
+        fields: rules for fields by name: "tokens", "concatenate", "stack" or "leave out". Idefics3, say, takes the
+            images of a row as one item: {"pixel_values": "stack"}.
 
     Returns:
         input_ids int64 [B, T], labels int64 (−100 at padding), confidence float32 (0 at padding), and attention_mask int64, or
-        with padding_free position_ids int64, and the other fields. What pads a packed row is a sequence of its own, without labels.
-        The labels are `fused_losses.labels.AnchorLabels`: a model that is not patched, which would ignore the confidence, raises ValueError
-        in its cross-entropy. labels.as_subclass(torch.Tensor) are ordinary ones.
+        with padding_free position_ids int64, and the other fields. What pads a packed row is a sequence of its own,
+        without labels.
+        The labels are `fused_losses.labels.AnchorLabels`: a model that is not patched, which would ignore the
+        confidence, raises ValueError in its cross-entropy. labels.as_subclass(torch.Tensor) are ordinary ones.
 
     Raises:
         TypeError, ValueError: naming the row and the field; among others for anchors that would be lost: at a label of −100,
-            at the first token, out of range, or given twice; for fields that are in some rows only, have shapes that fit no rule, or are no
-            numbers, such as images before their processor.
+            at the first token, out of range, or given twice; for fields that are in some rows only, have shapes that
+            fit no rule, or are no numbers, such as images before their processor.
     """
 
     pad_token_id: int | None = None
@@ -135,7 +137,8 @@ class AnchorCollator:
         if text:
             self._warn(
                 f"text {text}",
-                f"{', '.join(text)}: is text, which no model takes, and left out of the batch; remove the column, or say so: "
+                f"{', '.join(text)}: is text, which no model takes, and left out of the batch; remove the column, or "
+                f"say so: "
                 f'AnchorCollator(fields={{"{text[0]}": "leave out"}})',
             )
         of_tokens = {
@@ -169,8 +172,10 @@ class AnchorCollator:
             if count > (0 if other is not None and other != self.pad_token_id else 1):
                 self._warn(
                     "padding",
-                    f"{row}, input_ids: {'ends' if token == 'eos_token_id' else 'begins'} with {count} times the pad id {self.pad_token_id}, "
-                    "which counts as text, as there is neither attention_mask nor labels; if it is padding, give an attention_mask with 0 "
+                    f"{row}, input_ids: {'ends' if token == 'eos_token_id' else 'begins'} with {count} times the pad "
+                    f"id {self.pad_token_id}, "
+                    "which counts as text, as there is neither attention_mask nor labels; if it is padding, give an "
+                    "attention_mask with 0 "
                     "there, or labels with -100, or rows without padding",
                 )
 
@@ -291,13 +296,15 @@ def _check_positions(values: list[Tensor]) -> None:
     for index, value in enumerate(values):
         if value.dim() > 1 and value.shape[1] == 3:
             raise ValueError(
-                f"row {index}, position_ids: of three kinds, [3, T], do not tell packed rows apart; take padding_free=False, or give [4, T] "
+                f"row {index}, position_ids: of three kinds, [3, T], do not tell packed rows apart; take "
+                f"padding_free=False, or give [4, T] "
                 "with the positions in the text first"
             )
         first = value[0] if value.dim() == 1 else value[0, 0]
         if int(first) != 0:
             raise ValueError(
-                f"row {index}, position_ids: expected 0 first, as attention tells packed rows apart by it, got {int(first)}; leave "
+                f"row {index}, position_ids: expected 0 first, as attention tells packed rows apart by it, got "
+                f"{int(first)}; leave "
                 "position_ids out, or take padding_free=False"
             )
 
@@ -345,7 +352,8 @@ def _pairs(anchors: Any, field: str) -> Iterator[tuple[int, float]]:
         if alone or (isinstance(anchor, (list, tuple)) and len(anchor) != 2):
             what = f"{anchor!r} as a position" if alone else reprlib.repr(anchor)
             raise TypeError(
-                f"{field}: {expected}, got {what} in {reprlib.repr(list(anchors))}; write {_with_brackets(anchors if alone else anchor)}"
+                f"{field}: {expected}, got {what} in {reprlib.repr(list(anchors))}; write "
+                f"{_with_brackets(anchors if alone else anchor)}"
             )
         pair = list(anchor) if isinstance(anchor, (list, tuple)) else [anchor, 1.0]
         try:

@@ -18,16 +18,18 @@ METADATA = frozenset(
     }
 )  # fmt: skip
 OF_TOKENS = frozenset(
-    {"token_type_ids", "mm_token_type_ids", "position_ids", "sequence_ids", "seq_idx", "old_nll", "shift_labels", "cross_attention_mask",
-     "inputs_embeds"}
+    {"token_type_ids", "mm_token_type_ids", "position_ids", "sequence_ids", "seq_idx", "old_nll", "shift_labels",
+     "cross_attention_mask", "inputs_embeds"}
 )  # fmt: skip
-# Of images, videos and sounds, by how their names begin, and with the dimensions of one item: one more are several items.
+# Of images, videos and sounds, by how their names begin, and with the dimensions of one item: one more are several
+# items.
 OF_ITEMS = ("pixel_", "high_res_pixel_", "image_", "images_", "video_", "videos_", "audio_", "second_per_grid")
 ITEMS = {
-    "pixel_values": 3, "pixel_values_images": 3, "high_res_pixel_values": 3, "pixel_values_videos": 4, "pixel_mask": 2,
-    "pixel_attention_mask": 2, "image_position_ids": 2, "video_position_ids": 3, "image_grid_thw": 1, "video_grid_thw": 1,
-    "image_grid_hw": 1, "image_sizes": 1, "spatial_shapes": 1, "target_sizes": 1, "num_crops": 0, "num_soft_tokens_per_image": 0,
-    "num_frames_per_video": 0, "initial_nll": 0, "input_features": 2, "input_features_mask": 1, "feature_attention_mask": 1,
+    "pixel_values": 3, "pixel_values_images": 3, "high_res_pixel_values": 3, "pixel_values_videos": 4,
+    "pixel_mask": 2, "pixel_attention_mask": 2, "image_position_ids": 2, "video_position_ids": 3,
+    "image_grid_thw": 1, "video_grid_thw": 1, "image_grid_hw": 1, "image_sizes": 1, "spatial_shapes": 1,
+    "target_sizes": 1, "num_crops": 0, "num_soft_tokens_per_image": 0, "num_frames_per_video": 0, "initial_nll": 0,
+    "input_features": 2, "input_features_mask": 1, "feature_attention_mask": 1,
 }  # fmt: skip
 # With one of these, an image is [patches, D] and not [C, H, W], and its mask [patches].
 PATCHES = ("image_position_ids", "video_position_ids", "spatial_shapes", "num_soft_tokens_per_image")
@@ -58,7 +60,8 @@ def read_fields(
         if absent:
             there = next(index for index, value in enumerate(values) if value is not None)
             raise ValueError(
-                f"row {absent[0]}, {name}: is missing, but row {there} has it; give it in all rows or in none, where a row has no images as "
+                f"row {absent[0]}, {name}: is missing, but row {there} has it; give it in all rows or in none, where a "
+                f"row has no images as "
                 'an array of shape [0, ...], or leave it out: AnchorCollator(fields={"' + name + '": "leave out"})'
             )
         tensors = [_tensor(value, f"row {index}, {name}") for index, value in enumerate(values)]
@@ -151,7 +154,8 @@ def _tensor(value: Any, field: str) -> Tensor:
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         kind = type(value).__name__
         raise TypeError(
-            f"{field}: cannot be a tensor, got {kind} ({str(error).splitlines()[0]}); make tensors of images and sounds with the processor "
+            f"{field}: cannot be a tensor, got {kind} ({str(error).splitlines()[0]}); make tensors of images and "
+            f"sounds with the processor "
             'first, remove the column, or leave it out: AnchorCollator(fields={"'
             + field.split(", ")[-1]
             + '": "leave out"})'
