@@ -29,9 +29,10 @@ collate = fl.huggingface.AnchorCollator(pad_token_id=0)
 def measure(model, features):
     """The probability of the anchors, and the KL to the original off them: LAwF's loss at a confidence of 1 and of 0."""
     batch = {name: values.to(model.device) for name, values in collate(features).items()}
-    labels, anchor = batch.pop("labels"), batch["confidence"] > 0
-    nll = model(**batch, labels=labels.masked_fill(~anchor, -100)).loss
-    return (-nll).exp().item(), model(**batch, labels=labels.masked_fill(anchor, -100)).loss.item()
+    labels, c = batch.pop("labels"), batch.pop("confidence")
+    nll = model(**batch, labels=labels.masked_fill(c == 0, -100), confidence=c).loss
+    kl = model(**batch, labels=labels.masked_fill(c > 0, -100), confidence=torch.zeros_like(c)).loss
+    return (-nll).exp().item(), kl.item()
 
 
 def main(steps=60, model=None, data=None):

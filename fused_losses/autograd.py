@@ -28,6 +28,13 @@ def _first_order(backward: Callable) -> Callable:
             raise RuntimeError(
                 "fused_losses has no second derivatives (create_graph=True); backend='reference' has, with full logits"
             )
+        batched = torch._C._functorch.is_legacy_batchedtensor  # that of is_grads_batched and vectorize=True
+        if not getattr(ctx, "keep_rows", False) and any(u is not None and batched(u) for u in upstream):
+            raise NotImplementedError(
+                "fused_losses has no batched backward (is_grads_batched, vectorize=True); call backward for one "
+                "gradient after "
+                "the other, or give backend='reference', with full logits"
+            )
         return backward(ctx, *upstream)
 
     return call

@@ -4,9 +4,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+class MissingAttribute(TypeError, AttributeError):
+    """What is not there for a reason; `hasattr` and the default of `getattr` take it as absent."""
+
+
+def number(value: Any) -> int | float | None:
+    """A Python number from one of Python's, of numpy's or a 0-d tensor; None where it is no real number or would lose "
+    "a gradient."""
+    if type(value) in (int, float):
+        return value
+    if isinstance(value, Tensor):
+        if value.dim() or value.requires_grad or value.device.type == "meta":
+            return None
+        value = value.item()
+    elif type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0 and not isinstance(value, Real):
+        value = value.item()  # an array without dimensions
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return None
+    return int(value) if isinstance(value, Integral) else float(value)
+
+
+def integer(value: Any) -> int | None:
+    """Likewise, None where it is no whole number's type."""
+    found = number(value)
+    return found if isinstance(found, int) else None
 
 
 def labels(values: Tensor, ignore_index: int | str, vocabulary: int) -> None:
@@ -49,4 +77,20 @@ def items(number: object, name: str = "num_items", _: int = 0) -> None:
         raise ValueError(f"{name}: expected the number of tokens the loss is divided by, > 0, got {number!r}")
 
 
-BY_NAME: dict[str, Callable] = {check.__name__: check for check in (labels, fractions, finite, losses, indices, items)}
+def unlabelled(values: Tensor, name: str, length: int, valid: Tensor) -> None:
+    """Of all tokens, in rows of `length`: none may be above 0 where there is no label."""
+    lost = (values > 0) & ~valid
+    if bool(lost.any()):
+        first = int(lost.nonzero()[0])
+        where = f"[{first // length}, {first % length}]" if length < len(values) else f"[{first}]"
+        raise ValueError(
+            f"{name}: expected 0 where the label is ignored, got more than 0 at {int(lost.sum())} such tokens, first "
+            f"{values[first].item():g} at position {where}; they would not be learned: give them their label, or set "
+            f"{name} to 0 there"
+        )
+
+
+WITH_MASK = ("unlabelled",)  # these see all values, and which are valid
+BY_NAME: dict[str, Callable] = {
+    check.__name__: check for check in (labels, fractions, finite, losses, indices, items, unlabelled)
+}

@@ -108,6 +108,26 @@ def captures() -> bool:
 captures._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def in_transform() -> bool:
+    """Whether a transform of torch.func is being taken."""
+    return torch._C._are_functorch_transforms_active()
+
+
+in_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether torch.func.vmap maps over it."""
+    if torch.compiler.is_compiling() or not in_transform():
+        return False
+    inner: Any = tensor
+    while torch._C._functorch.is_functorch_wrapped_tensor(inner):
+        if torch._C._functorch.is_batchedtensor(inner):
+            return True
+        inner = torch._C._functorch.get_unwrapped(inner)
+    return False
+
+
 class Context:
     """What the autograd functions use of autograd's ctx."""
 
@@ -318,7 +338,10 @@ def _fake_backward(a: Any, b: Any, saved: Tensor, layout: Tensor, *arguments: An
 
 
 def _checked(values: Tensor, valid: Tensor | None, check: str, name: str, limit: int) -> Tensor:
-    checks.BY_NAME[check](values if valid is None else values[valid], name, limit)
+    if check in checks.WITH_MASK:
+        checks.BY_NAME[check](values, name, limit, valid)
+    else:
+        checks.BY_NAME[check](values if valid is None else values[valid], name, limit)
     return values.clone(memory_format=torch.contiguous_format)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import shards
+from . import checks, shards
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -146,14 +146,17 @@ class LMHead:
                     f"head bias is on {self.bias.device}, head weight on {self.weight.device}; move both to one device"
                 )
         self._check_dtensors()
-        scale = self.logit_scale
-        if not isinstance(scale, (int, float)) or scale != scale or abs(scale) == float("inf") or scale == 0:
+        scale = checks.number(self.logit_scale)
+        if scale is None or scale != scale or abs(scale) == float("inf") or scale == 0:
             raise ValueError(
-                f"logit_scale: expected a finite number other than 0, got {scale!r}; leave it 1.0 for none"
+                f"logit_scale: expected a finite number other than 0, got {self.logit_scale!r}; leave it 1.0 for none"
             )
-        cap = self.softcap
-        if cap is not None and not (isinstance(cap, (int, float)) and 0 < cap < float("inf")):
-            raise ValueError(f"softcap: expected a finite number > 0, or None for no soft-cap, got {cap!r}")
+        cap = None if self.softcap is None else checks.number(self.softcap)
+        if self.softcap is not None and (cap is None or not 0 < cap < float("inf")):
+            raise ValueError(f"softcap: expected a finite number > 0, or None for no soft-cap, got {self.softcap!r}")
+        if scale is not self.logit_scale or cap is not self.softcap:  # of numpy, or tensors
+            object.__setattr__(self, "logit_scale", scale)
+            object.__setattr__(self, "softcap", cap)
         if self.low_rank is not None:
             if self.process_group is not None or shards.is_dtensor(self.weight):
                 raise ValueError(

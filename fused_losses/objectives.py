@@ -7,6 +7,8 @@ the caller's `num_items`. Weights never carry a gradient.
 from __future__ import annotations
 
 import copy
+import difflib
+import functools
 import inspect
 import math
 from collections.abc import Iterator
@@ -19,22 +21,38 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import checks, compiled
+from .checks import MissingAttribute
 from .head import LMHead, Reference, as_head
-from .op import Observer, Tokens, TracedTokens, capturable, check_options, prepare
+from .op import OPTIONAL, Observer, Tokens, TracedTokens, _of_chunk, capturable, check_options, check_wanted, prepare
 from .problem import Statistics
 from .sparse_softmax import TOLERANCE, GradientReport
 
 Head = LMHead | Tensor | nn.Linear
+OPTIONS = ("ignore_index", "gradient", "tolerance", "backend")  # of every objective
+# What papers and other libraries call an option of ours.
+OTHER_NAMES = {
+    "tau": "temperature", "t": "temperature", "temp": "temperature", "min_weight": "floor", "group": "process_group",
+    "eps": "epsilon", "clip": "epsilon", "clip_eps": "epsilon", "k": "top_k", "topk": "top_k",
+    "beta": "kl_weight", "kl_coef": "kl_weight", "kl_coeff": "kl_weight", "lam": "kl_weight", "lambda_": "kl_weight",
+    "ignored": "ignore_index", "pad_token_id": "ignore_index", "tol": "tolerance", "device": "backend",
+    "reduce": "reduction",
+}  # fmt: skip
 
 
 class Objective(nn.Module):
     """Base of the objectives: subclass it and write `token_loss`.
 
     `token_loss(out, **per_token)` gets statistics of tokens with a label ([C] vectors: `out.nll`, `out.kl`,
-    `out.prediction`, `out.reference_nll`, and those named in `wanted`), returns a loss per token, [C], by ordinary
-    differentiable operations on `out.nll` and `out.kl`. It sees some of the tokens at a time, so it must not mix
-    tokens. Further tensors of the labels' shape, given by keyword to the call, arrive in `per_token`. The gradient is taken while the logits are at hand: 3 GEMMs, 2 with a frozen head, one more with
-    a reference.
+    `out.prediction`, `out.reference_nll`, and those named in `wanted`, a class attribute: "entropy",
+    "reference_entropy", "topk_entropy"), returns a loss per token, [C], by ordinary differentiable operations on
+    `out.nll` and `out.kl`. An `__init__` of your own begins with `super().__init__()`. `token_loss` sees some of the
+    tokens at a time, so it must not mix tokens. Further tensors of the labels' shape, given by keyword to the call,
+    arrive in `per_token`. The gradient is taken while the logits are at hand: 3 GEMMs, 2 with a frozen head, one more
+    with a reference.
+
+    Raises, besides what `token_losses` raises: TypeError for unknown options, a statistic that is not in `wanted`,
+    trainable parameters and other tensors with a gradient in `token_loss`; ValueError for unknown names in `wanted`,
+    and a loss that is not one number per token or has no gradient where one is needed.
 
     Options of every objective: `ignore_index`, `gradient`, `tolerance` and `backend`, as in `token_losses`. `gradient_report` says how
     gradients are formed: of the last call, and after a backward with sparse gradients, of the call that this was of.
@@ -51,6 +69,15 @@ class Objective(nn.Module):
     gradient_report: GradientReport | None = None  # of the last call; after a backward, of the call that it was of
     _observer: Observer | None = None
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        if any(_belongs_to_a_call(value) for value in args) and not _takes(cls, args, kwargs):
+            raise TypeError(
+                f"{cls.__name__}: tensors are arguments of the call, not of the constructor; write "
+                f"{cls.__name__}()(hidden, head, labels), with the options ({', '.join(_options(cls))}) between the "
+                f"first brackets"
+            )
+        return super().__new__(cls)
+
     def __init__(
         self,
         *,
@@ -58,9 +85,13 @@ class Objective(nn.Module):
         gradient: str = "auto",
         tolerance: float = TOLERANCE,
         backend: str = "auto",
+        **unknown: Any,
     ) -> None:
         super().__init__()
-        check_options(gradient, backend, ignore_index, tolerance)
+        for name in unknown:
+            raise TypeError(_unknown_option(type(self), name))
+        ignore_index, tolerance = check_options(gradient, backend, ignore_index, tolerance)
+        check_wanted(self.wanted, self.top_k)
         self.ignore_index, self.gradient, self.tolerance, self.backend = ignore_index, gradient, tolerance, backend
         self._handle = compiled.handle(self)
 
@@ -69,13 +100,21 @@ class Objective(nn.Module):
         super().__setstate__(state)
         self._handle = compiled.handle(self)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, (nn.Module, nn.Parameter)) and "_parameters" not in self.__dict__:
+            raise MissingAttribute(_not_made(type(self)))
+        super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("__") and ("_parameters" not in self.__dict__ or name in (*OPTIONS, "_handle")):
+            raise MissingAttribute(_not_made(type(self)))
+        return super().__getattr__(name)
+
     def __repr__(self) -> str:
         """With the options that are not the defaults, as it ends up in logs."""
         parameters = inspect.signature(Objective.__init__).parameters
         given = [
-            f"{name}={getattr(self, name)!r}"
-            for name in ("ignore_index", "gradient", "tolerance", "backend")
-            if getattr(self, name) != parameters[name].default
+            f"{name}={getattr(self, name)!r}" for name in OPTIONS if getattr(self, name) != parameters[name].default
         ]
         return f"{type(self).__name__}({', '.join([*filter(None, [self.extra_repr()]), *given])})"
 
@@ -143,7 +182,14 @@ class Objective(nn.Module):
                 "fused_losses.token_losses(...) instead"
             )
         n = item_count(num_items, tokens.count)
-        return tokens.summed(self.token_loss, self.wanted, self.top_k, **per_token) / n
+        wanted, k = self._statistics()
+        return tokens.summed(self.token_loss, wanted, k, **per_token) / n
+
+    def _statistics(self) -> tuple[frozenset[str], int]:
+        """Those that cost a pass, and k of the top-k entropy; checked, as they may have been set since."""
+        if torch.compiler.is_compiling():
+            return frozenset([name for name in OPTIONAL if name in self.wanted]), self.top_k
+        return check_wanted(self.wanted, self.top_k)
 
     @capturable
     def forward(
@@ -158,6 +204,64 @@ class Objective(nn.Module):
     ) -> Tensor:
         tokens = self.prepare(hidden, head, labels, reference)
         return self.reduce(tokens, num_items, **{name: tokens.select(v, name) for name, v in per_token.items()})
+
+
+def _belongs_to_a_call(value: Any) -> bool:
+    return isinstance(value, (nn.Module, LMHead, Reference)) or (isinstance(value, Tensor) and value.dim() > 0)
+
+
+def _takes(cls: type, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether the constructor may take tensors: one that is not of this package, and whose signature fits."""
+    constructor: Any = cls.__init__  # type: ignore[misc]
+    if constructor.__module__ == __name__:
+        return False
+    try:
+        inspect.signature(constructor).bind(None, *args, **kwargs)
+    except TypeError:
+        return False
+    return True
+
+
+def _options(cls: type) -> list[str]:
+    """The names that the constructor takes, its own first."""
+    names: list[str] = []
+    for base in cls.__mro__:
+        if "__init__" in vars(base):
+            parameters = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]
+            variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+            names += [p.name for p in parameters if p.kind not in variable and p.name not in names]
+            if base is Objective or not any(p.kind is p.VAR_KEYWORD for p in parameters):
+                break
+    return names
+
+
+def _unknown_option(cls: type, name: str) -> str:
+    names = _options(cls)
+    known = OTHER_NAMES.get(name.lower(), "")
+    close = [known] if known in names else difflib.get_close_matches(name, names, 1)
+    meant = f"; did you mean {close[0]}?" if close else ""
+    if name in (
+        "hidden",
+        "head",
+        "weight",
+        "labels",
+        "reference",
+        "num_items",
+        "confidence",
+        "sequence_ids",
+        "initial_nll",
+        "old_nll",
+    ):
+        meant = f"; {name} is an argument of the call, {cls.__name__}()(hidden, head, labels, ...)"
+    return f"{cls.__name__}: has no option {name}{meant}; there are {', '.join(names)}"
+
+
+def _not_made(cls: type) -> str:
+    return (
+        f"{cls.__name__}: Objective.__init__ has not run; call super().__init__() first in {cls.__name__}.__init__ (of "
+        f"a dataclass in "
+        "__post_init__)"
+    )
 
 
 class CrossEntropyLoss(Objective):
@@ -197,9 +301,9 @@ class TALRLoss(Objective):
         self, temperature: float | str = "median", floor: float = 0.01, *, process_group: Any = None, **options: Any
     ) -> None:
         super().__init__(**options)
-        if temperature != "median":
-            check_number(temperature, "temperature", above=0, instead='"median" or a number > 0')
-        check_number(floor, "floor", least=0, most=1)
+        if not isinstance(temperature, str) or temperature != "median":
+            temperature = check_number(temperature, "temperature", above=0, instead='"median" or a number > 0')
+        floor = check_number(floor, "floor", least=0, most=1)
         self.temperature, self.floor, self.process_group = temperature, floor, process_group
 
     def extra_repr(self) -> str:
@@ -217,15 +321,17 @@ class TALRLoss(Objective):
         if self.temperature != "median":
             return self.reduce(tokens, num_items)
         n = item_count(num_items, tokens.count)
+        wanted, k = self._statistics()
         if isinstance(tokens, TracedTokens):
             ids = sequence_numbers(tokens, labels, sequence_ids)
-            out = tokens.losses(self.wanted)
+            out = tokens.losses(wanted, k)
             tau = torch.ops.fused_losses.median_temperature(out.nll.detach(), ids, tokens.valid)
         else:
             sequence, count = sequences(tokens, labels, sequence_ids)
-            out = tokens.losses(self.wanted)
+            out = tokens.losses(wanted, k)
             tau = median_temperature(out.nll.detach(), sequence, count, self.process_group)
-        return tokens.total(self.token_loss(out, temperature=tau)) / n
+        weighted = _of_chunk(functools.partial(self.token_loss, temperature=tau), {}, wanted)
+        return tokens.total(weighted(out, slice(None))) / n
 
 
 def median_temperature(nll: Tensor, sequence: Tensor, count: int, process_group: Any = None) -> Tensor:
@@ -266,8 +372,8 @@ class LAwFLoss(Objective):
         reduction: "token_mean" or "group_mean".
 
     Args of the call: hidden [..., D], head, labels int64 [...] (also off the anchors every token that shall be retained
-    needs a label, any valid id: only ignored tokens are left out), `confidence` [...] in [0, 1], `reference`,
-    `num_items`: n; for group_mean a pair (anchors, others).
+    needs a label, any valid id: only ignored tokens are left out), `confidence` [...] in [0, 1], and not above 0 where
+    the label is ignored, `reference`, `num_items`: n; for group_mean a pair (anchors, others).
 
     GEMMs: 4, 3 with a frozen head. Source: longern/LAwF.
     """
@@ -276,8 +382,8 @@ class LAwFLoss(Objective):
         self, anchor_weight: float = 1.0, retain_weight: float = 1.0, reduction: str = "token_mean", **options: Any
     ) -> None:
         super().__init__(**options)
-        check_number(anchor_weight, "anchor_weight", least=0)
-        check_number(retain_weight, "retain_weight", least=0)
+        anchor_weight = check_number(anchor_weight, "anchor_weight", least=0)
+        retain_weight = check_number(retain_weight, "retain_weight", least=0)
         if reduction not in ("token_mean", "group_mean"):
             raise ValueError(f"reduction: expected token_mean or group_mean, got {reduction!r}")
         self.anchor_weight, self.retain_weight, self.reduction = anchor_weight, retain_weight, reduction
@@ -315,7 +421,7 @@ class LAwFLoss(Objective):
         if confidence is None:
             raise ValueError("LAwFLoss needs confidence=: 1 at anchors, 0 at tokens to retain, of the labels' shape")
         tokens = self.prepare(hidden, head, labels, reference)
-        c = tokens.select(confidence, "confidence").detach().to(tokens.problem.accumulator)
+        c = tokens.select(confidence, "confidence", all_labelled=True).detach().to(tokens.problem.accumulator)
         c = tokens.check(c, "confidence", "fractions")
         anchor = c > 0
         # Products, as a graph is specialised on numbers that become tensors otherwise.
@@ -337,6 +443,8 @@ class LAwFLoss(Objective):
             raise ValueError(
                 f"num_items: for reduction='group_mean' expected a pair (anchors, other tokens), got {num_items!r}"
             )
+        if any(x is None for x in num_items):
+            raise ValueError(f"num_items: expected a pair of numbers (anchors, other tokens), got {num_items!r}")
         return tuple(item_count(x, 0) for x in num_items)  # type: ignore[return-value]
 
 
@@ -354,8 +462,7 @@ class FLOWLoss(Objective):
 
     def __init__(self, temperature: float, **options: Any) -> None:
         super().__init__(**options)
-        check_number(temperature, "temperature", above=0)
-        self.temperature = temperature
+        self.temperature = check_number(temperature, "temperature", above=0)
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}"
@@ -409,8 +516,7 @@ class ASFTLoss(Objective):
 
     def __init__(self, kl_weight: float = 0.1, **options: Any) -> None:
         super().__init__(**options)
-        check_number(kl_weight, "kl_weight", least=0)
-        self.kl_weight = kl_weight
+        self.kl_weight = check_number(kl_weight, "kl_weight", least=0)
 
     def extra_repr(self) -> str:
         return f"kl_weight={self.kl_weight}"
@@ -440,10 +546,8 @@ class EAFTLoss(CrossEntropyLoss):
 
     def __init__(self, alpha: float = 1.0, top_k: int = 20, **options: Any) -> None:
         super().__init__(**options)
-        check_number(alpha, "alpha", least=0)
-        if not isinstance(top_k, int) or top_k < 2:
-            raise ValueError(f"top_k: expected an integer ≥ 2, got {top_k!r}")
-        self.alpha, self.top_k = alpha, top_k
+        self.alpha = check_number(alpha, "alpha", least=0)
+        _, self.top_k = check_wanted(self.wanted, top_k)
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}, top_k={self.top_k}"
@@ -470,8 +574,7 @@ class PSFTLoss(Objective):
 
     def __init__(self, epsilon: float = 0.2, **options: Any) -> None:
         super().__init__(**options)
-        check_number(epsilon, "epsilon", above=0, most=1)
-        self.epsilon = epsilon
+        self.epsilon = check_number(epsilon, "epsilon", above=0, most=1)
 
     def extra_repr(self) -> str:
         return f"epsilon={self.epsilon}"
@@ -519,11 +622,14 @@ def item_count(num_items: Any, default: int | Tensor) -> Any:
     if isinstance(num_items, Tensor):
         if num_items.numel() != 1:
             raise ValueError(f"num_items: expected one number, got a tensor of shape {list(num_items.shape)}")
+        if num_items.dtype == torch.bool or num_items.is_complex():
+            raise TypeError(f"num_items: expected a number, got a tensor of {num_items.dtype}")
         return checked(num_items.detach().reshape(()), "num_items", "items")
-    if not isinstance(num_items, (int, float)) or isinstance(num_items, bool):
+    n = checks.number(num_items)
+    if n is None:
         raise TypeError(f"num_items: expected a number or a tensor of one, got {num_items!r}")
-    checks.items(num_items)
-    return num_items
+    checks.items(n)
+    return n
 
 
 def checked(values: Tensor, name: str, check: str) -> Tensor:
@@ -542,15 +648,20 @@ def integers(values: Tensor, name: str) -> Tensor:
 
 def check_number(
     value: Any, name: str, above: float = -math.inf, least: float = -math.inf, most: float = math.inf, instead: str = ""
-) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not (above < value < math.inf and least <= value <= most):
+) -> int | float:
+    """The Python number that it is."""
+    number = checks.number(value)
+    if number is None or not (above < number < math.inf and least <= number <= most):
         bounds = (
             [f"> {above}"] * (above > -math.inf)
             + [f"≥ {least}"] * (least > -math.inf)
             + [f"≤ {most}"] * (most < math.inf)
         )
-        raise ValueError(f"{name}: expected {instead or 'a finite number ' + ' and '.join(bounds)}, got {value!r}")
+        trained = ", which requires a gradient that would be lost" if getattr(value, "requires_grad", False) else ""
+        raise ValueError(
+            f"{name}: expected {instead or 'a finite number ' + ' and '.join(bounds)}, got {value!r}{trained}"
+        )
+    return number
 
 
 def _gather(values: Tensor, group: Any) -> Tensor:

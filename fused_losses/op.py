@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import functools
-import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from numbers import Real
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from . import backends, checks, compiled, shards
 from . import reference as full_logits
 from .autograd import SparseSummedLossFunction, SparseTokenLossesFunction, SummedLossFunction, TokenLossesFunction
+from .checks import MissingAttribute
 from .head import FLOATING, LMHead, LowRank, Reference, _names, _same_tensor, as_head, calls_other_ranks
+from .labels import plain
 from .problem import Head, Problem, Statistics, valid_index
 from .sparse_softmax import SMALLEST_VOCABULARY, TOLERANCE, GradientReport
 
 ALL_STATISTICS = frozenset({"entropy", "reference_entropy"})
+OPTIONAL = ("entropy", "reference_entropy", "topk_entropy")  # these cost a pass, so an objective names them in `wanted`
+GIVEN = ("nll", "prediction", "kl", "reference_nll")  # the last two with a reference
 GRADIENTS = ("auto", "exact", "sparse")
 F = TypeVar("F", bound=Callable)
 
@@ -210,8 +213,11 @@ class Tokens:
         checks.BY_NAME[check](values, name, limit)
         return values
 
-    def select(self, values: Tensor, name: str) -> Tensor:
-        """The entries of a per-token tensor of the labels' shape that belong to valid tokens, [N]."""
+    def select(self, values: Tensor, name: str, all_labelled: bool = False) -> Tensor:
+        """The entries of a per-token tensor of the labels' shape that belong to valid tokens, [N].
+
+        `all_labelled`: of those above 0 every one must belong to a valid token.
+        """
         if not isinstance(values, Tensor):
             raise TypeError(
                 f"{name}: expected a tensor of the labels' shape {list(self.shape)}, got {type(values).__name__}"
@@ -221,7 +227,16 @@ class Tokens:
         device = self.problem.labels.device
         if values.device != device:
             raise ValueError(f"{name} is on {values.device}, hidden on {device}; move it with .to({str(device)!r})")
-        return self._select(values.reshape(-1))
+        flat = values.reshape(-1)
+        if all_labelled:
+            flat = self._all_labelled(flat, name)
+        return self._select(flat)
+
+    def _all_labelled(self, flat: Tensor, name: str) -> Tensor:
+        if self.index is not None:
+            valid = torch.zeros(flat.shape, dtype=torch.bool, device=flat.device).index_fill_(0, self.index, True)
+            checks.unlabelled(flat, name, self.shape[-1], valid)
+        return flat
 
     def _select(self, flat: Tensor) -> Tensor:
         return flat if self.index is None else flat.index_select(0, self.index)
@@ -264,7 +279,7 @@ class Tokens:
         self, loss: Callable[..., Tensor], wanted: frozenset[str], top_k: int = 20, **per_token: Tensor
     ) -> Tensor:
         """Σ_t loss(statistics, **per_token) for a loss of each token by itself; saves one GEMM over `losses`."""
-        of_chunk = _of_chunk(loss, per_token)
+        of_chunk = _of_chunk(loss, per_token, wanted)
         if self.backend == "reference":
             return of_chunk(self.losses(wanted, top_k), slice(None)).sum()
         if self.observer is None:
@@ -306,6 +321,9 @@ class TracedTokens(Tokens):
 
     def check(self, values: Tensor, name: str, check: str, limit: int = 0) -> Tensor:
         return torch.ops.fused_losses.checked(values, self.valid, check, name, limit)
+
+    def _all_labelled(self, flat: Tensor, name: str) -> Tensor:
+        return torch.ops.fused_losses.checked(flat, self.valid, "unlabelled", name, self.shape[-1])
 
     def _select(self, flat: Tensor) -> Tensor:
         return flat.masked_fill(~self.valid, 0)
@@ -355,29 +373,124 @@ class TracedTokens(Tokens):
     def summed(
         self, loss: Callable[..., Tensor], wanted: frozenset[str], top_k: int = 20, **per_token: Tensor
     ) -> Tensor:
-        of_tokens = _of_chunk(loss, per_token)
+        of_tokens = _of_chunk(loss, per_token, wanted)
         out = self.losses(wanted, top_k)
         with torch.autocast(self.valid.device.type, enabled=False):
             return self.total(of_tokens(out, slice(None)))
 
 
-def _of_chunk(loss: Callable[..., Tensor], per_token: dict[str, Tensor]) -> Callable[[Statistics, slice], Tensor]:
+class TokenStatistics:
+    """What a `token_loss` is given of a `Statistics`: those that are always there, and the others where they are "
+    "wanted."""
+
+    def __init__(self, out: Statistics, wanted: frozenset[str]) -> None:
+        self.nll, self.prediction, self.kl, self.reference_nll = out.nll, out.prediction, out.kl, out.reference_nll
+        if "entropy" in wanted:
+            self.entropy = out.entropy
+        if "reference_entropy" in wanted and out.reference_entropy is not None:
+            self.reference_entropy = out.reference_entropy
+        if "topk_entropy" in wanted:
+            self.topk_entropy = out.topk_entropy
+        self._wanted = wanted
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        if name not in OPTIONAL:
+            raise MissingAttribute(
+                f"out.{name}: there is no such statistic; there are {', '.join((*GIVEN, *OPTIONAL))}"
+            )
+        if name in self._wanted:
+            raise MissingAttribute(
+                f"out.{name}: is of the reference, and there is none; give reference=fused_losses.Reference(hidden "
+                f"states) to the call"
+            )
+        names = ", ".join(f'"{n}"' for n in OPTIONAL if n == name or n in self._wanted)
+        raise MissingAttribute(
+            f"out.{name}: is not computed, as it costs more and the objective does not ask for it; set the class "
+            f"attribute "
+            f"wanted = frozenset({{{names}}})"
+        )
+
+    def __repr__(self) -> str:
+        return f"Statistics({', '.join(n for n in (*GIVEN, *OPTIONAL) if vars(self).get(n) is not None)})"
+
+
+def check_wanted(wanted: Any, top_k: Any) -> tuple[frozenset[str], int]:
+    """The statistics that an objective asks for, besides those that are always there, and its `top_k`."""
+    names = None if isinstance(wanted, str) or not isinstance(wanted, Iterable) else list(wanted)
+    known = (*GIVEN, *OPTIONAL)
+    if names is None or any(name not in known for name in names):
+        one = f"; write frozenset({{{wanted!r}}})" if wanted in OPTIONAL else ""
+        wrong = wanted if names is None else next(name for name in names if name not in known)
+        raise ValueError(f"wanted: expected a set of names among {', '.join(OPTIONAL)}, got {wrong!r}{one}")
+    k = checks.integer(top_k)
+    if k is None or k < 2:
+        raise ValueError(f"top_k: expected an integer ≥ 2, got {top_k!r}")
+    return frozenset(names) & frozenset(OPTIONAL), k
+
+
+def _of_chunk(
+    loss: Callable[..., Tensor], per_token: dict[str, Tensor], wanted: frozenset[str]
+) -> Callable[[Statistics, slice], Tensor]:
     """The loss of some of the tokens, checked."""
     for name, values in per_token.items():
         if values.requires_grad and torch.is_grad_enabled():
             raise TypeError(f"{name}: requires a gradient, which would be lost here; give {name}.detach()")
 
     def of_chunk(out: Statistics, at: slice) -> Tensor:
-        result = loss(out, **{name: values[at] for name, values in per_token.items()})
+        result = _call(loss, TokenStatistics(out, wanted), {name: values[at] for name, values in per_token.items()})
         if not isinstance(result, Tensor) or result.shape != out.nll.shape or not result.is_floating_point():
             what = f"{result.dtype} {list(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
             raise ValueError(
                 f"token_loss: expected one float per token, shape {list(out.nll.shape)} as out.nll, got {what}; sums and "
                 "means over tokens are taken afterwards"
             )
+        if out.nll.requires_grad and torch.is_grad_enabled():
+            _check_gradient(result, out)
         return result
 
     return of_chunk
+
+
+def _call(loss: Callable[..., Tensor], out: TokenStatistics, per_token: dict[str, Tensor]) -> Tensor:
+    if torch.compiler.is_compiling() or out.kl is not None:
+        return loss(out, **per_token)
+    try:
+        return loss(out, **per_token)
+    except (TypeError, AttributeError) as error:
+        if "NoneType" not in str(error):
+            raise
+        raise TypeError(
+            f"token_loss: {error}; out.kl and out.reference_nll are None without a reference: give "
+            "reference=fused_losses.Reference(hidden states) to the call"
+        ) from error
+
+
+def _check_gradient(result: Tensor, out: Statistics) -> None:
+    """A loss that trains nothing, or something that it cannot reach from here, is a mistake."""
+    if not result.requires_grad:
+        raise ValueError(
+            "token_loss: the loss has no gradient, so nothing would be trained; it must depend on out.nll or out.kl, "
+            "not detached "
+            "(weights may be: weight.detach() * out.nll)"
+        )
+    if torch.compiler.is_compiling() or not out.nll.is_leaf:
+        return
+    # Only leaves: a graph that leads into a model is not walked through.
+    own, nodes, seen = (out.nll, out.kl), [result.grad_fn], set[Any]()
+    while nodes and len(seen) < 1000:
+        node = nodes.pop()
+        variable = getattr(node, "variable", None)
+        if variable is not None and not any(variable is t for t in own):
+            raise TypeError(
+                f"token_loss: uses a tensor {list(variable.shape)} that requires a gradient, which would be lost here; "
+                f"give it detached, "
+                "or write the loss over fused_losses.token_losses(...) instead"
+            )
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [before for before, _ in node.next_functions]
 
 
 def prepare(
@@ -397,7 +510,9 @@ def prepare(
     In a graph (`capturable`) values are checked, and ignored tokens removed, when it runs. `handle`: of the objective.
     """
     head = as_head(head).local()
-    check_options(gradient, backend, ignore_index, tolerance)
+    ignore_index, tolerance = check_options(gradient, backend, ignore_index, tolerance)
+    labels = plain(labels)
+    _check_transforms(hidden, head, labels, backend)
     if head.is_spread:
         _check_spread_options(gradient, backend)
     _check_hidden(hidden, head)
@@ -519,24 +634,27 @@ def _full_logits_statistics(problem: Problem) -> Statistics:
     return out
 
 
-def check_options(gradient: str, backend: str, ignore_index: int, tolerance: float) -> None:
+def check_options(gradient: str, backend: str, ignore_index: int, tolerance: float) -> tuple[int, float]:
+    """The last two as Python numbers."""
     if not isinstance(gradient, str) or gradient not in GRADIENTS:
         raise ValueError(f"gradient: expected one of {', '.join(GRADIENTS)}, got {gradient!r}")
     if gradient == "sparse" and backend == "reference":
         raise ValueError(
             "gradient='sparse' with backend='reference', which has full logits and is always exact; leave one of the two"
         )
-    if isinstance(tolerance, bool) or not isinstance(tolerance, Real) or not 0 < tolerance < 1:
+    bound = checks.number(tolerance)
+    if bound is None or not 0 < bound < 1:
         raise ValueError(
-            f"tolerance: expected a Python number above 0 and below 1 (the default is {TOLERANCE}), got {tolerance!r}; for exact "
+            f"tolerance: expected a number above 0 and below 1 (the default is {TOLERANCE}), got {tolerance!r}; for "
+            f"exact "
             "gradients give gradient='exact'"
         )
     if backend != "auto" and backend not in backends.NAMES:
         raise ValueError(f"backend: expected one of auto, {', '.join(backends.NAMES)}, got {backend!r}")
-    try:
-        operator.index(ignore_index)
-    except TypeError:
-        raise TypeError(f"ignore_index: expected an integer such as -100, got {ignore_index!r}") from None
+    index = checks.integer(ignore_index)
+    if index is None:
+        raise TypeError(f"ignore_index: expected an integer such as -100, got {ignore_index!r}")
+    return index, bound
 
 
 def _check_spread_options(gradient: str, backend: str) -> None:
@@ -547,6 +665,32 @@ def _check_spread_options(gradient: str, backend: str) -> None:
         raise ValueError(
             f"backend={backend!r} {where}, for which there is 'torch' alone; give backend='auto' or 'torch'"
         )
+
+
+def _check_transforms(hidden: Tensor, head: LMHead, labels: Tensor, backend: str) -> None:
+    """torch.func, forward-mode differentiation: what has no rule of ours."""
+    if backend == "reference":
+        if isinstance(labels, Tensor) and compiled.is_batched(labels):
+            raise NotImplementedError(
+                "torch.func.vmap over labels is not supported; give all tokens in one call, with a loss for each by "
+                "fused_losses.token_losses"
+            )
+        return
+    if compiled.in_transform():
+        raise NotImplementedError(
+            "torch.func (grad, vjp, jvp, jacrev, vmap, functional_call under these) is not supported by fused losses; "
+            "call backward() or "
+            "torch.autograd.grad(), or give backend='reference', with full logits (not for vmap over labels)"
+        )
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        low_rank = () if head.low_rank is None else (head.low_rank.b, head.low_rank.a, head.low_rank.rows)
+        tensors = [t for t in (hidden, head.weight, head.bias, *low_rank) if isinstance(t, Tensor)]
+        if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+            raise NotImplementedError(
+                "forward-mode differentiation (torch.autograd.forward_ad) is not supported by fused losses; call "
+                "backward() or "
+                "torch.autograd.grad(), or give backend='reference', with full logits"
+            )
 
 
 def _check_hidden(hidden: Tensor, head: LMHead) -> None:
@@ -577,6 +721,13 @@ def _check_hidden(hidden: Tensor, head: LMHead) -> None:
         )
     if hidden.device != head.weight.device:
         raise ValueError(f"hidden is on {hidden.device}, head weight on {head.weight.device}; move both to one device")
+    compiling = torch.compiler.is_compiling()
+    if hidden.device.type == "meta" or (not compiling and type(hidden).__name__ == "FakeTensor"):
+        raise ValueError(
+            f"hidden: expected a tensor with numbers, got one "
+            f"{'on meta' if hidden.device.type == 'meta' else 'that is fake'}, which has "
+            "only a shape; load the model to a device first, or trace the call with torch.compile or torch.export"
+        )
     _check_low_rank_rows(head.low_rank, hidden, "low_rank rows")
 
 

@@ -143,7 +143,8 @@ def batch(confidence: bool = False, silent: int = 0) -> tuple[dict, int]:
     labels[ROWS - silent :] = -100
     fields = dict(input_ids=ids, labels=labels)
     if confidence:
-        fields["confidence"] = (torch.rand(ROWS, LENGTH, generator=g) * 2 - 1).clamp(min=0)
+        confidence = (torch.rand(ROWS, LENGTH, generator=g) * 2 - 1).clamp(min=0)
+        fields["confidence"] = confidence.masked_fill(labels == -100, 0)
     return fields, int((labels[:, 1:] != -100).sum())
 
 

@@ -247,7 +247,7 @@ def test_inputs_that_are_not_one_per_token(tmp_path):
 def test_a_row_of_padding_alone(tmp_path):
     model = fl.patch(adapted(), fl.LAwFLoss(), reference="base", reference_cache=tmp_path)
     counted, inputs = Counted(model), batch(rows(9, 12))
-    inputs["attention_mask"][0], inputs["labels"][0] = 0, -100
+    inputs["attention_mask"][0], inputs["labels"][0], inputs["confidence"][0] = 0, -100, 0
     assert [references(model, inputs, counted)[0] for _ in range(2)] == [1, 0]
 
 

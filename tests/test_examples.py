@@ -50,7 +50,7 @@ def test_peft_lawf(example, capsys):
     assert measured == pytest.approx([before[0], after[0], after[1]], rel=0.1, abs=1e-3)
 
     batch = module.collate(features)
-    labels, anchor = batch.pop("labels")[:, 1:], batch.pop("confidence")[:, 1:] > 0
+    labels, anchor = batch.pop("labels")[:, 1:].as_subclass(torch.Tensor), batch.pop("confidence")[:, 1:] > 0
     with torch.no_grad():
         logp = model(**batch).logits[:, :-1].double().log_softmax(-1)
         with model.disable_adapter():

@@ -237,7 +237,8 @@ def test_scalar_argument_in_another_precision():
     case = make(20, 6, 30, scale=1 / 3, softcap=10 / 3, reference="own")
     assert max(errors(case, torch.float64).values()) < 1e-12
     hidden, head, ref = case.inputs(torch.float32)
-    loss = fl.LAwFLoss(1 / 3, 1 / 7)(hidden, head, case.labels, confidence=torch.rand(20), reference=ref)
+    confidence = torch.rand(20).masked_fill(case.labels == -100, 0)
+    loss = fl.LAwFLoss(1 / 3, 1 / 7)(hidden, head, case.labels, confidence=confidence, reference=ref)
     assert loss.dtype == torch.float32
     loss.backward()
     assert hidden.grad.dtype == torch.float32

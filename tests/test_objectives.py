@@ -73,6 +73,8 @@ NAMES = sorted(objectives())
 
 def call(name, hidden, head, labels, ref, **more):
     module, arguments, truth = objectives()[name]
+    if "confidence" in arguments:
+        arguments = arguments | {"confidence": arguments["confidence"].masked_fill(labels == -100, 0)}
     if isinstance(module, (fl.LAwFLoss, fl.ASFTLoss)):
         arguments = arguments | {"reference": ref}
     return module(hidden, head, labels, **arguments, **more), truth
@@ -207,7 +209,7 @@ def test_talr_weights_carry_no_gradient():
 @pytest.mark.parametrize("confidence", [0.0, 1.0, 0.25, 0.999])
 def test_lawf_is_the_kl_of_the_explicit_mixture(confidence):
     hidden, head, labels, ref = inputs(reference="shared")
-    c = torch.full(labels.shape, confidence, dtype=torch.float64)
+    c = torch.full(labels.shape, confidence, dtype=torch.float64).masked_fill(labels == -100, 0)
     loss = fl.LAwFLoss()(hidden, head, labels, confidence=c, reference=ref)
     z, z_ref, y, keep = logits_of_valid(hidden, head, labels, ref)
     check(loss, oracle.lawf(z, z_ref, y, c[keep]).mean(), hidden, head)
@@ -219,7 +221,7 @@ def test_lawf_is_the_kl_of_the_explicit_mixture(confidence):
 
 def test_lawf_gradient_is_that_of_the_mixed_losses():
     hidden, head, labels, ref = inputs(reference="own")
-    c = torch.rand(labels.shape, dtype=torch.float64)
+    c = torch.rand(labels.shape, dtype=torch.float64).masked_fill(labels == -100, 0)
     loss = fl.LAwFLoss()(hidden, head, labels, confidence=c, reference=ref)
     out = fl.token_losses(hidden, head, labels, reference=ref)
     n = (labels != -100).sum()
@@ -246,7 +248,7 @@ def test_lawf_group_mean():
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_lawf_group_mean_with_an_empty_group(value):
     hidden, head, labels, ref = inputs(reference="shared")
-    c = torch.full(labels.shape, value, dtype=torch.float64)
+    c = torch.full(labels.shape, value, dtype=torch.float64).masked_fill(labels == -100, 0)
     mean = fl.LAwFLoss()(hidden, head, labels, confidence=c, reference=ref)
     assert fl.LAwFLoss(reduction="group_mean")(
         hidden, head, labels, confidence=c, reference=ref
@@ -348,3 +350,345 @@ def test_fp16_gradients_neither_overflow_nor_underflow_before_they_are_scaled():
             (scale * loss(leaf)).backward()
             gradients.append(leaf.grad)
         assert gradients[0].isfinite().all() and relative(*gradients) < 9e-4
+
+
+# Mistakes in an objective's use
+
+
+@pytest.mark.parametrize("reduction", ["token_mean", "group_mean"])
+@pytest.mark.parametrize("ignore_index", [-100, 3])
+@pytest.mark.parametrize("where", ["padding", "prompt", "everything", "with weight 0.01"])
+def test_an_anchor_without_a_label_is_an_error(where, ignore_index, reduction):
+    hidden, weight, labels = torch.randn(2, 5, 8), torch.randn(30, 8), torch.randint(10, 30, (2, 5))
+    confidence = torch.zeros(2, 5)
+    confidence[:, 2] = 1
+    module = fl.LAwFLoss(reduction=reduction, ignore_index=ignore_index)
+    given = dict(confidence=confidence, reference=fl.Reference(hidden + 1))
+    module(hidden, weight, labels, **given)
+    lost = {"padding": (1, slice(2, 5)), "prompt": (0, slice(0, 3)), "everything": ..., "with weight 0.01": (1, 2)}[
+        where
+    ]
+    labels[lost] = ignore_index
+    if where == "with weight 0.01":
+        confidence[1, 2] = 0.01
+    count, first = (2, "[0, 2]") if where == "everything" else (1, "[0, 2]" if where == "prompt" else "[1, 2]")
+    with pytest.raises(ValueError) as error:
+        module(hidden, weight, labels, **given)
+    message = str(error.value)
+    assert (
+        message.startswith("confidence: expected 0 where the label is ignored") and f"at {count} such tokens" in message
+    )
+    assert f"position {first}" in message and "give them their label" in message
+    confidence[lost] = 0
+    module(hidden, weight, labels, **given)
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.int64, torch.float64])
+def test_an_anchor_without_a_label_in_flat_tensors_of_any_dtype(kind):
+    hidden, weight, labels = torch.randn(4, 8), torch.randn(30, 8), torch.tensor([1, -100, 2, -100])
+    confidence = torch.tensor([0, 0, 1, 1]).to(kind)
+    with pytest.raises(ValueError, match=r"at 1 such tokens, first 1 at position \[3\]"):
+        fl.LAwFLoss()(hidden, weight, labels, confidence=confidence, reference=fl.Reference(hidden))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_an_anchor_without_a_label_is_an_error_in_a_graph(backend):
+    hidden, weight, labels = torch.randn(2, 5, 8), torch.randn(30, 8), torch.randint(30, (2, 5))
+    module = fl.LAwFLoss(backend=backend)
+
+    def loss(confidence, labels):
+        return module(hidden, weight, labels, confidence=confidence, reference=fl.Reference(hidden + 1))
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    confidence = torch.zeros(2, 5).index_fill(1, torch.tensor([1]), 0.5)
+    assert compiled(confidence, labels).item() == pytest.approx(loss(confidence, labels).item(), rel=1e-6)
+    labels[1, 1] = -100
+    with pytest.raises(
+        ValueError, match=r"confidence: expected 0 where .* at 1 such tokens, first 0.5 at position \[1, 1\]"
+    ):
+        compiled(confidence, labels)
+
+
+def own(**body):
+    """An objective of a user's own."""
+    body.setdefault("token_loss", lambda self, out: out.nll)
+    return type("Mine", (fl.Objective,), body)
+
+
+def tried(cls, backend="auto", needs_gradient=True, **given):
+    hidden = torch.randn(2, 5, 8, requires_grad=needs_gradient)
+    objective = cls() if backend == "auto" else cls(backend=backend)
+    return objective(hidden, torch.randn(30, 8), torch.randint(30, (2, 5)), **given)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("name", ["entropy", "reference_entropy", "topk_entropy"])
+def test_a_statistic_that_is_not_wanted_says_so(name, backend):
+    reads = {"token_loss": lambda self, out: (getattr(out, name) > 1) * out.nll}
+    for equal in (reads, {"token_loss": lambda self, out: (getattr(out, name) == 1) * out.nll}):
+        with pytest.raises(TypeError, match=rf'out.{name}: .*wanted = frozenset\({{"{name}"}}\)'):
+            tried(own(**equal), backend)
+    reference = fl.Reference(torch.randn(2, 5, 8))
+    tried(own(wanted=frozenset({name}), **reads), backend, reference=reference).backward()
+    other = "topk_entropy" if name == "entropy" else "entropy"
+    both = ", ".join(f'"{n}"' for n in ("entropy", "reference_entropy", "topk_entropy") if n in (name, other))
+    with pytest.raises(TypeError, match=f"frozenset.*{both}"):
+        tried(own(wanted=frozenset({other}), **reads), backend)
+
+
+def test_a_statistic_that_is_not_wanted_is_absent_for_hasattr():
+    seen = []
+
+    def token_loss(self, out):
+        seen.append((hasattr(out, "entropy"), hasattr(out, "nll"), getattr(out, "topk_entropy", None), repr(out)))
+        return out.nll
+
+    tried(own(token_loss=token_loss))
+    assert seen == [(False, True, None, "Statistics(nll, prediction)")]
+
+
+def test_a_statistic_of_the_reference_without_one_says_so():
+    with pytest.raises(TypeError, match=r"out.kl and out.reference_nll are None without a reference: give reference="):
+        tried(own(token_loss=lambda self, out: out.nll + out.kl))
+    with pytest.raises(TypeError, match=r"out.kl .*None without a reference"):
+        tried(own(token_loss=lambda self, out: out.nll * out.reference_nll.exp()))
+    with pytest.raises(TypeError, match=r"out.reference_entropy: .*give reference="):
+        tried(own(wanted={"reference_entropy"}, token_loss=lambda self, out: out.nll * out.reference_entropy))
+    tried(own(token_loss=lambda self, out: out.nll if out.kl is None else out.nll + out.kl)).backward()
+
+
+def test_a_statistic_that_does_not_exist_lists_those_that_do():
+    with pytest.raises(AttributeError, match=r"out.entropi: there is no such statistic; there are nll, .*topk_entropy"):
+        tried(own(token_loss=lambda self, out: out.entropi * out.nll))
+
+
+def test_a_statistic_that_is_not_wanted_says_so_in_median_talr_too():
+    class Mine(fl.TALRLoss):
+        def token_loss(self, out, temperature=None):
+            return super().token_loss(out, temperature) * out.entropy
+
+    with pytest.raises(TypeError, match=r'wanted = frozenset\({"entropy"}\)'):
+        tried(Mine)
+
+
+@pytest.mark.parametrize(
+    "wanted, message",
+    [
+        (frozenset({"entropi"}), "wanted: expected a set of names among entropy, reference_entropy, topk_entropy, got 'entropi'"),
+        (("entropy", "top_k_entropy"), "got 'top_k_entropy'"),
+        ("entropy", r"got 'entropy'; write frozenset\({'entropy'}\)"),
+        (None, "got None"),
+        ([3], "got 3"),
+    ],
+)  # fmt: skip
+def test_names_that_nobody_knows_in_wanted_are_an_error_when_it_is_made(wanted, message):
+    with pytest.raises(ValueError, match=message):
+        own(wanted=wanted)()
+    objective = own()()
+    objective.wanted = wanted
+    with pytest.raises(ValueError, match=message):
+        objective(torch.randn(3, 8), torch.randn(30, 8), torch.arange(3))
+
+
+def test_wanted_may_be_any_collection_and_name_what_is_always_there():
+    for wanted in ({"entropy"}, ["entropy"], ("entropy", "nll", "kl")):
+        tried(own(wanted=wanted, token_loss=lambda self, out: out.nll * out.entropy)).backward()
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("reference", [None, "given"])
+def test_a_loss_without_a_gradient_is_an_error_where_one_is_needed(reference, backend):
+    given = {} if reference is None else {"reference": fl.Reference(torch.randn(2, 5, 8))}
+    for token_loss in (
+        lambda self, out: out.nll.detach(),
+        lambda self, out: torch.zeros_like(out.nll),
+        lambda self, out: (out.prediction == 3).to(out.nll),
+    ):
+        cls = own(token_loss=token_loss)
+        with pytest.raises(ValueError, match="token_loss: the loss has no gradient"):
+            tried(cls, backend, **given)
+        tried(cls, backend, needs_gradient=False, **given)
+        with torch.no_grad():
+            tried(cls, backend, **given)
+    tried(own(token_loss=lambda self, out: (-out.nll).exp().detach() * out.nll), backend, **given).backward()
+
+
+def test_a_loss_of_the_kl_alone_has_a_gradient():
+    loss = tried(
+        own(token_loss=lambda self, out: out.nll.detach() + out.kl), reference=fl.Reference(torch.randn(2, 5, 8))
+    )
+    loss.backward()
+
+
+def test_a_tensor_with_a_gradient_in_token_loss_would_be_lost():
+    scale = torch.ones(1, requires_grad=True)
+    for token_loss in (lambda self, out: scale * out.nll, lambda self, out: (scale * 2 * out.nll.detach()).exp()):
+        with pytest.raises(TypeError, match=r"uses a tensor \[1\] that requires a gradient"):
+            tried(own(token_loss=token_loss))
+    tried(own(token_loss=lambda self, out: scale.detach() * out.nll)).backward()
+
+
+def nothing(self):
+    pass
+
+
+def an_attribute(self):
+    self.x = 1
+
+
+def a_module(self):
+    self.layer = torch.nn.ReLU()
+
+
+def a_parameter(self):
+    self.scale = torch.nn.Parameter(torch.ones(1))
+
+
+def another_base(self):
+    torch.nn.Module.__init__(self)
+
+
+@pytest.mark.parametrize("init", [nothing, an_attribute, a_module, a_parameter, another_base])
+def test_an_objective_whose_base_was_not_made_says_so(init):
+    with pytest.raises(TypeError, match=r"Mine: Objective.__init__ has not run; call super\(\).__init__\(\) first"):
+        tried(own(__init__=init))
+
+
+def test_attributes_may_be_set_before_the_base_is_made():
+    def init(self):
+        self.x = 2.0
+        assert not hasattr(self, "y")
+        fl.Objective.__init__(self)
+
+    tried(own(__init__=init, token_loss=lambda self, out: self.x * out.nll)).backward()
+
+
+ALL = (fl.CrossEntropyLoss, fl.TALRLoss, fl.LAwFLoss, fl.FLOWLoss, fl.DFTLoss, fl.ASFTLoss, fl.EAFTLoss, fl.PSFTLoss)
+
+
+@pytest.mark.parametrize("cls", [*ALL, own(), type("Mine", (fl.TALRLoss,), {})], ids=lambda cls: cls.__name__)
+def test_tensors_belong_to_the_call(cls):
+    hidden, weight, labels = torch.randn(2, 5, 8), torch.randn(30, 8), torch.randint(30, (2, 5))
+    for head in (weight, torch.nn.Linear(8, 30), fl.LMHead(weight)):
+        with pytest.raises(TypeError, match=rf"{cls.__name__}\(\)\(hidden, head, labels\)"):
+            cls(hidden, head, labels)
+    with pytest.raises(TypeError, match=rf"{cls.__name__}\(\)\(hidden, head, labels\)"):
+        cls(hidden)
+    with pytest.raises(TypeError, match=rf"labels.*argument of the call, {cls.__name__}\(\)"):
+        cls(**({"temperature": 1.0} if cls is fl.FLOWLoss else {}), labels=labels)
+
+
+def test_an_objective_of_ones_own_may_take_tensors():
+    class Weighted(fl.Objective):
+        def __init__(self, weights, **options):
+            super().__init__(**options)
+            self.weights = weights
+
+        def token_loss(self, out):
+            return self.weights[out.prediction] * out.nll
+
+    loss = Weighted(torch.ones(30), gradient="exact")
+    loss(torch.randn(3, 8, requires_grad=True), torch.randn(30, 8), torch.arange(3)).backward()
+    with pytest.raises(
+        TypeError, match=r"Weighted\(\)\(hidden, head, labels\), with the options \(weights, ignore_index"
+    ):
+        Weighted(torch.randn(3, 8), torch.randn(30, 8), torch.arange(3))
+
+
+@pytest.mark.parametrize(
+    "cls, option, meant",
+    [
+        (fl.TALRLoss, "tau", "temperature"), (fl.TALRLoss, "temprature", "temperature"), (fl.PSFTLoss, "eps", "epsilon"),
+        (fl.EAFTLoss, "k", "top_k"), (fl.ASFTLoss, "beta", "kl_weight"), (fl.LAwFLoss, "anchor_weigth", "anchor_weight"),
+        (fl.CrossEntropyLoss, "ignored_index", "ignore_index"), (fl.DFTLoss, "tolerence", "tolerance"),
+        (fl.CrossEntropyLoss, "zzz", None), (own(), "gradients", "gradient"),
+    ],
+)  # fmt: skip
+def test_an_unknown_option_lists_those_there_are(cls, option, meant):
+    with pytest.raises(TypeError) as error:
+        cls(**{option: 1.0})
+    message = str(error.value)
+    assert message.startswith(f"{cls.__name__}: has no option {option}; ")
+    assert ("did you mean" not in message) if meant is None else f"did you mean {meant}?" in message
+    assert message.endswith("ignore_index, gradient, tolerance, backend")
+
+
+# Numbers of every kind
+
+
+def forms(value):
+    import numpy as np
+
+    whole = isinstance(value, int)
+    types = (np.int32, np.int64, np.uint8) if whole else (np.float64, np.float32, np.float16)
+    return [*(kind(value) for kind in types), np.array(value), torch.tensor(value)]
+
+
+OPTIONS = [
+    (fl.TALRLoss, "temperature", 0.5), (fl.TALRLoss, "floor", 0.25), (fl.LAwFLoss, "anchor_weight", 2),
+    (fl.LAwFLoss, "retain_weight", 0.5), (fl.FLOWLoss, "temperature", 1.5), (fl.ASFTLoss, "kl_weight", 0.25),
+    (fl.EAFTLoss, "alpha", 1.5), (fl.EAFTLoss, "top_k", 7), (fl.PSFTLoss, "epsilon", 0.25),
+    (fl.CrossEntropyLoss, "tolerance", 0.125), (fl.CrossEntropyLoss, "ignore_index", 3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("cls, option, value", OPTIONS, ids=lambda x: getattr(x, "__name__", x))
+def test_options_take_numbers_of_numpy_and_tensors(cls, option, value):
+    required = {"temperature": 1.0} if cls is fl.FLOWLoss else {}
+    for form in forms(value):
+        objective = cls(**required | {option: form})
+        assert getattr(objective, option) == value and type(getattr(objective, option)) is type(value)
+        assert repr(objective) == repr(cls(**required | {option: value}))
+
+
+@pytest.mark.parametrize("cls, option, value", OPTIONS, ids=lambda x: getattr(x, "__name__", x))
+@pytest.mark.parametrize(
+    "wrong",
+    [float("nan"), float("inf"), "0.5", True, -1.0, None, 1j, [0.5], torch.tensor([0.5]), torch.tensor(True), torch.ones(())
+     .requires_grad_(), torch.ones((), device="meta")],
+    ids=str,
+)  # fmt: skip
+def test_options_refuse_what_is_no_number(cls, option, value, wrong):
+    required = {"temperature": 1.0} if cls is fl.FLOWLoss else {}
+    with pytest.raises((ValueError, TypeError), match=rf"^{option}: expected .*got "):
+        cls(**required | {option: wrong})
+
+
+def test_numpy_scalars_of_no_number_are_refused():
+    import numpy as np
+
+    for wrong in (np.float32("nan"), np.float32("inf"), np.bool_(True), np.str_("1"), np.array([0.5]), np.float32(-1)):
+        with pytest.raises(ValueError, match=r"floor: expected a finite number.*got"):
+            fl.TALRLoss(floor=wrong)
+        with pytest.raises((ValueError, TypeError), match="num_items: expected"):
+            fl.CrossEntropyLoss()(torch.randn(3, 8), torch.randn(30, 8), torch.arange(3), num_items=wrong)
+
+
+def test_num_items_takes_numbers_of_numpy_and_tensors():
+    hidden, weight, labels = torch.randn(3, 8), torch.randn(30, 8), torch.arange(3)
+    expected = fl.CrossEntropyLoss()(hidden, weight, labels, num_items=7).item()
+    for form in forms(7):
+        assert fl.CrossEntropyLoss()(hidden, weight, labels, num_items=form).item() == pytest.approx(expected, rel=1e-7)
+    confidence, reference = torch.tensor([1.0, 0, 0]), fl.Reference(hidden + 1)
+    module = fl.LAwFLoss(reduction="group_mean")
+    expected = module(hidden, weight, labels, confidence=confidence, reference=reference, num_items=(3, 4)).item()
+    for three, four in zip(forms(3), forms(4), strict=True):
+        pair = dict(confidence=confidence, reference=reference, num_items=(three, four))
+        assert module(hidden, weight, labels, **pair).item() == pytest.approx(expected, rel=1e-7)
+    with pytest.raises(ValueError, match="num_items: expected a pair of numbers"):
+        module(hidden, weight, labels, confidence=confidence, reference=reference, num_items=(None, 4))
+
+
+def test_heads_and_token_losses_take_numbers_of_numpy_and_tensors():
+    hidden, weight, labels = torch.randn(3, 8), torch.randn(30, 8), torch.arange(3)
+    expected = fl.token_losses(hidden, fl.LMHead(weight, logit_scale=0.5, softcap=4.0), labels).nll
+    for half, four in zip(forms(0.5), forms(4.0), strict=True):
+        head = fl.LMHead(weight, logit_scale=half, softcap=four)
+        assert torch.equal(
+            fl.token_losses(hidden, head, labels, tolerance=half, ignore_index=torch.tensor(-100)).nll, expected
+        )
+    for wrong in (True, "1", torch.ones(1), torch.ones((), requires_grad=True)):
+        with pytest.raises(ValueError, match="logit_scale: expected a finite number"):
+            fl.LMHead(weight, logit_scale=wrong)
+        with pytest.raises(ValueError, match="softcap: expected a finite number"):
+            fl.LMHead(weight, softcap=wrong)

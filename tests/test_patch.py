@@ -585,7 +585,7 @@ class TestRefused:
     def test_other_ignored_labels(self):
         """The model ignores −100, the loss another label; fields are aligned all the same."""
         model, inputs = llama(), batch()
-        confidence = torch.rand(3, 11)
+        confidence = torch.rand(3, 11).masked_fill(inputs["labels"] == -100, 0)
         with fl.patched(model, fl.LAwFLoss(), reference=llama_at(7)):
             want = model(**inputs, confidence=confidence).loss
         with fl.patched(model, fl.LAwFLoss(ignore_index=-1), reference=llama_at(7)):

@@ -1,13 +1,17 @@
 """Bad input: each error names the argument, what was expected, what came, and the remedy."""
 
+import functools
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 import fused_losses as fl
 
 HIDDEN, WEIGHT, LABELS = torch.randn(3, 4), torch.randn(7, 4), torch.tensor([0, 6, -100])
 REFERENCE = fl.Reference(torch.randn(3, 4))
-CONFIDENCE = torch.tensor([0.0, 1.0, 0.5])
+CONFIDENCE = torch.tensor([0.0, 1.0, 0.0])
 
 
 def losses(hidden=HIDDEN, head=WEIGHT, labels=LABELS, **options):
@@ -159,3 +163,119 @@ def test_error(name):
 
 def test_good_input_is_good():
     losses(), losses(reference=REFERENCE), lawf()
+
+
+# torch.func, forward mode, second derivatives, tensors without numbers
+
+TRAINED = torch.randn(3, 4, requires_grad=True)
+
+
+def objective(hidden, labels=LABELS, weight=WEIGHT, **options):
+    return fl.CrossEntropyLoss(**options)(hidden, weight, labels)
+
+
+def per_token(hidden, labels=LABELS, weight=WEIGHT, **options):
+    return fl.token_losses(hidden, weight, labels, **options).nll.sum()
+
+
+def forward_mode(function, hidden=HIDDEN, weight=WEIGHT):
+    with forward_ad.dual_level():
+        hidden, weight = (forward_ad.make_dual(t, torch.ones_like(t)) for t in (hidden, weight))
+        return forward_ad.unpack_dual(function(hidden, weight=weight)).tangent
+
+
+TRANSFORMS = {
+    "grad": lambda f: torch.func.grad(f)(HIDDEN),
+    "grad of the weight": lambda f: torch.func.grad(lambda w: f(HIDDEN, weight=w))(WEIGHT),
+    "vjp": lambda f: torch.func.vjp(f, HIDDEN)[1](torch.ones(())),
+    "jacrev": lambda f: torch.func.jacrev(f)(HIDDEN),
+    "jacfwd": lambda f: torch.func.jacfwd(f)(HIDDEN),
+    "jvp": lambda f: torch.func.jvp(f, (HIDDEN,), (HIDDEN,)),
+    "hessian": lambda f: torch.func.hessian(f)(HIDDEN),
+    "grad and value": lambda f: torch.func.grad_and_value(f)(HIDDEN),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # PyTorch's own, at the first dual number
+@pytest.mark.parametrize("function", [objective, per_token])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms_of_torch_func_are_refused_but_by_the_reference(function, name):
+    for options in ({}, {"backend": "torch"}, {"gradient": "sparse"}):
+        with pytest.raises(
+            NotImplementedError, match=r"torch\.func .*not supported.*backward\(\).*backend='reference'"
+        ):
+            TRANSFORMS[name](functools.partial(function, **options))
+    TRANSFORMS[name](functools.partial(function, backend="reference"))
+
+
+def test_the_reference_has_the_gradient_of_torch_func():
+    expected = torch.autograd.grad(objective(TRAINED), TRAINED)[0]
+    got = torch.func.grad(functools.partial(objective, backend="reference"))(TRAINED.detach())
+    assert torch.allclose(got, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_vmap_is_refused():
+    pairs = (torch.randn(5, 3, 4), LABELS.expand(5, 3))
+    for options, message in (
+        ({}, r"torch\.func .*vmap.*not supported"),
+        ({"backend": "reference"}, "vmap over labels"),
+    ):
+        with pytest.raises(NotImplementedError, match=message):
+            torch.func.vmap(functools.partial(objective, **options))(*pairs)
+
+
+def test_functional_call_alone_is_no_transform():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = torch.nn.Linear(4, 7)
+
+        def forward(self, hidden):
+            return objective(hidden, weight=self.head)
+
+    model = Model()
+    parameters = dict(model.named_parameters())
+    assert torch.func.functional_call(model, parameters, (HIDDEN,)).item() == model(HIDDEN).item()
+    with pytest.raises(NotImplementedError, match=r"functional_call under these"):
+        torch.func.grad(lambda p: torch.func.functional_call(model, p, (HIDDEN,)))(parameters)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # PyTorch's own, at the first dual number
+@pytest.mark.parametrize("function", [objective, per_token])
+def test_forward_mode_is_refused_but_by_the_reference(function):
+    for hidden, weight in ((HIDDEN, WEIGHT), (TRAINED, WEIGHT)):
+        with pytest.raises(NotImplementedError, match=r"forward-mode.*not supported.*backend='reference'"):
+            forward_mode(function, hidden, weight)
+        assert forward_mode(functools.partial(function, backend="reference"), hidden, weight).isfinite()
+    with forward_ad.dual_level():
+        function(HIDDEN)  # nothing here has a tangent
+
+
+@pytest.mark.parametrize("gradient", ["exact", "sparse"])
+@pytest.mark.parametrize("function", [objective, per_token])
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
+def test_second_derivatives_are_refused_but_by_the_reference(function, gradient, frozen):
+    weight = WEIGHT.clone().requires_grad_(not frozen)
+    for hidden in (TRAINED, TRAINED * 2):
+        with pytest.raises(RuntimeError, match=r"no second derivatives \(create_graph=True\).*backend='reference'"):
+            torch.autograd.grad(function(hidden, weight=weight, gradient=gradient), TRAINED, create_graph=True)
+    first = torch.autograd.grad(function(TRAINED, weight=weight, backend="reference"), TRAINED, create_graph=True)[0]
+    assert torch.autograd.grad(first.square().sum(), TRAINED)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("gradient", ["exact", "sparse"])
+@pytest.mark.parametrize("function", [objective, per_token])
+def test_a_batched_backward_is_refused(function, gradient):
+    loss = function(TRAINED, weight=WEIGHT.clone().requires_grad_(), gradient=gradient)
+    with pytest.raises(NotImplementedError, match=r"no batched backward.*one gradient after the other"):
+        torch.autograd.grad(loss, TRAINED, torch.ones(3), is_grads_batched=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"backend": "reference"}], ids=str)
+@pytest.mark.parametrize("function", [objective, per_token])
+def test_tensors_without_numbers_are_refused(function, options):
+    weight, labels = WEIGHT.to("meta"), LABELS.to("meta")
+    with pytest.raises(ValueError, match="hidden: expected a tensor with numbers, got one on meta"):
+        function(META, labels, weight, **options)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, pytest.raises(ValueError, match="got one that is fake"):
+        function(mode.from_tensor(HIDDEN), LABELS, mode.from_tensor(WEIGHT), **options)

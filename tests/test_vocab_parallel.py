@@ -115,7 +115,8 @@ def objective(name: str, case: Case, inputs, **options) -> dict[str, Tensor]:
     hidden, head, reference = inputs
     given = {} if reference_kind is None else {"reference": reference}
     if name.startswith("LAwF"):
-        given["confidence"] = torch.linspace(-1, 1, len(case.labels)).clamp(min=0).reshape(3, -1)
+        confidence = torch.linspace(-1, 1, len(case.labels)).clamp(min=0)
+        given["confidence"] = confidence.masked_fill(case.labels == -100, 0).reshape(3, -1)
         given["reference"] = replace(reference, hidden=reference.hidden.reshape(3, -1, D))
     elif reference is not None:
         given["reference"] = replace(reference, hidden=reference.hidden.reshape(3, -1, D))

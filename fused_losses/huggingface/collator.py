@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import operator
+import reprlib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..labels import AnchorLabels
+from .fields import KINDS, joined, laid_out, padding, read_fields
+
 IGNORED = -100
+OWN = ("input_ids", "labels", "confidence", "anchors", "attention_mask")
 
 
 class Row(NamedTuple):
@@ -19,6 +25,10 @@ class Row(NamedTuple):
     input_ids: Tensor
     labels: Tensor
     confidence: Tensor
+    kept: slice  # what attention_mask leaves of the row as it came
+
+
+OF_ROWS = Row._fields[:3]
 
 
 @dataclass
@@ -37,9 +47,29 @@ class AnchorCollator:
                          [] where everything is to be retained
         attention_mask   T of 0 or 1, with 0 at the ends only; what it masks is cut off, and cannot have a given label
 
-    as lists, numpy arrays or tensors; None counts as absent or empty, other fields are left out of the batch. Position t speaks of the token
+    as lists, numpy arrays or tensors; None counts as absent or empty. Position t speaks of the token
     input_ids[t], as in labels: nothing is shifted here, and the loss must shift labels and confidence alike. Nothing
     predicts a row's first token, so it cannot be an anchor, and its label is always −100 in the batch.
+
+    **Every other field** goes into the batch, by the first of these rules that fits. All rows must have it.
+
+        tokens        [T] or [T, ...]: cut as attention_mask says, and padded with 0, names that end in "labels" with −100.
+                      token_type_ids, mm_token_type_ids, position_ids, sequence_ids, old_nll and the like always, others
+                      where each row's length is that of its input_ids. position_ids [3, T] become [3, B, T].
+        concatenate   along dimension 0, as processors lay out the images of a batch: pixel_values [n, C, H, W] of a
+                      row's n images, or [patches, D] (Qwen2-VL); image_grid_thw [n, 3], image_sizes [n, 2], and
+                      whatever else begins with pixel_, image_, video_, audio_ or input_features. A row without images
+                      has shape [0, ...].
+        stack         equal shapes [...] become [B, ...], numbers [B]: pixel_values [C, H, W] of one image a row,
+                      image_grid_thw [3], and all other fields.
+
+    So a row may hold what a processor gives for it alone (input_ids and fields of tokens without their dimension of 1),
+    or one image without a dimension for it. Left out are text (with a warning once, as no model takes it), and what
+    tokenizers and trainers note for themselves: text, messages, prompt, completion, length, seq_lengths,
+    completion_mask, assistant_masks, special_tokens_mask, offset_mapping. `fields` decides otherwise.
+
+    Pad ids at the end of a row without attention_mask and labels are text, for they may be the eos_token that is to be
+    learned; where there are two or more, or the tokenizer has another eos_token, a warning says so once.
 
     Args:
         pad_token_id: any valid id; what is padded is masked and has no label.
@@ -47,15 +77,22 @@ class AnchorCollator:
         padding_side: "right" or "left".
         pad_to_multiple_of: of the length of the rows, or of the one packed row.
         padding_free: one packed row [1, ΣT] whose `position_ids` start at 0 for each sequence, for attention that tells
-            sequences by these (FlashAttention; others where transformers makes the mask from position_ids).
+            sequences by these (FlashAttention; others where transformers makes the mask from position_ids). Those of
+            the rows are taken where they have any.
+        fields: rules for fields by name: "tokens", "concatenate", "stack" or "leave out". Idefics3, say, takes the
+            images of a row as one item: {"pixel_values": "stack"}.
 
     Returns:
         input_ids int64 [B, T], labels int64 (−100 at padding), confidence float32 (0 at padding), and attention_mask int64, or
-        with padding_free position_ids int64. What pads a packed row is a sequence of its own, without labels.
+        with padding_free position_ids int64, and the other fields. What pads a packed row is a sequence of its own,
+        without labels.
+        The labels are `fused_losses.labels.AnchorLabels`: a model that is not patched, which would ignore the
+        confidence, raises ValueError in its cross-entropy. labels.as_subclass(torch.Tensor) are ordinary ones.
 
     Raises:
         TypeError, ValueError: naming the row and the field; among others for anchors that would be lost: at a label of −100,
-            at the first token, out of range, or given twice.
+            at the first token, out of range, or given twice; for fields that are in some rows only, have shapes that
+            fit no rule, or are no numbers, such as images before their processor.
     """
 
     pad_token_id: int | None = None
@@ -63,8 +100,11 @@ class AnchorCollator:
     padding_side: str = "right"
     pad_to_multiple_of: int | None = None
     padding_free: bool = False
+    fields: Mapping[str, str] = field(default_factory=dict)
+    _warned: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        self._check_fields()
         if self.padding_side not in ("right", "left"):
             raise ValueError(f"padding_side: expected right or left, got {self.padding_side!r}")
         multiple = self.pad_to_multiple_of
@@ -90,27 +130,92 @@ class AnchorCollator:
         if not len(features):
             raise ValueError("features: expected at least one row, got none")
         rows = [read_row(feature, f"row {index}") for index, feature in enumerate(features)]
-        return self._pack(rows) if self.padding_free else self._pad(rows)
+        for index, (feature, row) in enumerate(zip(features, rows, strict=True)):
+            self._look_for_padding(feature, row.input_ids, f"row {index}")
+        lengths = [len(feature["input_ids"]) for feature in features]
+        others, text = read_fields(list(features), lengths, OWN, self.fields)
+        if text:
+            self._warn(
+                f"text {text}",
+                f"{', '.join(text)}: is text, which no model takes, and left out of the batch; remove the column, or "
+                f"say so: "
+                f'AnchorCollator(fields={{"{text[0]}": "leave out"}})',
+            )
+        of_tokens = {
+            name: [value[row.kept] for value, row in zip(field.values, rows, strict=True)]
+            for name, field in others.items()
+            if field.kind == "tokens"
+        }
+        batch = self._pack(rows, of_tokens) if self.padding_free else self._pad(rows, of_tokens)
+        batch |= {name: joined(field) for name, field in others.items() if field.kind != "tokens"}
+        return {name: v.as_subclass(AnchorLabels) if padding(name) == IGNORED else v for name, v in batch.items()}
 
-    def _pad(self, rows: list[Row]) -> dict[str, Tensor]:
+    def _check_fields(self) -> None:
+        if not isinstance(self.fields, Mapping):
+            raise TypeError(f"fields: expected a mapping of names to rules, got {type(self.fields).__name__}")
+        for name, kind in self.fields.items():
+            if kind not in KINDS or name in OWN:
+                taken = f"; {name} is read by the collator itself" if name in OWN else ""
+                raise ValueError(f"fields: expected for {name} one of {', '.join(KINDS)}, got {kind!r}{taken}")
+
+    def _look_for_padding(self, feature: Mapping[str, Any], ids: Tensor, row: str) -> None:
+        """Rows that were padded before, and do not say so."""
+        if self.pad_token_id is None or any(feature.get(name) is not None for name in ("attention_mask", "labels")):
+            return
+        padded = ids == operator.index(self.pad_token_id)
+        if bool(padded.all()):
+            return
+        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+        at_ends = (int(padded.long().cumprod(0).sum()), int(padded.long().flip(0).cumprod(0).sum()))
+        for count, token in zip(at_ends, ("bos_token_id", "eos_token_id"), strict=True):
+            other = getattr(tokenizer, token, None)
+            if count > (0 if other is not None and other != self.pad_token_id else 1):
+                self._warn(
+                    "padding",
+                    f"{row}, input_ids: {'ends' if token == 'eos_token_id' else 'begins'} with {count} times the pad "
+                    f"id {self.pad_token_id}, "
+                    "which counts as text, as there is neither attention_mask nor labels; if it is padding, give an "
+                    "attention_mask with 0 "
+                    "there, or labels with -100, or rows without padding",
+                )
+
+    def _warn(self, key: str, message: str) -> None:
+        if key not in self._warned:
+            self._warned.add(key)
+            warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+    def _pad(self, rows: list[Row], of_tokens: dict[str, list[Tensor]]) -> dict[str, Tensor]:
         length = self._rounded(max(len(row.input_ids) for row in rows))
         batch = self._empty(len(rows), length) | {"attention_mask": torch.zeros(len(rows), length, dtype=torch.int64)}
+        places = []
         for index, row in enumerate(rows):
             size = len(row.input_ids)
             at = slice(0, size) if self.padding_side == "right" else slice(length - size, length)
-            for name, values in row._asdict().items():
-                batch[name][index, at] = values
+            for name in OF_ROWS:
+                batch[name][index, at] = getattr(row, name)
             batch["attention_mask"][index, at] = 1
-        return batch
+            places.append((index, at))
+        shape = (len(rows), length)
+        return batch | {name: laid_out(name, values, places, shape) for name, values in of_tokens.items()}
 
-    def _pack(self, rows: list[Row]) -> dict[str, Tensor]:
+    def _pack(self, rows: list[Row], of_tokens: dict[str, list[Tensor]]) -> dict[str, Tensor]:
         sizes = [len(row.input_ids) for row in rows]
         used = sum(sizes)
         length = self._rounded(used)
         batch = self._empty(1, length)
-        for name in Row._fields:
+        for name in OF_ROWS:
             batch[name][0, :used] = torch.cat([getattr(row, name) for row in rows])
-        batch["position_ids"] = torch.cat([torch.arange(size) for size in (*sizes, length - used)])[None]
+        positions = torch.cat([torch.arange(size) for size in (*sizes, length - used)])[None]
+        for name, values in of_tokens.items():
+            if name == "position_ids":
+                _check_positions(values)
+            starts = [sum(sizes[:index]) for index in range(len(sizes))]
+            places = [(0, slice(start, start + size)) for start, size in zip(starts, sizes, strict=True)]
+            batch[name] = laid_out(name, values, places, (1, length))
+        if "position_ids" in batch:
+            batch["position_ids"][..., used:] = positions[0, used:]
+        else:
+            batch["position_ids"] = positions
         return batch
 
     def _empty(self, rows: int, length: int) -> dict[str, Tensor]:
@@ -183,7 +288,25 @@ def read_row(feature: Mapping[str, Any], row: str) -> Row:
         "there it would be dropped silently: give the anchor a label, which is the token to learn",
     )  # fmt: skip
     labels[first] = IGNORED
-    return Row(ids[kept], labels[kept], confidence[kept])
+    return Row(ids[kept], labels[kept], confidence[kept], kept)
+
+
+def _check_positions(values: list[Tensor]) -> None:
+    """Of packed rows, which attention tells apart by them."""
+    for index, value in enumerate(values):
+        if value.dim() > 1 and value.shape[1] == 3:
+            raise ValueError(
+                f"row {index}, position_ids: of three kinds, [3, T], do not tell packed rows apart; take "
+                f"padding_free=False, or give [4, T] "
+                "with the positions in the text first"
+            )
+        first = value[0] if value.dim() == 1 else value[0, 0]
+        if int(first) != 0:
+            raise ValueError(
+                f"row {index}, position_ids: expected 0 first, as attention tells packed rows apart by it, got "
+                f"{int(first)}; leave "
+                "position_ids out, or take padding_free=False"
+            )
 
 
 def _confidence(given: Mapping[str, Any], row: str, size: int) -> Tensor:
@@ -221,9 +344,17 @@ def _pairs(anchors: Any, field: str) -> Iterator[tuple[int, float]]:
     if isinstance(anchors, Mapping):
         anchors = [pair for pair in anchors.items() if pair[1] is not None]  # Arrow gives every row every key
     if not isinstance(anchors, (list, tuple)):
-        raise TypeError(f"{field}: {expected}, got {type(anchors).__name__}")
+        text = "; make lists of the text with json.loads" if isinstance(anchors, (str, bytes)) else ""
+        raise TypeError(f"{field}: {expected}, got {type(anchors).__name__}{text}")
+    anchors = [anchor.tolist() if hasattr(anchor, "tolist") else anchor for anchor in anchors]
     for anchor in anchors:
-        anchor = anchor.tolist() if hasattr(anchor, "tolist") else anchor
+        alone = isinstance(anchor, float) or (isinstance(anchor, str) and not anchor.strip().isdigit())
+        if alone or (isinstance(anchor, (list, tuple)) and len(anchor) != 2):
+            what = f"{anchor!r} as a position" if alone else reprlib.repr(anchor)
+            raise TypeError(
+                f"{field}: {expected}, got {what} in {reprlib.repr(list(anchors))}; write "
+                f"{_with_brackets(anchors if alone else anchor)}"
+            )
         pair = list(anchor) if isinstance(anchor, (list, tuple)) else [anchor, 1.0]
         try:
             # JSON makes strings of the keys of an object, and Arrow floats of positions beside confidences
@@ -234,6 +365,28 @@ def _pairs(anchors: Any, field: str) -> Iterator[tuple[int, float]]:
             yield index, float(value)
         except (TypeError, ValueError, OverflowError) as error:
             raise TypeError(f"{field}: {expected}, with whole numbers as positions, got {anchor!r}") from error
+
+
+def _with_brackets(flat: Sequence[Any]) -> str:
+    """What a flat list of positions and confidences is meant to be."""
+    pairs: list[list] = []
+    before = False
+    for value in flat:
+        try:
+            number = float(value)  # text too, as JSON has it
+            whole = not isinstance(value, bool) and number == int(number)
+        except (TypeError, ValueError, OverflowError):
+            pairs = []
+            break
+        if before and 0 <= number <= 1 and not isinstance(value, int):
+            pairs[-1][1], before = number, False
+        elif whole:
+            pairs.append([int(number), 1.0])
+            before = True
+        else:
+            pairs = []
+            break
+    return f"{reprlib.repr(pairs or [[2, 1.0]])}, a list of [position, confidence]"
 
 
 def _attended(mask: Tensor, field: str) -> slice:
