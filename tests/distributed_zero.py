@@ -89,9 +89,7 @@ def main() -> None:
             fl.patch(model, fl.LAwFLoss(), reference="base")
             for name, value in trained.items():
                 model.get_parameter(name).copy_(value)
-        results[f"ZeRO-3, LAwF, base, adapter on the head: {head}"] = difference(
-            3, model, truth, confidence=True
-        )
+        results[f"ZeRO-3, LAwF, base, adapter on the head: {head}"] = difference(3, model, truth, confidence=True)
     truth = one_process(llama(), fl.LAwFLoss(), *batch(True), reference=llama(5).double())
     results["ZeRO-3, patched after"] = difference(
         3, llama(), truth, confidence=True, later=lambda model: fl.patch(model, fl.LAwFLoss(), reference=llama(5))

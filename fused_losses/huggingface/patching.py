@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..labels import plain
 from ..objectives import CrossEntropyLoss, LAwFLoss, Objective
 from . import trl, wrappers
 from .call import Call
 from .heads import check_head
-from ..labels import plain
 from .references import Source, find_source
 from .wrappers import STATE, Forward, Turns
 

@@ -60,7 +60,9 @@ class Below:
             self.function = found.__func__
         elif isinstance(found, functools.partial):
             self.function = found.func
-            attributes = {name: value for name, value in vars(found).items() if name != "__wrapped__"}  # which binds the model
+            attributes = {
+                name: value for name, value in vars(found).items() if name != "__wrapped__"
+            }  # which binds the model
             self.partial = tuple(_MODEL if a is model else a for a in found.args), found.keywords, attributes
         else:
             self.function = found
