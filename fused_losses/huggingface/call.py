@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,27 +22,35 @@ from .logits import DeferredLogits, HeadCall
 from .references import ReferenceStates
 
 
+@dataclass
+class Batch:
+    """The arguments of a forward, sorted."""
+
+    inputs: dict  # of the model, by name
+    labels: Tensor | None
+    fields: dict  # what the loss takes, in the layout of the labels
+    summed: bool  # the caller divides by the number of tokens
+
+
 class Call:
     """What a forward with labels knows and finds.
 
     Args:
-        patch: the model's patch; `loss`: what this call computes, its objective or, in evaluation, cross-entropy.
+        patch: the model's patch.
+        loss: what this call computes: the patch's objective or, in evaluation, cross-entropy; `takes`: its fields.
         follow: the model's forward as it would run without us.
-        inputs: all arguments of the forward by name, those of the loss left out.
-        fields: what the loss takes of the batch, in the layout of the labels.
-        wanted: the names of all fields that the loss takes.
-        summed: the caller divides by the number of tokens.
     """
 
     def __init__(
-        self, patch: Any, loss: Any, model: nn.Module, follow: Callable[..., Any], inputs: dict, labels: Tensor, fields: dict, wanted: tuple[str, ...], summed: bool
-    ) -> None:  # fmt: skip
-        self.patch, self.loss, self.model, self.follow, self.inputs = patch, loss, model, follow, inputs
-        self.labels, self.shift_labels, self.fields = labels, inputs.get("shift_labels"), fields
-        self.num_items = inputs.get("num_items_in_batch")
+        self, patch: Any, loss: Any, takes: tuple[str, ...], model: nn.Module, follow: Callable[..., Any], batch: Batch
+    ) -> None:
+        self.patch, self.loss, self.model, self.follow = patch, loss, model, follow
+        self.inputs, self.labels, self.summed = batch.inputs, batch.labels, batch.summed
+        self.fields = {name: value for name, value in batch.fields.items() if name in takes}
+        self.shift_labels, self.num_items = batch.inputs.get("shift_labels"), batch.inputs.get("num_items_in_batch")
         # With a fixed τ TALR knows no sequences; FLOW's weights are one for each.
-        self.by_sequence = "sequence_ids" in wanted and ("initial_nll" in wanted or loss.temperature == "median")
-        self.summed = summed
+        median = getattr(loss, "temperature", "median") == "median"
+        self.by_sequence = "sequence_ids" in takes and (median or "initial_nll" in takes)
         self.model_name = type(model).__name__
         self.outer = patch.outer()
         module: Any = model.get_output_embeddings()  # type: ignore[operator]  # anew: PEFT and FSDP replace it
@@ -52,7 +61,7 @@ class Call:
         self.reference: ReferenceStates | None = None
         self.token_loss: Tensor | None = None
         self.target: Tensor | None = None
-        self.observer = Observer(frozenset({"entropy"}) if summed else frozenset())
+        self.observer = Observer(frozenset({"entropy"}) if self.summed else frozenset())
         self._prompt: tuple | None = None
         self._check()
 

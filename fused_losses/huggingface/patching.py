@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..labels import plain
 from ..objectives import CrossEntropyLoss, LAwFLoss, Objective
 from . import trl, wrappers
-from .call import Call
+from .call import Batch, Call
 from .heads import check_head
 from .references import Source, find_source
 from .wrappers import STATE, Forward, Turns
@@ -192,30 +192,22 @@ class Patch:
     def __call__(self, model: nn.Module, follow: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         """`follow`: the forward that would run if the model were not patched."""
         self.trained |= model.training
-        inputs, fields = self._read(args, kwargs)
         if getattr(model, "_is_replica", False):
             raise RuntimeError(
                 "a patched model in nn.DataParallel (a Trainer that sees several GPUs in one process): launch with torchrun or accelerate "
                 "launch, or make one GPU visible with CUDA_VISIBLE_DEVICES=0"
             )
-        labels = plain(inputs.get("labels"))
-        if labels is None and inputs.get("shift_labels") is not None:
-            labels = plain(inputs["shift_labels"])  # only so that the model computes a loss
-        if labels is None:
-            return self._without_labels(model, follow, args, kwargs, fields)
-        inputs["labels"] = labels
-        if inputs.get("shift_labels") is not None:
-            inputs["shift_labels"] = plain(inputs["shift_labels"])
-        fused_output = inputs.pop("fused_lm_head", False)
+        batch = self._read(args, kwargs)
+        if batch.labels is None:
+            return self._without_labels(model, follow, args, kwargs, batch.fields)
         loss = self._objective(model)
-        wanted = self.fields if loss is self.loss else batch_fields(loss)
-        fields = {name: value for name, value in fields.items() if name in wanted}
-        call = Call(self, loss, model, follow, inputs, labels, fields, wanted, summed=bool(fused_output))
+        takes = self.fields if loss is self.loss else batch_fields(loss)
+        call = Call(self, loss, takes, model, follow, batch)
         alone = self.source is not None and self.source.alone
         try:
             if alone and self.source.before:
                 with self.turns.alone():
-                    call.reference = self.source.states(call, labels.device)
+                    call.reference = self.source.states(call, call.labels.device)
             args, kwargs = self._with_labels(args, kwargs, call)
             with (
                 self.turns.alone() if alone and not self.source.before else self.turns.shared(),
@@ -230,24 +222,29 @@ class Patch:
             if loss is not self.loss:
                 for value in (call.token_loss, outputs[0] if isinstance(outputs, tuple) else outputs.loss):
                     _refuse_backward(value, self._not_the_objective(model))
-            return trl.output(call, outputs) if fused_output else call.with_real_logits(outputs)
+            return trl.output(call, outputs) if batch.summed else call.with_real_logits(outputs)
         finally:
             call.close()
 
-    def _read(self, args: tuple, kwargs: dict) -> tuple[dict, dict]:
-        """All arguments by name, and those of them that the loss takes; the latter leave `kwargs` unless the model takes them too."""
-        given = {**dict(zip(self.positional, args, strict=False)), **kwargs}
+    def _read(self, args: tuple, kwargs: dict) -> Batch:
+        """The arguments sorted; what the loss takes leaves `kwargs` unless the model takes it too."""
+        inputs = {**dict(zip(self.positional, args, strict=False)), **kwargs}
         for name in FIELDS:
             if kwargs.get(name) is not None and name not in self.fields and name not in self.accepted:
                 raise TypeError(f"{name}: {type(self.loss).__name__} has no use for it; leave it out of the batch")
         if kwargs.get("anchors") is not None and "anchors" not in self.accepted:
             raise TypeError("anchors: give confidence, which fused_losses.huggingface.AnchorCollator makes of them")
-        fields = {name: plain(given[name]) for name in self.fields if given.get(name) is not None}
+        fields = {name: plain(inputs[name]) for name in self.fields if inputs.get(name) is not None}
         for name in self.fields:
             if name not in self.accepted:
                 kwargs.pop(name, None)
-                given.pop(name, None)
-        return given, fields
+                inputs.pop(name, None)
+        for name in ("labels", "shift_labels"):
+            if name in inputs:
+                inputs[name] = plain(inputs[name])
+        if inputs.get("labels") is None and inputs.get("shift_labels") is not None:
+            inputs["labels"] = inputs["shift_labels"]  # only so that the model computes a loss
+        return Batch(inputs, inputs.get("labels"), fields, bool(inputs.pop("fused_lm_head", False)))
 
     def _with_labels(self, args: tuple, kwargs: dict, call: Call) -> tuple[tuple, dict]:
         """The arguments as they came, with plain labels, and without what is for us alone."""
