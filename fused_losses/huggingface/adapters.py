@@ -91,7 +91,8 @@ def off(model: nn.Module, outer: Any = None) -> Iterator[None]:
         inner = getattr(outer, "base_model", None)
         if not hasattr(inner, "disable_adapter_layers"):
             raise ValueError(
-                "reference='base': LLaMA-Adapter's layers are switched by the PEFT model around this one, which is not known; patch that one"
+                "reference='base': LLaMA-Adapter's layers are switched by the PEFT model around this one, which is "
+                "not known; patch that one"
             )
         inner.disable_adapter_layers()
         try:
@@ -174,7 +175,8 @@ class VirtualTokens:
 
 
 def caller(model: nn.Module) -> tuple[Any, Any]:
-    """The PEFT model whose forward is calling this one, and the input_ids that it was called with; None, None where there is none.
+    """The PEFT model whose forward is calling this one, and the input_ids that it was called with; None, None where
+    there is none.
 
     Nothing that the inner model gets names the outer one, and ids have become embeddings, so this looks at the callers.
     """

@@ -1,4 +1,5 @@
-"""Which label each row of a head's input belongs to, whatever the model did to its hidden states before; and which sequence."""
+"""Which label each row of a head's input belongs to, whatever the model did to its hidden states before; and which
+sequence."""
 
 from __future__ import annotations
 
@@ -38,10 +39,12 @@ def align(
 
     Args:
         labels: [B, T] of the batch, or [T].
-        target: [M] that the model's cross-entropy got, `positions` [M] the rows of the head's input [*lead, D] that they belong to.
+        target: [M] that the model's cross-entropy got, `positions` [M] the rows of the head's input [*lead, D] that
+        they belong to.
         shifted_already: labels are those of the next token.
 
-    Models hand their head [B, T], the same flattened or transposed, without the last token, or only the tokens with a label.
+    Models hand their head [B, T], the same flattened or transposed, without the last token, or only the tokens with a
+    label.
     """
     device, rows = target.device, lead.numel()
     labels = labels.to(device)
@@ -83,10 +86,11 @@ def _layouts(labels: Tensor, rows: int, ignore_index: int, shifted_already: bool
 def packed_sequences(inputs: dict[str, Any], labels: Tensor) -> Tensor | None:
     """[B, T] numbers of the sequences, where the batch tells that rows hold several; None where it does not.
 
-    By cu_seq_lens_q (or cu_seq_lens: ends of the sequences in the flattened batch), else seq_idx [B, T] (numbered anew in each row), else
-    position_ids: a sequence begins where a position is not its predecessor's successor. Each token of left padding may then count as one;
-    none has a label. M-RoPE's position_ids are [3, B, T] of time, height and width, where one begins with three zeros, or [4, B, T] with
-    those of the text first.
+    By cu_seq_lens_q (or cu_seq_lens: ends of the sequences in the flattened batch), else seq_idx [B, T] (numbered anew
+    in each row), else
+    position_ids: a sequence begins where a position is not its predecessor's successor. Each token of left padding may
+    then count as one; none has a label. M-RoPE's position_ids are [3, B, T] of time, height and width, where one begins
+    with three zeros, or [4, B, T] with those of the text first.
     """
     if labels.dim() != 2:
         return None

@@ -46,16 +46,16 @@ class CacheStats:
 class ReferenceCache:
     """Last hidden states of a frozen reference model, one file per row of tokens, so that each is computed once.
 
-    Layout: ``directory/<digest>/<first two of key>/<key>.safetensors``, with one tensor ``hidden`` [T, D] and metadata. A file
-    is written under a temporary name and renamed, so processes may share the directory and write the same key; what a crash
-    leaves is found by the checksum when it is read.
+    Layout: ``directory/<digest>/<first two of key>/<key>.safetensors``, with one tensor ``hidden`` [T, D] and metadata.
+    A file is written under a temporary name and renamed, so processes may share the directory and write the same key;
+    what a crash leaves is found by the checksum when it is read.
 
     Args:
         directory: made if missing.
         digest: of the reference model and of all that its hidden states depend on besides the row (`model_digest`).
             Entries of other digests are never served.
-        max_bytes: of all entries in the directory; then nothing more is stored, with one warning. Every process looks at the
-            directory again after max_bytes / 16 of its own, so each may go over by as much.
+        max_bytes: of all entries in the directory; then nothing more is stored, with one warning. Every process looks
+            at the directory again after max_bytes / 16 of its own, so each may go over by as much.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -97,14 +97,15 @@ class ReferenceCache:
 
         Args:
             ids: the row's token ids, without padding: integers, or a tensor [T].
-            extra: whatever else decides its hidden states: position ids, other inputs. Tensors, numpy arrays, bytes, strings, numbers,
-                None, and lists or tuples of these. A list and a tensor of the same numbers are different extras.
+            extra: whatever else decides its hidden states: position ids, other inputs. Tensors, numpy arrays, bytes,
+                strings, numbers, None, and lists or tuples of these. A list and a tensor of the same numbers are
+                different extras.
         """
         row = as_tensor(ids, "ids")
         if row.dim() != 1 or not len(row) or row.dtype == torch.bool or row.is_floating_point() or row.is_complex():
             raise ValueError(
-                f"ids: expected the token ids of one row, a non-empty list of integers or a tensor [T] of them, got shape "
-                f"{list(row.shape)} {row.dtype}"
+                "ids: expected the token ids of one row, a non-empty list of integers or a tensor [T] of them, got "
+                f"shape {list(row.shape)} {row.dtype}"
             )
         whole = hashlib.blake2b(digest_size=32)
         for part in key_parts((self.digest, row.long(), *extra)):
@@ -155,7 +156,8 @@ class ReferenceCache:
             raise TypeError(f"hidden: expected float64, float32, bfloat16 or float16, got {hidden.dtype}")
         if hidden.dim() != 2 or 0 in hidden.shape:
             raise ValueError(
-                f"hidden: expected one row's [T, D] with T, D ≥ 1, got {list(hidden.shape)}; put the rows of a batch one by one"
+                f"hidden: expected one row's [T, D] with T, D ≥ 1, got {list(hidden.shape)}; put the rows of a batch "
+                "one by one"
             )
         if not self._storing:
             return
@@ -249,8 +251,8 @@ class ReferenceCache:
         self._storing = False
         self._warn(
             "full",
-            f"the reference cache in {self.directory} holds {self.stats.bytes} bytes and max_bytes is {self.max_bytes}: "
-            "nothing more is stored; raise it, or prune() away what is of other models",
+            f"the reference cache in {self.directory} holds {self.stats.bytes} bytes and max_bytes is "
+            f"{self.max_bytes}: nothing more is stored; raise it, or prune() away what is of other models",
         )
         return False
 

@@ -68,8 +68,9 @@ class Call:
     def _check(self) -> None:
         if isinstance(self.loss, LAwFLoss) and "confidence" not in self.fields:
             raise ValueError(
-                "confidence: is missing in the batch, and LAwFLoss needs it, of the labels' shape; fused_losses.huggingface.AnchorCollator "
-                "makes it of a column anchors or confidence, which SFTTrainer drops unless remove_unused_columns=False"
+                "confidence: is missing in the batch, and LAwFLoss needs it, of the labels' shape; "
+                "fused_losses.huggingface.AnchorCollator makes it of a column anchors or confidence, which SFTTrainer "
+                "drops unless remove_unused_columns=False"
             )
         if self.num_items is None:
             return
@@ -80,8 +81,9 @@ class Call:
             item_count(self.num_items, 1)
         if not self.patch.accepts_num_items:
             raise ValueError(
-                "num_items_in_batch: LAwFLoss(reduction='group_mean') takes the mean of each group in a batch, so there is nothing to divide "
-                "by it; leave it out (a Trainer made after the patch does), or take reduction='token_mean'"
+                "num_items_in_batch: LAwFLoss(reduction='group_mean') takes the mean of each group in a batch, so "
+                "there is nothing to divide by it; leave it out (a Trainer made after the patch does), or take "
+                "reduction='token_mean'"
             )
 
     no_items = False  # a Trainer counted 0 labels
@@ -128,8 +130,8 @@ class Call:
         target = target.to(rows.device)
         if self.by_sequence and "initial_nll" not in self.fields and self.token_loss is not None:
             raise ValueError(
-                f"{self.model_name} takes its loss in several parts, so the median of {type(self.loss).__name__} would be that of a part; give "
-                "a fixed temperature"
+                f"{self.model_name} takes its loss in several parts, so the median of {type(self.loss).__name__} would "
+                "be that of a part; give a fixed temperature"
             )
         alignment = self._alignment(logits, target, positions, ignore_index)
         arguments: dict[str, Any] = self._aligned(alignment, positions, ignore_index)
@@ -185,12 +187,13 @@ class Call:
             return found
         if self.shift_labels is not None:
             raise ValueError(
-                f"shift_labels: {self.model_name} takes its loss of other labels than these; give labels alone, in the layout of the inputs"
+                f"shift_labels: {self.model_name} takes its loss of other labels than these; give labels alone, in the "
+                "layout of the inputs"
             )
         what = ", ".join(self.fields) or ("sequence_ids" if needed else "the reference")
         raise ValueError(
-            f"{self.model_name} neither shifts labels by one nor takes them as they are, so {what} cannot be aligned with them; call the "
-            "loss in a loop of your own"
+            f"{self.model_name} neither shifts labels by one nor takes them as they are, so {what} cannot be aligned "
+            "with them; call the loss in a loop of your own"
         )
 
     def _aligned(self, alignment: Alignment | None, positions: Tensor, ignore_index: int) -> dict[str, Tensor]:
@@ -235,8 +238,8 @@ class Call:
         for row, labels in zip(packed, self.labels, strict=True):
             if len(row[(labels != ignore_index).to(row.device)].unique()) > 1:
                 raise ValueError(
-                    "initial_nll: rows hold several sequences, as the batch says (position_ids, seq_idx or cu_seq_lens); give sequence_ids "
-                    "too, which index it"
+                    "initial_nll: rows hold several sequences, as the batch says (position_ids, seq_idx or "
+                    "cu_seq_lens); give sequence_ids too, which index it"
                 )
 
     # --- after the forward

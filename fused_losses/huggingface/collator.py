@@ -36,14 +36,16 @@ class AnchorCollator:
     """Collates rows whose anchors are tokens to learn, while every other token with a label is to be retained.
 
     For `Trainer(data_collator=...)` with a model patched before, and `SFTTrainer(data_collator=...)` with
-    **remove_unused_columns=False** in its arguments: else it drops `confidence` and `anchors` before this sees them, which is an error.
+    **remove_unused_columns=False** in its arguments: else it drops `confidence` and `anchors` before this sees them,
+    which is an error.
 
     A row is a mapping with
 
         input_ids        T token ids
         labels           T ids or −100; default: input_ids, so that everything is retained or learned
         confidence       T numbers in [0, 1], 0 where there is no anchor; or, in its place,
-        anchors          a list of positions (confidence 1), a list of [position, confidence], or {position: confidence};
+        anchors          a list of positions (confidence 1), a list of [position, confidence], or {position:
+        confidence};
                          [] where everything is to be retained
         attention_mask   T of 0 or 1, with 0 at the ends only; what it masks is cut off, and cannot have a given label
 
@@ -53,7 +55,8 @@ class AnchorCollator:
 
     **Every other field** goes into the batch, by the first of these rules that fits. All rows must have it.
 
-        tokens        [T] or [T, ...]: cut as attention_mask says, and padded with 0, names that end in "labels" with −100.
+        tokens        [T] or [T, ...]: cut as attention_mask says, and padded with 0, names that end in "labels" with
+        −100.
                       token_type_ids, mm_token_type_ids, position_ids, sequence_ids, old_nll and the like always, others
                       where each row's length is that of its input_ids. position_ids [3, T] become [3, B, T].
         concatenate   along dimension 0, as processors lay out the images of a batch: pixel_values [n, C, H, W] of a
@@ -83,16 +86,16 @@ class AnchorCollator:
             images of a row as one item: {"pixel_values": "stack"}.
 
     Returns:
-        input_ids int64 [B, T], labels int64 (−100 at padding), confidence float32 (0 at padding), and attention_mask int64, or
-        with padding_free position_ids int64, and the other fields. What pads a packed row is a sequence of its own,
-        without labels.
-        The labels are `fused_losses.labels.AnchorLabels`: a model that is not patched, which would ignore the
-        confidence, raises ValueError in its cross-entropy. labels.as_subclass(torch.Tensor) are ordinary ones.
+        input_ids int64 [B, T], labels int64 (−100 at padding), confidence float32 (0 at padding), and attention_mask
+        int64, or with padding_free position_ids int64, and the other fields. What pads a packed row is a sequence of
+        its own, without labels. The labels are `fused_losses.labels.AnchorLabels`: a model that is not patched, which
+        would ignore the confidence, raises ValueError in its cross-entropy. labels.as_subclass(torch.Tensor) are
+        ordinary ones.
 
     Raises:
-        TypeError, ValueError: naming the row and the field; among others for anchors that would be lost: at a label of −100,
-            at the first token, out of range, or given twice; for fields that are in some rows only, have shapes that
-            fit no rule, or are no numbers, such as images before their processor.
+        TypeError, ValueError: naming the row and the field; among others for anchors that would be lost: at a label of
+            −100, at the first token, out of range, or given twice; for fields that are in some rows only, have shapes
+            that fit no rule, or are no numbers, such as images before their processor.
     """
 
     pad_token_id: int | None = None
@@ -118,12 +121,13 @@ class AnchorCollator:
                 return
             what = "" if self.processing_class is None else f"; {type(self.processing_class).__name__} has none"
             raise ValueError(
-                f"pad_token_id: expected an id, or a processing_class that has one{what}; any valid id will do, e.g. the "
-                "tokenizer's eos_token_id, as what is padded is masked and has no label"
+                f"pad_token_id: expected an id, or a processing_class that has one{what}; any valid id will do, e.g. "
+                "the tokenizer's eos_token_id, as what is padded is masked and has no label"
             )
         if isinstance(self.pad_token_id, bool) or not hasattr(self.pad_token_id, "__index__") or self.pad_token_id < 0:
             raise TypeError(
-                f"pad_token_id: expected an integer ≥ 0, got {self.pad_token_id!r}; a tokenizer is given as processing_class="
+                f"pad_token_id: expected an integer ≥ 0, got {self.pad_token_id!r}; a tokenizer is given as "
+                "processing_class="
             )
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -239,7 +243,8 @@ def read_row(feature: Mapping[str, Any], row: str) -> Row:
     given = {name: value for name, value in feature.items() if value is not None}
     if "input_ids" not in given:
         raise ValueError(
-            f"{row}, input_ids: is missing; the row has {sorted(given)}; tokenize it first, and set remove_unused_columns=False"
+            f"{row}, input_ids: is missing; the row has {sorted(given)}; tokenize it first, and set "
+            "remove_unused_columns=False"
         )
     ids = _integers(given["input_ids"], f"{row}, input_ids")
     if int(ids.min()) < 0:
@@ -250,8 +255,8 @@ def read_row(feature: Mapping[str, Any], row: str) -> Row:
             raise ValueError(f"{row}, {name}: is not read here; give labels in its place, -100 where it is 0")
     if len(given.get("seq_lengths", ())) > 1:
         raise ValueError(
-            f"{row}, seq_lengths: the row is packed already, which is not read here; give single sequences (packing=False), "
-            "which padding_free=True packs"
+            f"{row}, seq_lengths: the row is packed already, which is not read here; give single sequences "
+            "(packing=False), which padding_free=True packs"
         )
 
     kept = slice(0, size)
@@ -272,16 +277,16 @@ def read_row(feature: Mapping[str, Any], row: str) -> Row:
 
     if "confidence" not in feature and "anchors" not in feature:
         raise ValueError(
-            f"{row}: has neither confidence nor anchors, only {sorted(feature)}; give anchors=[] where nothing is to be learned, and "
-            "set remove_unused_columns=False if a trainer has dropped them"
+            f"{row}: has neither confidence nor anchors, only {sorted(feature)}; give anchors=[] where nothing is to "
+            "be learned, and set remove_unused_columns=False if a trainer has dropped them"
         )
     confidence = _confidence(given, row, size)
     field = f"{row}, {'anchors' if 'anchors' in given else 'confidence'}"
     first = kept.start
     if confidence[first] > 0:
         raise ValueError(
-            f"{field}: position {first} is the row's first token, which nothing predicts, so it cannot be an anchor; begin the "
-            "row with a token before it, e.g. bos_token"
+            f"{field}: position {first} is the row's first token, which nothing predicts, so it cannot be an anchor; "
+            "begin the row with a token before it, e.g. bos_token"
         )
     _refuse(
         (confidence > 0) & (labels == IGNORED), field, f"expected 0 where the label is {IGNORED}", confidence,
@@ -398,8 +403,8 @@ def _attended(mask: Tensor, field: str) -> slice:
         raise ValueError(f"{field}: the row is empty, all of it is masked; leave the row out")
     if ones[-1] - ones[0] + 1 != len(ones):
         raise ValueError(
-            f"{field}: expected zeros at the ends only, got one between positions {ones[0]} and {ones[-1]}; remove such tokens "
-            "from the row"
+            f"{field}: expected zeros at the ends only, got one between positions {ones[0]} and {ones[-1]}; remove "
+            "such tokens from the row"
         )
     return slice(ones[0], ones[-1] + 1)
 

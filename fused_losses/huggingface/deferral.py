@@ -101,7 +101,7 @@ class HeadModule:
 
     def __init__(self, module: nn.Module, model: nn.Module) -> None:
         self.module = module
-        # Hooks of tensor parallelism turn inputs and outputs into DTensors, and the loss takes this rank's rows as they are.
+        # Hooks of tensor parallelism make DTensors of inputs and outputs; the loss takes this rank's rows as they are.
         self.spread = sharding.spreads(module, model)
         self.gathers = sharding.gathers(module) or hasattr(module, "_hf_hook")
 
@@ -115,8 +115,9 @@ class HeadModule:
     def __call__(self, hidden: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         """`function(hidden)` where the module has its weight; while `deferred`.
 
-        Where hooks bring the weight, that is in another call of the module. Elsewhere hooks have run when the stand-in was made. Backward hooks
-        of the module run once: grad_input is the gradient of the head's input, grad_output that of the loss, as logits have none.
+        Where hooks bring the weight, that is in another call of the module. Elsewhere hooks have run when the stand-in
+        was made. Backward hooks of the module run once: grad_input is the gradient of the head's input, grad_output
+        that of the loss, as logits have none.
         """
         hooked = self._backward_hook()
         if hooked is not None:

@@ -22,21 +22,21 @@ NamedTensors = Iterable[tuple[str, Tensor]]
 def model_digest(tensors: NamedTensors, *more: str) -> str:
     """64 hex digits that name a model by all its bytes: blake2b over names, dtypes, shapes and contents, and `more`.
 
-    Two models with the same digest have equal tensors under equal names. Nothing is sampled; order, device, memory layout and
-    tying do not matter, and memory that is shared is read once.
+    Two models with the same digest have equal tensors under equal names. Nothing is sampled; order, device, memory
+    layout and tying do not matter, and memory that is shared is read once.
 
     Args:
-        tensors: (name, tensor) of all parameters and buffers, also those that are not persistent. For an adapted model, of the parts
-            that take part in the reference.
-        more: whatever else decides the hidden states: `model_facts(model)`; the settings of an adapter that stays active
-            (LoRA's alpha is in no tensor), of a quantisation, of autocast.
+        tensors: (name, tensor) of all parameters and buffers, also those that are not persistent. For an adapted model,
+            of the parts that take part in the reference.
+        more: whatever else decides the hidden states: `model_facts(model)`; the settings of an adapter that stays
+            active (LoRA's alpha is in no tensor), of a quantisation, of autocast.
 
     Raises:
-        TypeError, ValueError: no tensors; something that has not the model's bytes on this process (meta tensors, DTensor, ZeRO-3 or
-            FSDP shards, wrappers).
+        TypeError, ValueError: no tensors; something that has not the model's bytes on this process (meta tensors,
+            DTensor, ZeRO-3 or FSDP shards, wrappers).
 
-    Cost: one read of the model, in up to 8 threads. Memory: 16 MiB per thread for tensors on another device; a copy of a
-    tensor that is not contiguous.
+    Cost: one read of the model, in up to 8 threads. Memory: 16 MiB per thread for tensors on another device; a copy of
+    a tensor that is not contiguous.
     """
     for text in more:
         if not isinstance(text, str):
@@ -71,8 +71,8 @@ def model_digest(tensors: NamedTensors, *more: str) -> str:
 def model_facts(model: nn.Module) -> tuple[str, ...]:
     """What decides a Hugging Face model's hidden states besides its tensors, for `model_digest`.
 
-    Its class, its configuration (without where it came from, the version of transformers, and use_cache), the implementation
-    of its attention and experts, its dtype. Not its adapters.
+    Its class, its configuration (without where it came from, the version of transformers, and use_cache), the
+    implementation of its attention and experts, its dtype. Not its adapters.
     """
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "to_dict"):
@@ -90,18 +90,19 @@ def model_facts(model: nn.Module) -> tuple[str, ...]:
 class Unchanged:
     """A cheap guard: whether tensors are still those that a digest was taken of.
 
-    It remembers of each the object, its memory and its version counter (`Tensor._version`), so `holds()` sees in-place operations
-    (optimizers of PyTorch, `load_state_dict`, `copy_`), new memory (`p.data = ...`, `.to(device)`), and other tensors under
-    a name.
+    It remembers of each the object, its memory and its version counter (`Tensor._version`), so `holds()` sees in-place
+    operations (optimizers of PyTorch, `load_state_dict`, `copy_`), new memory (`p.data = ...`, `.to(device)`), and
+    other tensors under a name.
 
-    It cannot see what passes the version counter by: in-place writes through `.data` (`p.data += x`, so PEFT's merging and unmerging of
-    an adapter), through numpy, by kernels that get a pointer (some third-party optimizers), or by another process that
-    shares the memory. After such a write take a new digest in any case. It knows of no settings, only of tensors.
-    Inference tensors have no version counter; with one of them it never holds.
+    It cannot see what passes the version counter by: in-place writes through `.data` (`p.data += x`, so PEFT's merging
+    and unmerging of an adapter), through numpy, by kernels that get a pointer (some third-party optimizers), or by
+    another process that shares the memory. After such a write take a new digest in any case. It knows of no settings,
+    only of tensors. Inference tensors have no version counter; with one of them it never holds.
 
     Args:
-        tensors: a function that lists (name, tensor), e.g. ``lambda: [*model.named_parameters(), *model.named_buffers()]``.
-            Given the pairs themselves, a module's new parameter in place of a listed one goes unseen.
+        tensors: a function that lists (name, tensor), e.g. ``lambda: [*model.named_parameters(),
+            *model.named_buffers()]``. Given the pairs themselves, a module's new parameter in place of a listed one
+            goes unseen.
 
     Holds no tensor alive. Cost: microseconds per tensor.
     """
@@ -161,14 +162,15 @@ def _named(tensors: NamedTensors) -> Iterator[tuple[str, Tensor]]:
         sharded = kind in ("DTensor", "ShardedTensor", "FlatParameter") or hasattr(tensor, "ds_id")
         if sharded:
             raise TypeError(
-                f"{name}: is sharded ({kind}), so this process has only a part of its bytes; take the digest before the model is "
-                "sharded, or gather it first"
+                f"{name}: is sharded ({kind}), so this process has only a part of its bytes; take the digest before "
+                "the model is sharded, or gather it first"
             )
         if tensor.device.type == "meta":
             raise ValueError(f"{name}: is on the meta device and has no bytes; load the model first")
         if hasattr(tensor, "__tensor_flatten__") or tensor.layout != torch.strided or tensor.is_quantized:
             raise TypeError(
-                f"{name}: expected a plain strided tensor, got {kind} {tensor.layout} {tensor.dtype}; give the tensors that it is made of"
+                f"{name}: expected a plain strided tensor, got {kind} {tensor.layout} {tensor.dtype}; give the tensors "
+                "that it is made of"
             )
         yield name, tensor
 
@@ -217,7 +219,8 @@ def key_parts(value: Any) -> Iterator[bytes]:
         kind, content = b"n", memoryview(repr(value).encode())
     else:
         raise TypeError(
-            f"extra: expected tensors, arrays, bytes, strings, numbers, None, or lists of these, got {type(value).__name__}"
+            "extra: expected tensors, arrays, bytes, strings, numbers, None, or lists of these, got "
+            f"{type(value).__name__}"
         )
     yield kind + len(content).to_bytes(8, "little")
     yield content  # type: ignore[misc]

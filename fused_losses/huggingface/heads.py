@@ -24,8 +24,8 @@ def check_head(module: Any, model_name: str) -> None:
     """Raise unless `read_head` can say what the module computes."""
     if module is None:
         raise TypeError(
-            f"{model_name} has no output embeddings (get_output_embeddings() is None), so there is no LM head to fuse; give a causal "
-            "language model with its head, such as AutoModelForCausalLM makes"
+            f"{model_name} has no output embeddings (get_output_embeddings() is None), so there is no LM head to fuse; "
+            "give a causal language model with its head, such as AutoModelForCausalLM makes"
         )
     if _is_auxiliary(module):
         for inner in (module.original_module, *module.modules_to_save.values()):
@@ -36,31 +36,31 @@ def check_head(module: Any, model_name: str) -> None:
         if variants:
             kinds = sorted(type(module.lora_variant[name]).__name__ for name in variants)
             raise TypeError(
-                f"head: a LoRA variant ({', '.join(kinds)}) on the LM head is not supported, only plain LoRA; leave the head out of "
-                "target_modules, or use_dora=False for it"
+                f"head: a LoRA variant ({', '.join(kinds)}) on the LM head is not supported, only plain LoRA; leave "
+                "the head out of target_modules, or use_dora=False for it"
             )
         check_head(module.base_layer, model_name)
         return
     name = f"{type(module).__module__}.{type(module).__qualname__}"
     if hasattr(module, "base_layer"):
         raise TypeError(
-            f"head: {model_name}'s is a {name}, and of PEFT's adapters only LoRA is supported on the LM head; leave the head out of "
-            "target_modules, or train unpatched"
+            f"head: {model_name}'s is a {name}, and of PEFT's adapters only LoRA is supported on the LM head; leave "
+            "the head out of target_modules, or train unpatched"
         )
     if not isinstance(module, nn.Linear):
         raise TypeError(
-            f"head: {model_name}'s is a {name}, not a linear layer, so its logits are not hidden @ weight.T + bias; call the losses in "
-            "a loop of your own (fused_losses.token_losses) or train unpatched"
+            f"head: {model_name}'s is a {name}, not a linear layer, so its logits are not hidden @ weight.T + bias; "
+            "call the losses in a loop of your own (fused_losses.token_losses) or train unpatched"
         )
     if module.weight.dtype not in FLOATING or hasattr(module.weight, "quant_state"):
         raise TypeError(
-            f"head: {model_name}'s is quantised ({name}, weight {module.weight.dtype}); keep the LM head out of quantisation "
-            "(llm_int8_skip_modules=['lm_head'] of BitsAndBytesConfig, modules_to_not_convert of others)"
+            f"head: {model_name}'s is quantised ({name}, weight {module.weight.dtype}); keep the LM head out of "
+            "quantisation (llm_int8_skip_modules=['lm_head'] of BitsAndBytesConfig, modules_to_not_convert of others)"
         )
     if type(module).forward is not nn.Linear.forward:
         raise TypeError(
-            f"head: {model_name}'s is a {name} with a forward of its own, which would be dropped silently; replace it by a plain "
-            "torch.nn.Linear, or take fused_losses.token_losses in a loop of your own"
+            f"head: {model_name}'s is a {name} with a forward of its own, which would be dropped silently; replace it "
+            "by a plain torch.nn.Linear, or take fused_losses.token_losses in a loop of your own"
         )
 
 

@@ -1,7 +1,7 @@
 """What a patched model's head returns where labels were given: a stand-in for logits that are never formed.
 
-The model's own forward goes on with it: it may scale it, soft-cap it, cut it and hand it to cross-entropy, which is where
-the fused loss is computed. Each operation is either noted exactly or refused.
+The model's own forward goes on with it: it may scale it, soft-cap it, cut it and hand it to cross-entropy, which is
+where the fused loss is computed. Each operation is either noted exactly or refused.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 KEEP = (
-    "keep_logits=True in fused_losses.patch(...) makes real logits, of full size, for such a model; keep_logits='eval' makes them "
-    "where the model is not in training"
+    "keep_logits=True in fused_losses.patch(...) makes real logits, of full size, for such a model; "
+    "keep_logits='eval' makes them where the model is not in training"
 )
 
 
@@ -51,7 +51,7 @@ class LogitMap:
 
 
 class _Explained(type):
-    """A class whose name in others' errors says what to do: accelerate refuses what is no tensor before anything is asked of it."""
+    """A class whose name in others' errors says what to do, as accelerate names the class of what is no tensor."""
 
     def __repr__(cls) -> str:
         return f"stand-in for the logits of a model patched by fused_losses, which forms none; {KEEP}"
@@ -76,8 +76,9 @@ class HeadCall:
 class DeferredLogits(metaclass=_Explained):
     """Logits [..., V] of a head that has been called but has not multiplied yet.
 
-    Holds, for each row of logits, the row of the head's input which it belongs to. `argmax(-1)` gives the predictions of the fused pass
-    once the loss is computed, −1 where the label is ignored. A stand-in can be copied, pickled and moved as logits can.
+    Holds, for each row of logits, the row of the head's input which it belongs to. `argmax(-1)` gives the predictions
+    of the fused pass once the loss is computed, −1 where the label is ignored. A stand-in can be copied, pickled and
+    moved as logits can.
     """
 
     def __init__(
@@ -243,7 +244,8 @@ class DeferredLogits(metaclass=_Explained):
         reduction: str = "mean",
         label_smoothing: Any = 0.0,
     ) -> Tensor:
-        unusual = [name for name, value in (("weight", weight), ("size_average", size_average), ("reduce", reduce)) if value is not None]  # fmt: skip
+        given = {"weight": weight, "size_average": size_average, "reduce": reduce}
+        unusual = [name for name, value in given.items() if value is not None]
         if label_smoothing != 0:
             unusual.append(f"label_smoothing={label_smoothing}")
         if reduction not in ("mean", "sum"):
@@ -255,18 +257,19 @@ class DeferredLogits(metaclass=_Explained):
             )
         if self.origin.call is None:
             raise LogitsNotKept(
-                f"cross_entropy was asked of the logits of {self.origin.model_name} after its forward, and the patched loss forms no "
-                f"logits: take outputs.loss, or patch with the objective that you want; {KEEP}"
+                f"cross_entropy was asked of the logits of {self.origin.model_name} after its forward, and the patched "
+                f"loss forms no logits: take outputs.loss, or patch with the objective that you want; {KEEP}"
             )
         if unusual or self.detached:
             what = ", ".join(unusual) or "logits without a gradient"
             raise LogitsNotKept(
-                f"cross_entropy is called with {what} of the logits of {self.origin.model_name}, which the patched loss would drop; unpatch it"
+                f"cross_entropy is called with {what} of the logits of {self.origin.model_name}, which the patched "
+                "loss would drop; unpatch it"
             )
         if target.numel() != self.positions.numel():
             raise ValueError(
-                f"labels: expected one for each of the {self.positions.numel()} rows of logits {list(self.shape)}, got shape "
-                f"{list(target.shape)}; labels must be as long as the inputs"
+                f"labels: expected one for each of the {self.positions.numel()} rows of logits {list(self.shape)}, got "
+                f"shape {list(target.shape)}; labels must be as long as the inputs"
             )
         return self.origin.call.evaluate(self, target, ignore_index, reduction).to(self.device)
 
@@ -277,8 +280,9 @@ class DeferredLogits(metaclass=_Explained):
 
     def _refuse_in_place(self, name: str) -> Any:
         raise LogitsNotKept(
-            f"{self.origin.model_name} changes its logits in place ({name}), which the patched loss would not see, nor logits that are kept "
-            "for outputs: train it unpatched, or call the losses in a loop of your own (fused_losses.token_losses)"
+            f"{self.origin.model_name} changes its logits in place ({name}), which the patched loss would not see, nor "
+            "logits that are kept for outputs: train it unpatched, or call the losses in a loop of your own "
+            "(fused_losses.token_losses)"
         )
 
     # --- everything else
@@ -294,7 +298,10 @@ class DeferredLogits(metaclass=_Explained):
         return None if self.origin.call is None else self.origin.call.real(self)
 
     def _refusal(self, what: str) -> str:
-        return f"{self.origin.model_name} asks for {what} of its logits after labels were given, and the patched loss forms no logits; {KEEP}"
+        return (
+            f"{self.origin.model_name} asks for {what} of its logits after labels were given, and the patched loss "
+            f"forms no logits; {KEEP}"
+        )
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name in _STATE or not hasattr(Tensor, name):
@@ -346,7 +353,8 @@ class DeferredLogits(metaclass=_Explained):
 
 _METHODS = {
     "tanh": "tanh", "mul": "__mul__", "multiply": "__mul__", "div": "__truediv__", "true_divide": "__truediv__",
-    "divide": "__truediv__", "argmax": "argmax", "reshape": "reshape", "detach": "detach", "eq": "__eq__", "ne": "__ne__",
+    "divide": "__truediv__", "argmax": "argmax", "reshape": "reshape", "detach": "detach",
+    "eq": "__eq__", "ne": "__ne__",
 }  # fmt: skip
 
 
@@ -361,7 +369,7 @@ def _operator(name: str) -> Callable[..., Any]:
     return operation
 
 
-for _name in ("add", "radd", "sub", "rsub", "rtruediv", "pow", "neg", "matmul", "lt", "le", "gt", "ge", "iter", "bool"):  # fmt: skip
+for _name in "add radd sub rsub rtruediv pow neg matmul lt le gt ge iter bool".split():
     setattr(DeferredLogits, f"__{_name}__", _operator(f"__{_name}__"))
 for _name in ("iadd", "isub", "imul", "itruediv", "ipow"):
     setattr(DeferredLogits, f"__{_name}__", lambda self, other, name=_name: self._refuse_in_place(name))

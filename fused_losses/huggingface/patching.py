@@ -1,9 +1,9 @@
 """`patch`: a fused loss inside a Hugging Face model's own forward.
 
-The model's class is exchanged for a subclass with another `forward`. Given labels, it lets the model's own forward run with a
-head that returns `DeferredLogits`; where that forward calls cross-entropy, the head module is called a second time and the fused
-loss runs inside that call, so that whatever hooks the module (FSDP, ZeRO-3, offloading) is in force. docs/patch.md says what holds for
-whoever else wraps, copies, compiles or hooks the model.
+The model's class is exchanged for a subclass with another `forward`. Given labels, it lets the model's own forward run
+with a head that returns `DeferredLogits`; where that forward calls cross-entropy, the head module is called a second
+time and the fused loss runs inside that call, so that whatever hooks the module (FSDP, ZeRO-3, offloading) is in force.
+docs/patch.md says what holds for whoever else wraps, copies, compiles or hooks the model.
 """
 
 from __future__ import annotations
@@ -46,30 +46,34 @@ def patch(
     """Make `model(input_ids, labels=labels).loss` a fused loss, in training and evaluation; returns the model.
 
     Any causal language model of transformers whose head is linear, also with PEFT adapters. No [tokens × vocabulary]
-    logits are formed where labels are given. Without labels (generation, scoring) the model is untouched; but in training mode a backward
-    through such logits is an error, as the loss would not be this one (label smoothing, compute_loss_func).
+    logits are formed where labels are given. Without labels (generation, scoring) the model is untouched; but in
+    training mode a backward through such logits is an error, as the loss would not be this one (label smoothing,
+    compute_loss_func).
 
     `labels` are in Hugging Face's layout, as long as the inputs: the model shifts them as it always does, or takes
-    `shift_labels`. `num_items_in_batch` divides the sum of the token losses; Trainer gives it. Further fields of the batch go to the
-    loss: `confidence` (LAwF), `old_nll` (PSFT), those of `token_loss` of your own, each in the layout of the labels and shifted
-    with them; `sequence_ids` (TALR, FLOW), else cu_seq_lens, seq_idx or position_ids tell packed sequences apart, else rows do.
+    `shift_labels`. `num_items_in_batch` divides the sum of the token losses; Trainer gives it. Further fields of the
+    batch go to the loss: `confidence` (LAwF), `old_nll` (PSFT), those of `token_loss` of your own, each in the layout
+    of the labels and shifted with them; `sequence_ids` (TALR, FLOW), else cu_seq_lens_q, seq_idx or position_ids tell
+    packed sequences apart, else rows do.
 
-    `outputs.logits` is a stand-in: `argmax(-1)` gives the predictions, −1 where no label was; anything else raises `LogitsNotKept`.
+    `outputs.logits` is a stand-in: `argmax(-1)` gives the predictions, −1 where no label was; anything else raises
+    `LogitsNotKept`.
 
     Args:
-        model: a transformers model with a linear LM head, or a PEFT model around one. Patch before torch.compile and before DDP or
-            FSDP wraps it; before or after PEFT.
-        loss: an `Objective`, such as `fl.TALRLoss()`; cross-entropy by default. Its options (gradient, tolerance, ...) hold.
+        model: a transformers model with a linear LM head, or a PEFT model around one. Patch before torch.compile and
+            before DDP or FSDP wraps it; before or after PEFT.
+        loss: an `Objective`, such as `fl.TALRLoss()`; cross-entropy by default. Its options (gradient, ...) hold.
         reference: of LAwFLoss and ASFTLoss, which model is the frozen original:
-            "base": the model without its PEFT adapters, always; PEFT may come after the patch. ("adapter-off" is its older name.)
-            "start": the model as it is now. Without PEFT a frozen copy of all of it; with PEFT a frozen copy of the adapters only;
+            "base": the model without its PEFT adapters, always; PEFT may come after the patch. "adapter-off" is its
+            older name;
+            "start": the model as it is now. Without PEFT a frozen copy of all of it, with PEFT of the adapters only;
             or another model with the same vocabulary.
         reference_cache: a directory for the reference's hidden states: from the second epoch on its forward is skipped
             (`huggingface.cache`).
-        keep_logits: True: also make real logits, of full size, for `outputs.logits` and for whatever the model does with
-            them; "eval": where the model is not in training (compute_metrics of a Trainer).
-        eval_loss: of a model in `eval()`: "nll", the mean nll, which can be compared between objectives; "objective": the objective's own
-            loss. Objectives with a reference (LAwF, ASFT) report their own in any case.
+        keep_logits: True: also make real logits, of full size, for `outputs.logits` and for whatever the model does
+            with them; "eval": where the model is not in training (compute_metrics of a Trainer).
+        eval_loss: of a model in `eval()`: "nll", the mean nll, which can be compared between objectives; "objective":
+            the objective's own loss. Objectives with a reference (LAwF, ASFT) report their own in any case.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -79,7 +83,8 @@ def patch(
     base = _base_model(model)
     if STATE in vars(base) and vars(base)[STATE].loss is not None:
         raise ValueError(
-            f"{type(base).__name__} is patched already, with {vars(base)[STATE].loss}; call fused_losses.unpatch(model) first"
+            f"{type(base).__name__} is patched already, with {vars(base)[STATE].loss}; call "
+            "fused_losses.unpatch(model) first"
         )
     loss = CrossEntropyLoss() if loss is None else loss
     if not isinstance(loss, Objective):
@@ -132,8 +137,14 @@ class Patch:
     """What a patched model carries."""
 
     def __init__(
-        self, base: nn.Module, model: nn.Module, loss: Objective, source: Source | None, keep_logits: bool | str, eval_loss: str
-    ) -> None:  # fmt: skip
+        self,
+        base: nn.Module,
+        model: nn.Module,
+        loss: Objective,
+        source: Source | None,
+        keep_logits: Any,
+        eval_loss: str,
+    ) -> None:
         self.loss: Objective | None = loss
         self.source = source
         self.keep_logits, self.eval_loss = keep_logits, eval_loss
@@ -144,7 +155,7 @@ class Patch:
         self.outer: Callable[[], Any] = _nothing if model is base else weakref.ref(model)
         self.redirected: list[tuple[Any, Any]] = []
         self.fields = batch_fields(loss)
-        # A mean of each group cannot be divided by the tokens of several batches; a Trainer then divides by the number of batches.
+        # A mean of each group cannot be divided by the tokens of several batches; a Trainer then divides by their number.
         self.accepts_num_items = not (isinstance(loss, LAwFLoss) and loss.reduction == "group_mean")
         parameters = inspect.signature(type(base).forward).parameters
         positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -154,7 +165,7 @@ class Patch:
         self.signature = self._signature(parameters)
 
     def _signature(self, parameters: Any) -> inspect.Signature:
-        """The model's own, and the fields of a batch that the loss or its collator takes: Trainer drops columns that are not in it."""
+        """The model's own, and the batch's fields for the loss or its collator: Trainer drops what is not in it."""
         columns = ("anchors",) if "confidence" in self.fields else ()
         own = [p for p in parameters.values() if p.kind is not p.VAR_KEYWORD]
         more = [
@@ -175,7 +186,7 @@ class Patch:
         return twin
 
     def redirect(self, model: Any, base: nn.Module) -> None:
-        """PEFT's LLaMA-Adapter keeps the base model's forward; what it has kept from before the patch would pass us by."""
+        """PEFT's LLaMA-Adapter keeps the base model's forward, which from before the patch would pass us by."""
         for module in (model, getattr(model, "base_model", None)):
             kept = vars(module).get("forward") if isinstance(module, nn.Module) and module is not base else None
             if isinstance(kept, types.MethodType) and kept.__self__ is base and wrappers.entrance_below(kept) is None:
@@ -194,8 +205,8 @@ class Patch:
         self.trained |= model.training
         if getattr(model, "_is_replica", False):
             raise RuntimeError(
-                "a patched model in nn.DataParallel (a Trainer that sees several GPUs in one process): launch with torchrun or accelerate "
-                "launch, or make one GPU visible with CUDA_VISIBLE_DEVICES=0"
+                "a patched model in nn.DataParallel (a Trainer that sees several GPUs in one process): launch with "
+                "torchrun or accelerate launch, or make one GPU visible with CUDA_VISIBLE_DEVICES=0"
             )
         batch = self._read(args, kwargs)
         if batch.labels is None:
@@ -216,8 +227,9 @@ class Patch:
                 outputs = call.run(*args, **kwargs)
             if call.token_loss is None:
                 raise ValueError(
-                    f"{call.model_name} computed no loss from its head's logits although labels were given; it cannot be patched: train it "
-                    "unpatched, or call the losses in a loop of your own (fused_losses.token_losses)"
+                    f"{call.model_name} computed no loss from its head's logits although labels were given; it cannot "
+                    "be patched: train it unpatched, or call the losses in a loop of your own "
+                    "(fused_losses.token_losses)"
                 )
             if loss is not self.loss:
                 for value in (call.token_loss, outputs[0] if isinstance(outputs, tuple) else outputs.loss):
@@ -267,7 +279,7 @@ class Patch:
         return {name: value for name, value in kwargs.items() if name in self.accepted or name not in ours}
 
     def _objective(self, model: nn.Module) -> Objective:
-        """The loss of this call. A model that was never in training mode, with gradients on, is being trained as it is."""
+        """The loss of this call. A model that was never in training mode is, with gradients on, trained as it is."""
         evaluating = not model.training and (self.trained or not torch.is_grad_enabled())
         own = self.eval_loss == "objective" or self.source is not None or type(self.loss) is CrossEntropyLoss
         if own or not evaluating:
@@ -277,8 +289,9 @@ class Patch:
 
     def _not_the_objective(self, model: nn.Module) -> str:
         return (
-            f"a backward of the loss of a {type(model).__name__} in eval(), which is the mean nll and not {type(self.loss).__name__}'s: "
-            "call model.train() before a training step, or give fused_losses.patch(..., eval_loss='objective')"
+            f"a backward of the loss of a {type(model).__name__} in eval(), which is the mean nll and not "
+            f"{type(self.loss).__name__}'s: call model.train() before a training step, or give fused_losses.patch(..., "
+            "eval_loss='objective')"
         )
 
     def _without_labels(
@@ -289,8 +302,9 @@ class Patch:
         elsewhere = "label_smoothing_factor, compute_loss_func, a compute_loss of your own"
         if kwargs.get("num_items_in_batch") is not None:
             raise ValueError(
-                f"labels: are missing, so {name} of fused_losses.patch would not be used; a Trainer takes them away for "
-                "label_smoothing_factor and compute_loss_func: leave these out, or call fused_losses.unpatch(model)"
+                f"labels: are missing, so {name} of fused_losses.patch would not be used; a Trainer takes them away "
+                "for label_smoothing_factor and compute_loss_func: leave these out, or call "
+                "fused_losses.unpatch(model)"
             )
         taken_by_model = {n: v for n, v in fields.items() if n in self.accepted}
         if fields.keys() - taken_by_model.keys():
@@ -300,9 +314,9 @@ class Patch:
         if model.training and torch.is_grad_enabled():
             _refuse_backward(
                 _logits(outputs),
-                f"a backward through logits of a patched {type(model).__name__} in training mode: its loss is made elsewhere ({elsewhere}), so "
-                f"{name} of fused_losses.patch would not be used; leave that out, or call fused_losses.unpatch(model), or model.eval() if both "
-                "losses are meant",
+                f"a backward through logits of a patched {type(model).__name__} in training mode: its loss is made "
+                f"elsewhere ({elsewhere}), so {name} of fused_losses.patch would not be used; leave that out, or call "
+                "fused_losses.unpatch(model), or model.eval() if both losses are meant",
             )
         return outputs
 
@@ -352,7 +366,7 @@ def batch_fields(loss: Objective) -> tuple[str, ...]:
 
 
 def _passed_by(model: Any) -> bool:
-    """Whether a forward of this model, two callers up, runs without its patch: kept from before, or called through the class."""
+    """Whether the forward of this model two callers up runs without its patch: kept from before, or the class's."""
     frame = sys._getframe(2)
     if frame.f_code.co_name != "forward" or frame.f_locals.get("self") is not model or wrappers.runs(model):
         return False
@@ -363,9 +377,9 @@ def _passed_by(model: Any) -> bool:
 def _refuse_passed_by(model: Any) -> None:
     name = type(model).__name__
     raise RuntimeError(
-        f"a forward of a patched {name} was called past its patch, so {type(vars(model)[STATE].loss).__name__} would not be used: somebody kept "
-        f"model.forward from before fused_losses.patch, or calls {name}.forward(model, ...); call model(...), and patch before others keep its "
-        "forward"
+        f"a forward of a patched {name} was called past its patch, so {type(vars(model)[STATE].loss).__name__} would "
+        f"not be used: somebody kept model.forward from before fused_losses.patch, or calls {name}.forward(model, "
+        "...); call model(...), and patch before others keep its forward"
     )
 
 
@@ -415,7 +429,7 @@ def _accepts_num_items(model: Any) -> bool:
 
 
 def _check_trainer(frame: Any) -> None:
-    """A Trainer reads the above while it is made; that it has no logits for its metrics it would notice in its first evaluation only."""
+    """A Trainer, which reads the above while it is made, has no logits for its metrics: else its first evaluation says so."""
     trainer = getattr(sys.modules.get("transformers"), "Trainer", None)
     for _ in range(8):  # PEFT's models ask the one inside
         if frame is None or trainer is None:
@@ -424,8 +438,8 @@ def _check_trainer(frame: Any) -> None:
         if frame.f_code is trainer.__init__.__code__ and frame.f_locals.get("compute_metrics") is not None:
             if type(made).compute_loss is trainer.compute_loss:  # others get logits in their own way
                 raise TypeError(
-                    "compute_metrics: gets no logits of a patched model, which forms none; give fused_losses.patch(..., keep_logits='eval'), "
-                    "or leave compute_metrics out"
+                    "compute_metrics: gets no logits of a patched model, which forms none; give "
+                    "fused_losses.patch(..., keep_logits='eval'), or leave compute_metrics out"
                 )
             return
         frame = frame.f_back
@@ -442,8 +456,8 @@ class _CopiesOnly:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise pickle.PicklingError(
-            f"a patched {self.name} cannot be pickled, nor saved by torch.save(model): call fused_losses.unpatch(model) first; "
-            "model.state_dict() and model.save_pretrained(...) need not"
+            f"a patched {self.name} cannot be pickled, nor saved by torch.save(model): call "
+            "fused_losses.unpatch(model) first; model.state_dict() and model.save_pretrained(...) need not"
         )
 
 
@@ -506,8 +520,8 @@ def _check_model(base: Any, model: nn.Module) -> None:
     if "labels" not in parameters or not _is_causal(base):
         what = "takes no labels" if "labels" not in parameters else "is no causal language model"
         raise TypeError(
-            f"model: {name} {what}; give a causal language model with its head, such as AutoModelForCausalLM makes (encoder-only "
-            "models have no next token to predict)"
+            f"model: {name} {what}; give a causal language model with its head, such as AutoModelForCausalLM makes "
+            "(encoder-only models have no next token to predict)"
         )
     check_head(base.get_output_embeddings(), name)
 

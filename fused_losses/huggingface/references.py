@@ -39,8 +39,9 @@ class ReferenceStates:
     def of(self, origin: HeadCall) -> Tensor:
         if origin.index >= len(self.hidden):
             raise ValueError(
-                f"reference: {origin.model_name} called its head {origin.index + 1} times, the reference {len(self.hidden)}, so there is "
-                "nothing to compare with; such a model (multi-token prediction) needs an objective without a reference"
+                f"reference: {origin.model_name} called its head {origin.index + 1} times, the reference "
+                f"{len(self.hidden)}, so there is nothing to compare with; such a model (multi-token prediction) needs "
+                "an objective without a reference"
             )
         return self.hidden[origin.index]
 
@@ -69,7 +70,8 @@ class ReferenceStates:
 class Source:
     """A way to the reference's hidden states.
 
-    `before`: it runs before the model's forward, else where that forward computes its loss, so under the autocast that is in force there.
+    `before`: it runs before the model's forward, else where that forward computes its loss, so under the autocast that
+    is in force there.
     """
 
     alone = False  # its forward switches parts of the trained model, so that no other thread may run that meanwhile
@@ -105,8 +107,8 @@ class Source:
             return ReferenceStates(self, found, virtual)
         if sharding.is_sharded_model(self.model(model)):
             raise ValueError(
-                "reference_cache: the reference is sharded, so all ranks must run its forward together and none can skip it; leave "
-                "reference_cache out, or give a reference that is whole on each rank"
+                "reference_cache: the reference is sharded, so all ranks must run its forward together and none can "
+                "skip it; leave reference_cache out, or give a reference that is whole on each rank"
             )
         kind = labels.device.type
         context = str((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)))
@@ -157,7 +159,7 @@ class Base(Source):
 
     @property
     def before(self) -> bool:
-        """Not inside the model's own forward, which FSDP would not bear; but a cache must know the autocast in there, and is of no shards."""
+        """FSDP bears no forward in a forward. A cache needs the autocast that is in force there, and is of no shards."""
         return self.cache is None
 
     def _has_adapters(self, model: nn.Module, outer: nn.Module | None) -> bool:
@@ -168,14 +170,16 @@ class Base(Source):
         trained = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in own]
         if trained:
             raise ValueError(
-                f"reference={self.name!r}: {len(trained)} parameters outside the adapter are trained ({', '.join(trained[:3])}), so the model "
-                "without it does not stay what it is; freeze them, or take reference='start'"
+                f"reference={self.name!r}: {len(trained)} parameters outside the adapter are trained "
+                f"({', '.join(trained[:3])}), so the model without it does not stay what it is; freeze them, or take "
+                "reference='start'"
             )
         warned, self.warned = self.warned, True
         if not warned and not adapters.at_start(model):
             warnings.warn(
-                "reference='adapter-off' is the model without its adapter, and the adapter has been trained already, so the reference is not "
-                "the model as it is now: take reference='start' for that, or reference='base' if the original is meant",
+                "reference='adapter-off' is the model without its adapter, and the adapter has been trained already, "
+                "so the reference is not the model as it is now: take reference='start' for that, or reference='base' "
+                "if the original is meant",
                 UserWarning,
                 stacklevel=5,
             )
@@ -183,8 +187,8 @@ class Base(Source):
     def begin(self, call: Any, device: torch.device) -> None:
         if not self._has_adapters(call.model, call.outer) and call.prompt() is None:
             raise ValueError(
-                f"reference={self.name!r}: the model has no PEFT adapter, so there is nothing to switch off; add one with "
-                "peft.get_peft_model, or take reference='start'"
+                f"reference={self.name!r}: the model has no PEFT adapter, so there is nothing to switch off; add one "
+                "with peft.get_peft_model, or take reference='start'"
             )
         self._check(call.model, call.outer)
 
@@ -210,8 +214,8 @@ class Frozen(Base):
         named = {name: p for name, p in model.named_parameters() if id(p) in own or p.requires_grad}
         if any(type(p).__name__ == "DTensor" for p in named.values()) or sharding.hooks_set_parameters(model):
             raise ValueError(
-                "reference='start': the model is sharded already, so this rank cannot copy its adapter; patch before it is sharded, or give "
-                "the model that you start from as reference="
+                "reference='start': the model is sharded already, so this rank cannot copy its adapter; patch before "
+                "it is sharded, or give the model that you start from as reference="
             )
         self.frozen = {name: p.detach().clone() for name, p in named.items()}
         module = model.get_output_embeddings()  # type: ignore[operator]
@@ -223,21 +227,22 @@ class Frozen(Base):
     def _check(self, model: nn.Module, outer: nn.Module | None) -> None:
         if adapters.active(model) != self.begun:
             raise ValueError(
-                "reference='start': the model has other adapters, or others are active, than when its reference was taken; "
-                "fused_losses.unpatch(model), and patch again"
+                "reference='start': the model has other adapters, or others are active, than when its reference was "
+                "taken; fused_losses.unpatch(model), and patch again"
             )
         late = [name for name, p in model.named_parameters() if p.requires_grad and name not in self.frozen]
         if late:
             raise ValueError(
-                f"reference='start': {len(late)} parameters are trained that were not when the reference was taken ({', '.join(late[:3])}); "
-                "fused_losses.unpatch(model), and patch again once all that will be trained requires a gradient"
+                f"reference='start': {len(late)} parameters are trained that were not when the reference was taken "
+                f"({', '.join(late[:3])}); fused_losses.unpatch(model), and patch again once all that will be trained "
+                "requires a gradient"
             )
 
     def forward(self, call: Any, inputs: dict) -> list[Tensor]:
         if sharding.hooks_set_parameters(call.model):
             raise ValueError(
-                "reference='start': the adapter was trained before and the model is sharded now; give the model that you start from as "
-                "reference="
+                "reference='start': the adapter was trained before and the model is sharded now; give the model that "
+                "you start from as reference="
             )
         with _evaluating(call.model), _captured(call.head) as captured, adapters.on(call.model):
             frozen = self._here(call.model)
@@ -277,7 +282,8 @@ class OtherModel(Source):
             raise TypeError(f"reference: expected a transformers model with an LM head, got {name}")
         if base is model:
             raise ValueError(
-                "reference: is the trained model itself; give reference='start' for a frozen copy of it, or 'base' with PEFT"
+                "reference: is the trained model itself; give reference='start' for a frozen copy of it, or 'base' "
+                "with PEFT"
             )
         self.base = base
         self.module = base.get_output_embeddings()
@@ -286,8 +292,8 @@ class OtherModel(Source):
         ours, theirs = map(sharding.vocabulary, heads)
         if ours != theirs:
             raise ValueError(
-                f"reference: its vocabulary has {theirs} tokens, the model's {ours}; both need the same tokenizer (resize_token_embeddings "
-                "changes the head of one)"
+                f"reference: its vocabulary has {theirs} tokens, the model's {ours}; both need the same tokenizer "
+                "(resize_token_embeddings changes the head of one)"
             )
         self.maps: list[LogitMap | None] = []  # of each call of its head; known after a first forward
         self.equal_embeddings: list | None = None  # the two that were found equal
@@ -309,16 +315,16 @@ class OtherModel(Source):
         ours, theirs = (m.get_input_embeddings().weight for m in (call.model, self.base))
         if theirs.shape[-1] != given.shape[-1]:
             raise ValueError(
-                f"inputs_embeds: are of the model's width {given.shape[-1]}, the reference has {theirs.shape[-1]}; give input_ids, which both "
-                "embed by themselves"
+                f"inputs_embeds: are of the model's width {given.shape[-1]}, the reference has {theirs.shape[-1]}; "
+                "give input_ids, which both embed by themselves"
             )
         now = [(id(w), w._version, w.data_ptr()) for w in (ours, theirs)]
         if now != self.equal_embeddings:
             alike = ours.shape == theirs.shape and ours.device.type != "meta" and torch.equal(ours, theirs.to(ours))
             if not alike:
                 raise ValueError(
-                    "inputs_embeds: the model and its reference have different embeddings, so the reference would get what it does not know; "
-                    "give input_ids, which both embed by themselves"
+                    "inputs_embeds: the model and its reference have different embeddings, so the reference would get "
+                    "what it does not know; give input_ids, which both embed by themselves"
                 )
             self.equal_embeddings = now
 
@@ -366,7 +372,8 @@ class OtherModel(Source):
         known = self.maps[logits.origin.index] if logits.origin.index < len(self.maps) else None
         if known is None:
             raise ValueError(
-                f"reference: its forward gives no logits of call {logits.origin.index + 1} of its head, so what it does to them is unknown"
+                f"reference: its forward gives no logits of call {logits.origin.index + 1} of its head, so what it "
+                "does to them is unknown"
             )
         logit_scale, softcap = known.arguments()
         rows = rows.to(weight.device)  # type: ignore[arg-type]
@@ -384,7 +391,7 @@ class OtherModel(Source):
 def find_source(
     model: nn.Module, outer: nn.Module | None, loss: Objective, reference: Any, cache: Any
 ) -> Source | None:
-    """What `patch(reference=...)` says, checked against what the loss needs. `outer`: the PEFT model around `model`, where it is known."""
+    """What `patch(reference=...)` says, checked against what the loss needs; `outer`: the PEFT model around `model`."""
     takes = "reference" in inspect.signature(type(loss).forward).parameters
     needs = takes and type(loss).forward is not Objective.forward
     name = type(loss).__name__
@@ -393,8 +400,8 @@ def find_source(
     if reference is None:
         if needs:
             raise ValueError(
-                f"{name} compares with a frozen original model: give reference='base' (the model without its PEFT adapter), "
-                "reference='start' (the model as it is now), or another model"
+                f"{name} compares with a frozen original model: give reference='base' (the model without its PEFT "
+                "adapter), reference='start' (the model as it is now), or another model"
             )
         if cache is not None:
             raise ValueError("reference_cache: given without a reference; there is nothing to keep")
@@ -418,8 +425,8 @@ def find_source(
             return Frozen(model, outer, cache)
         if sharding.is_sharded_model(model):
             raise ValueError(
-                "reference='start': the model is sharded already, so this rank cannot copy it; patch before fully_shard or ZeRO-3, or give "
-                "another model"
+                "reference='start': the model is sharded already, so this rank cannot copy it; patch before "
+                "fully_shard or ZeRO-3, or give another model"
             )
         return OtherModel(model, frozen_copy(model), cache, own=True)
     if not isinstance(reference, nn.Module):
@@ -433,7 +440,7 @@ def _trains_more(model: nn.Module) -> bool:
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
-    """A copy without what others have wrapped around its forward, which may still call the model itself; but with accelerate's hooks."""
+    """A copy with accelerate's hooks, but without other wrappers of its forward, which may call the model itself."""
     twin: Any = copy.deepcopy(model).requires_grad_(False)
     state = vars(twin)
     hook = state.pop("_hf_hook", None)
@@ -447,8 +454,7 @@ def frozen_copy(model: nn.Module) -> nn.Module:
 
 
 def reference_inputs(call: Any) -> tuple[dict, int]:
-    """The inputs of a forward of the reference, which computes no loss and keeps no cache of keys and values; and how many virtual tokens
-    of prompt learning it does not see."""
+    """The inputs of the reference's forward, without labels and cache; and how many virtual tokens it does not see."""
     dropped = ("labels", "shift_labels", "num_items_in_batch", "output_router_logits")
     inputs = {name: value for name, value in call.inputs.items() if name not in dropped}
     inputs["use_cache"] = False
@@ -460,14 +466,15 @@ def reference_inputs(call: Any) -> tuple[dict, int]:
         inputs, virtual = prompt.removed(inputs)
     if inputs.get("past_key_values") is not None:
         raise ValueError(
-            "past_key_values: given together with labels and a reference, which would see them too; train without, or call the loss in "
-            "a loop of your own"
+            "past_key_values: given together with labels and a reference, which would see them too; train without, or "
+            "call the loss in a loop of your own"
         )
     embeddings = inputs.get("inputs_embeds")
     if isinstance(embeddings, Tensor) and embeddings.requires_grad:
         raise ValueError(
-            "inputs_embeds: require a gradient, so they are trained (a soft prompt?), and the frozen reference would see them; give input_ids, "
-            "or inputs_embeds.detach() if they are not trained. With PEFT's prompt learning patch the PEFT model, not the one inside"
+            "inputs_embeds: require a gradient, so they are trained (a soft prompt?), and the frozen reference would "
+            "see them; give input_ids, or inputs_embeds.detach() if they are not trained. With PEFT's prompt learning "
+            "patch the PEFT model, not the one inside"
         )
     return inputs, virtual
 

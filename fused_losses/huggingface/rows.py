@@ -16,8 +16,9 @@ from .digest import Unchanged, model_digest
 class CachedRows:
     """Hidden states [B, T, D] out of the cache where every row is there, else computed and then kept.
 
-    A row's key is made of all its inputs at its real tokens, so it does not depend on the padding to its right or on the other
-    rows, but where the batch has inputs that are not [B, T, ...], such as images: these are part of every row's key.
+    A row's key is made of all its inputs at its real tokens, so it does not depend on the padding to its right or on
+    the other rows, but where the batch has inputs that are not [B, T, ...], such as images: these are part of every
+    row's key.
     """
 
     def __init__(self, directory: str | Path) -> None:

@@ -1,4 +1,5 @@
-"""Heads whose weight is in pieces on several ranks: FSDP2's `fully_shard` and DeepSpeed's ZeRO-3 gather it in a call of their module."""
+"""Heads whose weight is in pieces on several ranks: FSDP2's `fully_shard` and DeepSpeed's ZeRO-3 gather it in a call of
+their module."""
 
 from __future__ import annotations
 
@@ -23,8 +24,8 @@ def gathers(module: nn.Module) -> bool:
 def hooks_can_wait(module: nn.Module, then_called: bool) -> bool:
     """Whether a stand-in is made without the module's hooks, which would gather the weight for nothing.
 
-    A group `fully_shard([norm, head])` takes one call of each of its modules: after a second one of the head backward would free
-    the norm's weight too early, and without any the group waits for it.
+    A group `fully_shard([norm, head])` takes one call of each of its modules: after a second one of the head backward
+    would free the norm's weight too early, and without any the group waits for it.
     """
     together = _fsdp_modules(module)
     if together > 1:

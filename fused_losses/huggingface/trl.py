@@ -18,7 +18,7 @@ class NotPerToken(TypeError, AttributeError):
 
 
 class SummedLogProbs:
-    """Stands for per-token log-probabilities whose negative sum is the fused loss, which TRL divides by the number of tokens."""
+    """Stands for per-token log-probabilities whose negative sum is the fused loss; TRL divides it by the tokens."""
 
     def __init__(self, total: Tensor, sign: int = 1) -> None:
         self.total, self.sign = total, sign

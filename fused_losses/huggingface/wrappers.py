@@ -1,9 +1,10 @@
 """Who else wraps `model.forward`, and how a patched model's entrance stays outside of all of them.
 
-A patched class has `forward` as a data descriptor. Reading `model.forward` gives an *entrance*: outside of a call it starts one; within a
-call of the same model it goes on to what lay below it when it was read. What others assign to `model.forward` (accelerate's autocast and
-device hooks, TRL's head) stays in the model's own dictionary, where it would be without a patch, and is called from there. So nothing is
-taken apart, nothing is replayed, and there is nothing to put back.
+A patched class has `forward` as a data descriptor. Reading `model.forward` gives an *entrance*: outside of a call it
+starts one; within a call of the same model it goes on to what lay below it when it was read. What others assign to
+`model.forward` (accelerate's autocast and device hooks, TRL's head) stays in the model's own dictionary, where it would
+be without a patch, and is called from there. So nothing is taken apart, nothing is replayed, and there is nothing to
+put back.
 """
 
 from __future__ import annotations
@@ -187,7 +188,7 @@ class Forward:
 
 
 class Turns:
-    """Forwards of a model share it; a reference that switches the model's adapters has it alone, whatever other threads do."""
+    """Forwards of a model share it, on any thread; a reference that switches the model's adapters has it alone."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
