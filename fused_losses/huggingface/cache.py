@@ -230,10 +230,8 @@ class ReferenceCache:
                 file.flush()
                 os.fsync(file.fileno())  # some file systems tell of a full disk only now
         except OSError as error:
-            raise OSError(
-                error.errno, f"directory: the reference cache cannot store in {self._home}: {error.strerror}; give another, "
-                "or make room"
-            ) from error  # fmt: skip
+            where = f"directory: the reference cache cannot store in {self._home}"
+            raise OSError(error.errno, f"{where}: {error.strerror}; give another, or make room") from error
         finally:
             with contextlib.suppress(OSError):
                 probe.unlink()

@@ -369,7 +369,10 @@ def _operator(name: str) -> Callable[..., Any]:
     return operation
 
 
-for _name in "add radd sub rsub rtruediv pow neg matmul lt le gt ge iter bool".split():
+for _name in (
+    *("add", "radd", "sub", "rsub", "rtruediv", "pow", "neg", "matmul"),
+    *("lt", "le", "gt", "ge", "iter", "bool"),
+):
     setattr(DeferredLogits, f"__{_name}__", _operator(f"__{_name}__"))
 for _name in ("iadd", "isub", "imul", "itruediv", "ipow"):
     setattr(DeferredLogits, f"__{_name}__", lambda self, other, name=_name: self._refuse_in_place(name))

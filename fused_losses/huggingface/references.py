@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from .deferral import HeadModule
 from .digest import model_facts
 from .heads import check_head, innermost, read_head
 from .logits import DeferredLogits, HeadCall, LogitMap
+from .reference_forward import captured, evaluating, frozen_copy, reference_inputs
 from .rows import CachedRows
 
 NAMES = ("base", "start", "adapter-off")
@@ -159,7 +159,7 @@ class Base(Source):
 
     @property
     def before(self) -> bool:
-        """FSDP bears no forward in a forward. A cache needs the autocast that is in force there, and is of no shards."""
+        """FSDP bears no forward in a forward. A cache needs the autocast in force there, and is of no shards."""
         return self.cache is None
 
     def _has_adapters(self, model: nn.Module, outer: nn.Module | None) -> bool:
@@ -193,8 +193,8 @@ class Base(Source):
         self._check(call.model, call.outer)
 
     def forward(self, call: Any, inputs: dict) -> list[Tensor]:
-        with _evaluating(call.model), _captured(call.head) as captured, adapters.off(call.model, call.outer):
-            return captured.states(call.run(**inputs))
+        with evaluating(call.model), captured(call.head) as caught, adapters.off(call.model, call.outer):
+            return caught.states(call.run(**inputs))
 
     def head(self, module: nn.Module, rows: Tensor, logits: DeferredLogits, head: LMHead) -> LMHead:
         with torch.no_grad():
@@ -244,9 +244,9 @@ class Frozen(Base):
                 "reference='start': the adapter was trained before and the model is sharded now; give the model that "
                 "you start from as reference="
             )
-        with _evaluating(call.model), _captured(call.head) as captured, adapters.on(call.model):
+        with evaluating(call.model), captured(call.head) as caught, adapters.on(call.model):
             frozen = self._here(call.model)
-            return captured.states(call.run_with(lambda: torch.func.functional_call(call.model, frozen, (), inputs)))
+            return caught.states(call.run_with(lambda: torch.func.functional_call(call.model, frozen, (), inputs)))
 
     def _here(self, model: nn.Module) -> dict[str, Tensor]:
         """The copies, on the devices of what they stand for."""
@@ -344,9 +344,9 @@ class OtherModel(Source):
         accepted = inspect.signature(self.base.forward).parameters
         if "use_cache" not in accepted:
             inputs.pop("use_cache", None)
-        with _evaluating(self.other), _captured(HeadModule(self.module, self.base)) as captured:
-            hidden = captured.states(self.other(**inputs))
-        self.maps = captured.maps
+        with evaluating(self.other), captured(HeadModule(self.module, self.base)) as caught:
+            hidden = caught.states(self.other(**inputs))
+        self.maps = caught.maps
         prompt = VirtualTokens.of(self.other)
         return [x[:, prompt.before(x) :] for x in hidden] if prompt else hidden
 
@@ -377,7 +377,7 @@ class OtherModel(Source):
             )
         logit_scale, softcap = known.arguments()
         rows = rows.to(weight.device)  # type: ignore[arg-type]
-        with torch.no_grad(), _evaluating(self.other):
+        with torch.no_grad(), evaluating(self.other):
             return read_head(self.module, rows, logit_scale, softcap, logits.width)
 
     def tensors(self, model: nn.Module) -> Iterable[tuple[str, Tensor]]:
@@ -437,103 +437,3 @@ def find_source(
 def _trains_more(model: nn.Module) -> bool:
     own = adapters.parameters(model)
     return any(p.requires_grad and id(p) not in own for p in model.parameters())
-
-
-def frozen_copy(model: nn.Module) -> nn.Module:
-    """A copy with accelerate's hooks, but without other wrappers of its forward, which may call the model itself."""
-    twin: Any = copy.deepcopy(model).requires_grad_(False)
-    state = vars(twin)
-    hook = state.pop("_hf_hook", None)
-    for name in ("forward", "_old_forward", "_original_forward"):
-        state.pop(name, None)
-    if hook is not None:
-        from accelerate.hooks import add_hook_to_module
-
-        add_hook_to_module(twin, hook)
-    return twin
-
-
-def reference_inputs(call: Any) -> tuple[dict, int]:
-    """The inputs of the reference's forward, without labels and cache; and how many virtual tokens it does not see."""
-    dropped = ("labels", "shift_labels", "num_items_in_batch", "output_router_logits")
-    inputs = {name: value for name, value in call.inputs.items() if name not in dropped}
-    inputs["use_cache"] = False
-    if not call.patch.takes_any and "use_cache" not in call.patch.accepted:
-        del inputs["use_cache"]
-    prompt = call.prompt()
-    virtual = 0
-    if prompt is not None:
-        inputs, virtual = prompt.removed(inputs)
-    if inputs.get("past_key_values") is not None:
-        raise ValueError(
-            "past_key_values: given together with labels and a reference, which would see them too; train without, or "
-            "call the loss in a loop of your own"
-        )
-    embeddings = inputs.get("inputs_embeds")
-    if isinstance(embeddings, Tensor) and embeddings.requires_grad:
-        raise ValueError(
-            "inputs_embeds: require a gradient, so they are trained (a soft prompt?), and the frozen reference would "
-            "see them; give input_ids, or inputs_embeds.detach() if they are not trained. With PEFT's prompt learning "
-            "patch the PEFT model, not the one inside"
-        )
-    return inputs, virtual
-
-
-class _Captured:
-    """The call of a forward whose head is only asked for its input."""
-
-    model_name = "the reference model"
-
-    def __init__(self) -> None:
-        self.heads: list[HeadCall] = []
-        self.maps: list[LogitMap | None] = []
-
-    def states(self, outputs: Any) -> list[Tensor]:
-        found = list(_stand_ins(outputs))
-        if not found:
-            raise ValueError("reference: its forward did not give logits of its head")
-        if not all(logits.whole for logits in found):
-            raise ValueError("reference: its forward cuts its logits, which cannot be followed")
-        maps = {logits.origin.index: logits.map for logits in found}
-        self.maps = [maps.get(origin.index) for origin in self.heads]
-        hidden = [origin.hidden for origin in self.heads]
-        for origin in self.heads:
-            origin.close()
-        return hidden
-
-    def real(self, logits: DeferredLogits) -> None:
-        return None
-
-    def evaluate(self, *_: Any) -> Any:
-        raise ValueError("reference: it computes a loss of its own")
-
-
-def _stand_ins(outputs: Any) -> Iterator[DeferredLogits]:
-    if isinstance(outputs, DeferredLogits):
-        yield outputs
-    elif isinstance(outputs, (tuple, list)):
-        for value in outputs:
-            yield from _stand_ins(value)
-    elif hasattr(outputs, "values") and not isinstance(outputs, Tensor):
-        for value in outputs.values():
-            yield from _stand_ins(value)
-
-
-@contextlib.contextmanager
-def _captured(head: Any) -> Iterator[_Captured]:
-    call = _Captured()
-    with head.deferred(call, then_called=False):
-        yield call
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout, no router noise, no checkpointing."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
