@@ -9,6 +9,7 @@ import time
 import warnings
 from pathlib import Path
 
+import grids
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -151,7 +152,7 @@ def typed(value):
     return [typed(v) for v in value] if isinstance(value, (list, tuple)) else (type(value).__name__, value)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=grids.examples(100, 300))
 @given(ROW, ROW)
 @example(([1, 2], [(3,)]), ([1], [(2, 3)]))
 @example(([1, 2], []), ([1], [2]))
