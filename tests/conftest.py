@@ -8,8 +8,20 @@ import torch
 # Small tensors: a second thread costs more than it brings, above all on a busy machine.
 torch.set_num_threads(1)
 
+# Files that say most in the least time.
+FAST = frozenset(
+    f"test_{name}.py"
+    for name in (
+        "token_losses", "sparse_softmax", "low_rank", "objectives", "validation", "mistakes", "modes", "parameters",
+        "collator", "reference_cache", "references", "cached_reference", "patch",
+    )
+)  # fmt: skip
+
 
 def pytest_addoption(parser):
+    parser.addoption(
+        "--fast", action="store_true", help="only the files that say most in the least time (make test-fast)"
+    )
     parser.addoption(
         "--exhaustive", action="store_true", help="every case of every grid, and more random examples (make test-all)"
     )
@@ -19,8 +31,13 @@ def pytest_configure(config):
     grids.EXHAUSTIVE = config.getoption("--exhaustive")
 
 
+def pytest_ignore_collect(collection_path, config):
+    return (config.getoption("--fast") and collection_path.suffix == ".py" and collection_path.name not in FAST) or None
+
+
 def pytest_collection_modifyitems(config, items):
-    """Of a test marked `pairwise` or `each_value` the cases that `covering` chooses; of one marked `exhaustive` none."""
+    """Fast files first. Of a test marked `pairwise` or `each_value` the cases of `covering`; of one marked `exhaustive` none."""
+    items.sort(key=lambda item: item.path.name not in FAST)
     if grids.EXHAUSTIVE:
         return
     left_out = [item for item in items if item.get_closest_marker("exhaustive")]

@@ -15,9 +15,10 @@ def examples(few: int, many: int) -> int:
 
 
 def covering(cases: Sequence[Sequence[Hashable]], together: int, chance: random.Random) -> set[int]:
-    """Positions of a few cases in which any `together` values meet that meet in some case; each time the one with most that is new.
+    """Positions of a few cases in which any `together` values meet that meet in some case.
 
-    `chance` chooses among equals. Seeded by a test's name, it makes similar tests leave out different cases.
+    Each time the case with most that is new. `chance` chooses among equals: seeded by a test's name, it makes similar
+    tests leave out different cases.
     """
     met = [set(itertools.combinations(case, min(together, len(case)))) for case in cases]
     order = chance.sample(range(len(cases)), len(cases))

@@ -18,7 +18,7 @@ shift 4
 TUNE = "from fused_losses.cli import main; main()"
 
 
-def run(*command, seconds=180, **environment):
+def run(*command, seconds=600, **environment):
     inherited = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FUSED_LOSSES_GPU_DRY")}
     paths = [str(ROOT), os.environ.get("PYTHONPATH")]
     environment = inherited | {"PYTHONPATH": os.pathsep.join(p for p in paths if p)} | environment

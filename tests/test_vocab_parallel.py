@@ -6,12 +6,14 @@ For each world size the ranks are started once, go through everything in `work`,
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -382,8 +384,12 @@ class Ranks:
 
 
 def start(world: int, folder: str) -> Ranks:
-    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):
-        torch.multiprocessing.spawn(work, (world, folder), nprocs=world)
+    """By a server that has imported this file once, for all ranks of both worlds."""
+    multiprocessing.set_forkserver_preload([__name__])
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
+    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=path):
+        torch.multiprocessing.start_processes(work, (world, folder), nprocs=world, start_method="forkserver")
     return Ranks(world, [torch.load(f"{folder}/{rank}.pt") for rank in range(world)])
 
 

@@ -27,7 +27,7 @@ class Shim:
 
     @contextmanager
     def setting(self, cluster_limit: int = 0, backwards: bool = False) -> Iterator[None]:
-        """Bytes of shared memory a block of a cluster may have, 0: no clusters; blocks, warps and lanes in reverse order."""
+        """Bytes of shared memory a block of a cluster may have, 0: no clusters; blocks, warps, lanes in reverse order."""
         self.functions.shim_set(cluster_limit, backwards)
         try:
             yield
@@ -42,7 +42,7 @@ class Shim:
 
 
 def load(folder: Path) -> Shim:
-    """Load what the folder has of these sources, compiler and PyTorch; else compile, in two processes at a time. About 10 seconds."""
+    """Load what the folder has of these sources, compiler and PyTorch; else compile it. About 10 seconds."""
     compiler = os.environ.get("CXX", "g++")
     known = hashlib.sha256(repr((compiler, torch.__version__, torch.backends.cpu.get_cpu_capability())).encode())
     for source in sorted([*build.sources().iterdir(), *HERE.iterdir()]):
@@ -56,6 +56,7 @@ def load(folder: Path) -> Shim:
 
 
 def compile_into(folder: Path, compiler: str) -> Path:
+    """In two processes at a time."""
     includes = [f"-I{build.sources()}"]
     kernels = ["-O1", "-march=native", "-x", "c++", "-include", str(HERE / "cuda_on_cpu.h"), "-Wno-unknown-pragmas"]
     host = ["-std=c++20", "-isystem", f"{Path(torch.__file__).parent}/include", build.TORCH_TARGET]
@@ -75,10 +76,8 @@ def compile_into(folder: Path, compiler: str) -> Path:
         list(pool.map(compile_one, sources, objects))
     library = folder / "shim.so"
     torch_lib = Path(torch.__file__).parent / "lib"
-    run([
-        compiler, "-shared", *map(str, objects), "-o", str(library), "-Wl,--no-as-needed", f"-L{torch_lib}", "-ltorch_cpu",
-        "-ldl",
-    ])  # fmt: skip
+    linked = ["-Wl,--no-as-needed", f"-L{torch_lib}", "-ltorch_cpu", "-ldl"]
+    run([compiler, "-shared", *map(str, objects), "-o", str(library), *linked])
     return library
 
 
