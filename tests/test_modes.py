@@ -194,7 +194,7 @@ def test_talr_median_over_two_ranks(tmp_path):
         for rank in range(2)
     ]
     for rank in ranks:
-        _, error = rank.communicate(timeout=120)
+        _, error = rank.communicate(timeout=300)
         assert rank.returncode == 0, error.decode()
 
 

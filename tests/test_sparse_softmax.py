@@ -672,7 +672,7 @@ def test_a_library_that_cannot_be_used_is_passed_over_with_the_reason(tmp_path):
     else:
         paths.pop()
     result = subprocess.run(
-        [sys.executable, "-c", LIBRARY, *map(str, paths)], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", LIBRARY, *map(str, paths)], capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 0, result.stderr
     said = result.stdout.splitlines()

@@ -297,9 +297,9 @@ def small_chunks() -> Iterator[None]:
 def work(rank: int, world: int, folder: str) -> None:
     warnings.simplefilter("error")
     torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(world == 2)  # takes seconds to import on each rank
+    torch.use_deterministic_algorithms(True)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/{world}", rank=rank, world_size=world, timeout=timedelta(seconds=120)
+        "gloo", init_method=f"file://{folder}/{world}", rank=rank, world_size=world, timeout=timedelta(seconds=600)
     )
     found: dict = {}
     for sizes in SIZES[world]:
@@ -385,7 +385,7 @@ class Ranks:
 
 def start(world: int, folder: str) -> Ranks:
     """By a server that has imported this file once, for all ranks of both worlds."""
-    multiprocessing.set_forkserver_preload([__name__])
+    multiprocessing.set_forkserver_preload([__name__, "torch._dynamo"])
     here = Path(__file__).parent
     path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
     with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=path):

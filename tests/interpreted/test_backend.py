@@ -147,7 +147,7 @@ def test_certificate_holds(**options):
         check_certificate("triton", **options)
 
 
-@pytest.mark.pairwise
+@pytest.mark.each_value
 @pytest.mark.parametrize("reference", REFERENCES, ids=name)
 @pytest.mark.parametrize("frozen", [False, True], ids=name)
 @pytest.mark.parametrize("summed", [False, True], ids=["per-token", "summed"])
@@ -155,7 +155,7 @@ def test_flat_chunks_between_peaked_ones(reference, frozen, summed):
     check_flat_chunks("triton", (48, 24, 200), 32, reference, frozen, summed)
 
 
-@pytest.mark.pairwise
+@pytest.mark.each_value
 @pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
 @pytest.mark.parametrize("gradient", ["exact", "sparse"])
 def test_bad_logits_reach_their_own_token_only(gradient, bias, path):
