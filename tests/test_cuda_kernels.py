@@ -362,7 +362,7 @@ def packed_bits(kept: Tensor, words: int) -> Tensor:
 @pytest.mark.parametrize("v", [2, 33, 123, 507, 4097, 70_001])
 @pytest.mark.parametrize("extra", [0, 1, 3])
 def test_bits(shim, v, extra):
-    n, capacity = 5, v // 3
+    n = 5
     kept = torch.rand(n, v) < torch.tensor([0.0, 0.01, 0.2, 0.2, 0.9])[:, None]
     labels = torch.randint(v, (n,))
     labels[0], labels[1] = v - 1, 0
@@ -371,6 +371,7 @@ def test_bits(shim, v, extra):
     bits = packed_bits(kept, words)
     kept[torch.arange(n), labels] = True
     expected = kept.sum(1)
+    capacity = int(expected[3])  # a row of just as many, and one of more
     expected[expected > capacity] = -1
 
     def count(new):
@@ -594,6 +595,19 @@ def test_attention_at_the_largest_sizes(shim, d, dtype):
 @pytest.mark.parametrize("mode", ["alone", "own-bias", "shared-capped-bias"])
 def test_attention_of_many_entries(shim, mode, v):
     arguments, truth = attention_case(mode, torch.bfloat16, 2, 64, v, [v, 3])
+    check(attention(shim, arguments), truth, ATTENTION_TOLERANCES)
+
+
+@needs_compiler
+@pytest.mark.parametrize("mode", ["alone", "shared-bias"])
+@pytest.mark.parametrize("d", [17, 64])
+def test_attention_of_a_row_that_no_entry_names(shim, mode, d):
+    """0 times what is infinite is no 0; lanes beyond the last entry have column 0."""
+    arguments, truth = attention_case(mode, torch.float32, 3, d, 33, [5, 3])
+    weight, bias = arguments["weight"], arguments["bias"]
+    arguments["weight"] = torch.cat([torch.full_like(weight[:1], INF), weight])
+    arguments["bias"] = None if bias is None else torch.cat([bias[:1], bias])
+    arguments["labels"], arguments["columns"] = arguments["labels"] + 1, arguments["columns"] + 1
     check(attention(shim, arguments), truth, ATTENTION_TOLERANCES)
 
 

@@ -13,7 +13,7 @@ from unittest import mock
 import grids
 import pytest
 import torch
-from cases import HEADS, REFERENCES, coarse, errors, make, name, relative, run
+from cases import HEADS, REFERENCES, coarse, errors, make, name, relative, run, run_with_report
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
@@ -51,6 +51,20 @@ def test_with_no_room_for_error_every_token_is_exact(backend, head, reference, f
         results = errors(case, torch.float32, backend, gradient="sparse", tolerance=1e-9)
         for output, error in results.items():
             assert error <= 1e-5, output
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reference", REFERENCES, ids=name)
+def test_a_token_of_as_many_entries_as_there_is_room_for_is_sparse(backend, reference):
+    check_room(backend, reference)
+
+
+def check_room(backend, reference):
+    case = make(5, 8, 67, reference=reference, ignored=0)
+    for capacity, exact in ((67, 0), (66, 5)):
+        with coarse(1e-30, capacity=capacity), mock.patch("fused_losses.backends.gpu.CANDIDATES", 1):
+            _, report = run_with_report(case, torch.float32, backend, "sparse")
+        assert report.exact_tokens == exact and report.entries == (0 if exact else 5 * 67)
 
 
 def test_float64_has_sparse_gradients_too():
