@@ -365,8 +365,8 @@ def test_bits(shim, v, extra):
     n = 5
     kept = torch.rand(n, v) < torch.tensor([0.0, 0.01, 0.2, 0.2, 0.9])[:, None]
     labels = torch.randint(v, (n,))
-    labels[0], labels[1] = v - 1, 0
-    kept[0] = False
+    labels[0], labels[1], labels[2] = v - 1, 0, min(v, 32) - 1  # the first and the last bit of a word
+    kept[0], kept[2, labels[2]] = False, False
     words = -(-v // 32) + extra
     bits = packed_bits(kept, words)
     kept[torch.arange(n), labels] = True

@@ -67,6 +67,23 @@ def check_room(backend, reference):
         assert report.exact_tokens == exact and report.entries == (0 if exact else 5 * 67)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_unlikely_labels_at_the_borders_of_words(backend):
+    check_label_borders(backend)
+
+
+def check_label_borders(backend):
+    """The label is an entry however small its probability is, also as the first or last of 32 ids, 16 or 8."""
+    case = make(12, 16, 100, ignored=0, spread=3.0)
+    case.labels[:] = torch.tensor([0, 7, 8, 15, 16, 30, 31, 32, 63, 64, 95, 99])
+    toward = case.weight[case.labels]
+    case.hidden[:] -= toward * ((case.hidden * toward).sum(1, keepdim=True) + 9) / toward.square().sum(1, keepdim=True)
+    with coarse(3e-2, tolerance=0.9):
+        found, report = run_with_report(case, torch.float32, backend, "sparse", tolerance=0.9)
+    assert report.exact_tokens == 0 and report.entries < 12 * 60
+    assert relative(found["d_hidden"], run(case, torch.float64, "reference")["d_hidden"]) < 0.1
+
+
 def test_float64_has_sparse_gradients_too():
     case = make(40, 18, 300, reference="own", bias=True)
     with coarse(1e-30):

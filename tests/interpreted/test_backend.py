@@ -13,7 +13,14 @@ from cases import HEADS, REFERENCES, coarse, errors, make, name, relative, run
 from hypothesis import given, settings
 from test_low_rank import errors as low_rank_errors
 from test_low_rank import inputs as low_rank_inputs
-from test_sparse_softmax import CERTIFICATE, check_certificate, check_flat_chunks, check_room, logits_of
+from test_sparse_softmax import (
+    CERTIFICATE,
+    check_certificate,
+    check_flat_chunks,
+    check_label_borders,
+    check_room,
+    logits_of,
+)
 
 import fused_losses as fl
 from fused_losses import sparse_softmax
@@ -239,6 +246,10 @@ def test_objectives(objective, gradient):
 @pytest.mark.parametrize("reference", REFERENCES, ids=name)
 def test_a_token_of_as_many_entries_as_there_is_room_for_is_sparse(reference, path):
     check_room("triton", reference)
+
+
+def test_unlikely_labels_at_the_borders_of_words(path):
+    check_label_borders("triton")
 
 
 def test_kept_rows_save_the_second_gather():
