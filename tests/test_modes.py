@@ -144,6 +144,7 @@ def test_one_output_backward_without_the_other():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.each_value
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled_caller(loss, dynamic):
     """A graph break, and the same numbers, for changing numbers of tokens and of ignored tokens."""
