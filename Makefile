@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 
-.PHONY: demo test test-tritons lint bench gpu-check gpu-bench gpu-python clean
+.PHONY: demo test test-all test-fast test-tritons lint bench gpu-check gpu-bench gpu-python clean
 
 # Other releases of Triton that the kernels must compile with: that of torch 2.11, whose interpreter needs an older numpy, and the newest.
 TRITONS ?= 3.6.0 3.9.0
@@ -21,10 +21,20 @@ $(VENV)/.core: pyproject.toml constraints.txt setup.py fused_losses/build.py $(w
 demo: $(VENV)/.core
 	$(BIN)/fused-losses demo
 
+# `test` takes of each grid of cases a few that cover it, `test-all` all of them; `test-fast` the files that say most in the least time.
+GRIDS :=
+FILES := -n 2 --dist loadfile --no-loadscope-reorder
+
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not gpu'
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/interpreted
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest $(GRIDS) $(FILES) -m 'not slow and not gpu'
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(GRIDS) -n 2 tests/interpreted
+	$(BIN)/python -m pytest $(GRIDS) $(FILES) -m slow
+
+test-all: GRIDS := --exhaustive
+test-all: test
+
+test-fast: lint
+	$(BIN)/python -m pytest --fast $(FILES) -m 'not slow and not gpu'
 
 test-tritons: $(VENV)/.core $(TRITONS:%=.tritons/%)
 	for version in $(TRITONS); do \

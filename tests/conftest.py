@@ -1,8 +1,57 @@
+import itertools
+import random
+
+import grids
 import pytest
 import torch
 
 # Small tensors: a second thread costs more than it brings, above all on a busy machine.
 torch.set_num_threads(1)
+
+# Files that say most in the least time.
+FAST = frozenset(
+    f"test_{name}.py"
+    for name in (
+        "token_losses", "sparse_softmax", "low_rank", "objectives", "validation", "mistakes", "modes", "parameters",
+        "collator", "reference_cache", "references", "cached_reference", "patch",
+    )
+)  # fmt: skip
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--fast", action="store_true", help="only the files that say most in the least time (make test-fast)"
+    )
+    parser.addoption(
+        "--exhaustive", action="store_true", help="every case of every grid, and more random examples (make test-all)"
+    )
+
+
+def pytest_configure(config):
+    grids.EXHAUSTIVE = config.getoption("--exhaustive")
+
+
+def pytest_ignore_collect(collection_path, config):
+    return (config.getoption("--fast") and collection_path.suffix == ".py" and collection_path.name not in FAST) or None
+
+
+def pytest_collection_modifyitems(config, items):
+    """Fast files first. Of a test marked `pairwise` or `each_value` the cases of `covering`; of one marked `exhaustive` none."""
+    items.sort(key=lambda item: item.path.name not in FAST)
+    if grids.EXHAUSTIVE:
+        return
+    left_out = [item for item in items if item.get_closest_marker("exhaustive")]
+    for marker, together in (("pairwise", 2), ("each_value", 1)):
+        marked = [item for item in items if item.get_closest_marker(marker)]
+        for name, cases in itertools.groupby(marked, key=lambda item: item.nodeid.partition("[")[0]):
+            cases = list(cases)
+            values = [[(key, id(v)) for key, v in item.callspec.params.items()] for item in cases]
+            chosen = grids.covering(values, together, random.Random(name))
+            left_out += [item for at, item in enumerate(cases) if at not in chosen]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        gone = set(left_out)
+        items[:] = [item for item in items if item not in gone]
 
 
 @pytest.fixture(autouse=True)
@@ -12,6 +61,15 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def shim(request, tmp_path_factory):
+    """csrc/cuda for a CPU; kept from run to run, as it takes 10 seconds to compile."""
+    from cuda_shim import shim as shim_module
+
+    cache = getattr(request.config, "cache", None)
+    return shim_module.load(tmp_path_factory.mktemp("shim") if cache is None else cache.mkdir("cuda_shim"))
 
 
 # Tables for the end of the run, also from the processes of pytest-xdist.

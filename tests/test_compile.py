@@ -170,6 +170,7 @@ OBJECTIVES = {
 }  # fmt: skip
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize(("gradient", "frozen"), [("exact", False), ("sparse", True)], ids=["exact", "sparse-frozen"])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_objective(name, gradient, frozen, monkeypatch):
@@ -206,6 +207,7 @@ def test_objective(name, gradient, frozen, monkeypatch):
     assert captured.entries == eager.entries and captured.bound == pytest.approx(eager.bound, rel=1e-4, abs=1e-9)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("reference", [None, "shared", "own"])
 @pytest.mark.parametrize("gradient", ["exact", "sparse"])
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
@@ -333,6 +335,7 @@ def test_nothing_comes_from_ignored_tokens(backend, mode):
     assert not d_hidden[0, :3].any() and d_weight.isfinite().all()
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_backends(backend, dynamic):
@@ -537,7 +540,15 @@ class TinyModel(nn.Module):
         return self.loss(hidden[:, :-1], self.lm_head, labels[:, 1:], num_items=num_items), hidden
 
 
-@pytest.mark.parametrize(("gradient", "backend"), [("exact", "aot_eager"), ("sparse", "inductor")])
+# Inductor's C++ takes seconds to compile; test_nothing_comes_from_ignored_tokens has it by default.
+@pytest.mark.parametrize(
+    ("gradient", "backend"),
+    [
+        ("exact", "aot_eager"),
+        ("sparse", "aot_eager"),
+        pytest.param("sparse", "inductor", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_training(gradient, backend):
     """Three steps of a whole model in one graph, over two accumulated batches each, end where eager ones do."""
     weights = []

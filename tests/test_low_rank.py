@@ -176,6 +176,7 @@ def errors(given: Inputs, dtype: torch.dtype, backend="auto", adapter=None, **op
     return {key: relative(got[key], expected[key]) for key in expected}
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("form, frozen, head, reference", GRID, ids=name)
 @pytest.mark.parametrize("gradient", ["exact", "sparse"])
 @pytest.mark.parametrize("backend, dtype, tolerance", BACKENDS)
@@ -303,6 +304,7 @@ def test_sparse_gradients_with_exact_tokens_among_them(reference, frozen, summed
         assert relative(gradient, expected[key]) < 4.5e-6, key  # measured 1.5e-6
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("gradient", ["exact", "sparse"])
 @pytest.mark.parametrize("reference", [None, "off", "copy", "other model"])
 @pytest.mark.parametrize("backend", ["torch", pytest.param("cpu", marks=KERNELS)])
@@ -317,6 +319,7 @@ def test_bfloat16_error_is_not_above_that_of_plain_pytorch(gradient, reference, 
         assert found[output] <= 1.1 * plain[output], (output, found[output], plain[output])
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("reference", ["off", "copy", "same b"])
 @pytest.mark.parametrize("gradient", ["exact", "sparse"])
 @pytest.mark.parametrize("backend", ["torch", pytest.param("cpu", marks=KERNELS)])

@@ -292,3 +292,36 @@ def test_adding_the_reference_does_not_change_the_nll():
     without = run(replace(case, reference_hidden=None, reference_weight=None, kl_upstream=None), torch.float64)
     for name in ("nll", "entropy"):
         assert relative(with_reference[name], without[name]) < 1e-13
+
+
+def tiny_llama():
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, initializer_range=0.5))
+
+
+def test_the_reference_keeps_keys_and_values_that_nobody_reads():
+    model, reference, seen = tiny_llama(), tiny_llama(), []
+    reference.model.register_forward_pre_hook(lambda *given: seen.append(given[2].get("use_cache")), with_kwargs=True)
+    ids = torch.randint(1, 40, (2, 6))
+    with fl.patched(model, fl.LAwFLoss(), reference=reference):
+        model(input_ids=ids, labels=ids, confidence=torch.zeros(2, 6))
+    assert seen == [False]
+
+
+@pytest.mark.parametrize(
+    "starts", [(0, 10, 20), (0, 3, 5), (0, 0, 0)], ids=["numbered on", "from where the last ended", "from 0"]
+)
+def test_only_positions_that_fall_back_begin_a_packed_sequence(starts):
+    """transformers begins one wherever a position is not its predecessor's successor."""
+    model = tiny_llama()
+    lengths, ids = (4, 3, 5), torch.randint(1, 40, (1, 12))
+    numbers = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))[None]
+    positions = torch.cat([start + torch.arange(n) for start, n in zip(starts, lengths, strict=True)])[None]
+    labels = ids.clone()
+    labels[:, [0, 4, 7]] = -100
+    batch = dict(input_ids=ids, labels=labels, position_ids=positions, use_cache=False)
+    with fl.patched(model, fl.TALRLoss()):
+        told, found = model(**batch, sequence_ids=numbers).loss, model(**batch).loss
+        one = model(**batch, sequence_ids=torch.zeros_like(numbers)).loss
+    assert torch.equal(found, told) and abs(one - told) > 1e-3 * told

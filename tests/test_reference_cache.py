@@ -9,6 +9,7 @@ import time
 import warnings
 from pathlib import Path
 
+import grids
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -152,7 +153,7 @@ def typed(value):
     return [typed(v) for v in value] if isinstance(value, (list, tuple)) else (type(value).__name__, value)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=grids.examples(100, 300))
 @given(ROW, ROW)
 @example(([1, 2], [(3,)]), ([1], [(2, 3)]))
 @example(([1, 2], []), ([1], [2]))
@@ -228,7 +229,7 @@ def test_processes_that_write_the_same_keys(cache):
         process.stdin.write("go\n")
         process.stdin.flush()
     for process in processes:
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
     assert all(path.suffix == ".safetensors" for path in files(cache))
     for row in range(5):

@@ -12,7 +12,6 @@ from fused_losses import reference as oracle
 from fused_losses.backends import torch as chunked
 
 SHAPES = [(1, 1, 2), (1, 576, 252), (33, 17, 123), (129, 65, 507), (64, 64, 4097)]
-GRID = list(itertools.product(SHAPES, HEADS, REFERENCES, [False, True]))
 
 
 @pytest.fixture
@@ -22,7 +21,11 @@ def small_chunks(monkeypatch):
     monkeypatch.setitem(chunked.BLOCK_NUMBERS, "cpu", 3 * 123)
 
 
-@pytest.mark.parametrize("shape, head, reference, frozen", GRID, ids=name)
+@pytest.mark.pairwise
+@pytest.mark.parametrize("shape", SHAPES, ids=name)
+@pytest.mark.parametrize("head", HEADS, ids=name)
+@pytest.mark.parametrize("reference", REFERENCES, ids=name)
+@pytest.mark.parametrize("frozen", [False, True], ids=name)
 @pytest.mark.parametrize(
     "dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=["float64", "float32"]
 )
@@ -33,6 +36,7 @@ def test_equals_the_oracle(shape, head, reference, frozen, dtype, tolerance, sma
 
 
 @pytest.mark.skipif(backends.unavailable("cpu") is not None, reason=str(backends.unavailable("cpu")))
+@pytest.mark.pairwise
 @pytest.mark.parametrize("shape", SHAPES[1:4], ids=name)
 @pytest.mark.parametrize("head", HEADS, ids=name)
 @pytest.mark.parametrize("reference", REFERENCES, ids=name)
@@ -66,6 +70,7 @@ def test_gradcheck(reference, frozen):
     assert torch.autograd.gradcheck(outputs, (hidden, head.weight, head.bias), eps=1e-6, atol=1e-7, rtol=1e-5)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("shape", [(64, 96, 1000), (129, 65, 507)], ids=name)
 @pytest.mark.parametrize("head", HEADS, ids=name)
 @pytest.mark.parametrize("reference", REFERENCES, ids=name)

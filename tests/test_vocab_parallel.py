@@ -6,12 +6,14 @@ For each world size the ranks are started once, go through everything in `work`,
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -296,9 +298,9 @@ def small_chunks() -> Iterator[None]:
 def work(rank: int, world: int, folder: str) -> None:
     warnings.simplefilter("error")
     torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(world == 2)  # takes seconds to import on each rank
+    torch.use_deterministic_algorithms(True)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/{world}", rank=rank, world_size=world, timeout=timedelta(seconds=120)
+        "gloo", init_method=f"file://{folder}/{world}", rank=rank, world_size=world, timeout=timedelta(seconds=600)
     )
     found: dict = {}
     for sizes in SIZES[world]:
@@ -383,8 +385,12 @@ class Ranks:
 
 
 def start(world: int, folder: str) -> Ranks:
-    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):
-        torch.multiprocessing.spawn(work, (world, folder), nprocs=world)
+    """By a server that has imported this file once, for all ranks of both worlds."""
+    multiprocessing.set_forkserver_preload([__name__, "torch._dynamo"])
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
+    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=path):
+        torch.multiprocessing.start_processes(work, (world, folder), nprocs=world, start_method="forkserver")
     return Ranks(world, [torch.load(f"{folder}/{rank}.pt") for rank in range(world)])
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,7 +27,7 @@ class Shim:
 
     @contextmanager
     def setting(self, cluster_limit: int = 0, backwards: bool = False) -> Iterator[None]:
-        """Bytes of shared memory a block of a cluster may have, 0: no clusters; blocks, warps and lanes in reverse order."""
+        """Bytes of shared memory a block of a cluster may have, 0: no clusters; blocks, warps, lanes in reverse order."""
         self.functions.shim_set(cluster_limit, backwards)
         try:
             yield
@@ -40,7 +42,21 @@ class Shim:
 
 
 def load(folder: Path) -> Shim:
-    """Compile into the folder, in two processes at a time, and load. About 10 seconds."""
+    """Load what the folder has of these sources, compiler and PyTorch; else compile it. About 10 seconds."""
+    compiler = os.environ.get("CXX", "g++")
+    known = hashlib.sha256(repr((compiler, torch.__version__, torch.backends.cpu.get_cpu_capability())).encode())
+    for source in sorted([*build.sources().iterdir(), *HERE.iterdir()]):
+        if source.is_file():
+            known.update(source.name.encode() + b"\0" + source.read_bytes())
+    library = folder / f"{known.hexdigest()[:32]}.so"
+    if not library.is_file():
+        with tempfile.TemporaryDirectory(dir=folder) as new:
+            compile_into(Path(new), compiler).replace(library)
+    return Shim(library)
+
+
+def compile_into(folder: Path, compiler: str) -> Path:
+    """In two processes at a time."""
     includes = [f"-I{build.sources()}"]
     kernels = ["-O1", "-march=native", "-x", "c++", "-include", str(HERE / "cuda_on_cpu.h"), "-Wno-unknown-pragmas"]
     host = ["-std=c++20", "-isystem", f"{Path(torch.__file__).parent}/include", build.TORCH_TARGET]
@@ -50,7 +66,6 @@ def load(folder: Path) -> Shim:
         HERE / "fibres.cpp": ["-std=c++17", "-O2", "-march=native"],
         build.sources() / "ops.cpp": [*host, "-O0", "-DFUSED_LOSSES_ON_CPU"],
     }
-    compiler = os.environ.get("CXX", "g++")
     common = [compiler, "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", *includes]
     objects = [folder / f"{source.stem}.o" for source in sources]
 
@@ -61,11 +76,9 @@ def load(folder: Path) -> Shim:
         list(pool.map(compile_one, sources, objects))
     library = folder / "shim.so"
     torch_lib = Path(torch.__file__).parent / "lib"
-    run([
-        compiler, "-shared", *map(str, objects), "-o", str(library), "-Wl,--no-as-needed", f"-L{torch_lib}", "-ltorch_cpu",
-        "-ldl",
-    ])  # fmt: skip
-    return Shim(library)
+    linked = ["-Wl,--no-as-needed", f"-L{torch_lib}", "-ltorch_cpu", "-ldl"]
+    run([compiler, "-shared", *map(str, objects), "-o", str(library), *linked])
+    return library
 
 
 def run(command: list[str]) -> None:

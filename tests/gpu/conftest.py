@@ -20,6 +20,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.gpu)
+            if os.environ.get("FUSED_LOSSES_GPU_DRY") == "1":  # a GPU gets every case
+                item.add_marker(pytest.mark.pairwise)
             if machine.SKIP:
                 item.add_marker(pytest.mark.skip(reason=machine.SKIP))
 

@@ -6,13 +6,21 @@ The interpreter takes milliseconds for each program, so inputs are small and thr
 from dataclasses import replace
 from unittest import mock
 
+import grids
 import pytest
 import torch
 from cases import HEADS, REFERENCES, coarse, errors, make, name, relative, run
 from hypothesis import given, settings
 from test_low_rank import errors as low_rank_errors
 from test_low_rank import inputs as low_rank_inputs
-from test_sparse_softmax import CERTIFICATE, check_certificate, check_flat_chunks, logits_of
+from test_sparse_softmax import (
+    CERTIFICATE,
+    check_certificate,
+    check_flat_chunks,
+    check_label_borders,
+    check_room,
+    logits_of,
+)
 
 import fused_losses as fl
 from fused_losses import sparse_softmax
@@ -42,6 +50,7 @@ def path(request, monkeypatch):
     return request.param
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("head", HEADS, ids=name)
 @pytest.mark.parametrize("reference", REFERENCES, ids=name)
 @pytest.mark.parametrize("frozen", [False, True], ids=name)
@@ -51,16 +60,19 @@ def test_exact_mode_equals_the_oracle(head, reference, frozen):
         assert error <= 1.5e-6, output  # measured 5e-7
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("head", HEADS, ids=name)
 @pytest.mark.parametrize("reference", REFERENCES, ids=name)
 @pytest.mark.parametrize("frozen, path", [(False, "scan"), (True, "logits")], indirect=["path"])
-def test_sparse_mode_with_nothing_left_out_equals_the_oracle(head, reference, frozen, path):
-    case = make(18, 17, 67, **head, reference=reference, frozen=frozen, ignored=0)
+@pytest.mark.parametrize("n", [18, 5], ids=["two-blocks", "one-block"])
+def test_sparse_mode_with_nothing_left_out_equals_the_oracle(head, reference, frozen, path, n):
+    case = make(n, 17, 67, **head, reference=reference, frozen=frozen, ignored=0)
     with coarse(1e-30, capacity=67):
         for output, error in errors(case, torch.float32, "triton", gradient="sparse").items():
             assert error <= 1.5e-6, output
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize(
     "reference, frozen", [(None, "W"), ("off", "W"), ("copy", "nothing"), ("copy", "W and B"), ("other model", "W")]
 )
@@ -89,6 +101,7 @@ def test_lora_near_the_adapter_it_began_from():
     )  # measured 7e-4; 0.07 otherwise
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("shape", [(1, 1, 2), (2, 16, 33), (17, 65, 64)], ids=name)
 @pytest.mark.parametrize("reference", REFERENCES, ids=name)
 @pytest.mark.parametrize("gradient", ["exact", "sparse"])
@@ -99,6 +112,7 @@ def test_odd_shapes(shape, reference, gradient, path):
             assert error <= 1.5e-6, output
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("head", [HEADS[0], HEADS[4]], ids=name)
 @pytest.mark.parametrize("reference", REFERENCES, ids=name)
 @pytest.mark.parametrize("frozen", [False, True], ids=name)
@@ -112,6 +126,7 @@ def test_fp16_error_is_not_above_that_of_plain_pytorch(head, reference, frozen, 
         assert ours[output] <= plain[output] * 1.02, (output, ours[output], plain[output])
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("size", ["tiny", "moderate", "huge"])
 @pytest.mark.parametrize("reference", ["shared", "own"])
 def test_kl_is_accurate_near_the_reference_and_far_from_it(size, reference):
@@ -131,7 +146,7 @@ def test_kl_is_accurate_near_the_reference_and_far_from_it(size, reference):
     assert relative(got["d_hidden"], truth["d_hidden"]) < bound
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=grids.examples(4, 12), deadline=None, derandomize=True)
 @given(**CERTIFICATE)
 def test_certificate_holds(**options):
     options["n"] = min(options["n"], 8)
@@ -139,6 +154,7 @@ def test_certificate_holds(**options):
         check_certificate("triton", **options)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("reference", REFERENCES, ids=name)
 @pytest.mark.parametrize("frozen", [False, True], ids=name)
 @pytest.mark.parametrize("summed", [False, True], ids=["per-token", "summed"])
@@ -146,6 +162,7 @@ def test_flat_chunks_between_peaked_ones(reference, frozen, summed):
     check_flat_chunks("triton", (48, 24, 200), 32, reference, frozen, summed)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
 @pytest.mark.parametrize("gradient", ["exact", "sparse"])
 def test_bad_logits_reach_their_own_token_only(gradient, bias, path):
@@ -161,6 +178,7 @@ def test_bad_logits_reach_their_own_token_only(gradient, bias, path):
     assert not hidden.grad[bad].isfinite().all() and hidden.grad[~bad].isfinite().all()
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("gradient", ["exact", "sparse"])
 def test_a_bias_of_minus_infinity_rules_out(gradient, path):
     case = make(10, 8, 70, bias=True, reference="own", ignored=0)
@@ -179,6 +197,7 @@ def test_all_ignored(gradient):
     assert loss == 0 and (hidden.grad == 0).all() and (weight.grad == 0).all()
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("gradient", ["exact", "sparse"])
 def test_results_are_the_same_from_run_to_run(dtype, gradient):
@@ -197,6 +216,7 @@ OBJECTIVES = {
 }
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("gradient", ["exact", "sparse"])
 def test_objectives(objective, gradient):
@@ -220,6 +240,16 @@ def test_objectives(objective, gradient):
         got = gradients(torch.float32, backend="triton", gradient=gradient)
     for value, expected in zip(got, truth, strict=True):
         assert relative(value, expected) < 1.5e-6
+
+
+@pytest.mark.each_value
+@pytest.mark.parametrize("reference", REFERENCES, ids=name)
+def test_a_token_of_as_many_entries_as_there_is_room_for_is_sparse(reference, path):
+    check_room("triton", reference)
+
+
+def test_unlikely_labels_at_the_borders_of_words(path):
+    check_label_borders("triton")
 
 
 def test_kept_rows_save_the_second_gather():
@@ -288,6 +318,7 @@ def test_a_label_far_above_the_reference_leaves_the_bound_a_number():
     assert 0 <= out.gradient_report.bound <= 0.15
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("reference", REFERENCES, ids=name)
 def test_logits_far_below_zero(reference, path):
     """exp(−lse) overflows; nothing may be made of it in the lanes beyond the last entry."""
