@@ -142,7 +142,7 @@ def cuda_library(torch: Path, nvcc: str, chosen: Sequence[str], extra: Iterable[
 
 
 def ninja_file(library: Library) -> str:
-    """The text of build.ninja. The linker writes under another name, so that none that is stopped leaves half a library."""
+    """The text of build.ninja. The linker writes under another name: one that stops half-way leaves no library."""
     lines = [
         "ninja_required_version = 1.5",
         "rule compile",

@@ -1,4 +1,4 @@
-"""`fused-losses tune`: Time tiles of the GPU's scan against chunks of logits, print the best for triton_kernels/tiles.py."""
+"""`fused-losses tune`: Time tiles of the scan against chunks of logits; print the best for triton_kernels/tiles.py."""
 
 from __future__ import annotations
 
