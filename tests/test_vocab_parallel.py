@@ -297,7 +297,7 @@ def work(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(world == 2)  # takes seconds to import on each rank
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/{world}", rank=rank, world_size=world, timeout=timedelta(seconds=120)
+        "gloo", init_method=f"file://{folder}/{world}", rank=rank, world_size=world, timeout=timedelta(seconds=600)
     )
     found: dict = {}
     for sizes in SIZES[world]:
