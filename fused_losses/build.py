@@ -274,7 +274,7 @@ def _jobs() -> int:
     given = os.environ.get("MAX_JOBS", "")
     if given and not (given.isascii() and given.isdigit() and int(given) > 0):
         raise RuntimeError(f"MAX_JOBS: expected how many processes may compile, 1 or more, got {given!r}")
-    return int(given) if given else len(os.sched_getaffinity(0))
+    return int(given or (os.cpu_count() or 1))
 
 
 def _path(path: Path) -> str:

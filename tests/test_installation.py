@@ -67,7 +67,7 @@ def with_dependencies(package):
 
 def environment(folder, wheel):
     """Its Python: a fresh environment with the wheel, without dependencies, and links to torch and what torch needs."""
-    venv.create(folder)
+    venv.create(folder, symlinks=True)
     (site,) = folder.glob("lib/python*/site-packages")
     for name in with_dependencies("torch"):
         files = importlib.metadata.files(name)
