@@ -108,7 +108,7 @@ for _schema in SCHEMAS + GPU_SCHEMAS:
 
 @functools.cache
 def load() -> str | None:
-    """Load the compiled library for CPUs, the installed one or that of `build.build_cpu`; why it cannot be used, or None."""
+    """Load the compiled library for CPUs, the installed one or the cached one; why it cannot be used, or None."""
     try:
         library = LIBRARY if LIBRARY.is_file() else build.cached_cpu()
     except (OSError, RuntimeError) as error:

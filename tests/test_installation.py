@@ -1,4 +1,4 @@
-"""What is installed is whole: sdist, wheels from it, and a fresh environment with torch alone, away from the checkout."""
+"""What is installed is whole: sdist, wheels from it, and a fresh environment with torch alone, outside the checkout."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def run(*command, cwd, **environment):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """Of a copy of the checkout: its files, the sdist, and the wheel that `build` makes from it where it sees no torch."""
+    """Of a copy of the checkout: its files, the sdist, and the wheel from it by `build`, which sees no torch."""
     folder = tmp_path_factory.mktemp("built")
     for name in FOLDERS:
         shutil.copytree(ROOT / name, folder / "tree" / name, ignore=LEFT_OUT)
@@ -94,8 +94,8 @@ expected = torch.nn.functional.cross_entropy(hidden @ weight.T, torch.arange(5))
 torch.testing.assert_close(loss, expected)
 from fused_losses import backends, build
 print(json.dumps({
-    "package": str(Path(fl.__file__).parent), "reason": backends.unavailable("cpu"), "readme": str(build.csrc() / "README.md"),
-    "numpy": "numpy" in sys.modules,
+    "package": str(Path(fl.__file__).parent), "reason": backends.unavailable("cpu"),
+    "readme": str(build.csrc() / "README.md"), "numpy": "numpy" in sys.modules,
 }))
 """
 

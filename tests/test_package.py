@@ -17,7 +17,7 @@ COMMAND = Path(sys.executable).with_name("fused-losses")
 
 
 def run(*command, **options):
-    return subprocess.run(command, capture_output=True, text=True, timeout=900, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=1200, **options)
 
 
 def without(*packages):
