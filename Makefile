@@ -8,7 +8,8 @@ PIP := $(BIN)/python -m pip
 # Other releases of Triton that the kernels must compile with: that of torch 2.11, whose interpreter needs an older numpy, and the newest.
 TRITONS ?= 3.6.0 3.9.0
 
-# Every target makes its own environment; constraints.txt holds the set of versions that this was tested with.
+# Every target makes its own environment; constraints.txt holds the set of versions that this was tested with. The CUDA
+# kernels are not installed with a CPU build of torch: the tests compile them once, where there is nvcc.
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 

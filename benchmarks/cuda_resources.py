@@ -1,6 +1,7 @@
 """Registers, spilled bytes and shared memory of every CUDA kernel on every architecture, as ptxas reports them.
 
-`python benchmarks/cuda_resources.py [FILE]` writes them as JSON. Needs nvcc, no GPU; about a minute on 2 cores. Warnings are errors.
+`python benchmarks/cuda_resources.py [FILE]` writes them as JSON. Needs nvcc and ninja, no GPU; about a minute
+on 2 cores. Warnings are errors.
 """
 
 from __future__ import annotations
@@ -10,32 +11,28 @@ import re
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import torch
 
 from fused_losses import build
 
 STRICT = ("-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror")
 
 
-def resources() -> list[dict]:
-    """One record a kernel and architecture: source, kernel, architecture, registers, spill_stores, spill_loads, stack and shared
-    (bytes; shared memory without what is asked for at launch)."""
+def resources(folder: Path | None = None) -> list[dict]:
+    """One record a kernel and architecture: source, kernel, architecture, registers, spill_stores, spill_loads, stack
+    and shared (bytes; shared memory without what is asked for at launch). `folder`: where to leave the library."""
     nvcc, reason = build.find_nvcc()
     if nvcc is None:
         raise RuntimeError(f"the CUDA kernels cannot be compiled: {reason}")
-    chosen = build.architectures(nvcc)
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(max_workers=2) as pool:
-
-        def compile_one(name: str) -> list[dict]:
-            extra = ("-Xptxas=-v", *STRICT)
-            command = build.kernel_command(nvcc, chosen, name, Path(folder) / f"{name}.o", extra)
-            result = subprocess.run(command, capture_output=True, text=True)
-            if result.returncode:
-                raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr}")
-            return [{"source": f"{name}.cu"} | record for record in parse(result.stderr)]
-
-        return [record for records in pool.map(compile_one, build.KERNELS) for record in records]
+    with tempfile.TemporaryDirectory() as temporary:
+        library = build.cuda_library(
+            Path(torch.__file__).parent, nvcc, build.architectures(nvcc), ("-Xptxas=-v", *STRICT)
+        )
+        report = build.build(library, (folder or Path(temporary)) / library.name, Path(temporary))
+    steps = [(re.search(r" -o (\w+)\.o", step), step) for step in re.split(r"^\[\d+/\d+\] ", report, flags=re.M)]
+    return [{"source": f"{made[1]}.cu"} | record for made, step in steps if made for record in parse(step)]
 
 
 def version() -> str:

@@ -3,6 +3,7 @@
 `token_losses` is the op; the objectives are modules on top of it; `reference` holds the same in plain PyTorch.
 """
 
+from . import importing  # noqa: F401  # first: it imports torch
 from .head import LMHead, LowRank, Reference
 from .huggingface import patch, patched, unpatch
 from .objectives import (

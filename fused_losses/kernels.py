@@ -2,7 +2,7 @@
 CPUs (SCHEMAS), `_cuda.so` for CUDA devices (GPU_SCHEMAS).
 
 All write into tensors that the caller made, so fakes have nothing to return. Everything is contiguous; logits, values
-and statistics are float32. Sources: csrc/README.md.
+and statistics are float32. Sources: csrc/README.md, in the installed package fused_losses/csrc/README.md.
 """
 
 from __future__ import annotations
@@ -108,12 +108,22 @@ for _schema in SCHEMAS + GPU_SCHEMAS:
 
 @functools.cache
 def load() -> str | None:
-    """Load the compiled library for CPUs; why it cannot be used, or None."""
-    if not LIBRARY.is_file():
-        if LIBRARY.parent.with_name("pyproject.toml").is_file():
-            return f"not built: {LIBRARY.parent} is a source checkout; with a C++ compiler and torch at hand, pip install -e . there, or run from another folder"
-        return "not built: at installation there was no C++ compiler, or torch was not there yet; see csrc/README.md"
-    return _load(LIBRARY, "interface", INTERFACE)
+    """Load the compiled library for CPUs, the installed one or the cached one; why it cannot be used, or None."""
+    try:
+        library = LIBRARY if LIBRARY.is_file() else build.cached_cpu()
+    except (OSError, RuntimeError) as error:
+        return f"{NOT_BUILT}, and the cache cannot be looked at ({_first_line(error)})"
+    if library is not None:
+        return _load(library, "interface", INTERFACE)
+    if LIBRARY.parent.with_name("pyproject.toml").is_file():
+        return (
+            f"{NOT_BUILT}: {LIBRARY.parent} is a source checkout; with a C++ compiler and torch at hand, "
+            "pip install -e . there, or run from another folder"
+        )
+    return (
+        f"{NOT_BUILT}: at installation there was no C++ compiler, or torch was not there yet; where there is one, "
+        f"python -m fused_losses.build cpu builds it ({_guide()})"
+    )
 
 
 @functools.cache
@@ -127,11 +137,12 @@ def load_cuda() -> str | None:
     try:
         library = CUDA_LIBRARY if CUDA_LIBRARY.is_file() else build.cached_cuda()
     except (OSError, RuntimeError) as error:
-        return f"not built, and the cache cannot be looked at ({_first_line(error)})"
+        return f"{NOT_BUILT}, and the cache cannot be looked at ({_first_line(error)})"
     if library is None:
         return (
-            f"{NOT_BUILT}: at installation there was no nvcc of CUDA 12.8 or later, or torch was not there yet; "
-            "where there is one, backend='cuda' builds it when first used, and so does python -m fused_losses.build"
+            f"{NOT_BUILT}: at installation there was no nvcc of CUDA 12.8 or later, or torch was not there yet or a "
+            "build without CUDA; where there is an nvcc, backend='cuda' builds it when first used, and so does "
+            f"python -m fused_losses.build ({_guide()})"
         )
     return _load(library, "cuda_interface", CUDA_INTERFACE)
 
@@ -157,6 +168,11 @@ def _load(library: Path, interface: str, expected: int) -> str | None:
     except (OSError, RuntimeError) as error:
         return f"{library.name} does not load ({_first_line(error)}); {remedy}"
     return None if found == expected else f"{library.name} was built from other sources (interface {found}); {remedy}"
+
+
+def _guide() -> str:
+    """Where to read more, as a path that is there."""
+    return f"see {build.csrc() / 'README.md'}"
 
 
 def _first_line(error: Exception) -> str:

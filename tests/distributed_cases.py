@@ -679,7 +679,7 @@ def work(rank: int, world: int, directory: str) -> None:
         init_method=f"file://{path / 'store'}",
         rank=rank,
         world_size=world,
-        timeout=datetime.timedelta(seconds=300),
+        timeout=datetime.timedelta(seconds=600),
     )
     ranks = Ranks(rank, world)
     for name, (function, _) in CASES[world].items():

@@ -60,7 +60,7 @@ def difference(
 
 def main() -> None:
     torch.set_num_threads(1)
-    deepspeed.init_distributed("gloo", timeout=datetime.timedelta(seconds=300), auto_mpi_discovery=False)
+    deepspeed.init_distributed("gloo", timeout=datetime.timedelta(seconds=600), auto_mpi_discovery=False)
     results = {}
     for stage in (2, 3):
         for name in LOSSES:

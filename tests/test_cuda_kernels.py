@@ -1,4 +1,4 @@
-"""The CUDA kernels, run on a CPU by tests/cuda_shim, against float64; and, where there is nvcc, their build.
+"""The CUDA kernels, run on a CPU by tests/cuda_shim, against float64; their build by nvcc is tested in test_build.py.
 
 Every operator runs twice, the second time with blocks, warps and lanes in reverse order: results must have equal bits. Outputs start as
 NaN and lie between margins that must stay as they are; floating-point inputs lie between NaN.
@@ -6,25 +6,19 @@ NaN and lie between margins that must stay as they are; floating-point inputs li
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
-import grids
 import pytest
 import torch
 from torch import Tensor
 
-from fused_losses import backends, build, kernels
+from fused_losses import build, kernels
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
-import compiled  # noqa: E402
-import cuda_resources  # noqa: E402
 
 ops = torch.ops.fused_losses
 MARGIN = 64
@@ -745,143 +739,3 @@ def test_numbers_that_stand_twice():
     names = header.partition("enum Row {")[2].partition("}")[0].split(", ")
     assert [name.strip() for name in names[:-1]] == [row.name for row in kernels.Row]
     assert f"interface_op() {{ return {kernels.CUDA_INTERFACE}; }}" in registration
-
-
-# ---- nvcc: the build, and what it says of registers
-
-
-NVCC, NO_NVCC = build.find_nvcc()
-needs_nvcc = pytest.mark.skipif(NVCC is None, reason=NO_NVCC)
-
-
-@needs_nvcc
-@needs_compiler
-def test_no_warnings_no_spilled_registers_and_documented_figures(show_table, monkeypatch):
-    """Warnings being errors. By default for one architecture, which takes a quarter of the time; the documented figures need all."""
-    if not grids.EXHAUSTIVE:
-        monkeypatch.setenv("FUSED_LOSSES_CUDA_ARCHS", "90a")
-    found = cuda_resources.resources()
-    table = compiled.cuda_table(found)
-    show_table("Registers / bytes of static shared memory of the CUDA kernels\n" + table)
-    if grids.EXHAUSTIVE and cuda_resources.version() == "13.0":
-        assert table in (ROOT / "docs" / "kernels.md").read_text(), "run benchmarks/compiled.py"
-    assert {x["architecture"] for x in found} == {f"sm_{a}" for a in build.architectures(NVCC)}
-    names = {x["kernel"].partition("<")[0] for x in found}
-    for source in build.KERNELS:
-        text = (build.sources() / f"{source}.cu").read_text()
-        defined = {line.partition("void ")[2].partition("(")[0] for line in text.splitlines() if "__global__" in line}
-        assert defined and defined <= names
-    spilled = [x for x in found if x["spill_stores"] or x["spill_loads"] or x["stack"]]
-    assert not spilled, json.dumps(spilled, indent=1)
-    # As many blocks as the launches count on must fit 65,536 registers.
-    for x in found:
-        assert x["registers"] <= 128 and x["shared"] <= 48 << 10, x
-
-
-def build_extensions(folder: Path, **environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(folder / "lib"), "--build-temp", str(folder)]
-    environment = {**os.environ, **environment}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-
-
-@needs_compiler
-@pytest.mark.parametrize(
-    "environment, message",
-    [
-        ({"FUSED_LOSSES_CUDA": "0"}, ""),
-        ({"CUDA_HOME": "/nowhere"}, "no nvcc in /nowhere/bin"),
-        ({"CUDA_HOME": "", "PATH": "/nowhere"}, "no nvcc on PATH"),
-    ],
-    ids=["switched-off", "wrong-home", "not-on-path"],
-)
-def test_installs_without_nvcc(tmp_path, environment, message):
-    """Nor with a C++ compiler, which saves building csrc/cpu."""
-    result = build_extensions(tmp_path, CC="false", CXX="false", **environment)
-    assert result.returncode == 0, result.stderr
-    assert message in result.stdout + result.stderr
-    assert not list(tmp_path.rglob("*.so"))
-
-
-@needs_nvcc
-@needs_compiler
-def test_library_for_one_architecture(tmp_path):
-    """Built against whatever torch there is, it loads and registers; torch being a CPU build, load_cuda says so."""
-    result = build_extensions(tmp_path, FUSED_LOSSES_CUDA_ARCHS="90a")
-    library = tmp_path / "lib" / "fused_losses" / "_cuda.so"
-    assert result.returncode == 0 and library.is_file(), result.stderr
-    code = f"""
-import torch
-from fused_losses import kernels
-torch.ops.load_library({str(library)!r})
-assert torch.ops.fused_losses.cuda_interface() == kernels.CUDA_INTERFACE
-for schema in kernels.GPU_SCHEMAS[:-1]:
-    name = "fused_losses::" + schema.partition("(")[0]
-    assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"), name
-if torch.version.cuda is None:
-    assert "without CUDA" in kernels.load_cuda(), kernels.load_cuda()
-    assert not torch.cuda.is_initialized()
-"""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert result.returncode == 0, result.stderr
-
-
-@needs_nvcc
-def test_unknown_architecture_is_named(monkeypatch):
-    monkeypatch.setenv("FUSED_LOSSES_CUDA_ARCHS", "90a,13")
-    with pytest.raises(RuntimeError, match=r"FUSED_LOSSES_CUDA_ARCHS: expected .*, got 13"):
-        build.architectures(NVCC)
-
-
-def test_cache_is_built_once_and_found_again(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("FUSED_LOSSES_CUDA_ARCHS", "90a")
-    monkeypatch.setattr(build, "find_nvcc", lambda: ("nvcc", ""))
-    calls = []
-
-    def fake_build(output, torch, nvcc, chosen):
-        calls.append(chosen)
-        output.write_bytes(b"library")
-
-    monkeypatch.setattr(build, "build", fake_build)
-    assert build.cached_cuda() is None
-    first = build.build_cuda(verbose=False)
-    assert build.build_cuda(verbose=False) == first == build.cached_cuda() and calls == [["90a"]]
-    monkeypatch.setenv("FUSED_LOSSES_CUDA_ARCHS", "80")
-    assert build.cached_cuda() is None and first.is_relative_to(tmp_path)
-
-
-def test_load_cuda_states_why(tmp_path, monkeypatch):
-    """On a build of torch with CUDA: not built, does not load, other sources. Nothing of it raises."""
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(build, "cached_cuda", lambda: None)
-    library = tmp_path / "_cuda.so"
-    monkeypatch.setattr(kernels, "CUDA_LIBRARY", library)
-    reason = kernels.load_cuda.__wrapped__
-    assert "not built" in reason() and "python -m fused_losses.build" in reason()
-    library.write_bytes(b"no library")
-    assert "_cuda.so does not load" in reason() and "\n" not in reason()
-    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
-    monkeypatch.setattr(torch.ops.fused_losses, "cuda_interface", lambda: 0, raising=False)
-    assert "built from other sources (interface 0)" in reason()
-    monkeypatch.setattr(torch.version, "cuda", None)
-    assert "without CUDA" in reason()
-
-
-def test_first_use_of_the_backend_builds_it_or_says_why_not(monkeypatch):
-    monkeypatch.setattr(kernels, "load_cuda", lambda: "not built: no nvcc then")
-    monkeypatch.setattr(build, "find_nvcc", lambda: (None, "no nvcc on PATH"))
-    with pytest.raises(RuntimeError, match=r"not built: no nvcc then; building it now failed: .* no nvcc on PATH"):
-        backends.choose("cuda", "cuda")
-
-    class Loaded:
-        reason = "not built"
-
-        def __call__(self):
-            return self.reason
-
-        def cache_clear(self):
-            self.reason = None
-
-    monkeypatch.setattr(kernels, "load_cuda", Loaded())
-    monkeypatch.setattr(build, "build_cuda", lambda: None)
-    assert kernels.build_and_load_cuda() is None

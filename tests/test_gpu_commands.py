@@ -18,7 +18,7 @@ shift 4
 TUNE = "from fused_losses.cli import main; main()"
 
 
-def run(*command, seconds=600, **environment):
+def run(*command, seconds=1800, **environment):
     inherited = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FUSED_LOSSES_GPU_DRY")}
     paths = [str(ROOT), os.environ.get("PYTHONPATH")]
     environment = inherited | {"PYTHONPATH": os.pathsep.join(p for p in paths if p)} | environment
@@ -39,7 +39,8 @@ def test_check(tmp_path):
     sanitizer.chmod(0o755)
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     only = ("--only", "kernels", "losses", "memcheck")
-    done = run("benchmarks/gpu_check.py", "--dry", "--jobs", 1, *only, "--out", tmp_path / "out", PATH=path)
+    limits = ("--seconds", 1800, "--sanitizer-seconds", 1800)
+    done = run("benchmarks/gpu_check.py", "--dry", "--jobs", 1, *only, *limits, "--out", tmp_path / "out", PATH=path)
     assert done.returncode == 0, done.stdout + done.stderr
     found = result(tmp_path / "out")
     assert found["facts"]["device"].startswith("dry run") and found["facts"]["date"]
@@ -69,7 +70,7 @@ def test_check_keeps_failures_and_crashes(tmp_path, monkeypatch):
     )
     (tmp_path / "conftest.py").write_text((ROOT / "tests/gpu/conftest.py").read_text())
     (tmp_path / "machine.py").write_text("SKIP = ''\n")
-    checks, trouble = gpu_check.run_group((str(test), "not never"), tmp_path / "a.jsonl", [], 300)
+    checks, trouble = gpu_check.run_group((str(test), "not never"), tmp_path / "a.jsonl", [], 600)
     assert [c["outcome"] for c in checks] == ["failed", "failed", "passed"] and trouble.startswith("exit status 7")
     assert checks[0]["output"] == "product" and checks[0]["ratio"] == 1.5 and "product: 3 > 2" in checks[0]["reason"]
     assert checks[1]["ratio"] != checks[1]["ratio"]
@@ -83,7 +84,7 @@ def test_check_keeps_failures_and_crashes(tmp_path, monkeypatch):
 
 
 def test_bench(tmp_path):
-    done = run("benchmarks/gpu_bench.py", "--dry", "--out", tmp_path)
+    done = run("benchmarks/gpu_bench.py", "--dry", "--seconds", 1800, "--out", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     found = result(tmp_path)
     rows = {(row["objective"], row["name"]): row for row in found["losses"]}

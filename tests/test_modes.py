@@ -195,7 +195,7 @@ def test_talr_median_over_two_ranks(tmp_path):
         for rank in range(2)
     ]
     for rank in ranks:
-        _, error = rank.communicate(timeout=300)
+        _, error = rank.communicate(timeout=600)
         assert rank.returncode == 0, error.decode()
 
 
@@ -241,7 +241,7 @@ def peak_memory(what, gradient):
     # What would be as large as the logits shows with half the tokens too; a small D makes the products cheap.
     size = (8192, 576) if grids.EXHAUSTIVE else (4096, 128)
     command = [sys.executable, "-c", MEMORY, what, gradient, *map(str, size)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=1200)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     assert result.returncode == 0, result.stderr
     peak = float(result.stdout.split()[-1])
     print(f"{what}, {gradient}: {peak:.0f} MiB above inputs and gradients")

@@ -7,13 +7,22 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import fused_losses as fl
+from fused_losses import backends, cli, kernels
 
 ROOT = Path(__file__).parents[1]
 COMMAND = Path(sys.executable).with_name("fused-losses")
 
 
 def run(*command, **options):
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=1200, **options)
+
+
+def without(*packages):
+    """Python code: what follows cannot import these."""
+    return f"import sys\nfor name in {packages}: sys.modules[name] = None\n"
 
 
 def test_import_is_light():
@@ -30,13 +39,63 @@ assert 'torch._dynamo' not in sys.modules
 
 
 def test_public_names_have_docstrings():
-    import fused_losses as fl
-
     assert set(fl.__all__) == {n for n in dir(fl) if n[0] != "_" and not hasattr(getattr(fl, n), "__path__") and n[0].isupper()} | {
         "token_losses", "l2_to_initial", "wise_ft", "patch", "patched", "unpatch",
     }  # fmt: skip
     for name in fl.__all__:
         assert len(getattr(fl, name).__doc__.strip()) > 40, name
+
+
+def test_a_warning_of_ones_own_is_still_shown_after_the_import():
+    code = "import fused_losses, warnings; warnings.warn('Failed to initialize NumPy', UserWarning)"
+    result = run(sys.executable, "-W", "always", "-c", code)
+    assert result.returncode == 0 and "Failed to initialize NumPy" in result.stderr
+
+
+CPU_LOSSES = """
+import fused_losses as fl, torch
+hidden = torch.randn(2, 6, 8, requires_grad=True)
+weight = torch.randn(31, 8, requires_grad=True)
+labels = torch.randint(31, (2, 6))
+for backend in ("auto", "torch"):
+    for gradient in ("exact", "sparse"):
+        fl.TALRLoss(gradient=gradient, backend=backend)(hidden, weight, labels).backward()
+reference = fl.Reference(hidden.detach())
+fl.LAwFLoss()(hidden, weight, labels, confidence=torch.zeros(2, 6), reference=reference).backward()
+assert hidden.grad.isfinite().all() and weight.grad.isfinite().all()
+"""
+
+
+def test_losses_on_a_cpu_need_nothing_but_torch():
+    """Nor do they warn of it, as torch does where numpy is missing."""
+    others = without("triton", "numpy", "transformers", "peft", "accelerate", "rich", "ninja", "safetensors")
+    result = run(sys.executable, "-W", "error", "-c", others + CPU_LOSSES)
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+
+
+@pytest.fixture
+def fresh_triton(monkeypatch):
+    """What is known of Triton is found out anew."""
+    monkeypatch.setattr(backends, "_no_triton", backends._no_triton.__wrapped__)
+    monkeypatch.setattr(backends, "interpreted", lambda: False)
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_backends_say_what_to_install_where_triton_is_missing(backend, fresh_triton, monkeypatch):
+    """As on a GPU with everything else there."""
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setattr(kernels, "load_cuda", lambda: None)
+    with pytest.raises(RuntimeError, match=rf"backend='{backend}' .* pip install 'fused_losses\[gpu\]'"):
+        backends.choose(backend, "cuda")
+
+
+def test_triton_that_is_broken_is_a_reason(fresh_triton, monkeypatch):
+    """Found, but its import fails; torch being a build with CUDA and a GPU visible."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert backends.unavailable("triton") is None
+    monkeypatch.setitem(sys.modules, "triton.language", None)
+    assert "triton does not import" in backends.unavailable("triton")
 
 
 def test_info_lists_versions_devices_and_backends():
@@ -46,11 +105,40 @@ def test_info_lists_versions_devices_and_backends():
         assert word in result.stdout
 
 
+def test_info_needs_torch_alone():
+    code = (
+        without("triton", "numpy", "rich", "typer", "transformers")
+        + "from fused_losses.cli import main; main(['info'])"
+    )
+    result = run(sys.executable, "-W", "error", "-c", code)
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    for word in ("torch", "2.", "cpu", "full logits", 'backend="auto"', "pip install 'fused_losses[gpu]'"):
+        assert word in " ".join(result.stdout.split())
+    assert max(map(len, result.stdout.splitlines())) <= 120 and not re.search(r"[│┃━]", result.stdout)
+
+
+def test_tables_of_both_kinds_have_the_same_words(capsys, monkeypatch):
+    """Square brackets are text, and a long cell is wrapped, not cut."""
+    rows = [("one", "pip install 'fused_losses[gpu]' " + "and more words " * 12 + "end"), ("two", "")]
+    table = ("Title", ("name", "what"), rows)
+    cli.tables.show(*table)
+    drawn = capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    cli.tables.show(*table)
+    plain = capsys.readouterr().out
+    assert re.sub(r"[^\w'\[\] ]", " ", drawn).split() == plain.replace(",", " ").split()
+    assert "[gpu]" in plain and "end" in plain and max(map(len, plain.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("command", [[COMMAND], [sys.executable, "-m", "fused_losses"]], ids=["script", "module"])
+def test_version(command):
+    result = run(*command, "--version")
+    assert (result.returncode, result.stdout) == (0, f"fused_losses {fl.__version__}\n")
+
+
 @pytest.mark.skipif(shutil.which("g++") is None or sys.platform != "linux", reason="nothing to compile with")
 def test_kernels_are_built_where_there_is_a_compiler():
     """Without this, tests that need them would be skipped in silence when the build breaks."""
-    from fused_losses import backends
-
     assert backends.unavailable("cpu") is None
 
 
@@ -59,10 +147,37 @@ def test_command_without_arguments_shows_help():
     assert "info" in result.stdout + result.stderr and "demo" in result.stdout + result.stderr
 
 
-def test_command_without_its_extra_names_the_remedy():
-    code = "import sys; sys.modules['typer'] = None\nimport fused_losses.cli"
-    result = run(sys.executable, "-c", code)
-    assert result.returncode == 1 and "pip install 'fused_losses[cli]'" in result.stderr
+@pytest.mark.parametrize("package", ["rich", "transformers", "matplotlib", "numpy"])
+def test_demo_without_its_extra_names_the_remedy(package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SystemExit, match=rf"needs {package}; install with: pip install 'fused_losses\[demo\]'"):
+        cli.main(["demo"])
+
+
+def test_tune_without_triton_names_the_remedy(fresh_triton, monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(SystemExit, match=r"nothing to tune here: .* pip install 'fused_losses\[gpu\]'"):
+        cli.main(["tune"])
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["nonsense"], "nonsense"),
+        (["info", "more"], "more"),
+        (["demo", "--seed", "-1"], "--seed: expected a whole number from 0 to 2147483647, got '-1'"),
+        (["demo", "--seed", "1.5"], "--seed: expected a whole number"),
+        (["tune", "--hidden", "0"], "--hidden: expected a whole number at least 1, got '0'"),
+        (["tune", "--seconds", "nan"], "--seconds: expected a number at least 0, got 'nan'"),
+        (["tune", "--dtype", "int8"], "--dtype: expected bfloat16 or float16, got 'int8'"),
+        (["tune", "--kind", "round"], "--kind: expected some of plain, capped, shared, own, got round"),
+        (["tune", "--output", "/nowhere/tiles.json"], "--output: expected a file in a folder that exists"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code not in (0, None) and message in capsys.readouterr().err + str(ended.value.code)
 
 
 def test_demo_with_a_missing_model_says_which():

@@ -229,7 +229,7 @@ def test_processes_that_write_the_same_keys(cache):
         process.stdin.write("go\n")
         process.stdin.flush()
     for process in processes:
-        _, errors = process.communicate(timeout=300)
+        _, errors = process.communicate(timeout=600)
         assert process.returncode == 0, errors
     assert all(path.suffix == ".safetensors" for path in files(cache))
     for row in range(5):

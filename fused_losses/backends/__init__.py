@@ -24,6 +24,9 @@ PURPOSE = {
     "torch": "chunked, in plain PyTorch operations, any device",
     "reference": "full logits in plain PyTorch, the specification; for checks on small inputs",
 }
+NO_TRITON = (
+    "triton is not installed; it comes with builds of torch for CUDA, and with: pip install 'fused_losses[gpu]' (Linux)"
+)
 # Architectures (90: Hopper) on which the CUDA kernels were measured to be faster than Triton's; "auto" takes them there.
 CUDA_MEASURED_FASTER: frozenset[int] = frozenset()
 
@@ -82,7 +85,7 @@ def unavailable(name: str) -> str | None:
 @functools.cache
 def _no_triton(interpreted: bool) -> str | None:
     if importlib.util.find_spec("triton") is None:
-        return "triton is not installed; it comes with torch on Linux"
+        return NO_TRITON
     if interpreted:
         import triton.language
         from triton.runtime.jit import JITFunction
@@ -96,6 +99,10 @@ def _no_triton(interpreted: bool) -> str | None:
         return "torch is a CPU build; to run the kernels on a CPU, slowly, set TRITON_INTERPRET=1 before Python starts"
     if not torch.cuda.is_available():
         return "no GPU visible"
+    try:
+        import triton.language
+    except Exception as error:  # whatever a broken installation raises is the reason
+        return f"triton does not import ({type(error).__name__}: {error}); pip install 'fused_losses[gpu]'"
     return None
 
 

@@ -1,0 +1,32 @@
+"""The command `fused-losses`: what runs here (`info`), a demonstration on a model (`demo`), the fastest tiles (`tune`).
+
+One file a command: `add` declares it and its options, `run` does it. Needs nothing but torch; what a single command
+needs besides, that command asks for.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from .. import __version__
+from . import demo, info, tune
+
+
+def parser() -> argparse.ArgumentParser:
+    whole = argparse.ArgumentParser(prog="fused-losses", description="Token-level losses fused with the LM head.")
+    whole.add_argument("--version", action="version", version=f"fused_losses {__version__}")
+    commands = whole.add_subparsers(title="commands", metavar="COMMAND")
+    for command in (info, demo, tune):
+        command.add(commands).set_defaults(run=command.run)
+    return whole
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line, by default that of this process. SystemExit where it is wrong or the command cannot run."""
+    whole = parser()
+    given = whole.parse_args(arguments)
+    if not hasattr(given, "run"):
+        whole.print_help()
+        raise SystemExit(2)
+    given.run(given)
