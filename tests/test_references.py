@@ -102,10 +102,12 @@ def test_other_adapters_than_lora(kind, reference):
     assert kl(model) == pytest.approx(kl_of(copy.deepcopy(model), truth), rel=1e-5) and kl(model) > 1e-3
 
 
-def test_start_freezes_what_else_is_trained():
-    """A bias, a norm: "start" is the model as it was, with all of it."""
-    model = adapted(trained=True, bias="all")
+@pytest.mark.parametrize("tied", [False, True])
+def test_start_freezes_what_else_is_trained(tied):
+    """A bias, a norm, embeddings that the head shares: "start" is the model as it was, with all of it."""
+    model = adapted(trained=True, bias="all", base=llama(tie_word_embeddings=tied))
     model.get_base_model().model.norm.weight.requires_grad_(True)
+    model.get_base_model().model.embed_tokens.weight.requires_grad_(tied)
     start = copy.deepcopy(model)
     lawf(model, "start")
     with torch.no_grad():
@@ -113,8 +115,10 @@ def test_start_freezes_what_else_is_trained():
             if p.requires_grad:
                 p.mul_(0.8)
     assert kl(model) == pytest.approx(kl_of(copy.deepcopy(model), start), rel=1e-5) and kl(model) > 1e-3
-    model.get_base_model().lm_head.weight.requires_grad_(True)
-    with pytest.raises(ValueError, match=r"1 parameters are trained that were not .*\(lm_head.weight\)"):
+    model.get_base_model().model.layers[0].mlp.up_proj.weight.requires_grad_(True)
+    with pytest.raises(
+        ValueError, match=r"1 parameters are trained that were not .*\(model.layers.0.mlp.up_proj.weight\)"
+    ):
         kl(model)
 
 
@@ -415,7 +419,8 @@ def test_an_adapter_in_float32_on_a_head_in_bf16(moved):
     data["confidence"] = torch.zeros(data["input_ids"].shape)
     model(**data).loss.backward()
     head = model.get_base_model().lm_head
-    state = vars(model.get_base_model())["_fused_losses"].source.frozen_head
+    source = vars(model.get_base_model())["_fused_losses"].source
+    state = {name: source.frozen[of_model] for name, of_model in source.of_head.items()}
     with torch.no_grad():
         x = (
             model.get_base_model()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterable
@@ -210,17 +211,18 @@ class Frozen(Base):
     """The trained model with its adapters, and what else is trained, as they were when it was patched."""
 
     def __init__(self, model: nn.Module, outer: nn.Module | None, cache: Any) -> None:
-        own = adapters.parameters(model)
-        named = {name: p for name, p in model.named_parameters() if id(p) in own or p.requires_grad}
+        of_adapters = adapters.parameters(model)
+        named = {name: p for name, p in model.named_parameters() if id(p) in of_adapters or p.requires_grad}
         if any(type(p).__name__ == "DTensor" for p in named.values()) or sharding.hooks_set_parameters(model):
             raise ValueError(
                 "reference='start': the model is sharded already, so this rank cannot copy its adapter; patch before "
                 "it is sharded, or give the model that you start from as reference="
             )
         self.frozen = {name: p.detach().clone() for name, p in named.items()}
-        module = model.get_output_embeddings()  # type: ignore[operator]
-        prefix = next(f"{name}." for name, m in model.named_modules() if m is module)
-        self.frozen_head = {n.removeprefix(prefix): v for n, v in self.frozen.items() if n.startswith(prefix)}
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        names = {id(p): name for name, p in named.items()}  # a tied weight has one of them
+        own = ((name, names.get(id(p))) for name, p in head.named_parameters(remove_duplicate=False))
+        self.of_head = {name: frozen for name, frozen in own if frozen is not None}
         self.begun = adapters.active(model)
         super().__init__(model, outer, cache, "start")
 
@@ -245,18 +247,13 @@ class Frozen(Base):
                 "you start from as reference="
             )
         with evaluating(call.model), captured(call.head) as caught, adapters.on(call.model):
-            frozen = self._here(call.model)
-            return caught.states(call.run_with(lambda: torch.func.functional_call(call.model, frozen, (), inputs)))
-
-    def _here(self, model: nn.Module) -> dict[str, Tensor]:
-        """The copies, on the devices of what they stand for."""
-        places = {name: p.device for name, p in model.named_parameters() if name in self.frozen}
-        self.frozen = {name: v.to(places.get(name, v.device)) for name, v in self.frozen.items()}
-        self.frozen_head = {name: v.to(next(iter(places.values()), v.device)) for name, v in self.frozen_head.items()}
-        return self.frozen
+            devices = {name: p.device for name, p in call.model.named_parameters()}
+            self.frozen = {name: value.to(devices[name]) for name, value in self.frozen.items()}
+            run = functools.partial(torch.func.functional_call, call.model, self.frozen, (), inputs)
+            return caught.states(call.run_with(run))
 
     def head(self, module: nn.Module, rows: Tensor, logits: DeferredLogits, head: LMHead) -> LMHead:
-        frozen = {name: v.to(rows.device) for name, v in self.frozen_head.items()}
+        frozen = {name: self.frozen[of_model].to(rows.device) for name, of_model in self.of_head.items()}
         with torch.no_grad():
             return read_head(module, rows, head.logit_scale, head.softcap, logits.width, adapters=frozen or "active")
 
