@@ -206,6 +206,7 @@ def test_two_threads_in_one_model(who):
 # --- torch.compile
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize(
     "how",
     [lambda m: torch.compile(m, backend="eager"), lambda m: m.compile(backend="eager") or m],

@@ -63,6 +63,8 @@ def test_objectives(backend, gradient, objective, dtype, within):
         module.backend, module.gradient = backend, gradient
         hidden, head, reference = case.inputs(dtype, device)
         arguments = {k: v.to(device) for k, v in arguments.items()}
+        if "confidence" in arguments:  # is of tokens with a label
+            arguments["confidence"][case.labels == -100] = 0
         if isinstance(module, (fl.LAwFLoss, fl.ASFTLoss)):
             arguments["reference"] = reference
         value = module(hidden, head, case.labels.to(device), **arguments)
