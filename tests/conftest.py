@@ -13,7 +13,7 @@ FAST = frozenset(
     f"test_{name}.py"
     for name in (
         "token_losses", "sparse_softmax", "low_rank", "objectives", "validation", "mistakes", "modes", "parameters",
-        "collator", "reference_cache", "references", "cached_reference", "patch",
+        "collator", "labels", "reference_cache", "references", "cached_reference", "patch", "patched_layouts", "stand_ins",
     )
 )  # fmt: skip
 
