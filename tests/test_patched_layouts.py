@@ -312,8 +312,20 @@ class BothHeads(TwoHeads):
     both_without_labels = True
 
 
-def test_two_heads():
-    model = build(TwoHeads)
+class LossesLast(TwoHeads):
+    def forward(self, input_ids=None, labels=None, **kwargs):
+        z, after = self.both(input_ids)
+        z_after = self.lm_head(after)
+        if labels is None:
+            return Output(logits=z)
+        later = F.pad(labels, (0, 1), value=-100)[:, 1:]
+        loss = self.loss_function(z, labels, V) + 0.3 * self.loss_function(z_after, later, V)
+        return Output(loss=loss, logits=z)
+
+
+@pytest.mark.parametrize("cls", [TwoHeads, LossesLast])
+def test_two_heads(cls):
+    model = build(cls)
     want, predictions = model(IDS, LABELS), model(IDS).logits.argmax(-1)
     want.loss.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
