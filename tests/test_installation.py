@@ -32,7 +32,9 @@ pytestmark = [
 
 
 def run(*command, cwd, **environment):
+    """Away from what this machine has built before."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("FUSED_LOSSES", "PYTHON"))}
+    inherited["XDG_CACHE_HOME"] = str(cwd)
     result = subprocess.run(
         [*map(str, command)], cwd=cwd, env={**inherited, **environment}, capture_output=True, text=True, timeout=1200
     )
@@ -116,7 +118,7 @@ def test_wheel_of_an_isolated_build_runs_everywhere(built, tmp_path):
     _, _, wheel = built
     assert wheel.name.endswith("-py3-none-any.whl")
     python = environment(tmp_path / "env", wheel)
-    found = losses(python, "auto", tmp_path, XDG_CACHE_HOME=str(tmp_path))
+    found = losses(python, "auto", tmp_path)
     assert Path(found["package"]).is_relative_to(tmp_path) and not found["numpy"]
     assert "python -m fused_losses.build cpu" in found["reason"] and found["readme"] in found["reason"]
     assert Path(found["readme"]).is_file()
@@ -124,9 +126,9 @@ def test_wheel_of_an_isolated_build_runs_everywhere(built, tmp_path):
     assert "python -m fused_losses.build cpu" in " ".join(run(command, "info", cwd=tmp_path).split())
     assert run(command, "--version", cwd=tmp_path) == run(python, "-m", "fused_losses", "--version", cwd=tmp_path)
     path = os.pathsep.join([str(Path(build.find_ninja()).parent), os.environ["PATH"]])
-    cached = run(python, "-m", "fused_losses.build", "cpu", cwd=tmp_path, PATH=path, XDG_CACHE_HOME=str(tmp_path))
+    cached = run(python, "-m", "fused_losses.build", "cpu", cwd=tmp_path, PATH=path)
     assert Path(cached.strip()).is_relative_to(tmp_path / "fused_losses")
-    assert losses(python, "cpu", tmp_path, XDG_CACHE_HOME=str(tmp_path))["reason"] is None
+    assert losses(python, "cpu", tmp_path)["reason"] is None
 
 
 def test_wheel_that_pip_builds_has_the_kernels(built, tmp_path):
