@@ -14,13 +14,13 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import checks, compiled
+from . import checks, compiled, shards
 from .checks import MissingAttribute
 from .head import LMHead, Reference, as_head
 from .op import OPTIONAL, Observer, Tokens, TracedTokens, _of_chunk, capturable, check_options, check_wanted, prepare
@@ -42,12 +42,12 @@ OTHER_NAMES = {
 class Objective(nn.Module):
     """Base of the objectives: subclass it and write `token_loss`.
 
-    `token_loss(out, **per_token)` gets statistics of tokens with a label ([C] vectors: `out.nll`, `out.kl`,
+    `token_loss(out, field, ...)` gets statistics of tokens with a label ([C] vectors: `out.nll`, `out.kl`,
     `out.prediction`, `out.reference_nll`, and those named in `wanted`, a class attribute: "entropy",
     "reference_entropy", "topk_entropy"), returns a loss per token, [C], by ordinary differentiable operations on
     `out.nll` and `out.kl`. An `__init__` of your own begins with `super().__init__()`. `token_loss` sees some of the
     tokens at a time, so it must not mix tokens. Further tensors of the labels' shape, given by keyword to the call,
-    arrive in `per_token`. The gradient is taken while the logits are at hand: 3 GEMMs, 2 with a frozen head, one more
+    arrive in its parameters of the same names. The gradient is taken while the logits are at hand: 3 GEMMs, 2 with a frozen head, one more
     with a reference.
 
     Raises, besides what `token_losses` raises: TypeError for unknown options, a statistic that is not in `wanted`,
@@ -63,6 +63,7 @@ class Objective(nn.Module):
     fullgraph a call is a graph break and runs as in eager mode.
     """
 
+    bounds: ClassVar[dict[str, dict[str, Any]]] = {}  # of options that are numbers, checked whenever one is set
     wanted: frozenset[str] = frozenset()
     top_k: int = 20
 
@@ -103,6 +104,9 @@ class Objective(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, (nn.Module, nn.Parameter)) and "_parameters" not in self.__dict__:
             raise MissingAttribute(_not_made(type(self)))
+        bounds = type(self).bounds.get(name)
+        if bounds is not None and not (isinstance(value, str) and value == bounds.get("word")):
+            value = check_number(value, name, **{key: b for key, b in bounds.items() if key != "word"})
         super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
@@ -119,7 +123,7 @@ class Objective(nn.Module):
         return f"{type(self).__name__}({', '.join([*filter(None, [self.extra_repr()]), *given])})"
 
     def token_loss(self, out: Statistics, **per_token: Tensor) -> Tensor:
-        raise TypeError(f"{type(self).__name__} must define token_loss(self, out, **per_token)")
+        raise TypeError(f"{type(self).__name__} must define token_loss(self, out), with the fields of a batch by name")
 
     def prepare(self, hidden: Tensor, head: Head, labels: Tensor, reference: Reference | None = None) -> Tokens:
         tokens = prepare(
@@ -297,13 +301,17 @@ class TALRLoss(Objective):
     implementation: the sum is divided by the number of tokens, never by Σw.
     """
 
+    bounds: ClassVar = {
+        "temperature": dict(above=0, word="median", instead='"median" or a number > 0'),
+        "floor": dict(least=0, most=1),
+    }
+
     def __init__(
         self, temperature: float | str = "median", floor: float = 0.01, *, process_group: Any = None, **options: Any
     ) -> None:
         super().__init__(**options)
-        if not isinstance(temperature, str) or temperature != "median":
-            temperature = check_number(temperature, "temperature", above=0, instead='"median" or a number > 0')
-        floor = check_number(floor, "floor", least=0, most=1)
+        if process_group is not None:
+            shards.check_group(process_group)
         self.temperature, self.floor, self.process_group = temperature, floor, process_group
 
     def extra_repr(self) -> str:
@@ -378,15 +386,18 @@ class LAwFLoss(Objective):
     GEMMs: 4, 3 with a frozen head. Source: longern/LAwF.
     """
 
+    bounds: ClassVar = {"anchor_weight": dict(least=0), "retain_weight": dict(least=0)}
+
     def __init__(
         self, anchor_weight: float = 1.0, retain_weight: float = 1.0, reduction: str = "token_mean", **options: Any
     ) -> None:
         super().__init__(**options)
-        anchor_weight = check_number(anchor_weight, "anchor_weight", least=0)
-        retain_weight = check_number(retain_weight, "retain_weight", least=0)
-        if reduction not in ("token_mean", "group_mean"):
-            raise ValueError(f"reduction: expected token_mean or group_mean, got {reduction!r}")
         self.anchor_weight, self.retain_weight, self.reduction = anchor_weight, retain_weight, reduction
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "reduction" and value not in ("token_mean", "group_mean"):
+            raise ValueError(f"reduction: expected token_mean or group_mean, got {value!r}")
+        super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
         return f"anchor_weight={self.anchor_weight}, retain_weight={self.retain_weight}, reduction={self.reduction!r}"
@@ -460,9 +471,11 @@ class FLOWLoss(Objective):
     3 GEMMs; 2 with a frozen head. Source: arXiv 2502.02797.
     """
 
+    bounds: ClassVar = {"temperature": dict(above=0)}
+
     def __init__(self, temperature: float, **options: Any) -> None:
         super().__init__(**options)
-        self.temperature = check_number(temperature, "temperature", above=0)
+        self.temperature = temperature
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}"
@@ -514,9 +527,11 @@ class ASFTLoss(Objective):
     Needs `reference`. 4 GEMMs; 3 with a frozen head. Source: arXiv 2509.23753.
     """
 
+    bounds: ClassVar = {"kl_weight": dict(least=0)}
+
     def __init__(self, kl_weight: float = 0.1, **options: Any) -> None:
         super().__init__(**options)
-        self.kl_weight = check_number(kl_weight, "kl_weight", least=0)
+        self.kl_weight = kl_weight
 
     def extra_repr(self) -> str:
         return f"kl_weight={self.kl_weight}"
@@ -544,9 +559,11 @@ class EAFTLoss(CrossEntropyLoss):
 
     wanted = frozenset({"topk_entropy"})
 
+    bounds: ClassVar = {"alpha": dict(least=0)}
+
     def __init__(self, alpha: float = 1.0, top_k: int = 20, **options: Any) -> None:
         super().__init__(**options)
-        self.alpha = check_number(alpha, "alpha", least=0)
+        self.alpha = alpha
         _, self.top_k = check_wanted(self.wanted, top_k)
 
     def extra_repr(self) -> str:
@@ -572,9 +589,11 @@ class PSFTLoss(Objective):
     3 GEMMs; 2 with a frozen head. Source: zwhong714/PSFT (arXiv 2508.17784).
     """
 
+    bounds: ClassVar = {"epsilon": dict(above=0, most=1)}
+
     def __init__(self, epsilon: float = 0.2, **options: Any) -> None:
         super().__init__(**options)
-        self.epsilon = check_number(epsilon, "epsilon", above=0, most=1)
+        self.epsilon = epsilon
 
     def extra_repr(self) -> str:
         return f"epsilon={self.epsilon}"
@@ -593,7 +612,7 @@ class PSFTLoss(Objective):
             )
         tokens = self.prepare(hidden, head, labels)
         old = tokens.select(old_nll, "old_nll").detach().to(tokens.problem.accumulator)
-        return self.reduce(tokens, num_items, old_nll=tokens.check(old, "old_nll", "finite"))
+        return self.reduce(tokens, num_items, old_nll=tokens.check(old, "old_nll", "losses"))
 
 
 def sequences(tokens: Tokens, labels: Tensor, sequence_ids: Tensor | None) -> tuple[Tensor, int]:

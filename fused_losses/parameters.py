@@ -24,6 +24,9 @@ def l2_to_initial(model: nn.Module, initial: nn.Module | State) -> Tensor:
     Raises:
         ValueError: a trainable parameter is missing in `initial`, has another shape there, or is the same tensor.
     """
+    if not isinstance(model, nn.Module):
+        swapped = "; model and initial may be swapped" if isinstance(initial, nn.Module) else ""
+        raise TypeError(f"model: expected a module, got {type(model).__name__}{swapped}")
     start = _state(initial)
     total: Tensor | None = None
     for name, parameter in model.named_parameters():

@@ -692,3 +692,38 @@ def test_heads_and_token_losses_take_numbers_of_numpy_and_tensors():
             fl.LMHead(weight, logit_scale=wrong)
         with pytest.raises(ValueError, match="softcap: expected a finite number"):
             fl.LMHead(weight, softcap=wrong)
+
+
+@pytest.mark.parametrize(
+    "loss, name, value",
+    [
+        (fl.TALRLoss(0.7), "temperature", -1), (fl.TALRLoss(0.7), "temperature", 0), (fl.TALRLoss(), "temperature", "mean"),
+        (fl.TALRLoss(), "floor", 2), (fl.LAwFLoss(), "retain_weight", "x"), (fl.LAwFLoss(), "anchor_weight", -1),
+        (fl.LAwFLoss(), "reduction", "mean"), (fl.FLOWLoss(1.0), "temperature", 0), (fl.ASFTLoss(), "kl_weight", float("nan")),
+        (fl.EAFTLoss(), "alpha", -1), (fl.PSFTLoss(), "epsilon", 2),
+    ],
+)  # fmt: skip
+def test_options_are_checked_whenever_they_are_set(loss, name, value):
+    before = getattr(loss, name)
+    with pytest.raises(ValueError, match=f"{name}: expected .*, got "):
+        setattr(loss, name, value)
+    assert getattr(loss, name) == before
+
+
+def test_options_that_may_be_set():
+    loss = fl.TALRLoss()
+    loss.temperature = 0.5
+    assert loss.temperature == 0.5
+    loss.temperature = "median"
+    assert loss.temperature == "median"
+
+
+def test_a_process_group_is_one():
+    with pytest.raises(ValueError, match=r"process_group: expected a group of torch\.distributed"):
+        fl.TALRLoss(process_group="world")
+
+
+def test_log_probabilities_in_place_of_losses():
+    hidden, weight, labels = torch.randn(2, 3, 4), torch.randn(7, 4), torch.zeros(2, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match="old_nll: expected finite numbers ≥ 0, got -1"):
+        fl.PSFTLoss()(hidden, weight, labels, old_nll=torch.full((2, 3), -1.0))

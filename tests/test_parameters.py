@@ -63,3 +63,9 @@ def test_errors(attempt, message):
 def test_a_path_is_not_a_state():
     with pytest.raises(TypeError, match="state dict, got str"):
         fl.wise_ft("model.pt", {}, 0.5)
+
+
+def test_swapped_arguments():
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(TypeError, match=r"model: expected a module, got .*Dict; model and initial may be swapped"):
+        fl.l2_to_initial(model.state_dict(), model)

@@ -2,8 +2,10 @@
 
 import copy
 import functools
+import warnings
 from unittest import mock
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -668,3 +670,92 @@ def with_head(head):
     model = llama()
     model.lm_head = head
     return model
+
+
+class TestBetweenTheHeadAndItsForward:
+    """What stands there would be dropped: it is refused, before and after the patch, in a reference, under PEFT."""
+
+    def thrice(self, model):
+        head = model.get_output_embeddings()
+        own = head.forward
+        head.forward = lambda hidden: own(hidden) * 3
+        return model
+
+    def test_another_forward(self):
+        refused = pytest.raises(
+            TypeError, match=r"head: LlamaForCausalLM's has another forward .*register_forward_hook"
+        )
+        with refused:
+            fl.patch(self.thrice(llama()))
+        with refused:
+            fl.patch(llama(), fl.LAwFLoss(), reference=self.thrice(llama()))
+        model = self.thrice(fl.patch(llama()))
+        with refused:
+            model(**batch())
+        del model.lm_head.forward
+        assert model(**batch()).loss > 0
+
+    def test_a_hook_of_accelerate(self):
+        from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook, add_hook_to_module
+
+        class Twice(ModelHook):
+            def post_forward(self, module, output):
+                return output * 2
+
+        for hook in (Twice(), SequentialHook(AlignDevicesHook(), Twice())):
+            model = llama()
+            add_hook_to_module(model.lm_head, hook)
+            with pytest.raises(TypeError, match="a hook of accelerate's kind, Twice"):
+                fl.patch(model)
+        model, inputs = llama(), batch()
+        want = model(**inputs).loss
+        add_hook_to_module(model.lm_head, SequentialHook(AlignDevicesHook(), AlignDevicesHook()))
+        torch.testing.assert_close(fl.patch(model)(**inputs).loss, want)
+
+
+class TestMistakesOfUsers:
+    def test_fields_without_names(self):
+        class Weighted(fl.Objective):
+            def token_loss(self, out, **per_token):
+                return out.nll * per_token["weight"]
+
+        with pytest.raises(TypeError, match=r"Weighted.token_loss\(self, out, \*\*per_token\).*by name"):
+            fl.patch(llama(), Weighted())
+
+    def test_labels_with_one_dimension_too_many(self):
+        model, inputs = fl.patch(llama()), batch()
+        inputs["labels"] = inputs["labels"][..., None]
+        with pytest.raises(
+            ValueError, match=r"labels: expected \[batch, tokens\] as the inputs are, got shape \[3, 11, 1\]"
+        ):
+            model(**inputs)
+
+    def test_unpatching_a_shallow_copy_leaves_the_model_patched(self):
+        model, inputs = fl.patch(llama(), fl.TALRLoss(1.0)), batch()
+        want = model(**inputs).loss
+        fl.unpatch(copy.copy(model))
+        assert torch.equal(model(**inputs).loss, want)
+
+    def test_unpatched_inside_of_the_context(self):
+        model = llama()
+        with fl.patched(model, fl.TALRLoss()):
+            fl.unpatch(model)
+            fl.patch(model, fl.DFTLoss())
+        assert model(**batch()).loss > 0 and "_fused_losses" in vars(model)
+
+    def test_peft_around_peft(self):
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            twice = peft.get_peft_model(peft.get_peft_model(llama(), config), config)
+        if type(twice.get_base_model()).__name__ == "PeftModel":
+            with pytest.raises(TypeError, match="PEFT is around it twice"):
+                fl.patch(twice)
+
+    def test_a_reference_without_weights(self):
+        with torch.device("meta"):
+            empty = llama()
+        with pytest.raises(ValueError, match="reference: is on the meta device and has no weights"):
+            fl.patch(llama(), fl.LAwFLoss(), reference=empty)
+        with pytest.raises(ValueError, match="load it with from_pretrained first"):
+            fl.patch(llama(), fl.LAwFLoss(), reference="/a/path")

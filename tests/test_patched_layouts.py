@@ -409,3 +409,24 @@ def test_a_field_of_another_shape_is_named():
         pytest.raises(ValueError, match=r"attention_mask: expected the labels' shape \[3, 11\]"),
     ):
         model(IDS, attention_mask=mask, labels=LABELS)
+
+
+@pytest.mark.parametrize("ends", [[0, 4, 13, 19, 30], [0, 19], [0, 13, 4, 19], [0, 4, 13], [4, 13, 19], [[0, 19]]])
+def test_ends_of_sequences_that_do_not_fit(ends):
+    model, ids = build(), torch.cat(DOCUMENTS)[None]
+    inputs = dict(input_ids=ids, labels=ids, use_cache=False, cu_seq_lens_q=torch.tensor(ends, dtype=torch.int32))
+    with fl.patched(model, fl.TALRLoss()):
+        if ends == [0, 19]:
+            assert model(**inputs).loss > 0
+        else:
+            with pytest.raises(ValueError, match="cu_seq_lens_q: expected ends of sequences from 0 to the 19 tokens"):
+                model(**inputs)
+
+
+@pytest.mark.parametrize("numbers", [2, 4])
+def test_a_number_for_each_sequence(numbers):
+    with fl.patched(build(), fl.FLOWLoss(2.0)) as model:
+        with pytest.raises(ValueError, match=f"initial_nll: expected a number for each of the 3 rows.*got {numbers}"):
+            model(IDS, labels=LABELS, initial_nll=torch.ones(numbers))
+        with pytest.raises(TypeError, match="initial_nll: expected a tensor of a number for each sequence, got list"):
+            model(IDS, labels=LABELS, initial_nll=[1.0, 2.0, 3.0])

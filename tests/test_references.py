@@ -436,3 +436,33 @@ def test_an_adapter_in_float32_on_a_head_in_bf16(moved):
     (log_r.exp() * (log_r - log_p)).sum(-1).mean().backward()
     for p, truth in zip(parameters, (a, b), strict=True):
         assert (p.grad.double() - truth.grad).norm() / truth.grad.norm() < 5e-3
+
+
+@pytest.mark.parametrize("how", ["merge_and_unload", "unload"])
+@pytest.mark.parametrize("again", [False, True], ids=["alone", "another adapter"])
+def test_base_is_gone_once_the_adapter_is_merged(how, again):
+    model = lawf(adapted(trained=True), "base")
+    assert kl(model) > 1e-2
+    merged = getattr(model, how)()
+    if again:
+        merged = get_peft_model(merged, LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"reference='base': the adapter was merged into the model, or replaced"):
+        kl(merged)
+
+
+def test_start_and_the_adapters_settings():
+    model = adapted(trained=True)
+    start = copy.deepcopy(model)
+    lawf(model, "start")
+    layers = [m for m in model.modules() if hasattr(m, "scale_layer")]
+    for layer in layers:
+        layer.scale_layer(0.5)
+    with pytest.raises(ValueError, match="reference='start': the adapter's scaling is not what it was"):
+        kl(model)
+    for layer in layers:
+        layer.unscale_layer(0.5)
+    assert kl(model) == 0
+    off = copy.deepcopy(start)
+    with off.disable_adapter():
+        lawf(off, "start")  # as it is: without the adapter
+    assert kl(off) == pytest.approx(kl_of(start, llama()), rel=1e-5)

@@ -148,3 +148,14 @@ def test_a_model_that_changes_its_logits_in_place(change, keep):
     model = fl.patch(Changing(llama().config), keep_logits=keep)
     with pytest.raises(LogitsNotKept, match=r"Changing (changes its logits in place|asks for argmax)"):
         model(input_ids=IDS, labels=LABELS)
+
+
+@pytest.mark.parametrize("other", [lambda z: z[..., :50], lambda z: z * -1, lambda z: z / -2.0, lambda z: z * 0])
+def test_the_largest_of_other_logits(other):
+    """The predictions are those of the loss's logits: of a part of the vocabulary, or of others, they would be wrong."""
+    logits = output().logits
+    with pytest.raises(LogitsNotKept, match="argmax of other logits than the loss"):
+        other(logits).argmax(-1)
+    assert torch.equal((logits * 2)[:, 1:].argmax(-1), logits.argmax(-1)[:, 1:])
+    kept = fl.patch(llama(), keep_logits=True)(input_ids=IDS, labels=LABELS).logits
+    assert other(kept).argmax(-1).max() < V

@@ -29,6 +29,20 @@ def has_layers(model: nn.Module) -> bool:
     return any(True for _ in _named_layers(model)) or bool(_adapted_attentions(model))
 
 
+def layers(model: nn.Module) -> list[nn.Module]:
+    return [layer for _, layer in _named_layers(model)]
+
+
+def switched_off(model: nn.Module) -> bool:
+    found: list[Any] = layers(model)
+    return bool(found) and all(layer.disable_adapters for layer in found)
+
+
+def scaling(model: nn.Module) -> list:
+    """The factors of the adapters' layers, which no tensor says."""
+    return [dict(getattr(layer, "scaling", None) or {}) for layer in layers(model)]
+
+
 def active(model: nn.Module) -> list:
     return [(name, list(layer.active_adapters)) for name, layer in _named_layers(model)]
 

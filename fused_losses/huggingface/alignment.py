@@ -95,7 +95,13 @@ def packed_sequences(inputs: dict[str, Any], labels: Tensor) -> Tensor | None:
     if labels.dim() != 2:
         return None
     ends = next((inputs[n] for n in ("cu_seq_lens_q", "cu_seq_lens") if isinstance(inputs.get(n), Tensor)), None)
-    if ends is not None and ends.dim() == 1 and int(ends[-1]) <= labels.numel():
+    if ends is not None:
+        fits = ends.dim() == 1 and len(ends) > 1 and ends[0] == 0 and ends[-1] == labels.numel()
+        if not fits or bool((ends.diff() < 0).any()):
+            raise ValueError(
+                f"cu_seq_lens_q: expected ends of sequences from 0 to the {labels.numel()} tokens of the batch, got "
+                f"{ends.tolist()[:12]}; give sequence_ids of the labels' shape in its place"
+            )
         where = torch.arange(labels.numel(), device=ends.device)
         return torch.bucketize(where, ends, right=True).reshape(labels.shape)
     index = inputs.get("seq_idx")

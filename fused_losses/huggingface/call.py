@@ -162,6 +162,7 @@ class Call:
         if self.observer.prediction is not None:
             everywhere = torch.full((logits.lead.numel(),), -1, device=positions.device)
             prediction = self.observer.prediction.to(positions.device)
+            logits.origin.predicted = logits.width, logits.map.sign
             logits.origin.predictions = everywhere.index_copy(0, positions, prediction)
 
     def _divisor(self, reduction: str) -> Any:
@@ -199,7 +200,7 @@ class Call:
     def _aligned(self, alignment: Alignment | None, positions: Tensor, ignore_index: int) -> dict[str, Tensor]:
         if alignment is None:
             return {}
-        fields, aligned = dict(self.fields), {}
+        fields, aligned, packed = dict(self.fields), {}, None
         if self.by_sequence:
             packed = fields.pop("sequence_ids", None)
             if packed is None:
@@ -215,13 +216,19 @@ class Call:
                 fields["sequence_ids"] = packed
         for name, values in fields.items():
             values = self._in_layout(name, values)
+            if name in OF_SEQUENCES and packed is None and len(values) != alignment.shape[0]:
+                raise ValueError(
+                    f"{name}: expected a number for each of the {alignment.shape[0]} rows, which are sequences, got "
+                    f"{len(values)}; where rows hold several give sequence_ids, which index it"
+                )
             aligned[name] = values if name in OF_SEQUENCES and values.dim() < 2 else alignment.moved(values)[positions]
         return aligned
 
     def _in_layout(self, name: str, values: Any) -> Tensor:
         labels = self.labels if self.shift_labels is None else self.shift_labels
         if not isinstance(values, Tensor):
-            raise TypeError(f"{name}: expected a tensor of the labels' shape, got {type(values).__name__}")
+            what = "a number for each sequence" if name in OF_SEQUENCES else "the labels' shape"
+            raise TypeError(f"{name}: expected a tensor of {what}, got {type(values).__name__}")
         if values.shape == labels.shape or (name in OF_SEQUENCES and values.dim() < 2):
             return values
         if values.dim() == labels.dim() == 2 and values.shape[0] == 1 and values.shape[1] == labels.shape[1]:

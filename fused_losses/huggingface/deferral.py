@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import BackwardHook
 
 from . import sharding
+from .heads import OURS
 from .logits import DeferredLogits, HeadCall
 
 
@@ -76,6 +77,7 @@ class _Installed:
             origin = HeadCall(answer.call, hidden)
             return DeferredLogits(origin, vocabulary, hidden.shape[:-1], hidden.device, hidden.dtype)
 
+        setattr(forward, OURS, True)
         return forward
 
     def _call(self, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 from ..head import FLOATING, LMHead, LowRank
 
+OURS = "_fused_losses"  # attribute of a forward that a call has put on a head
+
 
 def innermost(module: nn.Module) -> nn.Module:
     """The linear layer under PEFT's wrappers."""
@@ -27,6 +29,7 @@ def check_head(module: Any, model_name: str) -> None:
             f"{model_name} has no output embeddings (get_output_embeddings() is None), so there is no LM head to fuse; "
             "give a causal language model with its head, such as AutoModelForCausalLM makes"
         )
+    _check_calls(module, model_name)
     if _is_auxiliary(module):
         for inner in (module.original_module, *module.modules_to_save.values()):
             check_head(inner, model_name)
@@ -62,6 +65,25 @@ def check_head(module: Any, model_name: str) -> None:
             f"head: {model_name}'s is a {name} with a forward of its own, which would be dropped silently; replace it "
             "by a plain torch.nn.Linear, or take fused_losses.token_losses in a loop of your own"
         )
+
+
+def _check_calls(module: Any, model_name: str) -> None:
+    """Raise where somebody stands between a call of the module and its own forward, whose doing would be dropped."""
+    name = "_old_forward" if hasattr(module, "_hf_hook") else "forward"  # accelerate's hooks sit between the two
+    forward = vars(module).get(name)
+    own = getattr(forward, "__func__", None) is type(module).forward or hasattr(forward, OURS)
+    if forward is not None and not own:
+        raise TypeError(
+            f"head: {model_name}'s has another forward ({getattr(forward, '__qualname__', forward)}) in place of its "
+            "own, which would be dropped silently; take it off, or use register_forward_hook, which counts"
+        )
+    hook = getattr(module, "_hf_hook", None)
+    for one in getattr(hook, "hooks", [hook]):
+        if one is not None and type(one).__module__ != "accelerate.hooks":
+            raise TypeError(
+                f"head: {model_name}'s has a hook of accelerate's kind, {type(one).__name__}, which would see the loss "
+                "in place of logits; use register_forward_hook, which counts"
+            )
 
 
 def read_head(

@@ -42,6 +42,12 @@ class LogitMap:
     def tanh(self) -> LogitMap | None:
         return None if self.capped else replace(self, capped=True)
 
+    @property
+    def sign(self) -> int:
+        """Whether the largest stays the largest: 1, or becomes the smallest: −1; 0 where all become equal."""
+        value = self.scale * self.cap
+        return (value > 0) - (value < 0)
+
     def arguments(self) -> tuple[float, float | None]:
         """logit_scale and softcap of an `LMHead`: softcap · tanh(logit_scale · z / softcap)."""
         return (self.scale * self.cap, self.cap) if self.capped else (self.scale, None)
@@ -65,6 +71,7 @@ class HeadCall:
         self.hidden: Any = hidden
         self.index = len(call.heads)  # among the calls of this forward
         self.predictions: Tensor | None = None  # [rows] of the head's input, flattened; −1 without a label
+        self.predicted: tuple[int, int] = (0, 0)  # width and sign of the logits that they are the largest of
         self.model_name = call.model_name
         call.heads.append(self)
 
@@ -227,11 +234,13 @@ class DeferredLogits(metaclass=_Explained):
 
     def argmax(self, dim: int | None = None, keepdim: bool = False) -> Any:
         if dim in (-1, self.ndim - 1):
-            if self.origin.predictions is not None:
+            width, sign = self.origin.predicted
+            if self.origin.predictions is not None and self.width >= width and self.map.sign == sign:
                 positions = self.positions.to(self.origin.predictions.device)
                 predictions = self.origin.predictions[positions].to(self.device)
                 return predictions[..., None] if keepdim else predictions
-            return self._otherwise("argmax", lambda z: z.argmax(dim, keepdim), "argmax before the loss is computed")
+            when = "before the loss is computed" if self.origin.predictions is None else "of other logits than the loss"
+            return self._otherwise("argmax", lambda z: z.argmax(dim, keepdim), f"argmax {when}")
         return self._otherwise("argmax", lambda z: z.argmax(dim, keepdim), f"argmax along dimension {dim}")
 
     def cross_entropy(

@@ -115,22 +115,25 @@ def unpatch(model: nn.Module) -> Any:
     state: Patch = vars(base)[STATE]
     if state.copied:
         wrappers.leave_original(base)
-    state.loss = None
     state.redirect_back()
-    if "_fused_losses_original" in vars(type(base)):  # else FSDP has put a class of its own on top: ours stays, idle
+    if "_fused_losses_original" in vars(type(base)):
         del vars(base)[STATE]
         base.__class__ = type(base)._fused_losses_original
+    else:  # FSDP has put a class of its own on top: ours stays, idle
+        state.loss = None
     return model
 
 
 @contextlib.contextmanager
 def patched(model: nn.Module, loss: Objective | None = None, **options: Any) -> Iterator[Any]:
     """`with patched(model, loss): ...` is `patch` before and `unpatch` after, also where an error is raised."""
-    patch(model, loss, **options)
+    base = _base_model(patch(model, loss, **options))
+    state = vars(base)[STATE]
     try:
         yield model
     finally:
-        unpatch(model)
+        if vars(base).get(STATE) is state and state.loss is not None:  # not unpatched since
+            unpatch(model)
 
 
 class Patch:
@@ -254,7 +257,13 @@ class Patch:
         for name in ("labels", "shift_labels"):
             if name in inputs:
                 inputs[name] = plain(inputs[name])
-        if inputs.get("labels") is None and inputs.get("shift_labels") is not None:
+        labels = inputs.get("labels")
+        if isinstance(labels, Tensor) and labels.dim() > 2:
+            raise ValueError(
+                f"labels: expected [batch, tokens] as the inputs are, got shape {list(labels.shape)}; the model would "
+                "shift the last dimension"
+            )
+        if labels is None and inputs.get("shift_labels") is not None:
             inputs["labels"] = inputs["shift_labels"]  # only so that the model computes a loss
         return Batch(inputs, inputs.get("labels"), fields, bool(inputs.pop("fused_lm_head", False)))
 
@@ -356,7 +365,13 @@ def batch_fields(loss: Objective) -> tuple[str, ...]:
     names = []
     for name, parameter in inspect.signature(type(loss).forward).parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:
-            names += list(inspect.signature(type(loss).token_loss).parameters)[2:]
+            for field in list(inspect.signature(type(loss).token_loss).parameters.values())[2:]:
+                if field.kind is field.VAR_KEYWORD:
+                    raise TypeError(
+                        f"{type(loss).__name__}.token_loss(self, out, **{field.name}): a patched model takes the "
+                        "fields of a batch by name; write them out, as in token_loss(self, out, weight=None)"
+                    )
+                names.append(field.name)
         elif name not in OWN and name != "self":
             names.append(name)
     return tuple(names)
@@ -387,6 +402,10 @@ def _check_model(base: Any, model: nn.Module) -> None:
     parameters = inspect.signature(type(base).forward).parameters
     if "labels" not in parameters or not _is_causal(base):
         what = "takes no labels" if "labels" not in parameters else "is no causal language model"
+        if hasattr(base, "peft_config"):
+            raise TypeError(
+                f"model: {name} in a {type(model).__name__}: PEFT is around it twice; call get_peft_model once"
+            )
         raise TypeError(
             f"model: {name} {what}; give a causal language model with its head, such as AutoModelForCausalLM makes "
             "(encoder-only models have no next token to predict)"

@@ -6,6 +6,7 @@ import copy
 import functools
 import inspect
 import warnings
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,9 +155,16 @@ class Base(Source):
     def __init__(self, model: nn.Module, outer: nn.Module | None, cache: Any, name: str = "base") -> None:
         super().__init__(cache)
         self.name = name
+        self.layers: list[Any] = []  # weak references to the adapted ones
         self.warned = name != "adapter-off"
         if self._has_adapters(model, outer):
+            self.layers = [weakref.ref(layer) for layer in adapters.layers(model)]
             self._check(model, outer)
+
+    def __deepcopy__(self, memo: dict) -> Source:
+        twin: Any = super().__deepcopy__(memo)
+        twin.layers = []
+        return twin
 
     @property
     def before(self) -> bool:
@@ -164,7 +172,7 @@ class Base(Source):
         return self.cache is None
 
     def _has_adapters(self, model: nn.Module, outer: nn.Module | None) -> bool:
-        return adapters.has_layers(model) or (outer is not None and hasattr(outer, "peft_config"))
+        return adapters.has_layers(model) or VirtualTokens.of(outer) is not None
 
     def _check(self, model: nn.Module, outer: nn.Module | None) -> None:
         own = adapters.parameters(model)
@@ -186,6 +194,13 @@ class Base(Source):
             )
 
     def begin(self, call: Any, device: torch.device) -> None:
+        now = adapters.layers(call.model)
+        if any(layer() not in now for layer in self.layers):
+            raise ValueError(
+                f"reference={self.name!r}: the adapter was merged into the model, or replaced, since it was patched, "
+                "so the original is gone; fused_losses.unpatch(model), and patch again with another reference"
+            )
+        self.layers = [weakref.ref(layer) for layer in now]
         if not self._has_adapters(call.model, call.outer) and call.prompt() is None:
             raise ValueError(
                 f"reference={self.name!r}: the model has no PEFT adapter, so there is nothing to switch off; add one "
@@ -223,7 +238,7 @@ class Frozen(Base):
         names = {id(p): name for name, p in named.items()}  # a tied weight has one of them
         own = ((name, names.get(id(p))) for name, p in head.named_parameters(remove_duplicate=False))
         self.of_head = {name: frozen for name, frozen in own if frozen is not None}
-        self.begun = adapters.active(model)
+        self.begun, self.scaling = adapters.active(model), adapters.scaling(model)
         super().__init__(model, outer, cache, "start")
 
     def _check(self, model: nn.Module, outer: nn.Module | None) -> None:
@@ -231,6 +246,11 @@ class Frozen(Base):
             raise ValueError(
                 "reference='start': the model has other adapters, or others are active, than when its reference was "
                 "taken; fused_losses.unpatch(model), and patch again"
+            )
+        if adapters.scaling(model) != self.scaling:
+            raise ValueError(
+                "reference='start': the adapter's scaling is not what it was when the reference was taken; "
+                "fused_losses.unpatch(model), and patch again"
             )
         late = [name for name, p in model.named_parameters() if p.requires_grad and name not in self.frozen]
         if late:
@@ -277,6 +297,10 @@ class OtherModel(Source):
         base = other.get_base_model() if hasattr(other, "get_base_model") and hasattr(other, "peft_config") else other
         if not hasattr(base, "get_output_embeddings"):
             raise TypeError(f"reference: expected a transformers model with an LM head, got {name}")
+        if any(p.device.type == "meta" for p in base.parameters()) and not any(
+            hasattr(module, "_hf_hook") for module in base.modules()
+        ):
+            raise ValueError("reference: is on the meta device and has no weights; load it first, then patch")
         if base is model:
             raise ValueError(
                 "reference: is the trained model itself; give reference='start' for a frozen copy of it, or 'base' "
@@ -411,13 +435,20 @@ def find_source(
         )
     if isinstance(reference, str):
         if reference not in NAMES:
-            raise ValueError(f"reference: expected 'base', 'start' or a model, got {reference!r}")
+            raise ValueError(
+                f"reference: expected 'base', 'start' or a model, got {reference!r}; one on disk: load it with "
+                "from_pretrained first"
+            )
         if reference != "start":
             return Base(model, outer, cache, reference)
         if adapters.has_layers(model) or (outer is not None and hasattr(outer, "peft_config")):
             prompt = VirtualTokens.of(outer)
             trained = any(p.requires_grad for p in model.parameters())
-            if (prompt and not trained) or (not prompt and adapters.at_start(model) and not _trains_more(model)):
+            if (
+                adapters.switched_off(model)
+                or (prompt and not trained)
+                or (not prompt and adapters.at_start(model) and not _trains_more(model))
+            ):
                 return Base(model, outer, cache, "start")  # the same, without a copy
             return Frozen(model, outer, cache)
         if sharding.is_sharded_model(model):

@@ -24,7 +24,7 @@ class CachedRows:
     def __init__(self, directory: str | Path) -> None:
         if not isinstance(directory, (str, Path)):
             raise TypeError(f"reference_cache: expected a directory, got {type(directory).__name__}")
-        self.directory = Path(directory)
+        self.directory = Path(directory).expanduser()
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
