@@ -16,8 +16,7 @@ class MissingAttribute(TypeError, AttributeError):
 
 
 def number(value: Any) -> int | float | None:
-    """A Python number from one of Python's, of numpy's or a 0-d tensor; None where it is no real number or would lose "
-    "a gradient."""
+    """A Python number of one of Python's, of numpy's or a 0-d tensor; None where it is none or would lose a gradient."""
     if type(value) in (int, float):
         return value
     if isinstance(value, Tensor):

@@ -380,8 +380,7 @@ class TracedTokens(Tokens):
 
 
 class TokenStatistics:
-    """What a `token_loss` is given of a `Statistics`: those that are always there, and the others where they are "
-    "wanted."""
+    """What a `token_loss` is given of a `Statistics`: those that are always there, and the others if wanted."""
 
     def __init__(self, out: Statistics, wanted: frozenset[str]) -> None:
         self.nll, self.prediction, self.kl, self.reference_nll = out.nll, out.prediction, out.kl, out.reference_nll
@@ -442,6 +441,8 @@ def _of_chunk(
         result = _call(loss, TokenStatistics(out, wanted), {name: values[at] for name, values in per_token.items()})
         if not isinstance(result, Tensor) or result.shape != out.nll.shape or not result.is_floating_point():
             what = f"{result.dtype} {list(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
+            if result is None:
+                what += " (out.kl and the reference's statistics are None unless the call has reference=)"
             raise ValueError(
                 f"token_loss: expected one float per token, shape {list(out.nll.shape)} as out.nll, got {what}; sums and "
                 "means over tokens are taken afterwards"

@@ -759,3 +759,19 @@ class TestMistakesOfUsers:
             fl.patch(llama(), fl.LAwFLoss(), reference=empty)
         with pytest.raises(ValueError, match="load it with from_pretrained first"):
             fl.patch(llama(), fl.LAwFLoss(), reference="/a/path")
+
+    def test_a_field_that_is_missing(self):
+        class Weighted(fl.Objective):
+            def token_loss(self, out, weight):
+                return out.nll * weight
+
+        with pytest.raises(ValueError, match="weight: is missing in the batch, and token_loss of Weighted needs it"):
+            fl.patch(llama(), Weighted())(**batch())
+
+    def test_a_divergence_without_a_reference(self):
+        class Held(fl.Objective):
+            def token_loss(self, out):
+                return out.kl
+
+        with pytest.raises((ValueError, TypeError), match="reference="):
+            fl.patch(llama(), Held())(**batch())

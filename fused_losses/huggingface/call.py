@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..head import Reference
-from ..objectives import LAwFLoss, item_count
+from ..objectives import LAwFLoss, Objective, item_count
 from ..op import Observer
 from . import adapters, wrappers
 from .adapters import VirtualTokens
@@ -72,6 +73,12 @@ class Call:
                 "fused_losses.huggingface.AnchorCollator makes it of a column anchors or confidence, which SFTTrainer "
                 "drops unless remove_unused_columns=False"
             )
+        for name in required_fields(self.loss):
+            if name not in self.fields:
+                raise ValueError(
+                    f"{name}: is missing in the batch, and token_loss of {type(self.loss).__name__} needs it, of the "
+                    "labels' shape; give it, or a default to that parameter"
+                )
         if self.num_items is None:
             return
         self.no_items = isinstance(self.num_items, (int, float, Tensor)) and not bool(
@@ -274,6 +281,14 @@ class Call:
     def close(self) -> None:
         for origin in self.heads:
             origin.close()
+
+
+def required_fields(loss: Any) -> list[str]:
+    """The parameters of an own `token_loss` that have no default."""
+    if type(loss).forward is not Objective.forward:  # checks its arguments itself
+        return []
+    fields = list(inspect.signature(type(loss).token_loss).parameters.values())[2:]
+    return [field.name for field in fields if field.default is field.empty]
 
 
 OF_SEQUENCES = ("initial_nll",)  # fields with a number for each sequence
