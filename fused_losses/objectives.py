@@ -47,8 +47,8 @@ class Objective(nn.Module):
     "reference_entropy", "topk_entropy"), returns a loss per token, [C], by ordinary differentiable operations on
     `out.nll` and `out.kl`. An `__init__` of your own begins with `super().__init__()`. `token_loss` sees some of the
     tokens at a time, so it must not mix tokens. Further tensors of the labels' shape, given by keyword to the call,
-    arrive in its parameters of the same names. The gradient is taken while the logits are at hand: 3 GEMMs, 2 with a frozen head, one more
-    with a reference.
+    arrive in its parameters of the same names. The gradient is taken while the logits are at hand: 3 GEMMs, 2 with a
+    frozen head, one more with a reference.
 
     Raises, besides what `token_losses` raises: TypeError for unknown options, a statistic that is not in `wanted`,
     trainable parameters and other tensors with a gradient in `token_loss`; ValueError for unknown names in `wanted`,

@@ -748,9 +748,9 @@ class TestMistakesOfUsers:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             twice = peft.get_peft_model(peft.get_peft_model(llama(), config), config)
-        if type(twice.get_base_model()).__name__ == "PeftModel":
-            with pytest.raises(TypeError, match="PEFT is around it twice"):
-                fl.patch(twice)
+        assert isinstance(twice.get_base_model(), peft.PeftModel)
+        with pytest.raises(TypeError, match="PEFT is around it twice"):
+            fl.patch(twice)
 
     def test_a_reference_without_weights(self):
         with torch.device("meta"):

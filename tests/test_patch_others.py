@@ -114,7 +114,7 @@ def test_adalora(targets):
     fl.unpatch(model)
     fl.patch(model, fl.ASFTLoss(1.0), reference="base")
     assert model(**BATCH).loss.item() == pytest.approx(
-        want.item() - nll_of(llama())[0].mean().item() + asft(llama(), llama()), rel=1e-4
+        want.item() - nll_of(llama())[0].mean().item() + asft(llama(), llama()), rel=1e-5
     )
 
 
