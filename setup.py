@@ -20,8 +20,8 @@ from setuptools.command.build_py import build_py
 
 
 def load_build():
-    """fused_losses/build.py without the package, which imports torch."""
-    spec = importlib.util.spec_from_file_location("fused_losses_build", "fused_losses/build.py")
+    """fused_losses/kernels/build.py without the package, which imports torch."""
+    spec = importlib.util.spec_from_file_location("fused_losses_build", "fused_losses/kernels/build.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -11,7 +11,7 @@ from pathlib import Path
 import cuda_resources
 import triton
 
-from fused_losses.triton_kernels import ahead
+from fused_losses.kernels.triton import ahead
 
 ROOT = Path(__file__).parents[1]
 

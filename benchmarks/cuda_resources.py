@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from fused_losses import build
+from fused_losses.kernels import build
 
 STRICT = ("-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror")
 

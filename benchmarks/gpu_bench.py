@@ -38,8 +38,9 @@ import torch
 from gpu_peers import OURS, Truth, relative
 from torch import Tensor
 
-from fused_losses import backends, measure
-from fused_losses.measure import Clock, median
+from fused_losses import backends
+from fused_losses.kernels import measure
+from fused_losses.kernels.measure import Clock, median
 from fused_losses.sparse_softmax import THRESHOLD
 
 DTYPE = torch.float16 if DRY else torch.bfloat16

@@ -37,9 +37,9 @@ def require_gpu() -> None:
 
 def build_kernels() -> None:
     """The CUDA kernels, once for all processes of the run; says why not."""
-    from fused_losses import kernels
+    from fused_losses.kernels import schemas
 
-    reason = None if DRY else kernels.build_and_load_cuda()
+    reason = None if DRY else schemas.build_and_load_cuda()
     if reason is not None:
         print(f"CUDA kernels: {reason}", flush=True)
 
@@ -49,7 +49,7 @@ def facts() -> dict[str, str | None]:
     import triton
 
     import fused_losses
-    from fused_losses import kernels
+    from fused_losses.kernels import schemas
 
     gpu = not DRY
     return {
@@ -58,7 +58,7 @@ def facts() -> dict[str, str | None]:
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else None,
         "torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda,
         "python": platform.python_version(), "fused_losses": fused_losses.__version__,
-        "cuda kernels": kernels.load_cuda() or "built",
+        "cuda kernels": schemas.load_cuda() or "built",
         # A copy of the tree without its history is told by the environment.
         "commit": os.environ.get("FUSED_LOSSES_COMMIT") or _output("git", "-C", str(ROOT), "describe", "--always", "--dirty"),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

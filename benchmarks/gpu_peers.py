@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fused_losses as fl
 from fused_losses import backends
-from fused_losses.measure import Inputs
+from fused_losses.kernels.measure import Inputs
 
 SEQUENCES = 8  # of TALR, N / 8 tokens each
 ANCHORS = 20  # of LAwF, every so many tokens

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_losses import backends, build, kernels
+from fused_losses import backends
+from fused_losses.kernels import build, schemas
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
@@ -176,7 +177,7 @@ def test_the_command_without_ninja(kind, no_ninja, tmp_path, monkeypatch):
 
 def test_the_backend_without_ninja(no_ninja, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(kernels, "load_cuda", lambda: "not built: no nvcc then")
+    monkeypatch.setattr(schemas, "load_cuda", lambda: "not built: no nvcc then")
     monkeypatch.setattr(build, "find_nvcc", lambda: ("nvcc", ""))
     monkeypatch.setattr(build, "architectures", lambda nvcc: ["90"])
     with pytest.raises(RuntimeError, match=r"building it now failed: .*pip install ninja"):
@@ -400,16 +401,16 @@ def test_cpu_cache_is_built_once_and_found_again(cache, tmp_path, monkeypatch):
 
 def test_cpu_kernels_of_the_cache_are_taken_where_none_are_installed(tmp_path, monkeypatch):
     loaded = []
-    monkeypatch.setattr(kernels, "_load", lambda library, *interface: loaded.append(library))
-    monkeypatch.setattr(kernels, "LIBRARY", tmp_path / "installed" / "_kernels.so")
+    monkeypatch.setattr(schemas, "_load", lambda library, *interface: loaded.append(library))
+    monkeypatch.setattr(schemas, "LIBRARY", tmp_path / "installed" / "_kernels.so")
     monkeypatch.setattr(build, "cached_cpu", lambda: tmp_path / "cached.so")
-    assert kernels.load.__wrapped__() is None and loaded == [tmp_path / "cached.so"]
+    assert schemas.load.__wrapped__() is None and loaded == [tmp_path / "cached.so"]
 
 
 def test_load_states_why_and_points_to_files_that_are_there(tmp_path, monkeypatch):
-    monkeypatch.setattr(kernels, "LIBRARY", tmp_path / "package" / "_kernels.so")
+    monkeypatch.setattr(schemas, "LIBRARY", tmp_path / "package" / "_kernels.so")
     monkeypatch.setattr(build, "cached_cpu", lambda: None)
-    reason = kernels.load.__wrapped__()
+    reason = schemas.load.__wrapped__()
     assert "not built" in reason and "python -m fused_losses.build cpu" in reason
     assert Path(reason.partition("see ")[2].rstrip(")")).is_file()
 
@@ -417,7 +418,7 @@ def test_load_states_why_and_points_to_files_that_are_there(tmp_path, monkeypatc
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(build, "cached_cpu", no_home)
-    assert "cannot be looked at (Could not determine home" in kernels.load.__wrapped__()
+    assert "cannot be looked at (Could not determine home" in schemas.load.__wrapped__()
 
 
 def test_load_cuda_states_why(tmp_path, monkeypatch):
@@ -425,8 +426,8 @@ def test_load_cuda_states_why(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(build, "cached_cuda", lambda: None)
     library = tmp_path / "_cuda.so"
-    monkeypatch.setattr(kernels, "CUDA_LIBRARY", library)
-    reason = kernels.load_cuda.__wrapped__
+    monkeypatch.setattr(schemas, "CUDA_LIBRARY", library)
+    reason = schemas.load_cuda.__wrapped__
     assert "not built" in reason() and "python -m fused_losses.build" in reason()
     library.write_bytes(b"no library")
     assert "_cuda.so does not load" in reason() and "\n" not in reason()
@@ -438,7 +439,7 @@ def test_load_cuda_states_why(tmp_path, monkeypatch):
 
 
 def test_first_use_of_the_backend_builds_it_or_says_why_not(monkeypatch):
-    monkeypatch.setattr(kernels, "load_cuda", lambda: "not built: no nvcc then")
+    monkeypatch.setattr(schemas, "load_cuda", lambda: "not built: no nvcc then")
     monkeypatch.setattr(build, "find_nvcc", lambda: (None, "no nvcc on PATH"))
     with pytest.raises(RuntimeError, match=r"not built: no nvcc then; building it now failed: .* no nvcc on PATH"):
         backends.choose("cuda", "cuda")
@@ -452,9 +453,9 @@ def test_first_use_of_the_backend_builds_it_or_says_why_not(monkeypatch):
         def cache_clear(self):
             self.reason = None
 
-    monkeypatch.setattr(kernels, "load_cuda", Loaded())
+    monkeypatch.setattr(schemas, "load_cuda", Loaded())
     monkeypatch.setattr(build, "build_cuda", lambda: None)
-    assert kernels.build_and_load_cuda() is None
+    assert schemas.build_and_load_cuda() is None
 
 
 # ---- nvcc and g++ on the real sources
@@ -496,14 +497,14 @@ def test_cuda_library_loads_and_registers(of_nvcc):
     """Built against whatever torch there is; torch being a CPU build, load_cuda says so."""
     code = f"""
 import torch
-from fused_losses import kernels
+from fused_losses.kernels import schemas
 torch.ops.load_library({str(of_nvcc[1])!r})
-assert torch.ops.fused_losses.cuda_interface() == kernels.CUDA_INTERFACE
-for schema in kernels.GPU_SCHEMAS[:-1]:
+assert torch.ops.fused_losses.cuda_interface() == schemas.CUDA_INTERFACE
+for schema in schemas.GPU_SCHEMAS[:-1]:
     name = "fused_losses::" + schema.partition("(")[0]
     assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"), name
 if torch.version.cuda is None:
-    assert "without CUDA" in kernels.load_cuda(), kernels.load_cuda()
+    assert "without CUDA" in schemas.load_cuda(), schemas.load_cuda()
     assert not torch.cuda.is_initialized()
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=300)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_losses import build, kernels
+from fused_losses.kernels import build, schemas
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
@@ -637,8 +637,8 @@ def segment_case(matrix_dtype, i, d, m, lengths, base):
     values, matrix = normal(total).float(), normal(m, d).to(matrix_dtype)
     scale, vector = normal(i).float(), normal(d).float()
     b = normal(i, d).float() if base else None
-    hot = (counts > kernels.SPLIT).nonzero().flatten()
-    slots = -(-counts[hot] // kernels.SPLIT)
+    hot = (counts > schemas.SPLIT).nonzero().flatten()
+    slots = -(-counts[hot] // schemas.SPLIT)
     hot_first = torch.cat([torch.zeros(1, dtype=torch.int64), slots.cumsum(0)])
     truth = scale.double()[:, None] * vector.double()
     truth.index_add_(0, segments_of(offsets), values.double()[:, None] * matrix[columns.long()].double())
@@ -733,9 +733,9 @@ def test_no_tokens(shim):
 
 
 def test_numbers_that_stand_twice():
-    """SPLIT, the rows' names and the interface, in kernels.py and in csrc/cuda."""
+    """SPLIT, the rows' names and the interface, in schemas.py and in csrc/cuda."""
     header, registration = ((build.sources() / name).read_text() for name in ("kernels.h", "ops.cpp"))
-    assert f"SPLIT = {kernels.SPLIT};" in header
+    assert f"SPLIT = {schemas.SPLIT};" in header
     names = header.partition("enum Row {")[2].partition("}")[0].split(", ")
-    assert [name.strip() for name in names[:-1]] == [row.name for row in kernels.Row]
-    assert f"interface_op() {{ return {kernels.CUDA_INTERFACE}; }}" in registration
+    assert [name.strip() for name in names[:-1]] == [row.name for row in schemas.Row]
+    assert f"interface_op() {{ return {schemas.CUDA_INTERFACE}; }}" in registration

@@ -123,7 +123,7 @@ def test_tune(tmp_path):
     output = tmp_path / "tiles.json"
     done = run("-c", TUNE, "tune", *small, "--output", output, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout + done.stderr
-    from fused_losses.triton_kernels.tiles import Scan
+    from fused_losses.kernels.triton.tiles import Scan
 
     lines = [line.removeprefix("# ") for line in done.stdout.splitlines() if "Scan(" in line]
     found = [eval(line.rstrip(","), {"Scan": Scan}) for line in lines]
@@ -149,8 +149,8 @@ def test_tune_tells_why_it_cannot():
 
 def test_tune_candidates():
     """The table's own row first, nothing twice, and all fit."""
-    from fused_losses import tune
-    from fused_losses.triton_kernels import tiles
+    from fused_losses.kernels import tune
+    from fused_losses.kernels.triton import tiles
 
     for architecture, shared_memory in ((80, 163 << 10), (90, 227 << 10), (100, 227 << 10)):
         for kind in tiles.KINDS:
@@ -162,8 +162,8 @@ def test_tune_candidates():
 
 def test_tune_leaves_out_what_is_wrong_or_fails(monkeypatch):
     """Also says when chunks of logits are faster."""
-    from fused_losses import tune
-    from fused_losses.triton_kernels.tiles import Scan
+    from fused_losses.kernels import tune
+    from fused_losses.kernels.triton.tiles import Scan
 
     tile = Scan(90, "plain", 128, 128, 64, 2, 8, 3, True, "")
     workload = tune.Workload("plain", 8, 16, 140, None)
@@ -191,7 +191,7 @@ def test_inputs_are_like_a_language_models():
     """150 to 300 entries a token, mean nll about 2, KL of a few thousandths; a flat one has none of that."""
     import torch
 
-    from fused_losses import measure
+    from fused_losses.kernels import measure
     from fused_losses.sparse_softmax import THRESHOLD
 
     found = measure.language_like(128, 64, 49152, torch.bfloat16, "cpu").figures(THRESHOLD)

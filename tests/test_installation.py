@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from fused_losses import build
+from fused_losses.kernels import build
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("benchmarks", "csrc", "docs", "examples", "fused_losses", "tests")
@@ -94,7 +94,8 @@ for gradient in ("exact", "sparse"):
     loss = fl.CrossEntropyLoss(backend=backend, gradient=gradient)(hidden, weight, torch.arange(5))
 expected = torch.nn.functional.cross_entropy(hidden @ weight.T, torch.arange(5))
 torch.testing.assert_close(loss, expected)
-from fused_losses import backends, build
+from fused_losses import backends
+from fused_losses.kernels import build
 print(json.dumps({
     "package": str(Path(fl.__file__).parent), "reason": backends.unavailable("cpu"),
     "readme": str(build.csrc() / "README.md"), "numpy": "numpy" in sys.modules,

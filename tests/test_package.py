@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import fused_losses as fl
-from fused_losses import backends, cli, kernels
+from fused_losses import backends, cli
+from fused_losses.kernels import schemas
 
 ROOT = Path(__file__).parents[1]
 COMMAND = Path(sys.executable).with_name("fused-losses")
@@ -84,7 +85,7 @@ def fresh_triton(monkeypatch):
 def test_backends_say_what_to_install_where_triton_is_missing(backend, fresh_triton, monkeypatch):
     """As on a GPU with everything else there."""
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.setattr(kernels, "load_cuda", lambda: None)
+    monkeypatch.setattr(schemas, "load_cuda", lambda: None)
     with pytest.raises(RuntimeError, match=rf"backend='{backend}' .* pip install 'fused_losses\[gpu\]'"):
         backends.choose(backend, "cuda")
 

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 import fused_losses as fl
-from fused_losses import backends, kernels, sparse_softmax
+from fused_losses import backends, sparse_softmax
 from fused_losses import reference as oracle
+from fused_losses.kernels import schemas
 
 needs_kernels = pytest.mark.skipif(backends.unavailable("cpu") is not None, reason=str(backends.unavailable("cpu")))
 BACKENDS = ["torch", pytest.param("cpu", marks=needs_kernels)]
@@ -88,7 +89,7 @@ def test_float64_has_sparse_gradients_too():
     case = make(40, 18, 300, reference="own", bias=True)
     with coarse(1e-30):
         assert (
-            max(errors(case, torch.float64, "cpu" if kernels.load() is None else "torch", gradient="sparse").values())
+            max(errors(case, torch.float64, "cpu" if schemas.load() is None else "torch", gradient="sparse").values())
             < 1e-10
         )
 
@@ -632,7 +633,7 @@ def test_bf16_output_is_rounded_to_nearest_even_and_keeps_nan():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(1, 2, 1), (65, 64, 64), (70, 1030, 130), (3, 514, 1000)], ids=str)
 def test_logits(dtype, shape):
-    if not kernels.has_logits(dtype):
+    if not schemas.has_logits(dtype):
         pytest.skip("this PyTorch exports no micro-kernels for it")
     n, d, v = shape
     hidden, weight, bias = torch.randn(n, d).to(dtype), torch.randn(v, d).to(dtype), torch.randn(v)
@@ -675,12 +676,12 @@ def test_other_instruction_sets(wanted, found):
 
 
 LIBRARY = """
-import sys, fused_losses.kernels as kernels
+import sys, fused_losses.kernels.schemas as schemas
 from pathlib import Path
 import torch, fused_losses as fl
 for path in sys.argv[1:]:
-    kernels.LIBRARY = Path(path)
-    kernels.load.cache_clear()
+    schemas.LIBRARY = Path(path)
+    schemas.load.cache_clear()
     hidden = torch.randn(3, 4, requires_grad=True)
     fl.CrossEntropyLoss(gradient="sparse")(hidden, torch.randn(9, 4), torch.arange(3)).backward()
     try:
@@ -730,13 +731,13 @@ def test_default_dtype_is_of_no_consequence(backend, gradient, default):
     case = make(40, 18, 300, reference="shared", ignored=0, bias=True)
     plain = run(case, torch.float32, backend, gradient=gradient)
     torch.set_default_dtype(default)
-    kernels.has_logits.cache_clear()
+    schemas.has_logits.cache_clear()
     try:
-        assert kernels.has_logits(torch.float32) == (kernels.load() is None)
+        assert schemas.has_logits(torch.float32) == (schemas.load() is None)
         other = run(case, torch.float32, backend, gradient=gradient)
     finally:
         torch.set_default_dtype(torch.float32)
-        kernels.has_logits.cache_clear()
+        schemas.has_logits.cache_clear()
     assert all(torch.equal(plain[k], other[k]) for k in plain)
 
 

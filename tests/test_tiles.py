@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import triton
 
-from fused_losses.triton_kernels import ahead, tiles
+from fused_losses.kernels.triton import ahead, tiles
 
 ROOT = Path(__file__).parents[1]
 SPECIMENS = list(ahead.specimens())

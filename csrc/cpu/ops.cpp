@@ -1,4 +1,4 @@
-// The CPU implementations of the operators whose schemas are in fused_losses/kernels.py. Shapes and dtypes are checked
+// The CPU implementations of the operators whose schemas are in fused_losses/kernels/schemas.py. Shapes and dtypes are checked
 // there; here they are trusted. Built on PyTorch's stable ABI: one binary serves 2.11 and later.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -64,7 +64,7 @@ void compact_op(const Tensor& z, const std::optional<Tensor>& r, bool difference
                 Tensor columns, Tensor nll_values, std::optional<Tensor> kl_values) {
   const Chunk chunk = chunk_of(z, r, difference, labels, softcap);
   const int64_t n = z.size(0), stride = rows.size(1);
-  float* v = data<float>(rows);  // [8, rows]: see fused_losses/kernels.py
+  float* v = data<float>(rows);  // [8, rows]: see fused_losses/kernels/schemas.py
   const RowResults results = {
       data<float>(nll), data<float>(kl), data<float>(entropy), data<float>(reference_nll),
       data<float>(reference_entropy), data<int64_t>(prediction), v, v + stride, v + 2 * stride, v + 3 * stride,
@@ -156,7 +156,7 @@ void weighted_sum_op(const Tensor& matrix, const Tensor& scale, Tensor out) {
   }
 }
 
-int64_t interface_op() { return 1; }  // INTERFACE of fused_losses/kernels.py
+int64_t interface_op() { return 1; }  // INTERFACE of fused_losses/kernels/schemas.py
 
 std::string simd_op() { return kernels().name; }
 

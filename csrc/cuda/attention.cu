@@ -28,7 +28,7 @@ struct Token {
   }
 };
 
-// Of one thread's or one token's entries: see `kept` in fused_losses/kernels.py.
+// Of one thread's or one token's entries: see `kept` in fused_losses/kernels/schemas.py.
 struct Kept {
   float x[4];
 };

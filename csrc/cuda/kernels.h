@@ -14,10 +14,10 @@ using Stream = CUstream_st*;
 
 enum class Element { Float32, BFloat16, Float16 };
 
-// Longest segment that segment_product sums in one piece. SPLIT of fused_losses/kernels.py is the same number.
+// Longest segment that segment_product sums in one piece. SPLIT of fused_losses/kernels/schemas.py is the same number.
 constexpr int64_t SPLIT = 512;
 
-// The rows of the tensor `rows` [9, N], as in fused_losses/kernels.py.
+// The rows of the tensor `rows` [9, N], as in fused_losses/kernels/schemas.py.
 enum Row { TOP, LOG_SUM, REF_TOP, REF_LOG_SUM, SHIFT, REST, GAP, GAP_L1, TOTALS_SHIFT, ROWS };
 
 struct RowStatistics {

@@ -1,4 +1,4 @@
-// The CUDA implementations of the operators GPU_SCHEMAS of fused_losses/kernels.py: checks, then the launch. Built on
+// The CUDA implementations of the operators GPU_SCHEMAS of fused_losses/kernels/schemas.py: checks, then the launch. Built on
 // PyTorch's stable ABI, and without libtorch_cuda, so that one library serves CPU and CUDA builds of torch 2.11 and later.
 // Labels, columns and offsets are trusted: looking at them would wait for the device.
 #include <torch/csrc/stable/accelerator.h>
@@ -279,7 +279,7 @@ void segment_product_op(const Tensor& offsets, const Tensor& columns, const Tens
   segment_product(a, element, out_element, device.stream());
 }
 
-[[maybe_unused]] int64_t interface_op() { return 1; }  // CUDA_INTERFACE of fused_losses/kernels.py
+[[maybe_unused]] int64_t interface_op() { return 1; }  // CUDA_INTERFACE of fused_losses/kernels/schemas.py
 
 }  // namespace
 

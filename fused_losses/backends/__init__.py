@@ -70,15 +70,15 @@ class Backend(Protocol):
 def unavailable(name: str) -> str | None:
     """Why the backend cannot run here; None where it can."""
     if name == "cpu":
-        from .. import kernels
+        from ..kernels import schemas
 
-        return kernels.load()
+        return schemas.load()
     if name == "triton":
         return _no_triton(interpreted())
     if name == "cuda":
-        from .. import kernels
+        from ..kernels import schemas
 
-        return kernels.load_cuda() or _no_triton(interpreted())
+        return schemas.load_cuda() or _no_triton(interpreted())
     return None
 
 
@@ -142,9 +142,9 @@ def choose(name: str, device_type: str) -> str:
         )
     reason = unavailable(name)
     if reason is not None and name == "cuda":
-        from .. import kernels
+        from ..kernels import schemas
 
-        reason = kernels.build_and_load_cuda() or unavailable(name)
+        reason = schemas.build_and_load_cuda() or unavailable(name)
     if reason is not None:
         raise RuntimeError(f"backend={name!r} cannot run here: {reason}; give backend='auto'")
     return name
@@ -154,7 +154,7 @@ def _not_faster() -> str | None:
     """Why the CUDA kernels are passed over where they can run: Triton's were not measured to be slower."""
     import torch
 
-    from ..triton_kernels.tiles import architecture
+    from ..kernels.triton.tiles import architecture
 
     here = architecture(torch.cuda.get_device_capability())
     return None if here in CUDA_MEASURED_FASTER else f"not measured to be faster than triton on sm_{here}"

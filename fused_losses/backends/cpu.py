@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .. import kernels
+from ..kernels import schemas
 from ..problem import Entries, Gradients, Problem, Statistics, Tails
 from . import torch as chunked
 from .torch import SAMPLED_TOKENS, Chunk, Product, Upstream, empty_gradients, empty_statistics
@@ -37,7 +37,7 @@ def product(problem: Problem) -> Product | None:
     """The compiled product where it takes these operands; bf16 pairs need an even D."""
     widths = [head.weight.shape[1] for head in (problem.head, problem.reference_head) if head is not None]
     fits = problem.dtype == torch.float32 or not any(width % 2 for width in widths)
-    return _logits if fits and kernels.has_logits(problem.dtype) else None
+    return _logits if fits and schemas.has_logits(problem.dtype) else None
 
 
 def _logits(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -80,9 +80,9 @@ def scan(
         packed = [torch.empty(total, dtype=source.dtype) for source in (columns, *entries)]
         for source, target in zip((columns, *entries), packed, strict=True):
             torch.ops.fused_losses.pack(counts, source, target)
-        tails = Tails(rows[kernels.TAIL], rows[kernels.NLL_L1])
+        tails = Tails(rows[schemas.TAIL], rows[schemas.NLL_L1])
         if values == 2:
-            tails.kl, tails.kl_left, tails.kl_l1 = rows[kernels.KL_TAIL], rows[kernels.KL_TAIL_L1], rows[kernels.KL_L1]
+            tails.kl, tails.kl_left, tails.kl_l1 = rows[schemas.KL_TAIL], rows[schemas.KL_TAIL_L1], rows[schemas.KL_L1]
         yield chunk, Entries(counts, packed[0], packed[1], packed[2] if values == 2 else None, tails)
 
 

@@ -1,6 +1,6 @@
 """The losses on a GPU over a set of kernels, Triton's or CUDA's: the same steps, other implementations of the entries' part.
 
-Sparse gradients: a scan without logits (`triton_kernels.scan`), or chunks of logits from cuBLAS where the table of tiles has no
+Sparse gradients: a scan without logits (`kernels.triton.scan`), or chunks of logits from cuBLAS where the table of tiles has no
 scan; then for both bits → columns → vocabulary attention. Exact gradients: chunks of logits, statistics, gradient in
 place, two products. What has no kernel (float64) is `backends.torch`.
 """
@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import KEPT, KEPT_GAP, KEPT_GAP_L1, KEPT_GAP_L1_OF_TOTALS, SPLIT, Row
+from ..kernels.schemas import KEPT, KEPT_GAP, KEPT_GAP_L1, KEPT_GAP_L1_OF_TOTALS, SPLIT, Row
+from ..kernels.triton import on_device_of, tiles
+from ..kernels.triton import rows as row_kernels
+from ..kernels.triton import scan as scans
+from ..kernels.triton.entries import weighted_sum as weighted_sum_kernel
+from ..kernels.triton.scan import Known, Sum
 from ..problem import Entries, Gradients, Head, Problem, Statistics, Tails
-from ..triton_kernels import on_device_of, tiles
-from ..triton_kernels import rows as row_kernels
-from ..triton_kernels import scan as scans
-from ..triton_kernels.entries import weighted_sum as weighted_sum_kernel
-from ..triton_kernels.scan import Known, Sum
 from . import torch as chunked
 from .torch import Upstream, empty_gradients, empty_rows, empty_statistics
 
@@ -52,7 +52,7 @@ class Span:
 
 class Gpu:
     """The functions of a backend. `kernels` has row_statistics, count_bits, columns_of_bits, entry_logits, attention,
-    segment_product, as in `kernels.GPU_SCHEMAS`."""
+    segment_product, as in `kernels.schemas.GPU_SCHEMAS`."""
 
     # The tail profile is made of so many tokens; each costs a row of logits.
     SAMPLED_TOKENS = 256

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from ..triton_kernels import entries, rows
+from ..kernels.triton import entries, rows
 from .gpu import Gpu
 
 backend = Gpu(

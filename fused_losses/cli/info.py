@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from .. import __version__, backends, kernels
+from .. import __version__, backends
+from ..kernels import schemas
 from .tables import show
 
 # Each with the extra that brings it.
@@ -43,7 +44,7 @@ def run(given: argparse.Namespace) -> None:
         reason = backends.unavailable(name)
         what = backends.PURPOSE[name]
         if name == "cpu" and reason is None:
-            what += f" ({kernels.describe()})"
+            what += f" ({schemas.describe()})"
         able.append((name, "yes", what) if reason is None else (name, "no", reason))
     show("Backends", ("backend", "runs here", "what, or why not"), able)
 

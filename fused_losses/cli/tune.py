@@ -1,4 +1,4 @@
-"""`fused-losses tune`: Time tiles of the scan against chunks of logits; print the best for triton_kernels/tiles.py."""
+"""`fused-losses tune`: Time tiles of the scan against chunks of logits; print the best for kernels/triton/tiles.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .. import backends
-from ..triton_kernels.tiles import KINDS
+from ..kernels.triton.tiles import KINDS
 from .options import number
 
 TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -48,7 +48,7 @@ def run(given: argparse.Namespace) -> None:
     reason = backends.unavailable("triton")
     if reason is not None:
         sys.exit(f"nothing to tune here: {reason}")
-    from .. import tune as tuning
+    from ..kernels import tune as tuning
 
     interpreted = backends.interpreted()
     defaults = INTERPRETED if interpreted else (N, D, V)

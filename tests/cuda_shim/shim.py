@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from fused_losses import build
+from fused_losses.kernels import build
 
 HERE = Path(__file__).parent
 

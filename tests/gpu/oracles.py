@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fused_losses import reference as oracle
-from fused_losses.kernels import Row
+from fused_losses.kernels.schemas import Row
 
 
 @dataclass

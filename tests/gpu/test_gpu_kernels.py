@@ -10,10 +10,11 @@ from cases import make, name, relative
 from machine import BACKENDS, DEVICE, DTYPES, ROUNDING, pick
 from torch import Tensor
 
-from fused_losses import backends, measure
-from fused_losses.kernels import Row
+from fused_losses import backends
+from fused_losses.kernels import measure
+from fused_losses.kernels.schemas import Row
+from fused_losses.kernels.triton.rows import BLOCK
 from fused_losses.problem import Head, Problem
-from fused_losses.triton_kernels.rows import BLOCK
 
 ALL = dict(bias=True, scale=-1.7, softcap=4.0)
 LARGE = pick((9, 16, 130), (300, 2048, 128256))
@@ -161,7 +162,7 @@ def test_row_statistics(backend, shape, head, reference, within):
 
 @every_case
 def test_logit_bits(shape, head, reference, within):
-    from fused_losses.triton_kernels import rows as kernels
+    from fused_losses.kernels.triton import rows as kernels
 
     rows = of_float32_logits(world(shape, head, reference, torch.float32))
     z, r, difference, _, *scales = logits_of(rows)
@@ -182,7 +183,7 @@ def test_logit_bits(shape, head, reference, within):
 @pytest.mark.parametrize("weights", pick(["both", "separate"], ["nll", "kl", "both", "separate"]))
 def test_directions_in_place(shape, head, reference, dtype, weights, within):
     from fused_losses.backends.gpu import _as
-    from fused_losses.triton_kernels import rows as kernels
+    from fused_losses.kernels.triton import rows as kernels
 
     if reference is None and weights != "nll":
         pytest.skip("without a reference there is no KL")
@@ -207,7 +208,7 @@ def test_directions_in_place(shape, head, reference, dtype, weights, within):
 
 @every_case
 def test_tail_profile(shape, head, reference, within):
-    from fused_losses.triton_kernels import rows as kernels
+    from fused_losses.kernels.triton import rows as kernels
 
     w = world(shape, head, None, torch.float32)
     rows = of_float32_logits(w)

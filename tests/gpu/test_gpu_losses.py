@@ -10,7 +10,8 @@ from test_objectives import NAMES, objectives
 from torch import Tensor
 
 import fused_losses as fl
-from fused_losses import backends, measure
+from fused_losses import backends
+from fused_losses.kernels import measure
 
 # (shape, head frozen)
 SHAPES = pick(

@@ -15,8 +15,8 @@ import torch
 
 from . import build
 
-LIBRARY = Path(__file__).with_name("_kernels.so")
-CUDA_LIBRARY = Path(__file__).with_name("_cuda.so")
+LIBRARY = Path(__file__).parents[1] / "_kernels.so"
+CUDA_LIBRARY = LIBRARY.with_name("_cuda.so")
 NOT_BUILT = "not built"
 # The rows of the tensor `rows` [8, N] of `compact`: what is known of a token besides its statistics.
 BOUND, REFERENCE_BOUND, LOG_SUM, TAIL, NLL_L1, KL_TAIL, KL_TAIL_L1, KL_L1 = range(8)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..kernels import Row
+from ..schemas import Row
 from . import launcher
 from .math import at_least, expm1, log1p, soft_cap
 from .scan import _store_bits, _update
@@ -189,7 +189,7 @@ def row_statistics(
     reference_softcap: float, nll: Tensor, prediction: Tensor, kl: Tensor | None, entropy: Tensor | None,
     reference_nll: Tensor | None, reference_entropy: Tensor | None, rows: Tensor,
 ) -> None:  # fmt: skip
-    """See `kernels.GPU_SCHEMAS`."""
+    """See `schemas.GPU_SCHEMAS`."""
     count, vocabulary = z.shape
     row_statistics_kernel[(count,)](
         z, r, labels, nll, prediction, kl, entropy, reference_nll, reference_entropy, rows, count, vocabulary,

@@ -18,12 +18,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import backends, measure
-from .backends import gpu
-from .problem import Head, Problem
-from .sparse_softmax import THRESHOLD
-from .triton_kernels import tiles
-from .triton_kernels.tiles import Scan
+from .. import backends
+from ..backends import gpu
+from ..problem import Head, Problem
+from ..sparse_softmax import THRESHOLD
+from . import measure
+from .triton import tiles
+from .triton.tiles import Scan
 
 ROUNDS = 20
 # The most that a tile's losses may differ from those of the logits, relative.

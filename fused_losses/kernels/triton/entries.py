@@ -1,6 +1,6 @@
 """Kernels over the entries of a sparse softmax: bits to columns, vocabulary attention, products of entries.
 
-These are the ones that csrc/cuda has too; names and arguments are the same (`kernels.GPU_SCHEMAS`). Gathered rows come
+These are the ones that csrc/cuda has too; names and arguments are the same (`schemas.GPU_SCHEMAS`). Gathered rows come
 8 or fewer at a time, whole: one program holds [GROUP, D] numbers of the weight, uses them for the dot products, and
 again, still in registers, for what is accumulated.
 """
@@ -11,13 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import kernels
+from .. import schemas
 from . import launcher
 from .math import at_least, expm1, soft_cap
 from .rows import LOG_SUM, REF_LOG_SUM, REF_TOP, SHIFT, TOP, TOTALS_SHIFT, _gap
 from .tiles import FUSED, gather_tile
 
-SPLIT = tl.constexpr(kernels.SPLIT)
+SPLIT = tl.constexpr(schemas.SPLIT)
 WORDS = 64
 
 
