@@ -8,9 +8,10 @@ bytes. Inside run the same autograd functions as in eager mode, with `Context` i
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -18,10 +19,11 @@ from torch import Tensor
 
 from . import backends, checks
 from .autograd import SparseTokenLossesFunction, TokenLossesFunction
-from .head import LMHead
+from .head import LMHead, calls_other_ranks
 from .problem import Head, Problem, valid_index
 from .sparse_softmax import GradientReport
 
+F = TypeVar("F", bound=Callable)
 OUTPUTS = ("nll", "kl", "prediction", "entropy", "reference_nll", "reference_entropy", "topk_entropy")
 
 
@@ -106,6 +108,30 @@ def captures() -> bool:
 
 # What torch.compiler.assume_constant_result does, which would import the compiler: the tracer calls it, and keeps the answer.
 captures._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def capturable(function: F) -> F:
+    """Under `torch.compile` the call becomes part of a graph that may have tensors of unknown sizes (`fullgraph=True`).
+
+    Elsewhere it is a graph break and runs as it is, for objectives with a GEMM less. So is a call with a `process_group`, of
+    the objective or of a head, whose ranks talk to each other. Costs nothing at import.
+    """
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        if torch.compiler.is_compiling() and (not captures() or _talks(args, kwargs)):
+            eagerly = torch.compiler.disable(function)  # no part of a graph with a process_group
+            return eagerly(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call  # type: ignore[return-value]
+
+
+def _talks(args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether a call of an objective or of `token_losses` talks to other ranks."""
+    if getattr(args[0], "process_group", None) is not None:
+        return True
+    return any(calls_other_ranks(given) for given in (*args, *kwargs.values()))
 
 
 def in_transform() -> bool:

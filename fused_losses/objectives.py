@@ -22,10 +22,13 @@ from torch import Tensor, nn
 
 from . import checks, compiled, shards
 from .checks import MissingAttribute
+from .compiled import capturable
 from .head import LMHead, Reference, as_head
-from .op import OPTIONAL, Observer, Tokens, TracedTokens, _of_chunk, capturable, check_options, check_wanted, prepare
+from .preparation import prepare
 from .problem import Statistics
 from .sparse_softmax import TOLERANCE, GradientReport
+from .tokens import OPTIONAL, Observer, Tokens, TracedTokens, check_wanted, loss_of_chunk
+from .validation import check_options
 
 Head = LMHead | Tensor | nn.Linear
 OPTIONS = ("ignore_index", "gradient", "tolerance", "backend")  # of every objective
@@ -338,7 +341,7 @@ class TALRLoss(Objective):
             sequence, count = sequences(tokens, labels, sequence_ids)
             out = tokens.losses(wanted, k)
             tau = median_temperature(out.nll.detach(), sequence, count, self.process_group)
-        weighted = _of_chunk(functools.partial(self.token_loss, temperature=tau), {}, wanted)
+        weighted = loss_of_chunk(functools.partial(self.token_loss, temperature=tau), {}, wanted)
         return tokens.total(weighted(out, slice(None))) / n
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..head import Reference
 from ..objectives import LAwFLoss, Objective, item_count
-from ..op import Observer
+from ..tokens import Observer
 from . import adapters, wrappers
 from .adapters import VirtualTokens
 from .alignment import Alignment, align, in_each_row, packed_sequences

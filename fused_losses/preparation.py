@@ -1,0 +1,145 @@
+"""From the arguments of a call to its `Tokens`: validate, drop ignored tokens, join low-rank parts, choose dtype and backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from . import backends, checks, shards
+from .head import LMHead, LowRank, Reference, _same_tensor, as_head
+from .labels import plain
+from .problem import Head, Problem, valid_index
+from .sparse_softmax import SMALLEST_VOCABULARY, GradientReport
+from .tokens import Tokens, TracedTokens
+from .validation import (
+    check_hidden,
+    check_labels,
+    check_options,
+    check_reference,
+    check_spread_options,
+    check_transforms,
+    compute_dtype,
+)
+
+
+def prepare(
+    hidden: Tensor,
+    head: LMHead | Tensor | nn.Linear,
+    labels: Tensor,
+    reference: Reference | None,
+    ignore_index: int,
+    gradient: str,
+    backend: str,
+    tolerance: float,
+    publish: Callable[[GradientReport], None] = lambda report: None,
+    handle: Tensor | None = None,
+) -> Tokens:
+    """All validation of the package's losses, and the removal of ignored tokens.
+
+    In a graph (`capturable`) values are checked, and ignored tokens removed, when it runs. `handle`: of the objective.
+    """
+    head = as_head(head).local()
+    ignore_index, tolerance = check_options(gradient, backend, ignore_index, tolerance)
+    labels = plain(labels)
+    check_transforms(hidden, head, labels, backend)
+    if head.is_spread:
+        check_spread_options(gradient, backend)
+    check_hidden(hidden, head)
+    check_labels(labels, hidden)
+    reference_hidden, reference_head, reference_low_rank = check_reference(reference, hidden, head)
+    needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, head.weight, head.bias)]
+
+    tracing = torch.compiler.is_compiling()
+    flat = labels.reshape(-1)
+    index = None if tracing else valid_index(flat, ignore_index)
+
+    def select(x: Tensor) -> Tensor:
+        x = x.reshape(-1, x.shape[-1])
+        return x if index is None else x.index_select(0, index)
+
+    if index is not None:
+        flat = flat.index_select(0, index)
+    rows = [None if x is None else select(x) for x in (hidden, reference_hidden)]
+    low_rank = None if head.low_rank is None else head.low_rank.b
+    if low_rank is not None or reference_low_rank is not None:
+        valid = flat != ignore_index if tracing else None
+        u, u_ref = (
+            None if part is None or x is None else _low_rank_rows(part, x, select, valid)
+            for part, x in zip((head.low_rank, reference_low_rank), rows, strict=True)
+        )
+        rows, low_rank = _with_low_rank(
+            rows, u, u_ref, low_rank, reference_low_rank if reference_head is None else None
+        )
+    dtype = compute_dtype(hidden, head)
+    shard = None
+    if head.is_spread:
+        reference_rows = None
+        if reference is not None:
+            reference_rows = len((reference_head or head).weight)
+        shard = shards.agreement(head.process_group, len(head.weight), reference_rows, hidden, flat, needs)
+    inner = Head(head.weight, head.bias, head.logit_scale, head.softcap, low_rank, shard)
+    if not tracing:
+        checks.labels(flat, ignore_index, inner.vocabulary)
+    if shard is not None:
+        chosen = "sharded"
+    else:
+        chosen = backend if tracing else backends.choose(backend, hidden.device.type)
+    if gradient == "auto":
+        half = dtype in (torch.bfloat16, torch.float16)
+        sparse = half and inner.vocabulary >= SMALLEST_VOCABULARY and chosen not in ("reference", "sharded")
+    else:
+        sparse = gradient == "sparse"
+    problem = Problem(
+        hidden=rows[0],
+        labels=flat,
+        head=inner,
+        reference_hidden=rows[1],
+        reference_head=reference_head,
+        dtype=dtype,
+        tolerance=float(tolerance) if sparse else None,
+    )
+    if tracing:
+        report = GradientReport("none", None, entries=None, saved_bytes=None)
+        return TracedTokens(
+            problem, labels.shape, None, chosen, report, publish, flat != ignore_index, ignore_index, handle
+        )
+    return Tokens(problem, labels.shape, index, chosen, GradientReport("none", len(flat)), publish)
+
+
+def _low_rank_rows(low_rank: LowRank, x: Tensor, select: Callable[[Tensor], Tensor], valid: Tensor | None) -> Tensor:
+    """u [N, r] of the tokens x."""
+    if low_rank.rows is not None:
+        return select(low_rank.rows)
+    if valid is not None:  # what ignored tokens hold, perhaps NaN, must not get into the gradient of a
+        x = torch.where(valid[:, None], x, 0)
+    return low_rank.inputs(x)
+
+
+def _with_low_rank(
+    rows: list[Tensor | None], u: Tensor | None, u_ref: Tensor | None, b: Tensor | None, shared: LowRank | None
+) -> tuple[list[Tensor | None], Tensor | None]:
+    """Rows [x, u] and [x_ref, u_ref], and B. `shared`: the reference's low-rank part where it is on the same W.
+
+    Another B_ref than B there gives [B, B_ref − B], with [u, 0] and [u_ref, u_ref]: then what the difference form multiplies is
+    small where the two adapters nearly agree. Of other ranks: [B, B_ref], with [u, 0] and [0, u_ref]. u is rounded to the
+    dtype of x, but not where u − u_ref may cancel.
+    """
+    x, x_ref = rows
+    if u is not None:
+        x = torch.cat([x, u if u_ref is not None and shared is not None else u.to(x.dtype)], 1)
+    if u_ref is not None:
+        u_ref = u_ref.detach()
+        if shared is not None and (b is None or not _same_tensor(b, shared.b)):
+            b_ref = shared.b.detach()
+            x = nn.functional.pad(x, (0, b_ref.shape[1]))
+            if b is None:
+                b = b_ref
+            elif b.shape == b_ref.shape:
+                wide = torch.promote_types(b.dtype, torch.float32)
+                b, u_ref = torch.cat([b, b_ref.to(wide) - b.detach().to(wide)], 1), torch.cat([u_ref, u_ref], 1)
+            else:
+                b, u_ref = torch.cat([b, b_ref], 1), nn.functional.pad(u_ref, (b.shape[1], 0))
+        x_ref = torch.cat([x_ref, u_ref], 1)
+    return [x, x_ref], b

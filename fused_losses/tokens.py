@@ -1,0 +1,386 @@
+"""The valid tokens of one call, what is computed of them, and what an objective's `token_loss` is given and may return."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends, checks, compiled
+from . import reference as full_logits
+from .autograd import SparseSummedLossFunction, SparseTokenLossesFunction, SummedLossFunction, TokenLossesFunction
+from .checks import MissingAttribute
+from .problem import Head, Problem, Statistics
+from .sparse_softmax import GradientReport
+
+ALL_STATISTICS = frozenset({"entropy", "reference_entropy"})
+OPTIONAL = ("entropy", "reference_entropy", "topk_entropy")  # these cost a pass, so an objective names them in `wanted`
+GIVEN = ("nll", "prediction", "kl", "reference_nll")  # the last two with a reference
+
+
+class Observer:
+    """Per-token statistics of an objective's pass, for whoever reports more than its loss; no gradient, no further pass.
+
+    After the call `nll`, `prediction` and, where wanted, `entropy` have the shape of its labels; 0, for predictions −1, where a
+    label is ignored.
+    """
+
+    def __init__(self, wanted: frozenset[str] = frozenset()) -> None:
+        self.wanted = wanted
+        self.nll: Tensor | None = None
+        self.prediction: Tensor | None = None
+        self.entropy: Tensor | None = None
+
+    def begin(self, tokens: Tokens) -> None:
+        self._tokens, self._parts = tokens, dict[str, list[Tensor]](nll=[], prediction=[], entropy=[])
+
+    def add(self, out: Statistics) -> None:
+        """The statistics of the next tokens in order."""
+        for name, parts in self._parts.items():
+            values = getattr(out, name)
+            if values is not None:
+                parts.append(values.detach().clone())
+
+    def finish(self) -> None:
+        for name, parts in self._parts.items():
+            values = torch.cat(parts) if parts else None
+            if values is None and name != "entropy":  # no token has a label
+                labels = self._tokens.problem.labels
+                values = labels.new_empty(0, dtype=labels.dtype if name == "prediction" else torch.float32)
+            setattr(self, name, self._tokens.in_place(values, fill=-1 if name == "prediction" else 0))
+        del self._tokens, self._parts
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The valid tokens of one call: N rows, with what it takes to get back to the caller's shape."""
+
+    problem: Problem
+    shape: torch.Size
+    index: Tensor | None  # [N] positions of the valid tokens, None where all are valid
+    backend: str
+    report: GradientReport
+    publish: Callable[[GradientReport], None]  # called when backward has filled the report in
+    observer: Observer | None = field(default=None, kw_only=True)
+
+    @property
+    def count(self) -> int | Tensor:
+        return len(self.problem.labels)
+
+    def needs(self) -> list[bool]:
+        """Whether hidden, weight, bias and low_rank need a gradient."""
+        head, enabled = self.problem.head, torch.is_grad_enabled()
+        tensors = (self.problem.hidden, head.weight, head.bias, head.low_rank)
+        return [enabled and t is not None and t.requires_grad for t in tensors]
+
+    def takes_sparse_gradients(self) -> bool:
+        """Also notes it in the report."""
+        return self.report.begin(self.problem.tolerance, any(self.needs()))
+
+    def check(self, values: Tensor, name: str, check: str, limit: int = 0) -> Tensor:
+        """The values, which are those of valid tokens, after a check of checks.py."""
+        checks.BY_NAME[check](values, name, limit)
+        return values
+
+    def select(self, values: Tensor, name: str, all_labelled: bool = False) -> Tensor:
+        """The entries of a per-token tensor of the labels' shape that belong to valid tokens, [N].
+
+        `all_labelled`: of those above 0 every one must belong to a valid token.
+        """
+        if not isinstance(values, Tensor):
+            raise TypeError(
+                f"{name}: expected a tensor of the labels' shape {list(self.shape)}, got {type(values).__name__}"
+            )
+        if values.shape != self.shape:
+            raise ValueError(f"{name}: expected the labels' shape {list(self.shape)}, got {list(values.shape)}")
+        device = self.problem.labels.device
+        if values.device != device:
+            raise ValueError(f"{name} is on {values.device}, hidden on {device}; move it with .to({str(device)!r})")
+        flat = values.reshape(-1)
+        if all_labelled:
+            flat = self._all_labelled(flat, name)
+        return self._select(flat)
+
+    def _all_labelled(self, flat: Tensor, name: str) -> Tensor:
+        if self.index is not None:
+            valid = torch.zeros(flat.shape, dtype=torch.bool, device=flat.device).index_fill_(0, self.index, True)
+            checks.unlabelled(flat, name, self.shape[-1], valid)
+        return flat
+
+    def _select(self, flat: Tensor) -> Tensor:
+        return flat if self.index is None else flat.index_select(0, self.index)
+
+    def total(self, values: Tensor) -> Tensor:
+        return values.sum()
+
+    def in_place(self, values: Tensor | None, fill: int = 0) -> Tensor | None:
+        """A vector over the valid tokens, in the caller's shape."""
+        if values is None:
+            return None
+        if self.index is not None:
+            values = values.new_full((self.shape.numel(),), fill).index_copy(0, self.index, values)
+        return values.reshape(self.shape)
+
+    def losses(self, wanted: frozenset[str], top_k: int = 20) -> Statistics:
+        """Differentiable nll and kl over the valid tokens, with the statistics named in `wanted`."""
+        out = self._losses(wanted if self.observer is None else wanted | self.observer.wanted, top_k)
+        if self.observer is not None:
+            self.observer.begin(self)
+            self.observer.add(out)
+            self.observer.finish()
+        return out
+
+    def _losses(self, wanted: frozenset[str], top_k: int) -> Statistics:
+        problem = _want(self.problem, wanted, top_k)
+        sparse = self.takes_sparse_gradients()
+        if self.backend == "reference":
+            return _full_logits_statistics(problem)
+        head, backend = problem.head, backends.load(self.backend)
+        tensors = (problem.hidden, head.weight, head.bias, head.low_rank)
+        if sparse:
+            outputs = SparseTokenLossesFunction.apply(*tensors, problem, backend, self.report, self.publish)
+        else:
+            outputs = TokenLossesFunction.apply(*tensors, problem, backend, torch.is_grad_enabled())
+        nll, kl, prediction, entropy, ref_nll, ref_entropy, topk_entropy = outputs
+        return Statistics(nll, prediction, kl, ref_nll, entropy, ref_entropy, topk_entropy)
+
+    def summed(
+        self, loss: Callable[..., Tensor], wanted: frozenset[str], top_k: int = 20, **per_token: Tensor
+    ) -> Tensor:
+        """Σ_t loss(statistics, **per_token) for a loss of each token by itself; saves one GEMM over `losses`."""
+        of_chunk = loss_of_chunk(loss, per_token, wanted)
+        if self.backend == "reference":
+            return of_chunk(self.losses(wanted, top_k), slice(None)).sum()
+        if self.observer is None:
+            return self._summed(of_chunk, wanted, top_k)
+
+        def observed(out: Statistics, at: slice) -> Tensor:
+            self.observer.add(out)
+            return of_chunk(out, at)
+
+        self.observer.begin(self)
+        total = self._summed(observed, wanted | self.observer.wanted, top_k)
+        self.observer.finish()
+        return total
+
+    def _summed(self, of_chunk: Callable[[Statistics, slice], Tensor], wanted: frozenset[str], top_k: int) -> Tensor:
+        problem = _want(self.problem, wanted, top_k)
+        head, backend = problem.head, backends.load(self.backend)
+        tensors = (problem.hidden, head.weight, head.bias, head.low_rank)
+        if self.takes_sparse_gradients():
+            return SparseSummedLossFunction.apply(*tensors, problem, backend, self.report, self.publish, of_chunk)
+        return SummedLossFunction.apply(*tensors, problem, backend, torch.is_grad_enabled(), of_chunk)
+
+
+@dataclass(frozen=True)
+class TracedTokens(Tokens):
+    """The tokens of a call in a graph, T rows with the ignored ones: which are valid is in the mask, and known when it runs.
+
+    What `Tokens` has [N] of is [T] here, with 0 at ignored tokens, and `count` is a tensor. `summed` takes the losses per token
+    from the operator and adds them up, so exact gradients cost one GEMM more than in eager mode, or two with a reference.
+    """
+
+    valid: Tensor  # [T] bool
+    ignore_index: int
+    handle: Tensor | None
+
+    @property
+    def count(self) -> Tensor:
+        return self.valid.sum()
+
+    def check(self, values: Tensor, name: str, check: str, limit: int = 0) -> Tensor:
+        return torch.ops.fused_losses.checked(values, self.valid, check, name, limit)
+
+    def _all_labelled(self, flat: Tensor, name: str) -> Tensor:
+        return torch.ops.fused_losses.checked(flat, self.valid, "unlabelled", name, self.shape[-1])
+
+    def _select(self, flat: Tensor) -> Tensor:
+        return flat.masked_fill(~self.valid, 0)
+
+    def total(self, values: Tensor) -> Tensor:
+        return torch.where(self.valid, values, 0).sum()
+
+    def losses(self, wanted: frozenset[str], top_k: int = 20) -> Statistics:
+        self.takes_sparse_gradients()
+        if self.backend == "reference":
+            return self._full_logits(wanted, top_k)
+        problem, reference = self.problem, self.problem.reference_head or Head(None, None, 1.0, None)
+        outputs = torch.ops.fused_losses.losses_forward(
+            problem.hidden, problem.head.weight, problem.head.bias, problem.head.low_rank, problem.labels,
+            problem.reference_hidden, reference.weight, reference.bias, reference.low_rank, self.ignore_index,
+            problem.head.logit_scale, problem.head.softcap, reference.logit_scale, reference.softcap,
+            problem.dtype, problem.hidden.dtype, problem.hidden.shape[1],
+            ",".join(sorted(wanted)), top_k, problem.tolerance, self.backend, self.needs(), self.handle,
+        )  # fmt: skip
+        nll, kl, prediction, entropy, ref_nll, ref_entropy, topk_entropy, _, _ = outputs
+        out = Statistics(nll, prediction)
+        if problem.has_reference:
+            out.kl, out.reference_nll = kl, ref_nll
+            out.reference_entropy = ref_entropy if "reference_entropy" in wanted else None
+        out.entropy = entropy if "entropy" in wanted else None
+        out.topk_entropy = topk_entropy if "topk_entropy" in wanted else None
+        return out
+
+    def _full_logits(self, wanted: frozenset[str], top_k: int) -> Statistics:
+        """Ordinary operations of the graph; ignored tokens become zeros with label 0."""
+        problem = _want(self.problem, wanted, top_k)
+        labels = torch.ops.fused_losses.checked(
+            problem.labels, self.valid, "labels", str(self.ignore_index), problem.head.vocabulary
+        )
+        hidden, reference_hidden = (
+            None if rows is None else torch.where(self.valid[:, None], rows, 0)
+            for rows in (problem.hidden, problem.reference_hidden)
+        )
+        labels = labels.masked_fill(~self.valid, 0)
+        out = _full_logits_statistics(replace(problem, hidden=hidden, labels=labels, reference_hidden=reference_hidden))
+        for name in compiled.OUTPUTS:
+            values = getattr(out, name)
+            if values is not None:
+                setattr(out, name, torch.where(self.valid, values, -1 if name == "prediction" else 0))
+        return out
+
+    def summed(
+        self, loss: Callable[..., Tensor], wanted: frozenset[str], top_k: int = 20, **per_token: Tensor
+    ) -> Tensor:
+        of_tokens = loss_of_chunk(loss, per_token, wanted)
+        out = self.losses(wanted, top_k)
+        with torch.autocast(self.valid.device.type, enabled=False):
+            return self.total(of_tokens(out, slice(None)))
+
+
+class TokenStatistics:
+    """What a `token_loss` is given of a `Statistics`: those that are always there, and the others if wanted."""
+
+    def __init__(self, out: Statistics, wanted: frozenset[str]) -> None:
+        self.nll, self.prediction, self.kl, self.reference_nll = out.nll, out.prediction, out.kl, out.reference_nll
+        if "entropy" in wanted:
+            self.entropy = out.entropy
+        if "reference_entropy" in wanted and out.reference_entropy is not None:
+            self.reference_entropy = out.reference_entropy
+        if "topk_entropy" in wanted:
+            self.topk_entropy = out.topk_entropy
+        self._wanted = wanted
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        if name not in OPTIONAL:
+            raise MissingAttribute(
+                f"out.{name}: there is no such statistic; there are {', '.join((*GIVEN, *OPTIONAL))}"
+            )
+        if name in self._wanted:
+            raise MissingAttribute(
+                f"out.{name}: is of the reference, and there is none; give reference=fused_losses.Reference(hidden "
+                f"states) to the call"
+            )
+        names = ", ".join(f'"{n}"' for n in OPTIONAL if n == name or n in self._wanted)
+        raise MissingAttribute(
+            f"out.{name}: is not computed, as it costs more and the objective does not ask for it; set the class "
+            f"attribute "
+            f"wanted = frozenset({{{names}}})"
+        )
+
+    def __repr__(self) -> str:
+        return f"Statistics({', '.join(n for n in (*GIVEN, *OPTIONAL) if vars(self).get(n) is not None)})"
+
+
+def check_wanted(wanted: Any, top_k: Any) -> tuple[frozenset[str], int]:
+    """The statistics that an objective asks for, besides those that are always there, and its `top_k`."""
+    names = None if isinstance(wanted, str) or not isinstance(wanted, Iterable) else list(wanted)
+    known = (*GIVEN, *OPTIONAL)
+    if names is None or any(name not in known for name in names):
+        one = f"; write frozenset({{{wanted!r}}})" if wanted in OPTIONAL else ""
+        wrong = wanted if names is None else next(name for name in names if name not in known)
+        raise ValueError(f"wanted: expected a set of names among {', '.join(OPTIONAL)}, got {wrong!r}{one}")
+    k = checks.integer(top_k)
+    if k is None or k < 2:
+        raise ValueError(f"top_k: expected an integer ≥ 2, got {top_k!r}")
+    return frozenset(names) & frozenset(OPTIONAL), k
+
+
+def loss_of_chunk(
+    loss: Callable[..., Tensor], per_token: dict[str, Tensor], wanted: frozenset[str]
+) -> Callable[[Statistics, slice], Tensor]:
+    """The loss of some of the tokens, checked."""
+    for name, values in per_token.items():
+        if values.requires_grad and torch.is_grad_enabled():
+            raise TypeError(f"{name}: requires a gradient, which would be lost here; give {name}.detach()")
+
+    def of_chunk(out: Statistics, at: slice) -> Tensor:
+        result = _call(loss, TokenStatistics(out, wanted), {name: values[at] for name, values in per_token.items()})
+        if not isinstance(result, Tensor) or result.shape != out.nll.shape or not result.is_floating_point():
+            what = f"{result.dtype} {list(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
+            if result is None:
+                what += " (out.kl and the reference's statistics are None unless the call has reference=)"
+            raise ValueError(
+                f"token_loss: expected one float per token, shape {list(out.nll.shape)} as out.nll, got {what}; sums and "
+                "means over tokens are taken afterwards"
+            )
+        if out.nll.requires_grad and torch.is_grad_enabled():
+            _check_gradient(result, out)
+        return result
+
+    return of_chunk
+
+
+def _call(loss: Callable[..., Tensor], out: TokenStatistics, per_token: dict[str, Tensor]) -> Tensor:
+    if torch.compiler.is_compiling() or out.kl is not None:
+        return loss(out, **per_token)
+    try:
+        return loss(out, **per_token)
+    except (TypeError, AttributeError) as error:
+        if "NoneType" not in str(error):
+            raise
+        raise TypeError(
+            f"token_loss: {error}; out.kl and out.reference_nll are None without a reference: give "
+            "reference=fused_losses.Reference(hidden states) to the call"
+        ) from error
+
+
+def _check_gradient(result: Tensor, out: Statistics) -> None:
+    """A loss that trains nothing, or something that it cannot reach from here, is a mistake."""
+    if not result.requires_grad:
+        raise ValueError(
+            "token_loss: the loss has no gradient, so nothing would be trained; it must depend on out.nll or out.kl, "
+            "not detached "
+            "(weights may be: weight.detach() * out.nll)"
+        )
+    if torch.compiler.is_compiling() or not out.nll.is_leaf:
+        return
+    # Only leaves: a graph that leads into a model is not walked through.
+    own, nodes, seen = (out.nll, out.kl), [result.grad_fn], set[Any]()
+    while nodes and len(seen) < 1000:
+        node = nodes.pop()
+        variable = getattr(node, "variable", None)
+        if variable is not None and not any(variable is t for t in own):
+            raise TypeError(
+                f"token_loss: uses a tensor {list(variable.shape)} that requires a gradient, which would be lost here; "
+                f"give it detached, "
+                "or write the loss over fused_losses.token_losses(...) instead"
+            )
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [before for before, _ in node.next_functions]
+
+
+def _want(problem: Problem, wanted: frozenset[str], top_k: int) -> Problem:
+    return replace(problem, wanted=wanted, top_k=top_k)
+
+
+def _full_logits_statistics(problem: Problem) -> Statistics:
+    z = full_logits.logits(problem.hidden, problem.head)
+    out = Statistics(full_logits.nll(z, problem.labels), z.detach().argmax(-1))
+    fixed = z.detach()
+    out.entropy = full_logits.entropy(fixed) if "entropy" in problem.wanted else None
+    if "topk_entropy" in problem.wanted:
+        out.topk_entropy = full_logits.topk_entropy(fixed, problem.top_k)
+    if problem.reference_hidden is not None:
+        with torch.no_grad():
+            z_ref = full_logits.logits(problem.reference_hidden, problem.reference_head or problem.head)
+            out.reference_nll = full_logits.nll(z_ref, problem.labels)
+            out.reference_entropy = full_logits.entropy(z_ref)
+        out.kl = full_logits.kl(z_ref, z)
+    return out
