@@ -1,0 +1,24 @@
+"""Training objectives as modules without parameters, each a few lines over the per-token losses; one file a method."""
+
+from .asft import ASFTLoss
+from .base import Objective, item_count
+from .cross_entropy import CrossEntropyLoss
+from .dft import DFTLoss
+from .eaft import EAFTLoss
+from .flow import FLOWLoss
+from .lawf import LAwFLoss
+from .psft import PSFTLoss
+from .talr import TALRLoss
+
+__all__ = [
+    "ASFTLoss",
+    "CrossEntropyLoss",
+    "DFTLoss",
+    "EAFTLoss",
+    "FLOWLoss",
+    "LAwFLoss",
+    "Objective",
+    "PSFTLoss",
+    "TALRLoss",
+    "item_count",
+]

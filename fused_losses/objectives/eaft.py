@@ -1,0 +1,44 @@
+"""EAFT: tokens that the model is sure of count less."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from ..compiled import capturable
+from ..problem import Statistics
+from ..tokens import check_wanted
+from .base import Head
+from .cross_entropy import CrossEntropyLoss
+
+
+class EAFTLoss(CrossEntropyLoss):
+    """Entropy-adaptive fine-tuning: Σ w·nll / n, w = (H_k / ln k)^alpha.
+
+    H_k is the entropy of the k largest probabilities, renormalised; k = min(top_k, V). A confident token that is wrong
+    gets little weight. 3 GEMMs; 2 with a frozen head. Source: arXiv 2601.02151.
+    """
+
+    wanted = frozenset({"topk_entropy"})
+
+    bounds: ClassVar = {"alpha": dict(least=0)}
+
+    def __init__(self, alpha: float = 1.0, top_k: int = 20, **options: Any) -> None:
+        super().__init__(**options)
+        self.alpha = alpha
+        _, self.top_k = check_wanted(self.wanted, top_k)
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha}, top_k={self.top_k}"
+
+    def token_loss(self, out: Statistics, log_k: Tensor) -> Tensor:
+        return (out.topk_entropy / log_k) ** self.alpha * out.nll
+
+    @capturable
+    def forward(self, hidden: Tensor, head: Head, labels: Tensor, *, num_items: Any = None) -> Tensor:
+        tokens = self.prepare(hidden, head, labels)
+        k = max(2, min(self.top_k, tokens.problem.head.vocabulary))
+        log_k = hidden.new_full(tokens.problem.labels.shape, math.log(k), dtype=tokens.problem.accumulator)
+        return self.reduce(tokens, num_items, log_k=log_k)
