@@ -41,7 +41,7 @@ from torch import Tensor
 from fused_losses import backends
 from fused_losses.kernels import measure
 from fused_losses.kernels.measure import Clock, median
-from fused_losses.sparse_softmax import THRESHOLD
+from fused_losses.sparse.certificate import THRESHOLD
 
 DTYPE = torch.float16 if DRY else torch.bfloat16
 Shape = tuple[int, int, int]

@@ -27,7 +27,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import fused_losses as fl
-from fused_losses import backends, sparse_softmax
+from fused_losses import backends
+from fused_losses.sparse import certificate
 
 RESULTS = Path(__file__).parent / "results"
 PICTURES = Path(__file__).parents[1] / "docs"
@@ -219,7 +220,7 @@ def accuracy() -> None:
             "bound": report.bound, "exact_tokens": report.exact_tokens,
             "ours": [relative(g, t) for g, t in zip(ours, (dx, dw), strict=True)],
         }  # fmt: skip
-        keep = keep_rule(sparse_softmax.THRESHOLD, labels)
+        keep = keep_rule(certificate.THRESHOLD, labels)
 
         def drop(at, p, dz, keep=keep, reference=reference):
             other = None if reference is None else (reference[at].double() @ weight.double().T).softmax(1)
@@ -236,7 +237,7 @@ def accuracy() -> None:
         row["plain bf16"] = [relative(g, t) for g, t in zip(plain, (dx, dw), strict=True)]
         rows.append(row)
         tqdm.write(accuracy_line(row))
-    content = {"threshold": sparse_softmax.THRESHOLD, "rows": rows, "curve": curve(states), "groups": groups()}
+    content = {"threshold": certificate.THRESHOLD, "rows": rows, "curve": curve(states), "groups": groups()}
     save("sparse-accuracy", content)
 
 
@@ -264,7 +265,7 @@ def curve(states: dict) -> list[dict]:
         truth = Truth(hidden, weight, labels, a, None)
         dx, dw = truth.gradients()
         for exponent in tqdm(range(-2, 5), desc=f"curve, {kind}"):
-            threshold = sparse_softmax.THRESHOLD * 2.0**-exponent
+            threshold = certificate.THRESHOLD * 2.0**-exponent
             keep = keep_rule(threshold, labels)
             entries = 0
 
@@ -275,11 +276,11 @@ def curve(states: dict) -> list[dict]:
                 return dz * kept
 
             dropped = truth.gradients(drop)
-            plain, sparse_softmax.THRESHOLD = sparse_softmax.THRESHOLD, threshold
+            plain, certificate.THRESHOLD = certificate.THRESHOLD, threshold
             try:
                 ours, report = fused(hidden, weight, labels, a, None, None, gradient="sparse", tolerance=0.9)
             finally:
-                sparse_softmax.THRESHOLD = plain
+                certificate.THRESHOLD = plain
             points.append({
                 "text": kind, "threshold": threshold, "entries": entries / len(labels), "bound": report.bound,
                 "dropped": [relative(g, t) for g, t in zip(dropped, (dx, dw), strict=True)],
@@ -297,7 +298,7 @@ def groups() -> list[dict]:
     n, d, v = 512, 64, 32000
     rows = []
     for distance, both, tolerance in [
-        *((distance, both, sparse_softmax.TOLERANCE) for distance in (1.0, 10.0, 100.0) for both in (False, True)),
+        *((distance, both, certificate.TOLERANCE) for distance in (1.0, 10.0, 100.0) for both in (False, True)),
         *((10.0, True, tolerance) for tolerance in (0.1, 0.05, 0.03, 0.02)),
     ]:
         g = torch.Generator().manual_seed(0)

@@ -19,7 +19,7 @@ from .objectives import (
 )
 from .op import TokenLosses, token_losses
 from .parameters import l2_to_initial, wise_ft
-from .sparse_softmax import GradientReport
+from .sparse.certificate import GradientReport
 
 __version__ = "0.1.0"
 

@@ -1,4 +1,4 @@
-"""The autograd functions: save, call the backend, return. The mathematics is in the backends and in sparse_softmax.py."""
+"""The autograd functions: save, call the backend, return. The mathematics is in the backends and in sparse/."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from . import sparse_softmax
 from .backends import Backend
 from .problem import TENSORS, Gradients, Problem, Statistics
-from .sparse_softmax import Builder, GradientReport, SparseSoftmax
+from .sparse import gradients as sparse_gradients
+from .sparse import softmax
+from .sparse.certificate import GradientReport, mostly_exact
+from .sparse.softmax import Builder, SparseSoftmax
 
 # Called with the report when backward has filled it in.
 Publish = Callable[[GradientReport], None]
@@ -141,13 +143,13 @@ class SparseTokenLossesFunction(torch.autograd.Function):
             for chunk, entries in builder.scan(out):
                 one = torch.ones_like(entries.tails.nll)
                 guesses = [(one, None), (None, one)] if problem.has_reference else [(one, None)]
-                flat = frozen and any(sparse_softmax.mostly_exact(entries, a, b, problem.tolerance) for a, b in guesses)
+                flat = frozen and any(mostly_exact(entries, a, b, problem.tolerance) for a, b in guesses)
                 if flat:
                     dense.append(backend.dense_rows(problem, chunk))
                 builder.add(entries, done=flat)
                 del chunk  # its buffers go before the entries are joined
             sparse = builder.finish()
-            if builder.threshold >= sparse_softmax.FINEST_HALF:
+            if builder.threshold >= softmax.FINEST_HALF:
                 sparse = sparse.halved()
         rows = [None if not dense or getattr(dense[0], name) is None else torch.cat([getattr(d, name) for d in dense])
                 for name in ("nll", "kl")]  # fmt: skip
@@ -170,7 +172,7 @@ class SparseTokenLossesFunction(torch.autograd.Function):
             if parts:
                 dense.hidden[sparse.done] = sum(parts)
         with _no_autocast(problem):
-            total = sparse_softmax.gradients(
+            total = sparse_gradients.gradients(
                 problem, ctx.backend, sparse, a, b, ctx.needs_input_grad[:4], ctx.report, dense
             )
         ctx.publish(ctx.report)
@@ -199,7 +201,7 @@ class SparseSummedLossFunction(torch.autograd.Function):
             builder = Builder(problem, backend, rows=ctx.needs_input_grad[0])
             for chunk, entries in builder.scan(out):
                 a, b = upstream(out.at(chunk.tokens), chunk.tokens)
-                flat = sparse_softmax.mostly_exact(entries, a, b, problem.tolerance)
+                flat = mostly_exact(entries, a, b, problem.tolerance)
                 if flat:
                     if dense is None:
                         dense = backend.empty_gradients(problem, *needs)
@@ -230,7 +232,7 @@ class SparseSummedLossFunction(torch.autograd.Function):
         with _no_autocast(problem):
             if sparse.tails.error is None:
                 sparse = sparse.with_weights(a, b)
-            total = sparse_softmax.gradients(
+            total = sparse_gradients.gradients(
                 problem, ctx.backend, sparse, a, b, ctx.needs_input_grad[:4], ctx.report, dense, upstream
             )
         ctx.publish(ctx.report)

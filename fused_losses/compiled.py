@@ -21,7 +21,7 @@ from . import backends, checks
 from .autograd import SparseTokenLossesFunction, TokenLossesFunction
 from .head import LMHead, calls_other_ranks
 from .problem import Head, Problem, valid_index
-from .sparse_softmax import GradientReport
+from .sparse.certificate import GradientReport
 
 F = TypeVar("F", bound=Callable)
 OUTPUTS = ("nll", "kl", "prediction", "entropy", "reference_nll", "reference_entropy", "topk_entropy")

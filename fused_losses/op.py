@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .compiled import capturable
 from .head import LMHead, Reference
 from .preparation import prepare
-from .sparse_softmax import TOLERANCE, GradientReport
+from .sparse.certificate import TOLERANCE, GradientReport
 from .tokens import ALL_STATISTICS
 
 
@@ -64,7 +64,7 @@ def token_losses(
         reference: hidden states of the frozen reference model at the same tokens; `Reference(hidden)` for the
             same head.
         ignore_index: tokens with this label are removed before any work.
-        gradient: "exact"; "sparse": sparse-plus-rank-one softmax with a certified error (`sparse_softmax`), values are
+        gradient: "exact"; "sparse": sparse-plus-rank-one softmax with a certified error (`sparse.softmax`), values are
             those of "exact"; "auto": sparse where the products are of bfloat16 or float16 (autocast included) and V ≥ 8192,
             else exact.
         tolerance: of sparse gradients: bound on ‖error‖₁ / ‖gradient‖₁ of the gradient of the logits, all tokens and the

@@ -11,7 +11,7 @@ from . import backends, checks, shards
 from .head import LMHead, LowRank, Reference, _same_tensor, as_head
 from .labels import plain
 from .problem import Head, Problem, valid_index
-from .sparse_softmax import SMALLEST_VOCABULARY, GradientReport
+from .sparse.certificate import SMALLEST_VOCABULARY, GradientReport
 from .tokens import Tokens, TracedTokens
 from .validation import (
     check_hidden,

@@ -14,7 +14,7 @@ from . import reference as full_logits
 from .autograd import SparseSummedLossFunction, SparseTokenLossesFunction, SummedLossFunction, TokenLossesFunction
 from .checks import MissingAttribute
 from .problem import Head, Problem, Statistics
-from .sparse_softmax import GradientReport
+from .sparse.certificate import GradientReport
 
 ALL_STATISTICS = frozenset({"entropy", "reference_entropy"})
 OPTIONAL = ("entropy", "reference_entropy", "topk_entropy")  # these cost a pass, so an objective names them in `wanted`

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from . import backends, checks, compiled, shards
 from .head import FLOATING, LMHead, LowRank, Reference, _names
 from .problem import Head
-from .sparse_softmax import TOLERANCE
+from .sparse.certificate import TOLERANCE
 
 GRADIENTS = ("auto", "exact", "sparse")
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 import fused_losses as fl
-from fused_losses import sparse_softmax
 from fused_losses.backends import torch as chunked
+from fused_losses.sparse import certificate
 
 OUTPUTS = ("nll", "kl", "entropy", "reference_nll", "reference_entropy")
 HEADS: list[dict[str, Any]] = [
@@ -104,7 +104,7 @@ def run(
 
 def run_with_report(
     case: Case, dtype: torch.dtype, backend: str = "torch", gradient: str = "exact", device: str = "cpu", **options
-) -> tuple[dict[str, Tensor], sparse_softmax.GradientReport]:
+) -> tuple[dict[str, Tensor], certificate.GradientReport]:
     hidden, head, reference = case.inputs(dtype, device)
     labels = case.labels.to(device)
     out = fl.token_losses(hidden, head, labels, reference=reference, backend=backend, gradient=gradient, **options)
@@ -141,17 +141,17 @@ def near_the_reference(reference: str, n: int = 64, d: int = 256, v: int = 4096)
 
 @contextlib.contextmanager
 def coarse(
-    threshold: float, capacity: int = sparse_softmax.CAPACITY, chunk_bytes: int | None = None,
-    tolerance: float = sparse_softmax.TOLERANCE,
+    threshold: float, capacity: int = certificate.CAPACITY, chunk_bytes: int | None = None,
+    tolerance: float = certificate.TOLERANCE,
 ) -> Iterator[None]:  # fmt: skip
     """Another threshold, so that vocabularies small enough for full logits show what large ones do.
 
     `tolerance`: the call's, which must not make the threshold finer.
     """
-    threshold /= min(1.0, tolerance / sparse_softmax.TOLERANCE) ** 2
+    threshold /= min(1.0, tolerance / certificate.TOLERANCE) ** 2
     with (
-        mock.patch.object(sparse_softmax, "THRESHOLD", threshold),
-        mock.patch.object(sparse_softmax, "CAPACITY", capacity),
+        mock.patch.object(certificate, "THRESHOLD", threshold),
+        mock.patch.object(certificate, "CAPACITY", capacity),
         mock.patch.object(chunked, "CHUNK_BYTES", chunk_bytes or chunked.CHUNK_BYTES),
     ):
         yield

@@ -14,7 +14,8 @@ from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
 import fused_losses as fl
-from fused_losses import compiled, sparse_softmax
+from fused_losses import compiled
+from fused_losses.sparse import softmax
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 OPS = torch.ops.fused_losses
@@ -175,7 +176,7 @@ OBJECTIVES = {
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_objective(name, gradient, frozen, monkeypatch):
     # In a graph no upstream weight is known in forward; with a KL float16 numbers would be kept there.
-    monkeypatch.setattr(sparse_softmax, "FINEST_HALF", 1.0)
+    monkeypatch.setattr(softmax, "FINEST_HALF", 1.0)
     kind, options, given = OBJECTIVES[name]
     loss = kind(gradient=gradient, **options)
     case = make(ROWS * LENGTH, D, V, bias=True, reference=given.get("reference"), frozen=frozen)

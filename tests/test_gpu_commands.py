@@ -192,7 +192,7 @@ def test_inputs_are_like_a_language_models():
     import torch
 
     from fused_losses.kernels import measure
-    from fused_losses.sparse_softmax import THRESHOLD
+    from fused_losses.sparse.certificate import THRESHOLD
 
     found = measure.language_like(128, 64, 49152, torch.bfloat16, "cpu").figures(THRESHOLD)
     assert 130 < found["entries"] < 330 and 1.4 < found["nll"] < 2.6 and 0.001 < found["kl"] < 0.006

@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 import fused_losses as fl
-from fused_losses import backends, sparse_softmax
+from fused_losses import backends
 from fused_losses import reference as oracle
 from fused_losses.kernels import schemas
+from fused_losses.sparse import certificate, softmax
 
 needs_kernels = pytest.mark.skipif(backends.unavailable("cpu") is not None, reason=str(backends.unavailable("cpu")))
 BACKENDS = ["torch", pytest.param("cpu", marks=needs_kernels)]
@@ -243,14 +244,14 @@ def test_rank_one_tail_is_worth_having():
     case = replace(case, nll_upstream=torch.ones(200, dtype=torch.float64))
     truth = run(case, torch.float64, "reference")
 
-    def without_profile(self, finish=sparse_softmax.Builder.finish):
+    def without_profile(self, finish=softmax.Builder.finish):
         sparse = finish(self)
         sparse.profile.zero_()
         return sparse
 
     with coarse(5e-4):
         ours = run(case, torch.float64, gradient="sparse", tolerance=0.9)
-        with mock.patch.object(sparse_softmax.Builder, "finish", without_profile):
+        with mock.patch.object(softmax.Builder, "finish", without_profile):
             dropped = run(case, torch.float64, gradient="sparse", tolerance=0.9)
     figures = {
         k: (relative(ours[k], truth[k]), relative(dropped[k], truth[k])) for k in ("d_hidden", "d_weight", "d_bias")
@@ -269,9 +270,9 @@ def test_rounding_of_kept_entries_is_in_the_certificate(backend, weights):
     labels = x.argmax(1)
     a, b = {"nll": (1, 0), "kl": (0, 1), "both": (0.3, 1), "opposite": (1, -1)}[weights]
     found = {}
-    for finest in (sparse_softmax.FINEST_HALF, 1.0):
+    for finest in (softmax.FINEST_HALF, 1.0):
         hidden = x.clone().requires_grad_()
-        with coarse(1e-6), mock.patch.object(sparse_softmax, "FINEST_HALF", finest):
+        with coarse(1e-6), mock.patch.object(softmax, "FINEST_HALF", finest):
             out = fl.token_losses(
                 hidden, torch.eye(V), labels, reference=fl.Reference(ref), gradient="sparse", backend=backend
             )
@@ -459,7 +460,7 @@ def test_auto(dtype, vocabulary, mode):
     loss = fl.CrossEntropyLoss()
     loss(hidden, weight, torch.arange(4)).backward()
     assert loss.gradient_report.mode == mode
-    assert loss.gradient_report.tolerance == (sparse_softmax.TOLERANCE if mode == "sparse" else None)
+    assert loss.gradient_report.tolerance == (certificate.TOLERANCE if mode == "sparse" else None)
     with torch.no_grad():
         loss(hidden, weight, torch.arange(4))
     assert loss.gradient_report.mode == "none" and loss.gradient_report.bound is None
@@ -565,11 +566,11 @@ def test_nothing_is_certified_where_something_is_not_finite(backend):
 
 
 def test_finer_tolerance_gets_finer_entries():
-    loose, fine = (sparse_softmax.parameters(t, 128256) for t in (0.15, 0.03))
+    loose, fine = (certificate.parameters(t, 128256) for t in (0.15, 0.03))
     assert fine[0] < loose[0] and fine[1] > loose[1]
-    assert sparse_softmax.parameters(0.9, 128256) == loose
-    assert sparse_softmax.parameters(0.15, 100)[1] == 100
-    assert sparse_softmax.parameters(1e-300, 128256)[1] == 128256 // 8
+    assert certificate.parameters(0.9, 128256) == loose
+    assert certificate.parameters(0.15, 100)[1] == 100
+    assert certificate.parameters(1e-300, 128256)[1] == 128256 // 8
 
 
 @pytest.mark.parametrize("tolerance", [0, 1, -0.1, float("nan"), "0.1", None, True])

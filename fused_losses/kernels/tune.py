@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import backends
 from ..backends import gpu
 from ..problem import Head, Problem
-from ..sparse_softmax import THRESHOLD
+from ..sparse.certificate import THRESHOLD
 from . import measure
 from .triton import tiles
 from .triton.tiles import Scan

@@ -23,7 +23,7 @@ from ..compiled import capturable
 from ..head import LMHead, Reference, as_head
 from ..preparation import prepare
 from ..problem import Statistics
-from ..sparse_softmax import TOLERANCE, GradientReport
+from ..sparse.certificate import TOLERANCE, GradientReport
 from ..tokens import OPTIONAL, Observer, Tokens, check_wanted
 from ..validation import check_options
 

@@ -23,8 +23,8 @@ from test_sparse_softmax import (
 )
 
 import fused_losses as fl
-from fused_losses import sparse_softmax
 from fused_losses.backends import gpu
+from fused_losses.sparse import softmax
 
 # The interpreter computes with numpy, which warns where a GPU just makes an infinity or a NaN.
 WARNINGS = pytestmark = [
@@ -272,11 +272,11 @@ def test_bound_of_the_probe_misses_no_entry_and_keeps_few_more():
     exact = (p > least) | torch.nn.functional.one_hot(case.labels, v).bool()
     kept = {}
 
-    def finish(self, finish=sparse_softmax.Builder.finish):
+    def finish(self, finish=softmax.Builder.finish):
         kept["sparse"] = finish(self)
         return kept["sparse"]
 
-    with coarse(2e-3, tolerance=0.9), mock.patch.object(sparse_softmax.Builder, "finish", finish):
+    with coarse(2e-3, tolerance=0.9), mock.patch.object(softmax.Builder, "finish", finish):
         fl.token_losses(hidden, head, case.labels, backend="triton", gradient="sparse", tolerance=0.9)
     sparse = kept["sparse"]
     mine = torch.zeros(n, v, dtype=torch.bool)

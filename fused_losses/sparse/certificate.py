@@ -1,0 +1,160 @@
+"""What is certified of sparse gradients: how much the entries leave out, which tokens must be exact, the report.
+
+What replaces the rest of a row, m q, differs from it by at most m + m in L1 norm; a row's whole gradient of the
+logits has L1 norm 2(1 − p[label]). Both are known exactly, so the relative L1 error of the gradient of all logits is bounded
+by Σ|a_t| 2 m[t] / Σ|a_t| 2(1 − p_t[label]). Tokens with the largest share get exact gradients, from logits computed
+once more, until the bound is within the tolerance. docs/method.md has the derivation and what was measured.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..problem import Entries, Tails
+
+# Measured on SmolLM2 (docs/method.md): at this tolerance no token of ordinary text needs exact gradients, the
+# relative L2 error of dx is below 0.8 % for cross-entropy and 2 % for a KL of 0.003.
+TOLERANCE = 0.15
+THRESHOLD = 1.1e-4
+CAPACITY = 2048
+# Where an entry is two numbers, in [−1, 1], they are kept as float16 of HALF_SCALE times them, so that it takes 8 bytes as others do.
+# Rounding: at most HALF_UNIT of the number, and HALF_FLOOR near 0. A θ finer than FINEST_HALF asks for better.
+HALF_SCALE, HALF_UNIT, HALF_FLOOR = 2.0**15, 2.0**-11, 2.0**-40
+# Of "auto": below, most entries could be above the threshold, and there is little to save.
+SMALLEST_VOCABULARY = 8192
+
+
+def parameters(tolerance: float, vocabulary: int) -> tuple[float, int]:
+    """θ and the most entries per token. The bound falls with √θ, measured; a coarser θ than the default saves little."""
+    finer = max(min(1.0, tolerance / TOLERANCE) ** 2, 1e-12)
+    return THRESHOLD * finer, min(vocabulary, max(CAPACITY, min(int(CAPACITY * finer**-0.65), vocabulary // 8)))
+
+
+@dataclass
+class GradientReport:
+    """How the gradient of one call was formed. The certified numbers come with backward, which knows the upstream weights.
+
+    Attributes:
+        mode: "sparse"; "exact", where nothing is approximated; "none", where no gradient was asked for.
+        tolerance: the bound asked for, None but in sparse mode.
+        tokens: N, without ignored ones. It and the numbers below are None where `torch.compile` has made `token_losses` part
+            of a graph; those of objectives are filled in also there.
+        entries: kept in S, all tokens together.
+        saved_bytes: kept for backward besides the inputs: S, what belongs to it, and gradients taken in forward of tokens that
+            are too flat for it.
+        exact_tokens: how many got exact gradients; None before backward.
+        bound: certified bound of ‖error‖₁ / ‖gradient‖₁ for the gradient of the logits as computed; rounding comes on top. At
+            most `tolerance`; 0 where all tokens are exact, NaN where a loss or an upstream gradient is not finite, None
+            before backward. It does not bound the errors of dx and dW in other norms: docs/method.md has what these were.
+    """
+
+    mode: str
+    tokens: int | None
+    tolerance: float | None = None
+    entries: int | None = 0
+    saved_bytes: int | None = 0
+    exact_tokens: int | None = None
+    bound: float | None = None
+
+    def begin(self, tolerance: float | None, wanted: bool) -> bool:
+        """Whether gradients will be sparse; notes it. `wanted`: whether there will be any."""
+        sparse = tolerance is not None and wanted and self.tokens != 0
+        if sparse:
+            self.mode, self.tolerance = "sparse", tolerance
+        elif wanted:
+            self.mode, self.exact_tokens, self.bound = "exact", self.tokens, 0.0
+        return sparse
+
+    def __str__(self) -> str:
+        if self.mode != "sparse":
+            kind = "exact" if self.mode == "exact" else "no"
+            return f"{kind} gradients" + ("" if self.tokens is None else f" for {self.tokens} tokens")
+        limit = f"tolerance {100 * self.tolerance:.3g} %"
+        if self.tokens is None:
+            return f"sparse gradients ({limit})"
+        if self.bound is not None and math.isnan(self.bound):
+            return f"sparse gradients: no bound, as a loss or an upstream gradient is not finite ({limit})"
+        if self.exact_tokens == self.tokens:
+            return f"sparse gradients: all {self.tokens} tokens exact, as too few of their entries stand out ({limit})"
+        text = f"sparse gradients: {self.tokens} tokens, {self.entries / max(1, self.tokens):.0f} entries each, "
+        text += f"{self.saved_bytes / 2**20:.1f} MiB saved"
+        if self.bound is None:
+            return f"{text}; bound known after backward ({limit})"
+        text += f"; {self.exact_tokens} of them exact, L1 error of the logits' gradient ≤ {100 * self.bound:.3g} %"
+        return f"{text} ({limit})"
+
+
+def weighted(counts: Tensor, nll: Tensor, kl: Tensor | None, a: Tensor | None, b: Tensor | None) -> Tensor:
+    """a·nll + b·kl, entry by entry; `counts` per token."""
+    parts = [
+        torch.repeat_interleave(weight, counts, output_size=len(nll)).mul_(_single(entries))
+        for weight, entries in ((a, nll), (b, kl))
+        if weight is not None
+    ]
+    return parts[0] if len(parts) == 1 else parts[0].add_(parts[1])
+
+
+def _single(entries: Tensor) -> Tensor:
+    return entries.float().div_(HALF_SCALE) if entries.dtype == torch.float16 else entries
+
+
+def shares(
+    tails: Tails, counts: Tensor, nll: Tensor, kl: Tensor | None, a: Tensor | None, b: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Per token: what the error of its logits' gradient is at most, and what the gradient's L1 norm is at least."""
+    if tails.error is not None:
+        return a.abs() * tails.error, a.abs() * tails.nll_l1
+    rounding: Tensor | float = 0.0
+    if nll.dtype == torch.float16:
+        norms = ((a, tails.nll_l1), (b, tails.kl_l1))
+        rounding = sum(w.abs() * (HALF_UNIT * l1 + HALF_FLOOR * counts) for w, l1 in norms if w is not None)
+    if b is None:
+        return 2 * a.abs() * tails.nll + rounding, a.abs() * tails.nll_l1
+    if a is None:
+        return b.abs() * (tails.kl_left + tails.kl.abs()) + rounding, b.abs() * tails.kl_l1
+    together = (a * tails.nll + b * tails.kl).abs()
+    error = a.abs() * tails.nll + b.abs() * tails.kl_left + together + rounding
+    norm = (a.abs() * tails.nll_l1 - b.abs() * tails.kl_l1).abs()  # exact where one of a and b is 0
+    if bool(((a != 0) & (b != 0)).any()):
+        kept = torch.segment_reduce(weighted(counts, nll, kl, a, b).abs(), "sum", lengths=counts, initial=0)
+        norm = torch.maximum(norm, kept - rounding + together)
+    return error, norm
+
+
+def select(error: Tensor, norm: Tensor, forced: Tensor, tolerance: float) -> tuple[Tensor, float]:
+    """The fewest tokens without which Σ error ≤ tolerance · Σ norm, ascending, and the bound that then holds.
+
+    `forced` tokens are among them, and so is every token whose error is not a number.
+    """
+    finite = error.isfinite()
+    forced = forced | ~finite
+    left = torch.where(forced, 0, error).double()
+    total = torch.where(norm.isfinite(), norm, 0).clamp(min=0).double().sum()
+    numbers = (left.sum(), total, forced.any(), (finite & norm.isfinite()).all())
+    everything, total, some_forced, all_finite = torch.stack([n.double() for n in numbers]).tolist()
+    exact, bound = forced[:0].long(), everything
+    if some_forced or not everything <= tolerance * total:
+        # Rare. On the CPU: on a GPU a running sum is not the same from run to run.
+        chosen, left = forced.cpu(), left.cpu()
+        order = left.argsort(descending=True, stable=True)
+        # What is left when the k largest are taken out; from the small end, so that it does not cancel.
+        remaining = torch.cat([left[order].flip(0).cumsum(0).flip(0), left.new_zeros(1)])
+        count = int((remaining > tolerance * total).sum())
+        chosen[order[:count]] = True
+        exact, bound = chosen.nonzero().flatten().to(error.device), float(remaining[count])
+    if not all_finite:
+        return exact, float("nan")
+    return exact, bound / total if len(exact) < len(error) and total > 0 else 0.0
+
+
+def mostly_exact(entries: Entries, a: Tensor | None, b: Tensor | None, tolerance: float) -> bool:
+    """Whether more than half of a chunk's tokens would need exact gradients, taken by itself."""
+    if a is None and b is None:
+        return False
+    error, norm = shares(entries.tails, entries.counts.clamp(min=0), entries.nll, entries.kl, a, b)
+    exact, _ = select(error, norm, entries.counts < 0, tolerance)
+    return len(exact) > len(error) / 2
