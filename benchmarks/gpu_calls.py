@@ -13,8 +13,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from fused_losses.backends import gpu
-from fused_losses.backends import torch as chunked
+from fused_losses.backends import chunks, gpu, gpu_scan
 
 Wrap = Callable[[str, Callable], Callable]
 KERNELS = ("row_statistics", "count_bits", "columns_of_bits", "entry_logits", "attention", "segment_product")
@@ -33,8 +32,8 @@ def wrapped(backend: gpu.Gpu, wrap: Wrap) -> Iterator[None]:
     places = [
         (gpu.row_kernels, "logit_bits", "logit_bits"), (gpu.row_kernels, "directions", "directions"),
         (gpu.row_kernels, "tail_profile", "tail_profile"), (gpu, "weighted_sum_kernel", "weighted_sum"),
-        (gpu, "_tail_profile", "tail profile"), (gpu, "_product", "product dz W"), (chunked, "add_product", "product dzᵀ x"),
-        (gpu, "_bounds", "probe"), (gpu, "_join", "join"), (chunked, "_product", "logits"), (chunked, "by_column", "by column"),
+        (gpu, "_tail_profile", "tail profile"), (gpu, "_times", "product dz W"), (chunks, "add_product", "product dzᵀ x"),
+        (gpu_scan, "bounds", "probe"), (gpu_scan, "join", "join"), (chunks, "project", "logits"), (chunks, "by_column", "by column"),
     ]  # fmt: skip
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(backend, "kernels", kernels))

@@ -16,7 +16,7 @@ from sparse import load_states, save
 from tqdm import tqdm
 
 import fused_losses as fl
-from fused_losses.backends import gpu
+from fused_losses.backends import gpu_scan
 
 TOKENS = 64
 COLUMNS = ("text", "loss", "backend", "entries / token", "exact tokens", "bound", "dx", "dW")
@@ -47,9 +47,9 @@ def measure(text: str, hidden, labels, weight, reference) -> list[dict]:
 
 
 def main() -> None:
-    if not gpu.INTERPRETED:
+    if not gpu_scan.INTERPRETED:
         raise SystemExit("set TRITON_INTERPRET=1: without a GPU the kernels run only in Triton's interpreter")
-    gpu.INTERPRETED_TILE = gpu.INTERPRETED_TILE._replace(block_n=64, block_v=1024, block_d=64)
+    gpu_scan.INTERPRETED_TILE = gpu_scan.INTERPRETED_TILE._replace(block_n=64, block_v=1024, block_d=64)
     states = load_states()
     weight = states["weight"].float()
     jobs = []
@@ -59,7 +59,7 @@ def main() -> None:
     for text, (hidden, reference, labels) in states["adapted"].items():
         jobs.append((text, hidden[:TOKENS], labels[:TOKENS], reference[:TOKENS]))
     rows = [row for text, x, y, r in tqdm(jobs) for row in measure(text, x, y, weight, r)]
-    save("interpreted", {"tokens": TOKENS, "probe": gpu.PROBE, "rows": rows})
+    save("interpreted", {"tokens": TOKENS, "probe": gpu_scan.PROBE, "rows": rows})
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     for r in rows:
         lines.append(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import fused_losses as fl
-from fused_losses.backends import torch as chunked
+from fused_losses.backends import chunks
 from fused_losses.sparse import certificate
 
 OUTPUTS = ("nll", "kl", "entropy", "reference_nll", "reference_entropy")
@@ -152,6 +152,6 @@ def coarse(
     with (
         mock.patch.object(certificate, "THRESHOLD", threshold),
         mock.patch.object(certificate, "CAPACITY", capacity),
-        mock.patch.object(chunked, "CHUNK_BYTES", chunk_bytes or chunked.CHUNK_BYTES),
+        mock.patch.object(chunks, "CHUNK_BYTES", chunk_bytes or chunks.CHUNK_BYTES),
     ):
         yield

@@ -10,7 +10,7 @@ from cases import errors, make, relative, run
 
 import fused_losses as fl
 from fused_losses import reference as oracle
-from fused_losses.backends import torch as chunked
+from fused_losses.backends import chunks
 
 
 def test_every_rows_gradient_scaled_by_the_first_rows_upstream_gradient():
@@ -28,7 +28,7 @@ def test_weight_gradient_accumulated_in_bf16_across_chunks(loss, monkeypatch):
     weight, labels = torch.zeros(64, 8, dtype=torch.bfloat16), torch.arange(2048) % 64
 
     def gradient(chunk_bytes):
-        monkeypatch.setattr(chunked, "CHUNK_BYTES", chunk_bytes)
+        monkeypatch.setattr(chunks, "CHUNK_BYTES", chunk_bytes)
         w = weight.clone().requires_grad_()
         value = loss(hidden, w, labels) if loss else fl.token_losses(hidden, w, labels).nll.mean()
         value.backward()

@@ -23,7 +23,7 @@ from cases import Case, make, near_the_reference, relative
 from torch import Tensor
 
 import fused_losses as fl
-from fused_losses.backends import torch as chunked
+from fused_losses.backends import chunks
 
 D, V = 16, 123
 # Rows of each rank; where one has none or few, and where chunks of 96 MiB would differ.
@@ -291,7 +291,7 @@ def compiled(sizes: tuple[int, ...]) -> dict:
 @contextlib.contextmanager
 def small_chunks() -> Iterator[None]:
     """Three chunks of a case's tokens, and several blocks of rows in each."""
-    with mock.patch.object(chunked, "CHUNK_BYTES", 1), mock.patch.dict(chunked.BLOCK_NUMBERS, cpu=3 * V):
+    with mock.patch.object(chunks, "CHUNK_BYTES", 1), mock.patch.dict(chunks.BLOCK_NUMBERS, cpu=3 * V):
         yield
 
 
@@ -316,7 +316,7 @@ def work(rank: int, world: int, folder: str) -> None:
             found["ties", sizes] = token_losses(ties(), spread_inputs(ties(), torch.float32, sizes))
         # Fewer chunks would do for the smaller shares.
         case = token_case("own", sizes)
-        with mock.patch.object(chunked, "CHUNK_BYTES", 2 * 4 * max(sizes) * 17):
+        with mock.patch.object(chunks, "CHUNK_BYTES", 2 * 4 * max(sizes) * 17):
             found["chunks", sizes] = token_losses(case, spread_inputs(case, torch.float32, sizes))
         found["ignored", sizes] = token_losses(all_ignored(), spread_inputs(all_ignored(), torch.float32, sizes))
     sizes = SIZES[world][0]

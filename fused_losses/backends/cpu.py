@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..kernels import schemas
 from ..problem import Entries, Gradients, Problem, Statistics, Tails
+from . import chunks
 from . import torch as chunked
 from .torch import SAMPLED_TOKENS, Chunk, Product, Upstream, empty_gradients, empty_statistics
 
@@ -54,7 +55,7 @@ def scan(
     values = 1 + problem.has_reference
     buffers: tuple[Tensor, ...] = ()
     softcap = problem.head.softcap or 0.0
-    for chunk in chunked.logit_chunks(problem, product(problem), narrow=True, extra=capacity * 4 * (1 + values)):
+    for chunk in chunks.logit_chunks(problem, product(problem), narrow=True, extra=capacity * 4 * (1 + values)):
         size = len(chunk.z)
         if not buffers:
             buffers = (
@@ -64,9 +65,9 @@ def scan(
         labels, results = problem.labels[chunk.tokens].contiguous(), out.at(chunk.tokens)
         finish(problem, chunk)
         if results.topk_entropy is not None:
-            z = chunk.z if chunk.r is None or not chunked.keeps_difference(problem, chunk) else chunk.z + chunk.r
-            results.topk_entropy.copy_(chunked.entropy_of(z.topk(min(problem.top_k, z.shape[1]), dim=1).values))
-        logits = (chunk.z, chunk.r, chunked.keeps_difference(problem, chunk), labels, softcap)
+            z = chunk.z if chunk.r is None or not chunks.keeps_difference(problem, chunk) else chunk.z + chunk.r
+            results.topk_entropy.copy_(chunks.entropy_of(z.topk(min(problem.top_k, z.shape[1]), dim=1).values))
+        logits = (chunk.z, chunk.r, chunks.keeps_difference(problem, chunk), labels, softcap)
         columns, *entries = (b[:size] for b in buffers)
         rows, counts = torch.empty(8, size, dtype=torch.float32), torch.empty(size, dtype=torch.int64)
         torch.ops.fused_losses.compact(
@@ -90,8 +91,8 @@ def finish(problem: Problem, chunk: Chunk) -> None:
     heads = [head for head in (problem.head, problem.reference_head) if head is not None]
     if all(head.bias is None and head.logit_scale == 1 and head.softcap is None for head in heads):
         return
-    for rows in chunked._slices(len(chunk.z), 16):
-        chunked.finish(problem, chunk.z[rows], None if chunk.r is None else chunk.r[rows], chunk.difference)
+    for rows in chunks.slices(len(chunk.z), 16):
+        chunks.finish(problem, chunk.z[rows], None if chunk.r is None else chunk.r[rows], chunk.difference)
 
 
 def dense_rows(problem: Problem, chunk: Chunk) -> Gradients:
@@ -109,7 +110,7 @@ def _directions(problem: Problem, chunk: Chunk) -> None:
     if problem.accumulator != torch.float32:
         return
     known = empty_statistics(replace(problem, labels=problem.labels[chunk.tokens], wanted=frozenset()))
-    chunked.row_passes(problem, known, chunk, directions=True, finished=True)
+    chunks.row_passes(problem, known, chunk, directions=True, finished=True)
 
 
 def rows_product(

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.schemas import KEPT, KEPT_GAP, KEPT_GAP_L1, KEPT_GAP_L1_OF_TOTALS, SPLIT, Row
-from ..kernels.triton import on_device_of, tiles
+from ..kernels.schemas import SPLIT, Row
 from ..kernels.triton import rows as row_kernels
-from ..kernels.triton import scan as scans
+from ..kernels.triton import tiles
 from ..kernels.triton.entries import weighted_sum as weighted_sum_kernel
-from ..kernels.triton.scan import Known, Sum
-from ..problem import Entries, Gradients, Head, Problem, Statistics, Tails
+from ..kernels.triton.scan import Known
+from ..problem import Entries, Gradients, Head, Problem, Statistics
+from . import chunks, gpu_scan
 from . import torch as chunked
 from .torch import Upstream, empty_gradients, empty_rows, empty_statistics
 
@@ -29,18 +29,12 @@ from .torch import Upstream, empty_gradients, empty_rows, empty_statistics
 LOGIT_BYTES = 256 << 20
 # Significance bits of one chunk of the scan.
 BIT_BYTES = 32 << 20
-# Ids of the probe. On SmolLM2 its bound lets 1.3 times the final entries through.
-PROBE = 4096
 # So a token may have so many times the entries that the exact threshold is allowed.
 CANDIDATES = 2
 # Where 1 − p[label] is 0 in fp32, its logarithm would let every id through.
 LEAST_WRONG = 1e-30
 # Logits of the sampled tokens at a time.
 PROFILE_BYTES = 32 << 20
-
-INTERPRETED = type(scans.scan).__name__ == "InterpretedFunction"
-# For Triton's interpreter, which runs on CPU tensors; the shape does not matter there.
-INTERPRETED_TILE = tiles.Scan(0, "any", 16, 64, 32, 2, 4, 1, True, "interpreter")
 
 
 @dataclass
@@ -72,7 +66,7 @@ class Gpu:
             return chunked.statistics(problem, keep_rows)
         out = empty_statistics(problem)
         if not keep_rows:
-            if problem.labels.numel() and (tile := _tile(problem)):
+            if problem.labels.numel() and (tile := gpu_scan.choose_tile(problem)):
                 self._scan_statistics(_cast(problem), out, tile)
                 return out, Gradients()
             for _ in self._logit_chunks(problem, out):
@@ -127,13 +121,13 @@ class Gpu:
             if total.hidden is not None:
                 total.hidden[tokens] = _times_head(direction, chunk).mul_(factor)
             if total.weight is not None:
-                chunked.add_product(total.weight, direction.t(), chunk.hidden, factor)
+                chunks.add_product(total.weight, direction.t(), chunk.hidden, factor)
             if total.low_rank is not None:
-                chunked.add_product(total.low_rank, direction.t(), chunk.low_rank_rows, factor)
+                chunks.add_product(total.low_rank, direction.t(), chunk.low_rank_rows, factor)
 
-    def _logit_chunks(self, problem: Problem, out: Statistics) -> Iterator[tuple[chunked.Chunk, Tensor]]:
+    def _logit_chunks(self, problem: Problem, out: Statistics) -> Iterator[tuple[chunks.Chunk, Tensor]]:
         """Chunks with raw logits in their buffers, statistics filled in, and what else is known of their tokens, [9, C]."""
-        for chunk in chunked.logit_chunks(problem, narrow=False, budget=LOGIT_BYTES):
+        for chunk in chunks.logit_chunks(problem, narrow=False, budget=LOGIT_BYTES):
             here = out.at(chunk.tokens)
             known = torch.empty(len(Row), len(chunk.z), dtype=torch.float32, device=chunk.z.device)
             z, r, difference, labels, *scales = _logits(problem, chunk)
@@ -160,7 +154,7 @@ class Gpu:
             return
         _check(problem)
         problem = _cast(problem)
-        tile = _tile(problem)
+        tile = gpu_scan.choose_tile(problem)
         chosen: list[tuple[Tensor, ...]] = []
         chunks = (
             self._bits_of_logits(problem, out, threshold)
@@ -203,14 +197,14 @@ class Gpu:
         most = max(tile.block_n, BIT_BYTES // (4 * words) // tile.block_n * tile.block_n)
         size = -(-count // -(-count // most))  # even chunks of whole blocks
         size = -(-size // tile.block_n) * tile.block_n
-        operands = _Operands(problem, tile)
+        operands = gpu_scan.Operands(problem, tile)
         label = operands.label_logits(self.kernels)
-        known = _bounds(operands, label, threshold)
+        known = gpu_scan.bounds(operands, label, threshold)
         bits = torch.empty(size, words, dtype=torch.int32, device=problem.hidden.device)  # one chunk after the other
         for start in range(0, count, size):
             tokens = slice(start, min(start + size, count))
             partial = operands.run(tokens, known[:, tokens], bits, vocabulary)
-            rows = _join(
+            rows = gpu_scan.join(
                 problem,
                 partial,
                 problem.labels[tokens],
@@ -221,14 +215,14 @@ class Gpu:
             yield Span(tokens), rows, bits[: tokens.stop - tokens.start]
 
     def _scan_statistics(self, problem: Problem, out: Statistics, tile: tiles.Scan) -> None:
-        operands = _Operands(problem, tile)
+        operands = gpu_scan.Operands(problem, tile)
         label = operands.label_logits(self.kernels)
         known = torch.zeros(3, len(problem.labels), dtype=torch.float32, device=problem.hidden.device)
         if problem.has_reference:
-            known = _bounds(operands, label, 1.0)
+            known = gpu_scan.bounds(operands, label, 1.0)
         everything = slice(0, len(problem.labels))
         partial = operands.run(everything, known, None, problem.head.vocabulary)
-        _join(problem, partial, problem.labels, label, known[Known.SHIFT], out)
+        gpu_scan.join(problem, partial, problem.labels, label, known[Known.SHIFT], out)
 
     def _entries(
         self, problem: Problem, out: Statistics, tokens: slice, known: Tensor, bits: Tensor, capacity: int, rows: bool
@@ -265,17 +259,19 @@ class Gpu:
             entry_reference = torch.empty(total, dtype=torch.float32, device=device)
             kernels.entry_logits(
                 problem.reference_hidden[tokens].to(problem.dtype).contiguous(),
-                own.weight.to(problem.dtype).contiguous(), _bias(own), offsets, columns, entry_reference,
+                own.weight.to(problem.dtype).contiguous(), gpu_scan.bias_of(own), offsets, columns, entry_reference,
             )  # fmt: skip
             entry_reference.mul_(own.logit_scale)
             if own.softcap is not None:
                 entry_reference.div_(own.softcap).tanh_().mul_(own.softcap)
         kernels.attention(
-            hidden.contiguous(), difference, entry_reference, weight, _bias(head), labels, offsets, columns, known,
+            hidden.contiguous(), difference, entry_reference, weight, gpu_scan.bias_of(head), labels, offsets, columns, known,
             out.nll[tokens].contiguous(), head.logit_scale, head.softcap or 0.0, values, kl_values, kept, nll_rows,
             kl_rows,
         )  # fmt: skip
-        entries = Entries(counts, columns, values, kl_values, _tails(problem, out.nll[tokens], labels, known, kept))
+        entries = Entries(
+            counts, columns, values, kl_values, gpu_scan.tails_of(problem, out.nll[tokens], labels, known, kept)
+        )
         entries.nll_rows, entries.kl_rows = nll_rows, kl_rows
         return entries
 
@@ -310,7 +306,7 @@ class Gpu:
         """out[v] = base_scale · base[v] + Σ_j values[j] · matrix[row of j] + scale[v] · vector over the entries of column v."""
         if values.dtype != torch.float32:
             return chunked.columns_product(offsets, columns, values, matrix, scale, vector, base, base_scale, dtype)
-        starts, rows, order = chunked.by_column(offsets, columns, len(scale))
+        starts, rows, order = chunks.by_column(offsets, columns, len(scale))
         return self._segments(starts, rows.int(), values[order], matrix, scale, vector, base, base_scale, dtype)
 
     def _segments(
@@ -337,231 +333,6 @@ class Gpu:
         return weighted_sum_kernel(matrix.contiguous(), scale.contiguous())
 
 
-class _Operands:
-    """What the scan kernels are given, made once for all chunks."""
-
-    def __init__(self, problem: Problem, tile: tiles.Scan) -> None:
-        self.problem, self.tile = problem, tile
-        self.compiled: Any = None  # the kernel of the last run, as Triton gives it back; None in its interpreter
-        dtype, head, own = problem.dtype, problem.head, problem.reference_head
-        self.weight = _rows_of(head.weight.to(dtype))
-        self.hidden = _rows_of(problem.hidden.to(dtype))
-        self.bias, self.reference_bias = _bias(head), None
-        self.reference_hidden = self.reference_weight = None
-        if problem.has_reference:
-            self.reference_hidden = _rows_of(problem.reference_hidden.to(dtype))
-            self.reference_weight, self.reference_bias = self.weight, self.bias
-            if own is not None:
-                self.reference_weight, self.reference_bias = _rows_of(own.weight.to(dtype)), _bias(own)
-            else:
-                self.hidden = (problem.hidden.float() - problem.reference_hidden.float()).to(dtype)
-                self.bias = None
-        tensors = [self.hidden, self.weight, self.reference_hidden, self.reference_weight]
-        self.descriptors = tile.descriptors and all(_aligned(t) for t in tensors if t is not None)
-
-    def label_logits(self, kernels: Any) -> list[Tensor]:
-        """z of the labels, and with a reference z − r and r."""
-        problem, labels = self.problem, self.problem.labels
-        offsets = torch.arange(len(labels) + 1, device=labels.device)
-
-        def logit(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-            out = torch.empty(len(labels), dtype=torch.float32, device=labels.device)
-            kernels.entry_logits(hidden.contiguous(), weight.contiguous(), bias, offsets, labels.int(), out)
-            return out.mul_(scale)
-
-        z = logit(self.hidden, self.weight, self.bias, problem.head.logit_scale)
-        if not problem.has_reference:
-            cap = problem.head.softcap
-            return [z if cap is None else z.div_(cap).tanh_().mul_(cap)]
-        scale = (problem.reference_head or problem.head).logit_scale
-        r = logit(self.reference_hidden, self.reference_weight, self.reference_bias, scale)
-        d = z if problem.shared_head else z - r
-        return [r + d, d, r]
-
-    def run(self, tokens: slice, known: Tensor, bits: Tensor | None, vocabulary: int) -> Tensor:
-        """The scan of some tokens and the first so many ids; sums [parts, SUMS, C]."""
-        problem, tile = self.problem, self.tile
-        count, device = tokens.stop - tokens.start, problem.hidden.device
-        blocks, all_tiles = -(-count // tile.block_n), -(-vocabulary // tile.block_v)
-        per_part = _tiles_per_part(blocks, all_tiles, _processors(device))
-        parts = -(-all_tiles // per_part)
-        partial = torch.empty(parts, len(Sum), count, dtype=torch.float32, device=device)
-        known = known.contiguous()
-        words = bits.shape[1] if bits is not None else 0
-        left = [self.hidden[tokens], self.weight]
-        if problem.has_reference:
-            left += [self.reference_hidden[tokens], self.reference_weight]
-        strides = [t.stride(0) for t in left]
-        operands: list[Any] = left
-        if self.descriptors:
-            from triton.tools.tensor_descriptor import TensorDescriptor
-
-            blocks_of = [tile.block_n, tile.block_v] * 2
-            operands = [
-                TensorDescriptor.from_tensor(t, [b, tile.block_d]) for t, b in zip(left, blocks_of, strict=False)
-            ]
-        head, own = problem.head, problem.reference_head
-        labels = problem.labels[tokens].contiguous()
-        constants = dict(
-            **tile.constants, DESCRIPTORS=self.descriptors, FP32=problem.dtype == torch.float32,
-            HAS_BIAS=self.bias is not None, ENTROPY="entropy" in problem.wanted, BITS=bits is not None, **tile.options,
-        )  # fmt: skip
-        grid = (blocks, parts)
-        with on_device_of(partial):
-            if not problem.has_reference:
-                self.compiled = scans.scan[grid](
-                    *operands, self.bias, labels, known, bits, partial, head.logit_scale, head.softcap or 0.0, count,
-                    vocabulary, self.weight.shape[1], *strides, words, per_part,
-                    SCALED=head.logit_scale != 1, SOFTCAP=head.softcap is not None, **constants,
-                )  # fmt: skip
-            else:
-                reference_scale = (own or head).logit_scale
-                self.compiled = scans.scan_with_reference[grid](
-                    *operands, self.bias, self.reference_bias, labels, known, bits, partial, head.logit_scale,
-                    reference_scale, count, vocabulary, self.weight.shape[1], self.reference_weight.shape[1], *strides,
-                    words, per_part, SHARED=own is None, HAS_REFERENCE_BIAS=self.reference_bias is not None,
-                    SCALED=head.logit_scale != 1 or reference_scale != 1,
-                    REFERENCE_ENTROPY="reference_entropy" in problem.wanted, **constants,
-                )  # fmt: skip
-        return partial
-
-
-def _bounds(operands: _Operands, label: list[Tensor], threshold: float) -> Tensor:
-    """[3, N] for the scan, from a probe: with L and R the log-sums of some ids and the label, with and without the label, both
-    lower bounds, log θ + (L + R)/2 is one of lse + log(θ √(1 − p[label])), and L_ref + log θ + (R − L)/2 of the reference's."""
-    problem = operands.problem
-    count = len(problem.labels)
-    known = torch.zeros(len(Known), count, dtype=torch.float32, device=problem.hidden.device)
-    partial = operands.run(slice(0, count), known, None, min(PROBE, problem.head.vocabulary))
-    others = (partial[:, Sum.TOP] + partial[:, Sum.SUM].log()).logsumexp(0)
-    lse = torch.logaddexp(others, label[0])
-    log_threshold = math.log(threshold)
-    known[Known.BOUND] = log_threshold + 0.5 * (lse + others)
-    if problem.has_reference:
-        ref_others = (partial[:, Sum.REF_TOP] + partial[:, Sum.REF_SUM].log()).logsumexp(0)
-        ref_lse = torch.logaddexp(ref_others, label[2])
-        known[Known.REF_BOUND] = log_threshold + 0.5 * (others - lse) + ref_lse
-        known[Known.SHIFT] = lse - ref_lse
-    return known
-
-
-def _join(
-    problem: Problem, partial: Tensor, labels: Tensor, label: list[Tensor], shift: Tensor, out: Statistics
-) -> Tensor:
-    """The sums of the parts and the labels' own terms: fills `out`, returns what `attention` needs, [9, C]."""
-    rows = partial.new_zeros(len(Row), partial.shape[2])
-    tops, z = partial[:, Sum.TOP], label[0]
-    top, moved = _moved(tops)
-    total = (partial[:, Sum.SUM] * moved).sum(0)
-    nll, largest, log_sum = _closed(z, top, total)
-    share = torch.exp((top - largest) - log_sum)
-    out.nll.copy_(nll)
-    index = torch.where(tops == top, partial[:, Sum.INDEX].view(torch.int32), 2**31 - 1).amin(0).long()
-    out.prediction.copy_(torch.where((z > top) | ((z == top) & (labels < index)), labels, index))
-    if out.entropy is not None:
-        weighted = _weighted(partial[:, Sum.WEIGHTED], partial[:, Sum.SUM], tops, top, moved)
-        out.entropy.copy_(_entropy(share, total, weighted, top, largest, log_sum, nll))
-    rows[Row.TOP], rows[Row.LOG_SUM] = largest, log_sum
-    softcap = problem.head.softcap
-    rows[Row.REST] = -torch.expm1(-nll) if softcap is None else share * (partial[:, Sum.SLOPED] * moved).sum(0)
-    if not problem.has_reference:
-        return rows
-
-    _, d, r = label
-    tops = partial[:, Sum.REF_TOP]
-    top, moved = _moved(tops)
-    total = (partial[:, Sum.REF_SUM] * moved).sum(0)
-    ref_nll, ref_largest, ref_log_sum = _closed(r, top, total)
-    share = torch.exp((top - ref_largest) - ref_log_sum)
-    out.reference_nll.copy_(ref_nll)
-    if out.reference_entropy is not None:
-        weighted = _weighted(partial[:, Sum.REF_WEIGHTED], partial[:, Sum.REF_SUM], tops, top, moved)
-        out.reference_entropy.copy_(_entropy(share, total, weighted, top, ref_largest, ref_log_sum, ref_nll))
-    # Σ p_ref δ, Σ p_ref (eᵟ − 1 − δ) and Σ p_ref |eᵟ − 1|, the label's term last.
-    delta, p_label = d - shift, torch.exp(-ref_nll)
-    gained = torch.expm1(delta.clamp(max=60))  # as in the kernel; beyond, `near` is false
-    own = (delta, gained - delta, gained.abs())
-    shifted, growth, gap_l1 = (
-        share * (partial[:, row] * moved).sum(0) + p_label * term
-        for row, term in zip((Sum.SHIFTED, Sum.GROWTH, Sum.GAP_L1), own, strict=True)
-    )
-    # lse − lse_ref is log(1 + Σ p_ref (eᵟ − 1)) + shift: accurate near the reference. Far from it δ overflows; then
-    # it is the difference of the two, and the KL that minus Σ p_ref (z − r).
-    gain = shifted + growth
-    precise = torch.log1p(gain) + shift
-    plain = (largest - ref_largest) + (log_sum - ref_log_sum)
-    near = (gain.abs() < 0.5) & ((precise - plain).abs() < 1e-3)
-    kl = torch.where(near, growth - _saturation(gain), plain - shift - shifted)
-    out.kl.copy_(torch.where(kl < 0, 0, kl))
-    rows[Row.REF_TOP], rows[Row.REF_LOG_SUM] = ref_largest, ref_log_sum
-    rows[Row.SHIFT] = torch.where(near, precise, plain)
-    rows[Row.GAP_L1], rows[Row.TOTALS_SHIFT] = gap_l1, shift
-    return rows
-
-
-def _saturation(x: Tensor) -> Tensor:
-    """x − log(1 + x), without cancellation near 0."""
-    series = x * x * (1 / 2 - x * (1 / 3 - x * (1 / 4 - x * (1 / 5 - x * (1 / 6 - x / 7)))))
-    return torch.where(x.abs() < 0.05, series, x - torch.log1p(x))
-
-
-def _moved(tops: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest of the parts' tops, and by what factor each part's sums come to it."""
-    top = tops.amax(0)
-    return top, torch.exp(tops - top)
-
-
-def _weighted(weighted: Tensor, total: Tensor, tops: Tensor, top: Tensor, moved: Tensor) -> Tensor:
-    return ((weighted + total * (tops - top)) * moved).sum(0)
-
-
-def _closed(label: Tensor, top: Tensor, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """nll, largest logit and log Σ exp(z − largest), the label's logit added to the sum total · exp(top) of the others.
-
-    NaN where the largest is infinite."""
-    delta = (top - label) + total.log()
-    largest = torch.maximum(top, label)
-    nothing = largest - largest
-    nll = delta.clamp(min=0) + torch.log1p(torch.exp(-delta.abs())) + nothing
-    rest = torch.where(label >= top, total * torch.exp(top - largest), total - 1 + torch.exp(label - largest))
-    return nll, largest, torch.log1p(rest + nothing)
-
-
-def _entropy(
-    share: Tensor, total: Tensor, weighted: Tensor, top: Tensor, largest: Tensor, log_sum: Tensor, nll: Tensor
-) -> Tensor:
-    """Σ p (lse − z) over the others and p·nll of the label: no term is negative."""
-    return share * (total * ((largest - top) + log_sum) - weighted) + torch.exp(-nll) * nll
-
-
-def _tails(problem: Problem, nll: Tensor, labels: Tensor, known: Tensor, kept: Tensor) -> Tails:
-    rest, wrong = known[Row.REST], -torch.expm1(-nll)
-    tail = rest - kept[KEPT]
-    l1 = 2 * wrong
-    if problem.head.softcap is not None:
-        # Σ p·slope over the others and the label's |p − 1|·slope; the label is an entry, but where there are too many.
-        slope = 1 - (_label_logit(problem, nll, known) / problem.head.softcap) ** 2
-        l1 = (rest + wrong * slope.clamp(min=0)).clamp(min=0)  # rounding, where the soft-cap is all but reached
-    tails = Tails(torch.where(tail < 0, 0, tail), l1)
-    if problem.has_reference:
-        tails.kl = known[Row.GAP] - kept[KEPT_GAP]
-        # The totals were summed with another shift c: |p − p_ref| ≤ κ |p' − p_ref| + |κ − 1| p_ref, κ = exp(c − shift).
-        moved = torch.exp(known[Row.TOTALS_SHIFT] - known[Row.SHIFT])
-        left = known[Row.GAP_L1] - kept[KEPT_GAP_L1_OF_TOTALS]
-        ref_tail = tails.nll - tails.kl
-        tails.kl_left = moved * torch.where(left < 0, 0, left) + (moved - 1).abs() * torch.where(
-            ref_tail < 0, 0, ref_tail
-        )
-        exact = moved == 1
-        tails.kl_l1 = torch.where(exact, known[Row.GAP_L1], kept[KEPT_GAP_L1] + tails.kl.abs())
-    return tails
-
-
-def _label_logit(problem: Problem, nll: Tensor, known: Tensor) -> Tensor:
-    """z of the label: lse − nll, within rounding."""
-    return known[Row.TOP] + known[Row.LOG_SUM] - nll
-
-
 def _tail_profile(problem: Problem, tokens: Tensor, lse: Tensor, bits: Tensor, profile: Tensor) -> None:
     """profile += Σ p·slope over what these tokens leave out, by blocks of the vocabulary: the weight is read once."""
     head = problem.head
@@ -571,29 +342,11 @@ def _tail_profile(problem: Problem, tokens: Tensor, lse: Tensor, bits: Tensor, p
         block = slice(first, min(first + width, head.vocabulary))
         weight = head.weight[block].to(problem.dtype)
         z = torch.empty(len(tokens), len(weight), dtype=torch.float32, device=hidden.device)
-        chunked._product(z, hidden, weight, None if head.bias is None else head.bias[block])
+        chunks.project(z, hidden, weight, None if head.bias is None else head.bias[block])
         row_kernels.tail_profile(z, labels, lse, bits, first, head.logit_scale, head.softcap or 0.0, profile)
 
 
-def _tile(problem: Problem) -> tiles.Scan | None:
-    """The row of the table for a call; None: chunks of logits instead."""
-    own, head = problem.reference_head, problem.head
-    capped = head.softcap is not None or (own is not None and own.softcap is not None)
-    if "topk_entropy" in problem.wanted or (problem.has_reference and capped):
-        return None
-    if INTERPRETED:
-        return INTERPRETED_TILE
-    if problem.dtype == torch.float32:
-        return None  # on tensor cores only in tf32; cuBLAS has better fp32 products
-    kind = "capped" if capped or head.bias is not None else "plain"
-    if problem.has_reference:
-        kind = "shared" if own is None else "own"
-    if any(h.width % 8 for h in (head, own) if h is not None):
-        return None  # rows that are not whole units of 16 bytes can neither be described nor loaded so
-    return tiles.scan_tile(tiles.architecture(torch.cuda.get_device_capability(problem.hidden.device)), kind)
-
-
-def _logits(problem: Problem, chunk: chunked.Chunk) -> Any:
+def _logits(problem: Problem, chunk: chunks.Chunk) -> Any:
     """The first arguments of the kernels over logits."""
     head, own = problem.head, problem.reference_head or problem.head
     return (
@@ -615,7 +368,7 @@ def _topk_entropy(
 
 
 def _check(problem: Problem) -> None:
-    if INTERPRETED and problem.dtype == torch.bfloat16:
+    if gpu_scan.INTERPRETED and problem.dtype == torch.bfloat16:
         raise TypeError(
             "backend='triton' in Triton's interpreter (TRITON_INTERPRET=1): expected float32 or float16, got bfloat16, which "
             "the interpreter computes wrongly; cast, or give another backend"
@@ -632,7 +385,7 @@ def _cast(problem: Problem) -> Problem:
         return head._replace(weight=parts[0] if len(parts) == 1 else torch.cat(parts, 1), low_rank=None)
 
     if problem.shared_head:
-        reference = chunked.widened(reference, problem.head.width)
+        reference = chunks.widened(reference, problem.head.width)
     return replace(
         problem, head=cast(problem.head), reference_head=None if own is None else cast(own), reference_hidden=reference
     )
@@ -652,46 +405,17 @@ def _as(logits: Tensor, dtype: torch.dtype) -> Tensor:
     return logits.view(dtype)[:, : logits.shape[1]]
 
 
-def _times_head(direction: Tensor, chunk: chunked.Chunk) -> Tensor:
+def _times_head(direction: Tensor, chunk: chunks.Chunk) -> Tensor:
     """direction @ [weight, low_rank], fp32."""
     factors = (chunk.weight,) if chunk.low_rank is None else (chunk.weight, chunk.low_rank)
-    products = [_product(direction, factor) for factor in factors]
+    products = [_times(direction, factor) for factor in factors]
     return products[0] if len(products) == 1 else torch.cat(products, 1)
 
 
-def _product(direction: Tensor, weight: Tensor) -> Tensor:
+def _times(direction: Tensor, weight: Tensor) -> Tensor:
     """direction @ weight, fp32 whatever the operands."""
     if direction.dtype == torch.float32:
         return direction @ weight
     if direction.is_cuda:
         return torch.mm(direction, weight, out_dtype=torch.float32)
     return direction.float() @ weight.float()
-
-
-def _rows_of(matrix: Tensor) -> Tensor:
-    """Any distance between rows, but the numbers of a row side by side, and the first of each where 16 bytes begin."""
-    if (matrix.stride(1) == 1 or matrix.shape[1] == 1) and _aligned(matrix):
-        return matrix
-    return matrix.clone(memory_format=torch.contiguous_format)
-
-
-def _aligned(matrix: Tensor) -> bool:
-    """For a tensor descriptor."""
-    return matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.element_size() % 16 == 0
-
-
-def _bias(head: Head) -> Tensor | None:
-    return None if head.bias is None else head.bias.detach().float().contiguous()
-
-
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-
-
-def _tiles_per_part(blocks: int, tiles: int, processors: int) -> int:
-    """So many tiles of the vocabulary for one program that rounds of programs × tiles of each, which is the time, are fewest."""
-    best = min(
-        range(1, min(tiles, max(32, processors)) + 1),
-        key=lambda parts: -(-blocks * parts // processors) * -(-tiles // parts),
-    )
-    return -(-tiles // best)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from .. import shards
 from ..problem import Gradients, Problem, Statistics
+from . import chunks
 from . import torch as chunked
 from .torch import Chunk, Product, Upstream
 
@@ -58,11 +59,11 @@ def sweep(problem: Problem, out: Statistics, directions: bool, product: Product 
     # Of each label the rank that holds it: as many ranks end before it.
     owner = torch.searchsorted(problem.labels.new_tensor(shard.ends), problem.labels, right=True)
     local = replace(problem, labels=nearest)
-    for chunk in chunked.logit_chunks(problem, product, narrow=directions):
+    for chunk in chunks.logit_chunks(problem, product, narrow=directions):
         at = chunk.tokens
         part = _part(problem, out.at(at))
         if rows:
-            chunked.row_passes(local, part, chunk, directions)
+            chunks.row_passes(local, part, chunk, directions)
         log_p, log_r = _combine(problem, part, owner[at], out.at(at))
         if directions and rows:
             _whole_directions(problem, part, chunk, nearest[at], mine[at], out.nll[at], log_p, log_r)
@@ -112,7 +113,7 @@ def _combine(problem: Problem, part: Statistics, owner: Tensor, out: Statistics)
     if part.top_logits is not None:
         candidates = torch.cat([logits.t() for logits in everyone], 1)
         k = min(problem.top_k, problem.head.vocabulary)
-        out.topk_entropy.copy_(chunked.entropy_of(candidates.topk(k, dim=1).values))
+        out.topk_entropy.copy_(chunks.entropy_of(candidates.topk(k, dim=1).values))
     if log_r is None:
         return log_p[shard.rank], None
     r, d = log_r.exp(), log_p - log_r

@@ -8,26 +8,27 @@ Inside a chunk, row statistics run over blocks small enough for a CPU's cache. [
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import fields
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..problem import Entries, Gradients, Head, Problem, Statistics, Tails
+from ..problem import Entries, Gradients, Problem, Statistics, Tails
+from .chunks import (
+    COLUMNS,
+    Chunk,
+    Product,
+    by_column,
+    empty_gradients,
+    empty_rows,
+    empty_statistics,
+    logit_chunks,
+    row_passes,
+    slices,
+)
 
-# Logits and their copies of one chunk. Measured on 2 CPU cores: at 64 MiB 3 to 7 % slower, at 128 MiB no faster.
-CHUNK_BYTES = 96 << 20
-# Row statistics make several passes; a block of this many numbers stays in a core's cache between them. On an
-# accelerator the launch of a kernel costs more than its cache saves.
-BLOCK_NUMBERS = {"cpu": 1 << 18}
-BLOCK_NUMBERS_ELSEWHERE = 1 << 23
 # The tail profile is made of so many tokens.
 SAMPLED_TOKENS = 1024
-# Columns of the head that are converted at a time where a product needs another dtype.
-COLUMNS = 4096
-
-# Fills its first argument with hidden @ weight.T + bias, in fp32 whatever the operands' dtype.
-Product = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], object]
 Upstream = Callable[[Statistics, slice], "tuple[Tensor | None, Tensor | None]"]
 # What `sweep` does; a backend may put another in its place.
 Sweep = Callable[[Problem, Statistics, bool, "Product | None"], "Iterator[Chunk]"]
@@ -60,13 +61,6 @@ def statistics(
     return out, rows
 
 
-def empty_rows(problem: Problem, count: int) -> Gradients:
-    """What `keep_chunk_rows` fills, for so many tokens."""
-    shape, acc = (count, problem.hidden.shape[1]), problem.accumulator
-    nll = torch.empty(shape, dtype=acc, device=problem.hidden.device)
-    return Gradients(nll=nll, kl=torch.empty_like(nll) if problem.has_reference else None)
-
-
 def keep_chunk_rows(problem: Problem, chunk: Chunk, rows: Gradients, at: slice) -> None:
     """∂nll/∂x and ∂kl/∂x of a chunk's tokens, before any upstream weight."""
     scale = problem.head.logit_scale
@@ -89,21 +83,6 @@ def gradients(
     for chunk in sweep(problem, out, True, product):
         add_chunk(problem, chunk, *upstream(out.at(chunk.tokens), chunk.tokens), total)
     return out, total
-
-
-def empty_gradients(problem: Problem, hidden: bool, weight: bool, bias: bool, low_rank: bool = False) -> Gradients:
-    """What `add_chunk` fills: the rows of hidden are written, the others are sums."""
-    acc, head = problem.accumulator, problem.head
-    # The caller scales the sums, which in fp16 would come too late for what overflowed or underflowed. And what other
-    # ranks add to is rounded after that.
-    wide = problem.hidden.dtype == torch.float16 or head.shard is not None
-    hidden_dtype = acc if wide else problem.hidden.dtype
-    return Gradients(
-        hidden=torch.empty_like(problem.hidden, dtype=hidden_dtype) if hidden else None,
-        weight=head.weight.new_zeros(head.weight.shape, dtype=acc) if weight else None,
-        bias=head.weight.new_zeros(len(head.weight), dtype=acc) if bias else None,
-        low_rank=torch.zeros_like(head.low_rank, dtype=acc) if low_rank else None,
-    )
 
 
 def add_chunk(problem: Problem, chunk: Chunk, a: Tensor | None, b: Tensor | None, total: Gradients) -> None:
@@ -242,389 +221,9 @@ def columns_product(
     return out if base is None else out.add_(base, alpha=base_scale).to(dtype)
 
 
-def by_column(offsets: Tensor, columns: Tensor, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Entries by column: offsets [V + 1], the entries' rows, and their order, in which rows ascend in each column."""
-    ids = torch.arange(len(offsets) - 1, device=columns.device)
-    rows = torch.repeat_interleave(ids, offsets.diff(), output_size=len(columns))
-    sorted_columns, order = columns.sort(stable=True)
-    ids = torch.arange(vocabulary + 1, dtype=columns.dtype, device=columns.device)
-    return torch.searchsorted(sorted_columns, ids), rows[order], order
-
-
 def weighted_sum(matrix: Tensor, scale: Tensor) -> Tensor:
     """Σ_v scale[v] · matrix[v], [D], in the dtype of scale."""
     out = scale.new_zeros(matrix.shape[1])
-    for rows in _slices(len(matrix), COLUMNS):
+    for rows in slices(len(matrix), COLUMNS):
         out.addmv_(matrix[rows].to(scale.dtype).t(), scale[rows])
     return out
-
-
-@dataclass
-class Chunk:
-    """Tokens with their logits, which the row passes turn into directions in place, and the products of these."""
-
-    tokens: slice
-    hidden: Tensor  # [C, D]
-    weight: Tensor
-    z: Tensor
-    r: Tensor | None
-    half: Tensor | None
-    low_rank: Tensor | None = None  # [V, r]
-    low_rank_rows: Tensor | None = None  # [C, r]
-    difference: bool = False  # z is the logits minus r
-
-    @property
-    def nll_direction(self) -> Tensor:
-        return self.z
-
-    @property
-    def kl_direction(self) -> Tensor | None:
-        return self.r
-
-    @property
-    def rounds(self) -> bool:
-        """Whether the operands of the products are rounded; then the upstream weights must be in before that."""
-        return self.weight.dtype != self.z.dtype and (self.half is not None or self.weight.is_cuda)
-
-    def times_weight(self, direction: Tensor, exact: bool = False) -> Tensor:
-        """direction @ [weight, low_rank], [C, D + r], in fp32; `exact`: nothing is rounded on a CPU, as more work on it, or a sum, follows."""
-        product = self._times_weight(direction, exact)
-        if self.low_rank is None:
-            return product
-        return torch.cat([product, direction @ self.low_rank.to(direction.dtype)], 1)
-
-    def _times_weight(self, direction: Tensor, exact: bool) -> Tensor:
-        weight = self.weight
-        if direction.dtype == weight.dtype:
-            return direction @ weight
-        if self.rounds and weight.is_cuda:
-            return torch.mm(self._narrow(direction), weight, out_dtype=direction.dtype)
-        if self.rounds and not exact:
-            return (self._narrow(direction) @ weight).to(direction.dtype)
-        product = direction.new_zeros(len(direction), weight.shape[1])
-        for columns in _slices(len(weight), COLUMNS):
-            product.addmm_(direction[:, columns], weight[columns].to(direction.dtype))
-        return product
-
-    def add_outer(self, total: Tensor, direction: Tensor, row_weight: Tensor) -> None:
-        """total += (row_weight · direction)ᵀ hidden, total in fp32. The weights go to the smaller factor."""
-        if self.rounds and total.is_cuda:
-            narrow = self._narrow(direction)
-            for columns in _slices(len(total), COLUMNS):
-                product = torch.mm(narrow[:, columns].t(), self.hidden, out_dtype=total.dtype)
-                total[columns] += product.mul_(row_weight[0])
-        else:
-            # Also for bf16 on a CPU: its product would be rounded once per chunk.
-            total.addmm_(direction.t(), self.hidden.to(total.dtype) * row_weight)
-
-    def _narrow(self, direction: Tensor) -> Tensor:
-        if self.half is None:
-            return direction.to(self.weight.dtype)
-        return self.half[: len(direction)].copy_(direction)
-
-
-def logit_chunks(
-    problem: Problem, product: Product | None = None, *, narrow: bool, extra: int = 0, budget: int | None = None,
-) -> Iterator[Chunk]:  # fmt: skip
-    """Chunks of tokens with z = x Wᵀ + u Bᵀ + b in their buffers, and r that of the reference; neither scaled nor capped.
-
-    With a shared head z is (x − x_ref) Wᵀ + (u − u_ref) Bᵀ (`difference`), unless `product` takes bf16 operands and x − x_ref
-    has digits that bf16 has not: then z and r, both fp32, are nearer the truth than the product of a rounded difference. Where
-    two of its numbers lie within a factor of two of each other, theirs has none. `product` replaces the plain matrix products
-    with W; that with B is fp32, on CUDA of operands of their dtype. `narrow`: a buffer for rounded operands of further products
-    is wanted. `extra`: bytes per token that the caller adds to the chunk. `budget`: bytes of a chunk, where not CHUNK_BYTES.
-    """
-    count, columns = len(problem.labels), len(problem.head.weight)
-    if count == 0:
-        return
-    head, reference = problem.head, problem.reference_head
-    dtype, acc, device = problem.dtype, problem.accumulator, problem.hidden.device
-    weight = head.weight.to(dtype)
-    ref_weight = None if reference is None else reference.weight.to(dtype)
-    low_rank_dtype = dtype if device.type == "cuda" else acc
-    low_rank, ref_low_rank = (
-        None if h is None or h.low_rank is None else h.low_rank.to(low_rank_dtype) for h in (head, reference)
-    )
-    if product is not None:
-        weight = weight.contiguous()
-        ref_weight = None if ref_weight is None else ref_weight.contiguous()
-    # On a CPU no product of bf16 matrices in PyTorch comes out in fp32. Without a reference, bf16 logits are then taken,
-    # as plain PyTorch does: 2–3 times as fast as fp32. But p − p_ref cancels near the reference, so there fp32 operands
-    # are worth their time.
-    halves = dtype == torch.bfloat16 and device.type == "cpu" and not problem.has_reference
-    round_logits = halves and product is None
-
-    numbers = acc.itemsize * (2 if problem.has_reference else 1) + 2 * (dtype != acc and narrow)
-    per_token = head.most_rows * numbers + extra
-    size = _balanced(count, max(1, (budget or CHUNK_BYTES) // per_token))
-    z_buffer = torch.empty(size, columns, dtype=acc, device=device)
-    r_buffer = torch.empty_like(z_buffer) if problem.has_reference else None
-    half = torch.empty(size, columns, dtype=dtype, device=device) if round_logits or (halves and narrow) else None
-    multiply = _product if product is None else product
-
-    for tokens in _slices(count, size):
-        rows = problem.hidden[tokens]
-        hidden, low_rank_rows = _split(rows, weight, low_rank)
-        z = z_buffer[: len(hidden)]
-        r, is_difference = None, False
-        if r_buffer is not None:
-            r = r_buffer[: len(hidden)]
-            ref_rows = problem.reference_hidden[tokens]
-            if problem.shared_head:
-                ref_hidden, ref_low_rank_rows = _split(ref_rows, weight, low_rank)
-                multiply(r, ref_hidden, weight, head.bias)
-                _add_low_rank(r, ref_low_rank_rows, low_rank)
-                difference = rows.to(acc) - widened(ref_rows, rows.shape[1]).to(acc)
-                difference, low_rank_difference = difference[:, : weight.shape[1]], difference[:, weight.shape[1] :]
-                narrow_difference = difference if product is None else difference.to(dtype)
-                is_difference = narrow_difference.dtype == acc or _holds(narrow_difference, difference)
-                if is_difference:
-                    multiply(z, narrow_difference, weight, None)
-                    _add_low_rank(z, low_rank_difference, low_rank)
-                else:
-                    multiply(z, hidden, weight, head.bias)
-                    _add_low_rank(z, low_rank_rows, low_rank)
-            else:
-                multiply(z, hidden, weight, head.bias)
-                _add_low_rank(z, low_rank_rows, low_rank)
-                ref_hidden, ref_low_rank_rows = _split(ref_rows, ref_weight, ref_low_rank)
-                multiply(r, ref_hidden, ref_weight, reference.bias)
-                _add_low_rank(r, ref_low_rank_rows, ref_low_rank)
-        else:
-            if round_logits:
-                z.copy_(_product(half[: len(hidden)], hidden, weight, head.bias))
-            else:
-                multiply(z, hidden, weight, head.bias)
-            _add_low_rank(z, low_rank_rows, low_rank)
-        yield Chunk(tokens, hidden, weight, z, r, half, low_rank, low_rank_rows, is_difference)
-
-
-def _holds(narrow: Tensor, wide: Tensor) -> bool:
-    """Whether nothing of `wide` was rounded."""
-    return not bool(((narrow.to(wide.dtype) != wide) & (wide == wide)).any())
-
-
-def _split(rows: Tensor, weight: Tensor, low_rank: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """[x, u] in the dtypes of their factors; u is None where there are no such columns."""
-    dim = weight.shape[1]
-    hidden = rows[:, :dim].to(weight.dtype).contiguous()
-    return hidden, None if low_rank is None or rows.shape[1] == dim else rows[:, dim:].to(low_rank.dtype)
-
-
-def widened(rows: Tensor, width: int) -> Tensor:
-    """[x] as [x, 0]."""
-    return rows if rows.shape[1] == width else nn.functional.pad(rows, (0, width - rows.shape[1]))
-
-
-def _add_low_rank(z: Tensor, rows: Tensor | None, low_rank: Tensor | None) -> None:
-    if rows is not None and low_rank is not None:
-        add_product(z, rows.to(low_rank.dtype), low_rank.t())
-
-
-def add_product(total: Tensor, left: Tensor, right: Tensor, factor: float = 1.0) -> None:
-    """total += factor · left @ right, in fp32 whatever the operands."""
-    if left.dtype == total.dtype or not left.is_cuda:
-        total.addmm_(left.to(total.dtype), right.to(total.dtype), alpha=factor)
-    else:
-        torch.addmm(total, left, right, alpha=factor, out_dtype=total.dtype, out=total)
-
-
-def row_passes(
-    problem: Problem, out: Statistics, chunk: Chunk, directions: bool, finished: bool = False,
-    then: Callable[[slice], None] | None = None,
-) -> None:  # fmt: skip
-    """`_row_pass` over a chunk, in blocks of rows; after each, `then(rows)`. `finished`: `finish` has been done."""
-    size = len(chunk.z)
-    device, vocabulary = chunk.z.device, chunk.z.shape[1]
-    block = min(size, max(1, BLOCK_NUMBERS.get(device.type, BLOCK_NUMBERS_ELSEWHERE) // vocabulary))
-    scratch = torch.empty(block, vocabulary, dtype=chunk.z.dtype, device=device)
-    labels = problem.labels[chunk.tokens]
-    for rows in _slices(size, block):
-        z, r = chunk.z[rows], None if chunk.r is None else chunk.r[rows]
-        if not finished:
-            finish(problem, z, r, chunk.difference)
-        keeps = keeps_difference(problem, chunk)
-        _row_pass(problem, out.at(rows), labels[rows], z, r, keeps, scratch[: len(z)], directions)
-        if then is not None:
-            then(rows)
-
-
-def keeps_difference(problem: Problem, chunk: Chunk) -> bool:
-    """Whether, after `finish` too, z is the difference of both models' logits; a soft-cap is not linear."""
-    return chunk.difference and problem.head.softcap is None
-
-
-def finish(problem: Problem, z: Tensor, r: Tensor | None, difference: bool) -> None:
-    """Scale and soft-cap, in place: z and r become logits. `difference`: z is logits minus r and stays so without a soft-cap."""
-    head = problem.head
-    if r is None:
-        _finish_logits(z, head)
-        return
-    if difference and head.softcap is None:
-        if head.logit_scale != 1:
-            z.mul_(head.logit_scale)
-    else:
-        if difference:
-            z.add_(r)
-        _finish_logits(z, head)
-    _finish_logits(r, problem.reference_head or head)
-
-
-def _row_pass(
-    problem: Problem, out: Statistics, labels: Tensor, z: Tensor, r: Tensor | None, difference: bool, scratch: Tensor,
-    directions: bool,
-) -> None:  # fmt: skip
-    """Statistics of a few rows; with `directions`, z becomes ∂nll/∂z and r becomes ∂kl/∂z (both without logit_scale).
-    `difference`: z is logits minus r."""
-    head = problem.head
-    labels = labels[:, None]
-    shared_difference = None
-    if difference:
-        shared_difference = z.clone()
-        z.add_(r)
-    # At least 0: rounding would make it negative where the soft-cap is all but reached.
-    slope = (1 - (z / head.softcap) ** 2).clamp_(min=0) if directions and head.softcap is not None else None
-
-    if out.topk_entropy is not None:
-        out.topk_entropy.copy_(entropy_of(z.topk(min(problem.top_k, z.shape[1]), dim=1).values))
-    if out.top_logits is not None:
-        out.top_logits.copy_(z.topk(out.top_logits.shape[1], dim=1).values)
-
-    if r is None:
-        total = _exponentials_(z, labels, out, scratch)
-        if directions:
-            # p of the label minus 1 is expm1(−nll): exact also where p is nearly 1.
-            z.div_(total).scatter_(1, labels, torch.expm1(-out.nll)[:, None])
-            if slope is not None:
-                z.mul_(slope)
-        return
-
-    # Log-probabilities of both models, in place.
-    log_p, log_r = z, r
-    top, prediction = log_p.max(1, keepdim=True)
-    out.prediction.copy_(prediction[:, 0])
-    log_sum = _log_softmax_(log_p, top, prediction, scratch)
-    top_ref, prediction = log_r.max(1, keepdim=True)
-    log_sum_ref = _log_softmax_(log_r, top_ref, prediction, scratch)
-    if out.normaliser is not None:
-        torch.cat([top, log_sum], 1, out=out.normaliser)
-        torch.cat([top_ref, log_sum_ref], 1, out=out.reference_normaliser)
-    out.nll.copy_(-log_p.gather(1, labels)[:, 0])
-    out.reference_nll.copy_(-log_r.gather(1, labels)[:, 0])
-    # d = log p − log p_ref; from the difference of the hidden states where that is to be had.
-    if shared_difference is None:
-        d = log_p - log_r
-    else:
-        d = shared_difference.sub_((top - top_ref) + (log_sum - log_sum_ref))
-
-    p_ref = scratch.copy_(log_r).exp_()
-    if out.reference_entropy is not None:
-        out.reference_entropy.copy_(-_row_dot(p_ref, log_r))
-    p = log_p.exp() if directions or out.entropy is not None else None
-    if out.entropy is not None:
-        out.entropy.copy_(-_row_dot(p, log_p))
-    # p − p_ref = p_ref · expm1(d) keeps its relative accuracy where the two models nearly agree.
-    gap = torch.where(d.abs() < 1, torch.expm1(d).mul_(p_ref), log_p.exp() - p_ref if p is None else p - p_ref)
-    # Σ gap is 0 up to rounding; with it the error of d cancels to first order and the sum has no negative part.
-    out.kl.copy_((gap.sum(1) - _row_dot(p_ref, d)).clamp_(min=0))
-    if directions:
-        r.copy_(gap)
-        z.copy_(p).scatter_(1, labels, torch.expm1(-out.nll)[:, None])
-        if slope is not None:
-            z.mul_(slope)
-            r.mul_(slope)
-
-
-def _finish_logits(z: Tensor, head: Head) -> None:
-    if head.bias is not None:
-        z.clamp_(min=-1e30)  # a token ruled out by −inf must not make 0 · ∞
-    if head.logit_scale != 1:
-        z.mul_(head.logit_scale)
-    if head.softcap is not None:
-        z.div_(head.softcap).tanh_().mul_(head.softcap)
-
-
-def _exponentials_(z: Tensor, labels: Tensor, out: Statistics, scratch: Tensor) -> Tensor:
-    """z becomes exp(z − top); fills nll, prediction and, where wanted, entropy. Returns the sums, [rows, 1].
-
-    The largest logit is taken out before anything is summed, and 1 + rest goes through log1p: nll is accurate
-    also where it is tiny, never negative, and no common offset of the logits enters it.
-    """
-    top, prediction = z.max(1, keepdim=True)
-    out.prediction.copy_(prediction[:, 0])
-    z.sub_(top)
-    label_logit = z.gather(1, labels)[:, 0]
-    shifted = scratch.copy_(z) if out.entropy is not None else None
-    z.exp_().scatter_(1, prediction, 0)
-    rest = z.sum(1) + (top - top)[:, 0]  # NaN where the largest logit is infinite, and so everything that follows
-    log_sum = torch.log1p(rest)
-    out.nll.copy_(log_sum - label_logit)
-    if out.normaliser is not None:
-        torch.stack([top[:, 0], log_sum], 1, out=out.normaliser)
-    if shifted is not None:
-        out.entropy.copy_(log_sum - _row_dot(z, shifted) / (1 + rest))
-    z.scatter_(1, prediction, 1)
-    return (1 + rest)[:, None]
-
-
-def _log_softmax_(z: Tensor, top: Tensor, prediction: Tensor, scratch: Tensor) -> Tensor:
-    """z becomes log softmax(z); returns log Σ exp(z − top), [rows, 1]."""
-    exp = torch.exp(z.sub_(top), out=scratch).scatter_(1, prediction, 0)
-    log_sum = torch.log1p(exp.sum(1, keepdim=True) + (top - top))  # NaN where the largest logit is infinite
-    z.sub_(log_sum)
-    return log_sum
-
-
-def entropy_of(z: Tensor) -> Tensor:
-    """Of softmax(z), [rows]."""
-    log_p = z.log_softmax(1)
-    return -(log_p.exp() * log_p).sum(1)
-
-
-def _row_dot(a: Tensor, b: Tensor) -> Tensor:
-    """Σ_v a[t, v] · b[t, v], without a temporary of that size."""
-    return torch.bmm(a.unsqueeze(1), b.unsqueeze(2)).flatten()
-
-
-def _product(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """out = hidden @ weight.T + bias, in the dtype of `out` whatever that of the weight; returns out."""
-    if weight.dtype == out.dtype:
-        if bias is None:
-            return torch.mm(hidden, weight.t(), out=out)
-        return torch.addmm(bias.to(out.dtype), hidden, weight.t(), out=out)
-    if weight.is_cuda:
-        torch.mm(hidden.to(weight.dtype), weight.t(), out_dtype=out.dtype, out=out)
-    else:
-        hidden = hidden.to(out.dtype)
-        for columns in _slices(len(weight), COLUMNS):
-            torch.mm(hidden, weight[columns].to(out.dtype).t(), out=out[:, columns])
-    return out if bias is None else out.add_(bias)
-
-
-def empty_statistics(problem: Problem) -> Statistics:
-    count, acc, device = len(problem.labels), problem.accumulator, problem.hidden.device
-
-    def vector(name: str) -> Tensor | None:
-        return torch.empty(count, dtype=acc, device=device) if name in problem.wanted else None
-
-    return Statistics(
-        nll=torch.empty(count, dtype=acc, device=device),
-        prediction=torch.empty(count, dtype=torch.int64, device=device),
-        kl=torch.empty(count, dtype=acc, device=device) if problem.has_reference else None,
-        reference_nll=torch.empty(count, dtype=acc, device=device) if problem.has_reference else None,
-        entropy=vector("entropy"),
-        reference_entropy=vector("reference_entropy") if problem.has_reference else None,
-        topk_entropy=vector("topk_entropy"),
-    )
-
-
-def _balanced(count: int, most: int) -> int:
-    """A chunk size ≤ `most` (rounded up to 16) that splits `count` evenly."""
-    chunks = -(-count // most)
-    size = -(-count // chunks)
-    return min(count, -(-size // 16) * 16)
-
-
-def _slices(count: int, size: int) -> Iterator[slice]:
-    for start in range(0, count, size):
-        yield slice(start, min(start + size, count))

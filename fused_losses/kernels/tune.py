@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..backends import gpu
+from ..backends import gpu, gpu_scan
 from ..problem import Head, Problem
 from ..sparse.certificate import THRESHOLD
 from . import measure
@@ -115,7 +115,7 @@ VARIANTS = 6
 def candidates(architecture: int, kind: str, itemsize: int, shared_memory: int = SHARED_MEMORY) -> list[Scan]:
     """Tiles that may fit, the table's own first, then the larger ones: those need less of the L2 cache."""
     if backends.interpreted():
-        some = gpu.INTERPRETED_TILE
+        some = gpu_scan.INTERPRETED_TILE
         return [some._replace(kind=kind), some._replace(kind=kind, block_v=32, slices=1)]
     own = tiles.scan_tile(architecture, kind)
     accumulators = 2 if kind in ("shared", "own") else 1
@@ -204,9 +204,9 @@ def _compile(workload: Workload, tile: Scan) -> str:
     """Run a tile once; why it cannot be used, or nothing."""
     try:
         problem = _problem_here(workload)
-        operands = gpu._Operands(problem, tile)
+        operands = gpu_scan.Operands(problem, tile)
         # As the sweep does: the probe without bits, then a chunk with them.
-        known = gpu._bounds(operands, operands.label_logits(backends.load("triton").kernels), THRESHOLD)  # type: ignore[attr-defined]
+        known = gpu_scan.bounds(operands, operands.label_logits(backends.load("triton").kernels), THRESHOLD)  # type: ignore[attr-defined]
         tokens = slice(0, len(problem.labels))
         rows = -(-tokens.stop // tile.block_n) * tile.block_n
         words = -(-workload.vocabulary // tile.block_v) * tile.block_v // 32

@@ -23,7 +23,7 @@ from test_sparse_softmax import (
 )
 
 import fused_losses as fl
-from fused_losses.backends import gpu
+from fused_losses.backends import gpu, gpu_scan
 from fused_losses.sparse import softmax
 
 # The interpreter computes with numpy, which warns where a GPU just makes an infinity or a NaN.
@@ -39,7 +39,7 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(gpu, "BIT_BYTES", 1)
     monkeypatch.setattr(gpu, "LOGIT_BYTES", 1)
     monkeypatch.setattr(gpu, "PROFILE_BYTES", 1)
-    monkeypatch.setattr(gpu, "PROBE", 70)
+    monkeypatch.setattr(gpu_scan, "PROBE", 70)
 
 
 @pytest.fixture(params=["scan", "logits"])

@@ -1,0 +1,296 @@
+"""Around the scan kernels: their operands, what a probe bounds, and how the sums of the parts become statistics.
+
+Beside kernels/triton/scan.py, whose 11 sums (`Sum`) are read here.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.schemas import KEPT, KEPT_GAP, KEPT_GAP_L1, KEPT_GAP_L1_OF_TOTALS, Row
+from ..kernels.triton import on_device_of, tiles
+from ..kernels.triton import scan as scans
+from ..kernels.triton.scan import Known, Sum
+from ..problem import Head, Problem, Statistics, Tails
+
+# Ids of the probe. On SmolLM2 its bound lets 1.3 times the final entries through.
+PROBE = 4096
+INTERPRETED = type(scans.scan).__name__ == "InterpretedFunction"
+# For Triton's interpreter, which runs on CPU tensors; the shape does not matter there.
+INTERPRETED_TILE = tiles.Scan(0, "any", 16, 64, 32, 2, 4, 1, True, "interpreter")
+
+
+class Operands:
+    """What the scan kernels are given, made once for all chunks."""
+
+    def __init__(self, problem: Problem, tile: tiles.Scan) -> None:
+        self.problem, self.tile = problem, tile
+        self.compiled: Any = None  # the kernel of the last run, as Triton gives it back; None in its interpreter
+        dtype, head, own = problem.dtype, problem.head, problem.reference_head
+        self.weight = _rows_of(head.weight.to(dtype))
+        self.hidden = _rows_of(problem.hidden.to(dtype))
+        self.bias, self.reference_bias = bias_of(head), None
+        self.reference_hidden = self.reference_weight = None
+        if problem.has_reference:
+            self.reference_hidden = _rows_of(problem.reference_hidden.to(dtype))
+            self.reference_weight, self.reference_bias = self.weight, self.bias
+            if own is not None:
+                self.reference_weight, self.reference_bias = _rows_of(own.weight.to(dtype)), bias_of(own)
+            else:
+                self.hidden = (problem.hidden.float() - problem.reference_hidden.float()).to(dtype)
+                self.bias = None
+        tensors = [self.hidden, self.weight, self.reference_hidden, self.reference_weight]
+        self.descriptors = tile.descriptors and all(_aligned(t) for t in tensors if t is not None)
+
+    def label_logits(self, kernels: Any) -> list[Tensor]:
+        """z of the labels, and with a reference z − r and r."""
+        problem, labels = self.problem, self.problem.labels
+        offsets = torch.arange(len(labels) + 1, device=labels.device)
+
+        def logit(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+            out = torch.empty(len(labels), dtype=torch.float32, device=labels.device)
+            kernels.entry_logits(hidden.contiguous(), weight.contiguous(), bias, offsets, labels.int(), out)
+            return out.mul_(scale)
+
+        z = logit(self.hidden, self.weight, self.bias, problem.head.logit_scale)
+        if not problem.has_reference:
+            cap = problem.head.softcap
+            return [z if cap is None else z.div_(cap).tanh_().mul_(cap)]
+        scale = (problem.reference_head or problem.head).logit_scale
+        r = logit(self.reference_hidden, self.reference_weight, self.reference_bias, scale)
+        d = z if problem.shared_head else z - r
+        return [r + d, d, r]
+
+    def run(self, tokens: slice, known: Tensor, bits: Tensor | None, vocabulary: int) -> Tensor:
+        """The scan of some tokens and the first so many ids; sums [parts, SUMS, C]."""
+        problem, tile = self.problem, self.tile
+        count, device = tokens.stop - tokens.start, problem.hidden.device
+        blocks, all_tiles = -(-count // tile.block_n), -(-vocabulary // tile.block_v)
+        per_part = _tiles_per_part(blocks, all_tiles, _processors(device))
+        parts = -(-all_tiles // per_part)
+        partial = torch.empty(parts, len(Sum), count, dtype=torch.float32, device=device)
+        known = known.contiguous()
+        words = bits.shape[1] if bits is not None else 0
+        left = [self.hidden[tokens], self.weight]
+        if problem.has_reference:
+            left += [self.reference_hidden[tokens], self.reference_weight]
+        strides = [t.stride(0) for t in left]
+        operands: list[Any] = left
+        if self.descriptors:
+            from triton.tools.tensor_descriptor import TensorDescriptor
+
+            blocks_of = [tile.block_n, tile.block_v] * 2
+            operands = [
+                TensorDescriptor.from_tensor(t, [b, tile.block_d]) for t, b in zip(left, blocks_of, strict=False)
+            ]
+        head, own = problem.head, problem.reference_head
+        labels = problem.labels[tokens].contiguous()
+        constants = dict(
+            **tile.constants, DESCRIPTORS=self.descriptors, FP32=problem.dtype == torch.float32,
+            HAS_BIAS=self.bias is not None, ENTROPY="entropy" in problem.wanted, BITS=bits is not None, **tile.options,
+        )  # fmt: skip
+        grid = (blocks, parts)
+        with on_device_of(partial):
+            if not problem.has_reference:
+                self.compiled = scans.scan[grid](
+                    *operands, self.bias, labels, known, bits, partial, head.logit_scale, head.softcap or 0.0, count,
+                    vocabulary, self.weight.shape[1], *strides, words, per_part,
+                    SCALED=head.logit_scale != 1, SOFTCAP=head.softcap is not None, **constants,
+                )  # fmt: skip
+            else:
+                reference_scale = (own or head).logit_scale
+                self.compiled = scans.scan_with_reference[grid](
+                    *operands, self.bias, self.reference_bias, labels, known, bits, partial, head.logit_scale,
+                    reference_scale, count, vocabulary, self.weight.shape[1], self.reference_weight.shape[1], *strides,
+                    words, per_part, SHARED=own is None, HAS_REFERENCE_BIAS=self.reference_bias is not None,
+                    SCALED=head.logit_scale != 1 or reference_scale != 1,
+                    REFERENCE_ENTROPY="reference_entropy" in problem.wanted, **constants,
+                )  # fmt: skip
+        return partial
+
+
+def bounds(operands: Operands, label: list[Tensor], threshold: float) -> Tensor:
+    """[3, N] for the scan, from a probe: with L and R the log-sums of some ids and the label, with and without the label, both
+    lower bounds, log θ + (L + R)/2 is one of lse + log(θ √(1 − p[label])), and L_ref + log θ + (R − L)/2 of the reference's."""
+    problem = operands.problem
+    count = len(problem.labels)
+    known = torch.zeros(len(Known), count, dtype=torch.float32, device=problem.hidden.device)
+    partial = operands.run(slice(0, count), known, None, min(PROBE, problem.head.vocabulary))
+    others = (partial[:, Sum.TOP] + partial[:, Sum.SUM].log()).logsumexp(0)
+    lse = torch.logaddexp(others, label[0])
+    log_threshold = math.log(threshold)
+    known[Known.BOUND] = log_threshold + 0.5 * (lse + others)
+    if problem.has_reference:
+        ref_others = (partial[:, Sum.REF_TOP] + partial[:, Sum.REF_SUM].log()).logsumexp(0)
+        ref_lse = torch.logaddexp(ref_others, label[2])
+        known[Known.REF_BOUND] = log_threshold + 0.5 * (others - lse) + ref_lse
+        known[Known.SHIFT] = lse - ref_lse
+    return known
+
+
+def join(
+    problem: Problem, partial: Tensor, labels: Tensor, label: list[Tensor], shift: Tensor, out: Statistics
+) -> Tensor:
+    """The sums of the parts and the labels' own terms: fills `out`, returns what `attention` needs, [9, C]."""
+    rows = partial.new_zeros(len(Row), partial.shape[2])
+    tops, z = partial[:, Sum.TOP], label[0]
+    top, moved = _moved(tops)
+    total = (partial[:, Sum.SUM] * moved).sum(0)
+    nll, largest, log_sum = _closed(z, top, total)
+    share = torch.exp((top - largest) - log_sum)
+    out.nll.copy_(nll)
+    index = torch.where(tops == top, partial[:, Sum.INDEX].view(torch.int32), 2**31 - 1).amin(0).long()
+    out.prediction.copy_(torch.where((z > top) | ((z == top) & (labels < index)), labels, index))
+    if out.entropy is not None:
+        weighted = _weighted(partial[:, Sum.WEIGHTED], partial[:, Sum.SUM], tops, top, moved)
+        out.entropy.copy_(_entropy(share, total, weighted, top, largest, log_sum, nll))
+    rows[Row.TOP], rows[Row.LOG_SUM] = largest, log_sum
+    softcap = problem.head.softcap
+    rows[Row.REST] = -torch.expm1(-nll) if softcap is None else share * (partial[:, Sum.SLOPED] * moved).sum(0)
+    if not problem.has_reference:
+        return rows
+
+    _, d, r = label
+    tops = partial[:, Sum.REF_TOP]
+    top, moved = _moved(tops)
+    total = (partial[:, Sum.REF_SUM] * moved).sum(0)
+    ref_nll, ref_largest, ref_log_sum = _closed(r, top, total)
+    share = torch.exp((top - ref_largest) - ref_log_sum)
+    out.reference_nll.copy_(ref_nll)
+    if out.reference_entropy is not None:
+        weighted = _weighted(partial[:, Sum.REF_WEIGHTED], partial[:, Sum.REF_SUM], tops, top, moved)
+        out.reference_entropy.copy_(_entropy(share, total, weighted, top, ref_largest, ref_log_sum, ref_nll))
+    # Σ p_ref δ, Σ p_ref (eᵟ − 1 − δ) and Σ p_ref |eᵟ − 1|, the label's term last.
+    delta, p_label = d - shift, torch.exp(-ref_nll)
+    gained = torch.expm1(delta.clamp(max=60))  # as in the kernel; beyond, `near` is false
+    own = (delta, gained - delta, gained.abs())
+    shifted, growth, gap_l1 = (
+        share * (partial[:, row] * moved).sum(0) + p_label * term
+        for row, term in zip((Sum.SHIFTED, Sum.GROWTH, Sum.GAP_L1), own, strict=True)
+    )
+    # lse − lse_ref is log(1 + Σ p_ref (eᵟ − 1)) + shift: accurate near the reference. Far from it δ overflows; then
+    # it is the difference of the two, and the KL that minus Σ p_ref (z − r).
+    gain = shifted + growth
+    precise = torch.log1p(gain) + shift
+    plain = (largest - ref_largest) + (log_sum - ref_log_sum)
+    near = (gain.abs() < 0.5) & ((precise - plain).abs() < 1e-3)
+    kl = torch.where(near, growth - _saturation(gain), plain - shift - shifted)
+    out.kl.copy_(torch.where(kl < 0, 0, kl))
+    rows[Row.REF_TOP], rows[Row.REF_LOG_SUM] = ref_largest, ref_log_sum
+    rows[Row.SHIFT] = torch.where(near, precise, plain)
+    rows[Row.GAP_L1], rows[Row.TOTALS_SHIFT] = gap_l1, shift
+    return rows
+
+
+def _saturation(x: Tensor) -> Tensor:
+    """x − log(1 + x), without cancellation near 0."""
+    series = x * x * (1 / 2 - x * (1 / 3 - x * (1 / 4 - x * (1 / 5 - x * (1 / 6 - x / 7)))))
+    return torch.where(x.abs() < 0.05, series, x - torch.log1p(x))
+
+
+def _moved(tops: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest of the parts' tops, and by what factor each part's sums come to it."""
+    top = tops.amax(0)
+    return top, torch.exp(tops - top)
+
+
+def _weighted(weighted: Tensor, total: Tensor, tops: Tensor, top: Tensor, moved: Tensor) -> Tensor:
+    return ((weighted + total * (tops - top)) * moved).sum(0)
+
+
+def _closed(label: Tensor, top: Tensor, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """nll, largest logit and log Σ exp(z − largest), the label's logit added to the sum total · exp(top) of the others.
+
+    NaN where the largest is infinite."""
+    delta = (top - label) + total.log()
+    largest = torch.maximum(top, label)
+    nothing = largest - largest
+    nll = delta.clamp(min=0) + torch.log1p(torch.exp(-delta.abs())) + nothing
+    rest = torch.where(label >= top, total * torch.exp(top - largest), total - 1 + torch.exp(label - largest))
+    return nll, largest, torch.log1p(rest + nothing)
+
+
+def _entropy(
+    share: Tensor, total: Tensor, weighted: Tensor, top: Tensor, largest: Tensor, log_sum: Tensor, nll: Tensor
+) -> Tensor:
+    """Σ p (lse − z) over the others and p·nll of the label: no term is negative."""
+    return share * (total * ((largest - top) + log_sum) - weighted) + torch.exp(-nll) * nll
+
+
+def tails_of(problem: Problem, nll: Tensor, labels: Tensor, known: Tensor, kept: Tensor) -> Tails:
+    rest, wrong = known[Row.REST], -torch.expm1(-nll)
+    tail = rest - kept[KEPT]
+    l1 = 2 * wrong
+    if problem.head.softcap is not None:
+        # Σ p·slope over the others and the label's |p − 1|·slope; the label is an entry, but where there are too many.
+        slope = 1 - (_label_logit(problem, nll, known) / problem.head.softcap) ** 2
+        l1 = (rest + wrong * slope.clamp(min=0)).clamp(min=0)  # rounding, where the soft-cap is all but reached
+    tails = Tails(torch.where(tail < 0, 0, tail), l1)
+    if problem.has_reference:
+        tails.kl = known[Row.GAP] - kept[KEPT_GAP]
+        # The totals were summed with another shift c: |p − p_ref| ≤ κ |p' − p_ref| + |κ − 1| p_ref, κ = exp(c − shift).
+        moved = torch.exp(known[Row.TOTALS_SHIFT] - known[Row.SHIFT])
+        left = known[Row.GAP_L1] - kept[KEPT_GAP_L1_OF_TOTALS]
+        ref_tail = tails.nll - tails.kl
+        tails.kl_left = moved * torch.where(left < 0, 0, left) + (moved - 1).abs() * torch.where(
+            ref_tail < 0, 0, ref_tail
+        )
+        exact = moved == 1
+        tails.kl_l1 = torch.where(exact, known[Row.GAP_L1], kept[KEPT_GAP_L1] + tails.kl.abs())
+    return tails
+
+
+def _label_logit(problem: Problem, nll: Tensor, known: Tensor) -> Tensor:
+    """z of the label: lse − nll, within rounding."""
+    return known[Row.TOP] + known[Row.LOG_SUM] - nll
+
+
+def choose_tile(problem: Problem) -> tiles.Scan | None:
+    """The row of the table for a call; None: chunks of logits instead."""
+    own, head = problem.reference_head, problem.head
+    capped = head.softcap is not None or (own is not None and own.softcap is not None)
+    if "topk_entropy" in problem.wanted or (problem.has_reference and capped):
+        return None
+    if INTERPRETED:
+        return INTERPRETED_TILE
+    if problem.dtype == torch.float32:
+        return None  # on tensor cores only in tf32; cuBLAS has better fp32 products
+    kind = "capped" if capped or head.bias is not None else "plain"
+    if problem.has_reference:
+        kind = "shared" if own is None else "own"
+    if any(h.width % 8 for h in (head, own) if h is not None):
+        return None  # rows that are not whole units of 16 bytes can neither be described nor loaded so
+    return tiles.scan_tile(tiles.architecture(torch.cuda.get_device_capability(problem.hidden.device)), kind)
+
+
+def _rows_of(matrix: Tensor) -> Tensor:
+    """Any distance between rows, but the numbers of a row side by side, and the first of each where 16 bytes begin."""
+    if (matrix.stride(1) == 1 or matrix.shape[1] == 1) and _aligned(matrix):
+        return matrix
+    return matrix.clone(memory_format=torch.contiguous_format)
+
+
+def _aligned(matrix: Tensor) -> bool:
+    """For a tensor descriptor."""
+    return matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.element_size() % 16 == 0
+
+
+def bias_of(head: Head) -> Tensor | None:
+    return None if head.bias is None else head.bias.detach().float().contiguous()
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def _tiles_per_part(blocks: int, tiles: int, processors: int) -> int:
+    """So many tiles of the vocabulary for one program that rounds of programs × tiles of each, which is the time, are fewest."""
+    best = min(
+        range(1, min(tiles, max(32, processors)) + 1),
+        key=lambda parts: -(-blocks * parts // processors) * -(-tiles // parts),
+    )
+    return -(-tiles // best)
