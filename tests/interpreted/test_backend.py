@@ -46,7 +46,7 @@ def small_chunks(monkeypatch):
 def path(request, monkeypatch):
     """Both ways to the bits."""
     if request.param == "logits":
-        monkeypatch.setattr(gpu, "_tile", lambda problem: None)
+        monkeypatch.setattr(gpu_scan, "choose_tile", lambda problem: None)
     return request.param
 
 
@@ -150,7 +150,10 @@ def test_kl_is_accurate_near_the_reference_and_far_from_it(size, reference):
 @given(**CERTIFICATE)
 def test_certificate_holds(**options):
     options["n"] = min(options["n"], 8)
-    with mock.patch.multiple(gpu, BIT_BYTES=1, LOGIT_BYTES=1, PROFILE_BYTES=1, PROBE=70):
+    with (
+        mock.patch.multiple(gpu, BIT_BYTES=1, LOGIT_BYTES=1, PROFILE_BYTES=1),
+        mock.patch.object(gpu_scan, "PROBE", 70),
+    ):
         check_certificate("triton", **options)
 
 
