@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -9,12 +10,15 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
+from . import shards
 from .backends import Backend
-from .problem import TENSORS, Gradients, Problem, Statistics
+from .backends.chunks import picked_slopes, picked_weights
+from .problem import DIFFERENTIABLE, OUTPUTS, TENSORS, Gradients, Needs, Problem, Rows, Statistics, Upstream
 from .sparse import gradients as sparse_gradients
 from .sparse import softmax
-from .sparse.certificate import GradientReport, mostly_exact
+from .sparse.certificate import GradientReport
 from .sparse.softmax import Builder, SparseSoftmax
+from .sparse.weighted import Single, WeightedSparse, mostly_exact, single_rows, weigh
 
 # Called with the report when backward has filled it in.
 Publish = Callable[[GradientReport], None]
@@ -43,49 +47,52 @@ def _first_order(backward: Callable) -> Callable:
 
 
 class TokenLossesFunction(torch.autograd.Function):
-    """nll and kl per token, for upstream gradients that nobody knows yet.
+    """The statistics of tokens, of which nll, kl and others are differentiable, for upstream gradients that nobody knows yet.
 
     A trainable head: forward keeps the inputs, backward sweeps over the tokens again (4 GEMMs in all, 6 with a
-    reference). A frozen head: forward keeps the rows ∂nll/∂x and ∂kl/∂x (2 and 4 GEMMs in all), backward is
-    one line.
+    reference). A frozen head: forward keeps the rows ∂nll/∂x, ∂kl/∂x, ... (2 and 4 GEMMs in all), backward is
+    one line, and a gather of rows of the head where single logits have upstream gradients.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, low_rank, problem: Problem, backend: Backend, grad: bool):
         ctx.set_materialize_grads(False)
-        need_hidden, *need_head = (grad and need for need in ctx.needs_input_grad[:4])
-        ctx.keep_rows = need_hidden and not any(need_head)
+        needs = Needs(*(grad and need for need in ctx.needs_input_grad[:4]))
+        ctx.keep_rows = needs.hidden and not needs.head
         with _no_autocast(problem):
             out, rows = backend.statistics(problem, ctx.keep_rows)
         if ctx.keep_rows:
-            ctx.save_for_backward(rows.nll, rows.kl)
-            ctx.dtype = hidden.dtype
+            ctx.save_for_backward(*problem.without_inputs().tensors(), *rows.tensors(), picked_slopes(problem, out))
+            ctx.problem, ctx.backend, ctx.dtype = problem.without_tensors(), backend, hidden.dtype
         elif grad:
             ctx.save_for_backward(*problem.tensors())
             ctx.problem, ctx.backend = problem.without_tensors(), backend
-        return _outputs(ctx, out)
+        return _outputs(ctx, problem, out)
 
     @staticmethod
     @_first_order
-    def backward(ctx, a, b, *_):
+    def backward(ctx, *gradients):
+        upstream, saved = upstream_of(gradients), ctx.saved_tensors
+        problem = ctx.problem.with_tensors(saved[:TENSORS])
         if ctx.keep_rows:
-            nll_rows, kl_rows = ctx.saved_tensors
-            parts = [w[:, None] * rows for w, rows in ((a, nll_rows), (b, kl_rows)) if w is not None]
-            hidden = sum(parts).to(ctx.dtype) if parts else None
-            return hidden, None, None, None, None, None, None
-        problem = ctx.problem.with_tensors(ctx.saved_tensors)
+            *rows, slopes = saved[TENSORS:]
+            with _no_autocast(problem):
+                total = Rows(*rows).weighted(upstream)
+                single = picked_weights(problem, slopes, upstream)
+                if single is not None:
+                    part = _single_rows(problem, ctx.backend, single)
+                    total = part if total is None else total + part
+            return None if total is None else total.to(ctx.dtype), *_nothing(6)
         with _no_autocast(problem):
             _, total = ctx.backend.gradients(
-                problem,
-                lambda _, at: (None if a is None else a[at], None if b is None else b[at]),
-                *ctx.needs_input_grad[:4],
+                problem.for_gradients(), lambda _, at: upstream.at(at), Needs(*ctx.needs_input_grad[:4])
             )
         head = problem.head
         pairs = (
             (total.hidden, problem.hidden), (total.weight, head.weight), (total.bias, head.bias),
             (total.low_rank, head.low_rank),
         )  # fmt: skip
-        return *(None if part is None else part.to(like.dtype) for part, like in pairs), None, None, None
+        return *(None if part is None else part.to(like.dtype) for part, like in pairs), *_nothing(3)
 
 
 class SummedLossFunction(torch.autograd.Function):
@@ -96,13 +103,13 @@ class SummedLossFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, low_rank, problem: Problem, backend: Backend, grad: bool, loss: TokenLoss):
-        needs = tuple(grad and need for need in ctx.needs_input_grad[:4])
+        needs = Needs(*(grad and need for need in ctx.needs_input_grad[:4]))
         sums: list[Tensor] = []
 
-        upstream = _weights_of(loss, sums)
+        upstream = _weights_of(loss, sums, problem)
         with _no_autocast(problem):
             if any(needs):
-                _, total = backend.gradients(problem, upstream, *needs)
+                _, total = backend.gradients(problem, upstream, needs)
                 ctx.save_for_backward(total.hidden, total.weight, total.bias, total.low_rank)
                 ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias, low_rank)]
             else:
@@ -115,10 +122,7 @@ class SummedLossFunction(torch.autograd.Function):
     def backward(ctx, upstream):
         return (
             *map(lambda total, dtype: _scaled(total, upstream, dtype), ctx.saved_tensors, ctx.dtypes),
-            None,
-            None,
-            None,
-            None,
+            *_nothing(4),
         )
 
 
@@ -136,47 +140,50 @@ class SparseTokenLossesFunction(torch.autograd.Function):
     ):  # fmt: skip
         ctx.set_materialize_grads(False)
         frozen = not any(ctx.needs_input_grad[1:4])
-        dense: list[Gradients] = []
+        dense: list[Rows] = []
         with _no_autocast(problem):
             out = backend.empty_statistics(problem)
             builder = Builder(problem, backend, rows=ctx.needs_input_grad[0])
             for chunk, entries in builder.scan(out):
-                one = torch.ones_like(entries.tails.nll)
-                guesses = [(one, None), (None, one)] if problem.has_reference else [(one, None)]
-                flat = frozen and any(mostly_exact(entries, a, b, problem.tolerance) for a, b in guesses)
+                one = torch.ones_like(entries.tails.nll_left)
+                guesses = [Upstream(nll=one), Upstream(kl=one)] if problem.has_reference else [Upstream(nll=one)]
+                flat = frozen and any(
+                    mostly_exact(entries, guess, None, problem.tolerance, problem.head.vocabulary) for guess in guesses
+                )
                 if flat:
                     dense.append(backend.dense_rows(problem, chunk))
                 builder.add(entries, done=flat)
                 del chunk  # its buffers go before the entries are joined
             sparse = builder.finish()
-            if builder.threshold >= softmax.FINEST_HALF:
+            if builder.selection.threshold >= softmax.FINEST_HALF:
                 sparse = sparse.halved()
         rows = [None if not dense or getattr(dense[0], name) is None else torch.cat([getattr(d, name) for d in dense])
                 for name in ("nll", "kl")]  # fmt: skip
         report.entries, report.saved_bytes = len(sparse.columns), sparse.nbytes + _nbytes(rows)
-        ctx.save_for_backward(*problem.tensors(), *rows, *sparse.tensors())
+        ctx.save_for_backward(*problem.tensors(), picked_slopes(problem, out), *rows, *sparse.tensors())
         ctx.problem, ctx.backend = problem.without_tensors(), backend
         ctx.report, ctx.publish = report, publish
-        return _outputs(ctx, out)
+        return _outputs(ctx, problem, out)
 
     @staticmethod
     @_first_order
-    def backward(ctx, a, b, *_):
+    def backward(ctx, *gradients):
+        upstream = upstream_of(gradients)
         saved = ctx.saved_tensors
-        problem, sparse = ctx.problem.with_tensors(saved[:TENSORS]), SparseSoftmax.of_tensors(saved[TENSORS + 2 :])
-        nll_rows, kl_rows = saved[TENSORS : TENSORS + 2]
+        problem, backend = ctx.problem.with_tensors(saved[:TENSORS]), ctx.backend
+        slopes, nll_rows, kl_rows, *kept = saved[TENSORS:]
+        sparse = SparseSoftmax.of_tensors(tuple(kept))
         dense = None
-        if nll_rows is not None:
-            parts = [w[sparse.done, None] * rows for w, rows in ((a, nll_rows), (b, kl_rows)) if w is not None]
-            dense = Gradients(hidden=torch.zeros_like(problem.hidden, dtype=problem.accumulator))
-            if parts:
-                dense.hidden[sparse.done] = sum(parts)
         with _no_autocast(problem):
+            single = picked_weights(problem, slopes, upstream)
+            if nll_rows is not None:
+                dense = _dense_hidden(problem, backend, sparse.done, Rows(nll_rows, kl_rows), upstream, single)
             total = sparse_gradients.gradients(
-                problem, ctx.backend, sparse, a, b, ctx.needs_input_grad[:4], ctx.report, dense
-            )
+                problem, backend, weigh(problem, backend, sparse, upstream, single), upstream,
+                Needs(*ctx.needs_input_grad[:4]), ctx.report, dense,
+            )  # fmt: skip
         ctx.publish(ctx.report)
-        return total.hidden, total.weight, total.bias, total.low_rank, None, None, None, None
+        return total.hidden, total.weight, total.bias, total.low_rank, *_nothing(4)
 
 
 class SparseSummedLossFunction(torch.autograd.Function):
@@ -191,91 +198,136 @@ class SparseSummedLossFunction(torch.autograd.Function):
         ctx, hidden, weight, bias, low_rank, problem: Problem, backend: Backend, report: GradientReport,
         publish: Publish, loss: TokenLoss,
     ):  # fmt: skip
-        needs = ctx.needs_input_grad[:4]
+        needs = Needs(*ctx.needs_input_grad[:4])
         sums: list[Tensor] = []
-        upstream = _weights_of(loss, sums)
-        weights: list[tuple[list[Tensor | None], slice]] = []
+        weights_of = _weights_of(loss, sums, problem)
+        weights: list[tuple[Upstream, slice]] = []
         dense: Gradients | None = None
         with _no_autocast(problem):
             out = backend.empty_statistics(problem)
-            builder = Builder(problem, backend, rows=ctx.needs_input_grad[0])
+            builder = Builder(problem, backend, rows=needs.hidden)
             for chunk, entries in builder.scan(out):
-                a, b = upstream(out.at(chunk.tokens), chunk.tokens)
-                flat = mostly_exact(entries, a, b, problem.tolerance)
+                at = chunk.tokens
+                here = out.at(at)
+                upstream = weights_of(here, at)
+                single = picked_weights(problem.part(at), picked_slopes(problem, here), upstream)
+                flat = mostly_exact(entries, upstream, single, problem.tolerance, problem.head.vocabulary)
                 if flat:
                     if dense is None:
-                        dense = backend.empty_gradients(problem, *needs)
-                    backend.add_dense(problem, chunk, a, b, dense)
+                        dense = backend.empty_gradients(problem, needs)
+                    backend.add_dense(problem, chunk, here, upstream, dense)
                 builder.add(entries, done=flat)
-                weights.append(([a, b], chunk.tokens))
+                weights.append((upstream, at))
                 del chunk  # its buffers go before the entries are joined
             sparse = builder.finish()
-        del builder, entries
-        a, b = (_joined([(pair[i], at) for pair, at in weights], out.nll) for i in (0, 1))
-        if sparse.kl is not None:
-            sparse = sparse.with_weights(a, b)
+            del builder, entries
+            upstream = _joined(weights, out)
+            single = picked_weights(problem, picked_slopes(problem, out), upstream)
+            kept = weigh(problem, backend, sparse, upstream, single)
+            del sparse
+        weights_saved = (upstream.nll, upstream.kl, upstream.lse, upstream.logits_at)
         dense = dense or Gradients()
         sums_there = (dense.hidden, dense.weight, dense.bias, dense.low_rank)
-        report.entries, report.saved_bytes = len(sparse.columns), sparse.nbytes + _nbytes((a, b, *sums_there))
-        ctx.save_for_backward(*problem.tensors(), a, b, *sums_there, *sparse.tensors())
+        report.entries, report.saved_bytes = len(kept.columns), kept.nbytes + _nbytes((*weights_saved, *sums_there))
+        ctx.save_for_backward(*problem.tensors(), *weights_saved, *sums_there, *kept.tensors())
         ctx.problem, ctx.backend = problem.without_tensors(), backend
         ctx.report, ctx.publish = report, publish
         return torch.stack(sums).sum()
 
     @staticmethod
     @_first_order
-    def backward(ctx, upstream):
+    def backward(ctx, factor):
         saved = ctx.saved_tensors
-        problem, sparse = ctx.problem.with_tensors(saved[:TENSORS]), SparseSoftmax.of_tensors(saved[TENSORS + 6 :])
-        a, b, *parts = saved[TENSORS : TENSORS + 6]
-        dense = Gradients(*parts) if any(t is not None for t in parts) else None
+        problem = ctx.problem.with_tensors(saved[:TENSORS])
+        upstream, rest = Upstream(*saved[TENSORS : TENSORS + 4]), saved[TENSORS + 4 :]
+        dense = Gradients(*rest[:4]) if any(t is not None for t in rest[:4]) else None
         with _no_autocast(problem):
-            if sparse.tails.error is None:
-                sparse = sparse.with_weights(a, b)
             total = sparse_gradients.gradients(
-                problem, ctx.backend, sparse, a, b, ctx.needs_input_grad[:4], ctx.report, dense, upstream
-            )
+                problem, ctx.backend, WeightedSparse(*rest[4:]), upstream, Needs(*ctx.needs_input_grad[:4]),
+                ctx.report, dense, float(factor),
+            )  # fmt: skip
         ctx.publish(ctx.report)
-        return total.hidden, total.weight, total.bias, total.low_rank, None, None, None, None, None
+        return total.hidden, total.weight, total.bias, total.low_rank, *_nothing(5)
 
 
-def _outputs(ctx, out: Statistics) -> tuple[Tensor | None, ...]:
-    """All statistics, of which nll and kl have a gradient."""
-    fixed = (out.prediction, out.entropy, out.reference_nll, out.reference_entropy, out.topk_entropy)
-    ctx.mark_non_differentiable(*(v for v in fixed if v is not None))
-    return out.nll, out.kl, *fixed
+def upstream_of(gradients: Iterable[Tensor | None]) -> Upstream:
+    """From the gradients of a function's outputs."""
+    named = dict(zip(OUTPUTS, gradients, strict=True))
+    return Upstream(**{name: named[name] for name in DIFFERENTIABLE})
+
+
+def _outputs(ctx, problem: Problem, out: Statistics) -> tuple[Tensor | None, ...]:
+    """All statistics, some of which have a gradient."""
+    outputs = {name: getattr(out, name) for name in OUTPUTS}
+    differentiable = set(DIFFERENTIABLE) - (set() if problem.entropy_gradient else {"entropy"})
+    ctx.mark_non_differentiable(*(v for name, v in outputs.items() if v is not None and name not in differentiable))
+    return tuple(outputs.values())
+
+
+def _nothing(count: int) -> tuple[None, ...]:
+    return (None,) * count
 
 
 def _nbytes(tensors: Iterable[Tensor | None]) -> int:
     return sum(t.nbytes for t in tensors if t is not None)
 
 
-def _weights_of(loss: TokenLoss, sums: list[Tensor]) -> Callable[[Statistics, slice], tuple]:
-    """A function of a chunk's statistics that appends Σ loss to `sums` and returns its derivatives by nll and kl."""
+def _single_rows(problem: Problem, backend: Backend, single: Single) -> Tensor:
+    """∂/∂x of weighted single logits, [N, D]; over all ranks, of a head that is spread over them."""
+    rows = single_rows(problem, backend, single).mul_(problem.head.logit_scale)
+    if problem.head.shard is not None:
+        shards.summed_(problem.head.shard.group, rows)
+    return rows
 
-    def upstream(out: Statistics, at: slice) -> tuple[Tensor | None, Tensor | None]:
-        leaves = [out.nll.detach().requires_grad_()]
-        out.nll = leaves[0]
-        if out.kl is not None:
-            leaves.append(out.kl.detach().requires_grad_())
-            out.kl = leaves[1]
+
+def _dense_hidden(
+    problem: Problem, backend: Backend, done: Tensor, rows: Rows, upstream: Upstream, single: Single | None
+) -> Gradients:  # fmt: skip
+    """The gradient of the hidden states of the tokens that are done."""
+    hidden = torch.zeros_like(problem.hidden, dtype=problem.accumulator)
+    index = done.nonzero().flatten()
+    part = rows.weighted(upstream.rows(index))
+    if part is not None:
+        hidden[index] = part
+    if single is not None:
+        some = (single[0][index], single[1][index])
+        hidden[index] += single_rows(problem, backend, some).mul_(problem.head.logit_scale)
+    return Gradients(hidden=hidden)
+
+
+def _weights_of(loss: TokenLoss, sums: list[Tensor], problem: Problem) -> Callable[[Statistics, slice], Upstream]:
+    """A function of a chunk's statistics that appends Σ loss to `sums` and returns its derivatives."""
+    names = [name for name in DIFFERENTIABLE if name != "entropy" or problem.entropy_gradient]
+
+    def upstream(out: Statistics, at: slice) -> Upstream:
+        leaves = {}
+        given = copy.copy(out)
+        for name in names:
+            values = getattr(out, name)
+            if values is not None:
+                leaves[name] = values.detach().requires_grad_()
+                setattr(given, name, leaves[name])
         with torch.enable_grad():
-            total = loss(out, at).sum()
+            total = loss(given, at).sum()
             sums.append(total.detach())
-            ab = torch.autograd.grad(total, leaves, allow_unused=True) if total.requires_grad else (None, None)
-        return ab if len(ab) == 2 else (ab[0], None)
+            if not total.requires_grad:
+                return Upstream()
+            found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+        return Upstream(**dict(zip(leaves, found, strict=True)))
 
     return upstream
 
 
-def _joined(parts: list[tuple[Tensor | None, slice]], like: Tensor) -> Tensor | None:
-    """One vector over all tokens of the chunks' upstream weights, None where no chunk has any."""
-    if all(part is None for part, _ in parts):
-        return None
-    whole = torch.zeros_like(like)
-    for part, at in parts:
-        if part is not None:
-            whole[at] = part
+def _joined(parts: list[tuple[Upstream, slice]], out: Statistics) -> Upstream:
+    """The chunks' upstream weights over all tokens, None where no chunk has any."""
+    whole = Upstream()
+    for name in DIFFERENTIABLE:
+        if any(getattr(part, name) is not None for part, _ in parts):
+            values = torch.zeros_like(getattr(out, name))
+            for part, at in parts:
+                if getattr(part, name) is not None:
+                    values[at] = getattr(part, name)
+            setattr(whole, name, values)
     return whole
 
 
@@ -287,4 +339,4 @@ def _scaled(total: Tensor | None, upstream: Tensor, dtype: torch.dtype | None) -
 
 
 def _no_autocast(problem: Problem) -> AbstractContextManager:
-    return torch.autocast(problem.hidden.device.type, enabled=False)
+    return torch.autocast(problem.labels.device.type, enabled=False)

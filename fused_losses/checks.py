@@ -47,6 +47,15 @@ def labels(values: Tensor, ignore_index: int | str, vocabulary: int) -> None:
             )
 
 
+def ids(values: Tensor, name: str, vocabulary: int) -> None:
+    wrong = ((values < 0) | (values >= vocabulary)) & (values != -100)
+    if bool(wrong.any()):
+        raise ValueError(
+            f"{name}: expected 0 ≤ id < {vocabulary} (the rows of the head's weight), or -100 for none, at every token "
+            f"with a label, got {values[wrong][0].item()}"
+        )
+
+
 def fractions(values: Tensor, name: str, _: int = 0) -> None:
     if len(values) and not bool(((values >= 0) & (values <= 1)).all()):
         wrong = values[~((values >= 0) & (values <= 1))][0].item()
@@ -91,5 +100,5 @@ def unlabelled(values: Tensor, name: str, length: int, valid: Tensor) -> None:
 
 WITH_MASK = ("unlabelled",)  # these see all values, and which are valid
 BY_NAME: dict[str, Callable] = {
-    check.__name__: check for check in (labels, fractions, finite, losses, indices, items, unlabelled)
+    check.__name__: check for check in (labels, ids, fractions, finite, losses, indices, items, unlabelled)
 }

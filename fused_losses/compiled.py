@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakValueDictionary
 
@@ -18,13 +19,12 @@ import torch
 from torch import Tensor
 
 from . import backends, checks
-from .autograd import SparseTokenLossesFunction, TokenLossesFunction
+from .autograd import SparseTokenLossesFunction, TokenLossesFunction, upstream_of
 from .head import LMHead, calls_other_ranks
-from .problem import Head, Problem, valid_index
+from .problem import DIFFERENTIABLE, OUTPUTS, Head, Problem, Upstream, valid_index
 from .sparse.certificate import GradientReport
 
 F = TypeVar("F", bound=Callable)
-OUTPUTS = ("nll", "kl", "prediction", "entropy", "reference_nll", "reference_entropy", "topk_entropy")
 
 
 class Call(NamedTuple):
@@ -39,6 +39,7 @@ class Call(NamedTuple):
     reference_weight: Tensor | None
     reference_bias: Tensor | None
     reference_low_rank: Tensor | None
+    ids: Tensor | None  # [T, k], −1 where there is none
     ignore_index: int
     logit_scale: float
     softcap: float | None
@@ -48,6 +49,8 @@ class Call(NamedTuple):
     hidden_dtype: torch.dtype
     width: int  # of hidden
     wanted: str  # names with commas between
+    entropy_gradient: bool
+    beta: float | None
     top_k: int
     tolerance: float | None
     backend: str
@@ -60,7 +63,7 @@ class Call(NamedTuple):
 
     @property
     def keeps_rows(self) -> bool:
-        """Whether forward keeps the rows ∂nll/∂x and ∂kl/∂x; then backward needs no other input than the labels."""
+        """Whether forward keeps the rows ∂nll/∂x, ∂kl/∂x, ...; then backward needs no hidden states, nor the reference."""
         return self.tolerance is None and self.needs[0] and not any(self.needs[1:])
 
     def problem(self) -> Problem:
@@ -76,21 +79,36 @@ class Call(NamedTuple):
                 reference = None
         wanted = frozenset(filter(None, self.wanted.split(",")))
         return Problem(
-            self.hidden, self.labels, head, self.reference_hidden, reference, self.dtype, wanted, self.top_k, self.tolerance
+            self.hidden, self.labels, head, self.reference_hidden, reference, self.dtype, self.ids, wanted,
+            self.entropy_gradient, self.beta, False, self.top_k, self.tolerance,
         )  # fmt: skip
+
+    def valid_problem(self, index: Tensor | None) -> Problem:
+        """Without the ignored tokens."""
+        problem = self.problem()
+        if index is None:
+            return problem
+        if problem.hidden is None:  # the rows are kept
+            return replace(
+                problem, labels=problem.labels.index_select(0, index),
+                ids=None if problem.ids is None else problem.ids.index_select(0, index),
+            )  # fmt: skip
+        return problem.rows(index)
 
 
 TENSORS = Call._fields.index("ignore_index")  # so many come first; the last is `handle`
 _CALL = (
     "Tensor? hidden, Tensor? weight, Tensor? bias, Tensor? low_rank, Tensor labels, Tensor? reference_hidden, "
-    "Tensor? reference_weight, Tensor? reference_bias, Tensor? reference_low_rank, int ignore_index, float logit_scale, "
-    "float? softcap, float reference_logit_scale, float? reference_softcap, ScalarType dtype, ScalarType hidden_dtype, SymInt width, str wanted, SymInt top_k, float? tolerance, "
-    "str backend, bool[] needs, Tensor? handle"
+    "Tensor? reference_weight, Tensor? reference_bias, Tensor? reference_low_rank, Tensor? ids, int ignore_index, "
+    "float logit_scale, float? softcap, float reference_logit_scale, float? reference_softcap, ScalarType dtype, "
+    "ScalarType hidden_dtype, SymInt width, str wanted, bool entropy_gradient, float? beta, SymInt top_k, "
+    "float? tolerance, str backend, bool[] needs, Tensor? handle"
 )
 SCHEMAS = {
     # Outputs that are not wanted are empty.
     "losses_forward": f"({_CALL}) -> ({', '.join(f'Tensor {name}' for name in OUTPUTS)}, Tensor saved, Tensor layout)",
-    "losses_backward": f"(Tensor? a, Tensor? b, Tensor saved, Tensor layout, {_CALL}) "
+    "losses_backward": f"({', '.join(f'Tensor? d_{name}' for name in DIFFERENTIABLE)}, "
+    f"Tensor saved, Tensor layout, {_CALL}) "
     "-> (Tensor hidden, Tensor weight, Tensor bias, Tensor low_rank)",
     # `values`, after one of the checks of checks.py on those where `valid`
     "checked": "(Tensor values, Tensor? valid, str check, str name, SymInt limit) -> Tensor",
@@ -251,7 +269,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     labels = call.labels
     module = backends.load(backends.choose(call.backend, labels.device.type))
     index = valid_index(labels, call.ignore_index)
-    problem = call.problem() if index is None else call.problem().rows(index)
+    problem = call.valid_problem(index)
     checks.labels(problem.labels, call.ignore_index, problem.head.vocabulary)
 
     context, report = Context(call.needs), GradientReport("none", len(problem.labels))
@@ -263,7 +281,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     else:
         outputs = TokenLossesFunction.forward(context, *tensors, problem, module, any(call.needs))
         if call.keeps_rows:
-            kept = list(context.saved_tensors)
+            kept = list(context.saved_tensors[len(problem.tensors()) :])
     publish(call.handle, report)
     del context, tensors, problem  # now `kept` alone holds its tensors, and `pack` frees one after the other
     saved, layout = pack(kept, labels.device, (report.entries, report.saved_bytes))
@@ -271,61 +289,80 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     results: list[Tensor] = []
     for name, values in zip(OUTPUTS, outputs, strict=True):
         if values is None:
-            values = labels.new_empty(0, dtype=call.accumulator)
+            values = labels.new_empty(0, dtype=torch.int64 if name in ("prediction", "rank") else call.accumulator)
         elif index is not None:
-            everywhere = values.new_full((len(labels),), -1 if name == "prediction" else 0)
+            everywhere = values.new_full((len(labels), *values.shape[1:]), -1 if name in ("prediction", "rank") else 0)
             values = everywhere.index_copy_(0, index, values)
         results.append(values)
     return (*results, saved, layout)
 
 
 @torch.no_grad()
-def _backward(a: Tensor | None, b: Tensor | None, saved: Tensor, layout: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    call = Call(*arguments)
+def _backward(*arguments: Any) -> tuple[Tensor, ...]:
+    count = len(DIFFERENTIABLE)
+    upstream, (saved, layout), call = (
+        Upstream(*arguments[:count]),
+        arguments[count : count + 2],
+        Call(*arguments[count + 2 :]),
+    )
     labels = call.labels
     index = valid_index(labels, call.ignore_index)
     if index is not None:
-        a, b = (None if w is None else w.index_select(0, index) for w in (a, b))
+        upstream = upstream.rows(index)
     report = GradientReport("none", len(labels) if index is None else len(index))
     sparse = report.begin(call.tolerance, True)
     kept, (report.entries, report.saved_bytes) = unpack(saved, layout)
     context: Any = Context(call.needs, report=report, publish=lambda report: publish(call.handle, report))
     context.keep_rows, context.dtype = call.keeps_rows, call.hidden_dtype
-    if call.keeps_rows:
-        context.saved_tensors = tuple(kept)
-    else:
-        context.backend = backends.load(backends.choose(call.backend, labels.device.type))
-        context.problem = call.problem() if index is None else call.problem().rows(index)
-        context.saved_tensors = (*context.problem.tensors(), *kept)
-    d_hidden, *others = (SparseTokenLossesFunction if sparse else TokenLossesFunction).backward(context, a, b)
+    context.backend = backends.load(backends.choose(call.backend, labels.device.type))
+    context.problem = call.valid_problem(index)
+    context.saved_tensors = (*context.problem.tensors(), *kept)
+    gradients = (getattr(upstream, name, None) if name in DIFFERENTIABLE else None for name in OUTPUTS)
+    d_hidden, *others = (SparseTokenLossesFunction if sparse else TokenLossesFunction).backward(context, *gradients)
     if d_hidden is not None and index is not None:
         everywhere = d_hidden.new_zeros(len(labels), d_hidden.shape[1])
         d_hidden = everywhere.index_copy_(0, index, d_hidden)
-    gradients = (d_hidden, *others[:3])
-    return tuple(labels.new_empty(0, dtype=call.hidden_dtype) if g is None else g.contiguous() for g in gradients)
+    results = (d_hidden, *others[:3])
+    return tuple(labels.new_empty(0, dtype=call.hidden_dtype) if g is None else g.contiguous() for g in results)
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     call = Call(*inputs)
     *results, saved, layout = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*results[1 if call.reference_hidden is None else 2 :], saved, layout)
-    tensors = (call.hidden, call.weight, call.bias, call.low_rank)
-    references = (call.reference_hidden, call.reference_weight, call.reference_bias, call.reference_low_rank)
+    ctx.mark_non_differentiable(
+        *(values for name, values in zip(OUTPUTS, results, strict=True) if not _differentiable(call, name)),
+        saved,
+        layout,
+    )
+    tensors = call[:TENSORS]
     if call.keeps_rows:
-        tensors = references = (None,) * 4
-    ctx.save_for_backward(saved, layout, *tensors, call.labels, *references, call.handle)
+        left_out = {"hidden", "reference_hidden", "reference_weight", "reference_bias", "reference_low_rank"}
+        tensors = tuple(
+            None if name in left_out else t for name, t in zip(Call._fields[:TENSORS], tensors, strict=True)
+        )
+    ctx.save_for_backward(saved, layout, *tensors, call.handle)
     ctx.options = call[TENSORS:-1]
 
 
-def _autograd(ctx: Any, a: Tensor | None, b: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _differentiable(call: Call, name: str) -> bool:
+    there = {
+        "kl": call.reference_hidden is not None, "logits_at": call.ids is not None, "entropy": call.entropy_gradient,
+        "divergence": call.beta is not None,
+    }  # fmt: skip
+    return name in DIFFERENTIABLE and there.get(name, True)
+
+
+def _autograd(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     none = (None,) * len(Call._fields)
-    if a is None and b is None:
+    upstream = upstream_of(gradients[: len(OUTPUTS)])
+    if upstream.is_zero:
         return none
     saved, layout, *tensors, handle = ctx.saved_tensors
-    gradients = torch.ops.fused_losses.losses_backward(a, b, saved, layout, *tensors, *ctx.options, handle)
+    weights = (getattr(upstream, name) for name in DIFFERENTIABLE)
+    found = torch.ops.fused_losses.losses_backward(*weights, saved, layout, *tensors, *ctx.options, handle)
     needs = ctx.options[Call._fields.index("needs") - TENSORS]
-    return tuple(g if need else None for g, need in zip(gradients, needs, strict=True)) + none[4:]
+    return tuple(g if need else None for g, need in zip(found, needs, strict=True)) + none[4:]
 
 
 def _no_second_derivatives(ctx: Any, *_: Any) -> None:
@@ -334,15 +371,21 @@ def _no_second_derivatives(ctx: Any, *_: Any) -> None:
 
 def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
     call = Call(*arguments)
-    wanted = {"nll", "prediction", *call.wanted.split(",")}
+    wanted = {"nll", "lse", "prediction", *call.wanted.split(",")}
     if call.reference_hidden is None:
         wanted.discard("reference_entropy")
     else:
         wanted |= {"kl", "reference_nll"}
+    for name, there in (("entropy", call.entropy_gradient), ("divergence", call.beta is not None)):
+        if there:
+            wanted.add(name)
     results = []
     for name in OUTPUTS:
-        dtype = torch.int64 if name == "prediction" else call.accumulator
-        results.append(call.labels.new_empty(call.labels.shape if name in wanted else 0, dtype=dtype))
+        dtype = torch.int64 if name in ("prediction", "rank") else call.accumulator
+        shape: Any = call.labels.shape if name in wanted else 0
+        if name == "logits_at" and call.ids is not None:
+            shape = call.ids.shape
+        results.append(call.labels.new_empty(shape, dtype=dtype))
     size: Any = 0
     if call.keeps_rows or (call.tolerance is not None and any(call.needs)):
         size = torch.library.get_ctx().new_dynamic_size()
@@ -350,8 +393,8 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
     return (*results, saved, torch.empty(SLOTS, 4, dtype=torch.int64, device="cpu"))
 
 
-def _fake_backward(a: Any, b: Any, saved: Tensor, layout: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    call = Call(*arguments)
+def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    call = Call(*arguments[len(DIFFERENTIABLE) + 2 :])
     like = (call.hidden, call.weight, call.bias, call.low_rank)
     if call.keeps_rows:
         like = (call.labels.new_empty(call.labels.shape[0], call.width, dtype=call.hidden_dtype), None, None, None)

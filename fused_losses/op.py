@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from .checks import MissingAttribute
 from .compiled import capturable
 from .head import LMHead, Reference
-from .preparation import prepare
+from .preparation import Outputs, prepare
+from .problem import OPTIONAL, Statistics
 from .sparse.certificate import TOLERANCE, GradientReport
-from .tokens import ALL_STATISTICS
+from .tokens import Tokens, check_wanted, fill_of
+from .validation import Options
+
+ALWAYS = frozenset({"entropy", "reference_entropy"})
+ON_DEMAND = ("rank", "log_p2", "topk_entropy")
 
 
 @dataclass
 class TokenLosses:
-    """What `token_losses` returns; every field has the shape of `labels`.
+    """What `token_losses` returns; every field has the shape of `labels`, `logits_at` [..., k].
 
-    `nll` and `kl` are differentiable. Where a label is ignored all fields are 0, `prediction` is −1.
-    Statistics are float32 (float64 for float64 input), in nats. Without a reference `kl`, `reference_nll` and
-    `reference_entropy` are None. `gradient_report` says how gradients are formed, and after backward with which bound.
+    `nll`, `kl`, `lse`, `logits_at`, `divergence` and, if asked for, `entropy` are differentiable. Where a label is
+    ignored all fields are 0, `prediction` and `rank` are −1. Statistics are float32 (float64 for float64 input), in nats.
+    Without a reference `kl`, `reference_nll` and `reference_entropy` are None; without `ids` `logits_at` is, without
+    `beta` `divergence`. `gradient_report` says how gradients are formed, and after backward with which bound.
+
+    `rank`, `log_p2` and `topk_entropy` take a pass of their own over the logits. Named in `wanted=` they come with the
+    others; else they are computed when first read, by another forward product, without a gradient.
     """
 
     nll: Tensor
@@ -29,6 +42,26 @@ class TokenLosses:
     reference_nll: Tensor | None
     reference_entropy: Tensor | None
     gradient_report: GradientReport
+    lse: Tensor
+    logits_at: Tensor | None = None
+    divergence: Tensor | None = None
+    _later: Callable[[str], Tensor] | None = field(default=None, repr=False, compare=False)
+
+    def __getattr__(self, name: str) -> Tensor:
+        later = vars(self).get("_later")
+        if name not in ON_DEMAND:
+            raise AttributeError(f"{type(self).__name__} has no {name}")
+        if later is None:
+            raise MissingAttribute(
+                f"out.{name}: was not asked for, and cannot be computed afterwards in a compiled graph or of a copy; call "
+                f'token_losses(..., wanted={{"{name}"}})'
+            )
+        value = later(name)
+        setattr(self, name, value)
+        return value
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_later": None}
 
 
 @capturable
@@ -38,6 +71,11 @@ def token_losses(
     labels: Tensor,
     *,
     reference: Reference | None = None,
+    ids: Tensor | None = None,
+    beta: float | None = None,
+    temperature: float = 1.0,
+    entropy_gradient: bool = False,
+    wanted: Iterable[str] = (),
     ignore_index: int = -100,
     gradient: str = "auto",
     tolerance: float = TOLERANCE,
@@ -45,15 +83,20 @@ def token_losses(
 ) -> TokenLosses:
     """Per-token losses of a language-model head, without ever holding [tokens × vocabulary] logits.
 
-    With z = softcap(logit_scale · (hidden Wᵀ + bias)), p = softmax(z) and p_ref likewise of the reference::
+    With z = softcap(logit_scale · (hidden Wᵀ + bias)) / temperature, p = softmax(z) and p_ref likewise of the reference::
 
-        nll[t] = logsumexp(z[t]) − z[t, labels[t]]                    differentiable
+        lse[t] = logsumexp(z[t])                                      differentiable
+        nll[t] = lse[t] − z[t, labels[t]]                             differentiable
+        logits_at[t, j] = z[t, ids[t, j]]                             differentiable; None without ids
         kl[t]  = KL(p_ref[t] ‖ p[t])                                  differentiable; None without reference
-        entropy[t] = −Σ p log p,  prediction[t] = argmax z[t]
-        reference_nll, reference_entropy: the same of p_ref
+        divergence[t] = β KL(p_ref ‖ m) + (1 − β) KL(p ‖ m), m = β p_ref + (1 − β) p;
+            β = 0: KL(p_ref ‖ p), β = 1: KL(p ‖ p_ref)                differentiable; None without beta
+        entropy[t] = −Σ p log p                                       differentiable with entropy_gradient=True
+        prediction[t] = argmax z[t];  reference_nll, reference_entropy: nll and entropy of p_ref
+        rank[t]: how many logits are larger than the label's;  log_p2[t] = log Σ p²
 
-    and ∂/∂z = (a + b) p − a onehot(label) − b p_ref for the upstream gradients a of nll and b of kl, which may
-    differ from token to token and may have either sign. Gradients flow to hidden, weight and bias, where these
+    and ∂/∂z = (a + b + l) p − a onehot(label) − b p_ref for the upstream gradients a of nll, b of kl and l of lse, which
+    may differ from token to token and may have either sign. Gradients flow to hidden, weight and bias, where these
     require them, and to a low-rank part of the head (`LowRank`), which adds u Bᵀ to the product; never to the reference.
 
     Args:
@@ -63,13 +106,20 @@ def token_losses(
         labels: int64 [...], aligned with hidden: labels[t] is the token that hidden[t] predicts. Nothing is shifted.
         reference: hidden states of the frozen reference model at the same tokens; `Reference(hidden)` for the
             same head.
+        ids: int64 [..., k], k ≤ 128: whose logits to return. −100 is no id: its logit is 0, without a gradient.
+        beta: of the divergence, in [0, 1], as TRL and GKD have it; needs a reference.
+        temperature: > 0; divides the logits of both models, in every field.
+        entropy_gradient: whether the entropy is differentiable.
+        wanted: of "rank", "log_p2" and "topk_entropy" (of the 20 largest probabilities) those that shall come with the
+            same pass.
         ignore_index: tokens with this label are removed before any work.
         gradient: "exact"; "sparse": sparse-plus-rank-one softmax with a certified error (`sparse.softmax`), values are
             those of "exact"; "auto": sparse where the products are of bfloat16 or float16 (autocast included) and V ≥ 8192,
-            else exact.
+            else exact. Gradients of the entropy, and of a divergence with β > 0, have no sparse form: calls that ask for
+            them are exact, as the report says.
         tolerance: of sparse gradients: bound on ‖error‖₁ / ‖gradient‖₁ of the gradient of the logits, all tokens and the
-            caller's upstream weights together, in (0, 1). Tokens that would break it get exact gradients. Of no
-            consequence for exact gradients; above the default entries are no fewer.
+            caller's upstream weights together, in (0, 1). Tokens that would break it get exact gradients. Ignored for
+            exact gradients. Raising it above the default saves neither memory nor time.
             `out.gradient_report` has the bound that was reached. The default was measured to give relative L2
             errors of 0.2 to 0.7 % for the gradients of nll (docs/method.md).
         backend: "auto", "triton" or "cuda" (kernels for GPUs), "cpu" (compiled kernels), "torch" (chunked, any device), or
@@ -87,25 +137,45 @@ def token_losses(
     Cost in GEMMs of 2·N·D·V FLOP, forward and backward together. Sparse: 1, with a reference 2, and 2 sparse products. Exact: 4
     (frozen head: 2); with a reference 6 (4). The objectives of this package need one fewer where their weights depend
     on single tokens only. Tokens with exact gradients in sparse mode cost as much as in exact mode. A frozen head with a trained
-    low-rank part: exact 3, with a reference 5.
+    low-rank part: exact 3, with a reference 5. lse and logits_at add a gather of N·k rows of the head. With a frozen head the
+    gradient of the entropy and of the divergence cost one each.
     Memory: 96 MiB of chunk buffers; sparse: 8 bytes per entry, of which there are 50 to 300 per
-    token of ordinary text; exact: the gradients in fp32, and with a frozen head [N, D] rows per loss.
+    token of ordinary text; exact: the gradients in fp32, and with a frozen head [N, D] rows per differentiable loss.
 
     `torch.compile(fullgraph=True)`: the call is part of the graph, with the same numbers; the number of tokens may change, a
-    new logit_scale, softcap or tolerance compiles anew. The report has mode and tolerance only. Labels out of range are
-    reported when the graph runs. Without fullgraph a call is a graph break and runs as in eager mode.
+    new logit_scale, softcap, temperature, beta or tolerance compiles anew. The report has mode and tolerance only. Labels and
+    ids out of range are reported when the graph runs. Without fullgraph the call is a graph break and runs eagerly.
 
     Source: chunked cross-entropy with the gradient taken chunk by chunk is known from Liger Kernel and
-    others; the per-token form with two upstream vectors, and the difference form of the KL, are this package's.
+    others; the per-token form with upstream vectors, and the difference form of the KL, are this package's. beta and
+    temperature as in arXiv 2306.13649 and TRL.
     """
-    tokens = prepare(hidden, head, labels, reference, ignore_index, gradient, backend, tolerance)
-    out = tokens.losses(ALL_STATISTICS)
-    return TokenLosses(
-        nll=tokens.in_place(out.nll),
-        kl=tokens.in_place(out.kl),
-        entropy=tokens.in_place(out.entropy),
-        prediction=tokens.in_place(out.prediction, fill=-1),
-        reference_nll=tokens.in_place(out.reference_nll),
-        reference_entropy=tokens.in_place(out.reference_entropy),
-        gradient_report=tokens.report,
-    )
+    options = Options(ignore_index, gradient, tolerance, backend)
+    outputs = Outputs(ids, beta, temperature, entropy_gradient)
+    asked, top_k = check_wanted(wanted, 20)
+    tokens = prepare(hidden, head, labels, reference, options, outputs)
+    out = tokens.losses(ALWAYS | asked, top_k)
+    found = {name: _in_place(tokens, out, name) for name in (*FIELDS, *(name for name in ON_DEMAND if name in asked))}
+    if tokens.problem.divergence_is_kl:
+        found["divergence"] = found["kl"]
+    late = {name: found.pop(name) for name in ON_DEMAND if name in found}
+    result = TokenLosses(
+        **found, gradient_report=tokens.report,
+        _later=None if torch.compiler.is_compiling() else lambda name: _later(tokens, name),
+    )  # fmt: skip
+    for name, value in late.items():
+        setattr(result, name, value)
+    return result
+
+
+FIELDS = ("nll", "kl", "entropy", "prediction", "reference_nll", "reference_entropy", "lse", "logits_at", "divergence")
+assert set(ON_DEMAND) == set(OPTIONAL) - ALWAYS
+
+
+def _in_place(tokens: Tokens, out: Statistics, name: str) -> Tensor | None:
+    return tokens.in_place(getattr(out, name), fill_of(name))
+
+
+def _later(tokens: Tokens, name: str) -> Tensor | None:
+    with torch.no_grad():
+        return _in_place(tokens, tokens.statistics(frozenset({name})), name)

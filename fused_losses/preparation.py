@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +16,41 @@ from .problem import Head, Problem, valid_index
 from .sparse.certificate import SMALLEST_VOCABULARY, GradientReport
 from .tokens import Tokens, TracedTokens
 from .validation import (
+    Options,
+    check_beta,
     check_hidden,
+    check_ids,
     check_labels,
-    check_options,
     check_reference,
     check_spread_options,
+    check_temperature,
     check_transforms,
     compute_dtype,
-)
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a call asks for besides nll, kl and their like."""
+
+    ids: Tensor | None = None
+    beta: float | None = None
+    temperature: float = 1.0
+    entropy_gradient: bool = False
+
+
+H = TypeVar("H", LMHead, "Reference | None")
+
+
+def at_temperature(head: H, temperature: float) -> H:
+    """The same head, or reference, with its logits divided: softcap · tanh(scale x / softcap) / T is of the same form."""
+    if isinstance(head, Reference):
+        own = head.head
+        return head if own is None else Reference(head.hidden, at_temperature(own, temperature))  # type: ignore
+    if not isinstance(head, LMHead):
+        return head
+    softcap = None if head.softcap is None else head.softcap / temperature
+    return replace(head, logit_scale=head.logit_scale / temperature, softcap=softcap)
 
 
 def prepare(
@@ -29,10 +58,8 @@ def prepare(
     head: LMHead | Tensor | nn.Linear,
     labels: Tensor,
     reference: Reference | None,
-    ignore_index: int,
-    gradient: str,
-    backend: str,
-    tolerance: float,
+    options: Options,
+    outputs: Outputs | None = None,
     publish: Callable[[GradientReport], None] = lambda report: None,
     handle: Tensor | None = None,
 ) -> Tokens:
@@ -40,14 +67,19 @@ def prepare(
 
     In a graph (`capturable`) values are checked, and ignored tokens removed, when it runs. `handle`: of the objective.
     """
+    outputs = outputs or Outputs()
     head = as_head(head).local()
-    ignore_index, tolerance = check_options(gradient, backend, ignore_index, tolerance)
+    gradient, backend, ignore_index = options.gradient, options.backend, options.ignore_index
     labels = plain(labels)
     check_transforms(hidden, head, labels, backend)
     if head.is_spread:
         check_spread_options(gradient, backend)
     check_hidden(hidden, head)
     check_labels(labels, hidden)
+    check_ids(outputs.ids, labels)
+    beta, temperature = check_beta(outputs.beta, reference), check_temperature(outputs.temperature)
+    if temperature != 1:
+        head, reference = at_temperature(head, temperature), at_temperature(reference, temperature)
     reference_hidden, reference_head, reference_low_rank = check_reference(reference, hidden, head)
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, head.weight, head.bias)]
 
@@ -59,8 +91,10 @@ def prepare(
         x = x.reshape(-1, x.shape[-1])
         return x if index is None else x.index_select(0, index)
 
+    ids = None if outputs.ids is None else outputs.ids.reshape(-1, outputs.ids.shape[-1])
     if index is not None:
         flat = flat.index_select(0, index)
+        ids = None if ids is None else ids.index_select(0, index)
     rows = [None if x is None else select(x) for x in (hidden, reference_hidden)]
     low_rank = None if head.low_rank is None else head.low_rank.b
     if low_rank is not None or reference_low_rank is not None:
@@ -80,6 +114,12 @@ def prepare(
             reference_rows = len((reference_head or head).weight)
         shard = shards.agreement(head.process_group, len(head.weight), reference_rows, hidden, flat, needs)
     inner = Head(head.weight, head.bias, head.logit_scale, head.softcap, low_rank, shard)
+    if ids is not None:
+        if tracing:
+            ids = torch.ops.fused_losses.checked(ids, flat != ignore_index, "ids", "ids", inner.vocabulary)
+        else:
+            checks.ids(ids, "ids", inner.vocabulary)
+        ids = ids.masked_fill(ids < 0, -1)
     if not tracing:
         checks.labels(flat, ignore_index, inner.vocabulary)
     if shard is not None:
@@ -91,6 +131,10 @@ def prepare(
         sparse = half and inner.vocabulary >= SMALLEST_VOCABULARY and chosen not in ("reference", "sharded")
     else:
         sparse = gradient == "sparse"
+    note = None
+    if sparse and (beta or outputs.entropy_gradient):
+        sparse, what = False, "divergence" if beta else "entropy"
+        note = f"the gradient of the {what} has no sparse form"
     problem = Problem(
         hidden=rows[0],
         labels=flat,
@@ -98,14 +142,18 @@ def prepare(
         reference_hidden=rows[1],
         reference_head=reference_head,
         dtype=dtype,
-        tolerance=float(tolerance) if sparse else None,
+        ids=ids,
+        entropy_gradient=outputs.entropy_gradient,
+        beta=beta or None,
+        divergence_is_kl=beta == 0,
+        tolerance=float(options.tolerance) if sparse else None,
     )
     if tracing:
-        report = GradientReport("none", None, entries=None, saved_bytes=None)
+        report = GradientReport("none", None, entries=None, saved_bytes=None, note=note)
         return TracedTokens(
             problem, labels.shape, None, chosen, report, publish, flat != ignore_index, ignore_index, handle
         )
-    return Tokens(problem, labels.shape, index, chosen, GradientReport("none", len(flat)), publish)
+    return Tokens(problem, labels.shape, index, chosen, GradientReport("none", len(flat), note=note), publish)
 
 
 def _low_rank_rows(low_rank: LowRank, x: Tensor, select: Callable[[Tensor], Tensor], valid: Tensor | None) -> Tensor:

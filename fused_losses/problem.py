@@ -11,6 +11,12 @@ from torch import Tensor
 
 from .shards import Shard
 
+# Statistics of a token. The first are always there (kl and reference_nll with a reference); the others are computed where
+# they are wanted: "entropy_gradient" is "entropy" with a gradient, "divergence" comes with `beta`.
+GIVEN = ("nll", "lse", "prediction", "kl", "reference_nll")
+OPTIONAL = ("entropy", "reference_entropy", "topk_entropy", "rank", "log_p2")
+DIFFERENTIABLE = ("nll", "kl", "lse", "logits_at", "entropy", "divergence")
+
 
 class Head(NamedTuple):
     """An `LMHead` below the entrance: not checked again."""
@@ -46,7 +52,21 @@ def valid_index(labels: Tensor, ignore_index: int) -> Tensor | None:
     return None if bool(valid.all()) else valid.nonzero().flatten()
 
 
-TENSORS = 9  # of a `Problem`
+class Needs(NamedTuple):
+    """Which tensors of a call need a gradient."""
+
+    hidden: bool = False
+    weight: bool = False
+    bias: bool = False
+    low_rank: bool = False
+
+    @property
+    def head(self) -> bool:
+        """Whether anything of the head does."""
+        return self.weight or self.bias or self.low_rank
+
+
+TENSORS = 10  # of a `Problem`; their order is data, see `tensors`
 
 
 @dataclass(frozen=True)
@@ -59,11 +79,14 @@ class Problem:
     reference_hidden: Tensor | None  # [N, D_ref]
     reference_head: Head | None
     dtype: torch.dtype  # of the GEMM operands
-    wanted: frozenset[str] = frozenset()  # of entropy, reference_entropy, topk_entropy: those that cost a pass
+    ids: Tensor | None = None  # [N, k] int64, −1 where there is none: the logits that `logits_at` returns
+    wanted: frozenset[str] = frozenset()  # of OPTIONAL
+    entropy_gradient: bool = False
+    beta: float | None = None  # of the divergence, in (0, 1]; None: none is wanted, or
+    divergence_is_kl: bool = False  # β = 0
     top_k: int = 20
-    tolerance: float | None = (
-        None  # None: exact gradients. Else sparse ones, with this bound on their relative L1 error
-    )
+    # None: exact gradients. Else sparse ones, with this bound on their relative L1 error.
+    tolerance: float | None = None
 
     @property
     def has_reference(self) -> bool:
@@ -78,26 +101,48 @@ class Problem:
         """Logits, statistics and sums: fp32, float64 for float64."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
+    @property
+    def has_dense_directions(self) -> bool:
+        """Whether gradients are wanted that no sparse softmax holds: of the entropy, or of the divergence."""
+        return self.entropy_gradient or self.beta is not None
+
+    @property
+    def width(self) -> int:
+        """D, with a low-rank part D + r: of a row of hidden."""
+        return self.hidden.shape[1]
+
     def rows(self, index: Tensor) -> Problem:
         """The problem of these tokens alone."""
-        ref = self.reference_hidden
+        return self._of_tokens(lambda tensor: tensor.index_select(0, index))
+
+    def part(self, tokens: slice) -> Problem:
+        """The problem of these tokens alone."""
+        return self._of_tokens(lambda tensor: tensor[tokens])
+
+    def _of_tokens(self, take: Callable[[Tensor], Tensor]) -> Problem:
+        ref, ids = self.reference_hidden, self.ids
         return replace(
             self,
-            hidden=self.hidden.index_select(0, index),
-            labels=self.labels.index_select(0, index),
-            reference_hidden=None if ref is None else ref.index_select(0, index),
+            hidden=take(self.hidden),
+            labels=take(self.labels),
+            reference_hidden=None if ref is None else take(ref),
+            ids=None if ids is None else take(ids),
         )
+
+    def for_gradients(self) -> Problem:
+        """Without the statistics that no gradient needs."""
+        return replace(self, wanted=frozenset({"entropy"}) if self.entropy_gradient else frozenset())
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """All `TENSORS` of them, for `save_for_backward`; `with_tensors` puts them back."""
         head, ref = self.head, self.reference_head or Head(None, None, 1.0, None)
         return (
             self.hidden, self.labels, head.weight, head.bias, head.low_rank, self.reference_hidden,
-            ref.weight, ref.bias, ref.low_rank,
+            ref.weight, ref.bias, ref.low_rank, self.ids,
         )  # fmt: skip
 
     def with_tensors(self, tensors: tuple[Tensor | None, ...]) -> Problem:
-        hidden, labels, weight, bias, low_rank, ref_hidden, ref_weight, ref_bias, ref_low_rank = tensors
+        hidden, labels, weight, bias, low_rank, ref_hidden, ref_weight, ref_bias, ref_low_rank, ids = tensors
         ref = self.reference_head
         return replace(
             self,
@@ -108,10 +153,19 @@ class Problem:
             reference_head=None
             if ref is None
             else ref._replace(weight=ref_weight, bias=ref_bias, low_rank=ref_low_rank),
+            ids=ids,
         )
 
     def without_tensors(self) -> Problem:
         return self.with_tensors((None,) * TENSORS)
+
+    def without_inputs(self) -> Problem:
+        """Without the hidden states and the reference, where gradients by the hidden states are kept."""
+        ref = self.reference_head
+        return replace(
+            self, hidden=None, reference_hidden=None,
+            reference_head=None if ref is None else ref._replace(weight=None, bias=None, low_rank=None),
+        )  # fmt: skip
 
 
 @dataclass
@@ -125,6 +179,11 @@ class Statistics:
     entropy: Tensor | None = None
     reference_entropy: Tensor | None = None
     topk_entropy: Tensor | None = None
+    lse: Tensor | None = None
+    logits_at: Tensor | None = None  # [N, k]
+    rank: Tensor | None = None  # int64
+    log_p2: Tensor | None = None
+    divergence: Tensor | None = None
     # Only inside a sweep over one rank's rows of the head (backends/sharded.py).
     normaliser: Tensor | None = None  # [N, 2] the largest logit, and log Σ exp(z − it)
     reference_normaliser: Tensor | None = None
@@ -135,16 +194,88 @@ class Statistics:
         return Statistics(**{name: None if v is None else v[tokens] for name, v in parts.items()})
 
 
+OUTPUTS = tuple(f.name for f in fields(Statistics))[:12]  # those that leave a backend, in the order of the operator's
+
+
+@dataclass
+class Upstream:
+    """Derivatives of a scalar by the statistics of some tokens, [C], `logits_at` [C, k]; None: zeros."""
+
+    nll: Tensor | None = None
+    kl: Tensor | None = None
+    lse: Tensor | None = None
+    logits_at: Tensor | None = None
+    entropy: Tensor | None = None
+    divergence: Tensor | None = None
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> Upstream:
+        parts = {name: getattr(self, name) for name in DIFFERENTIABLE}
+        return Upstream(**{name: None if v is None else function(v) for name, v in parts.items()})
+
+    def at(self, tokens: slice) -> Upstream:
+        return self.each(lambda values: values[tokens])
+
+    def rows(self, index: Tensor) -> Upstream:
+        return self.each(lambda values: values.index_select(0, index))
+
+    @property
+    def softmax(self) -> Tensor | None:
+        """The weight of p − onehot(label): that of nll, and that of lse, whose gradient is p."""
+        if self.nll is None or self.lse is None:
+            return self.lse if self.nll is None else self.nll
+        return self.nll + self.lse
+
+    @property
+    def is_zero(self) -> bool:
+        return all(getattr(self, name) is None for name in DIFFERENTIABLE)
+
+
 @dataclass
 class Gradients:
-    """Sums over tokens (hidden, weight, bias, low_rank), or the rows ∂nll/∂x and ∂kl/∂x before any upstream weight."""
+    """Sums over tokens. `hidden`: a row for each token."""
 
     hidden: Tensor | None = None
     weight: Tensor | None = None
     bias: Tensor | None = None
     low_rank: Tensor | None = None
+
+
+@dataclass
+class Rows:
+    """∂/∂x of statistics of each token before any upstream weight, [N, D]."""
+
     nll: Tensor | None = None
     kl: Tensor | None = None
+    entropy: Tensor | None = None
+    divergence: Tensor | None = None
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.nll, self.kl, self.entropy, self.divergence
+
+    def weighted(self, upstream: Upstream) -> Tensor | None:
+        """Their sum with the upstream weights, [N, D]; None where all of these are zeros."""
+        weights = (upstream.softmax, upstream.kl, upstream.entropy, upstream.divergence)
+        pairs = zip(weights, self.tensors(), strict=True)
+        parts = [w[:, None] * rows for w, rows in pairs if w is not None and rows is not None]
+        return sum(parts) if parts else None  # type: ignore[return-value]
+
+
+class Segments(NamedTuple):
+    """A sparse matrix by rows: those of row t are entries offsets[t] to offsets[t + 1]."""
+
+    offsets: Tensor  # [rows + 1] int64
+    columns: Tensor  # [entries] int32
+    values: Tensor  # [entries]
+
+
+class Selection(NamedTuple):
+    """Which entries of a softmax a scan keeps, and what it makes of the rest."""
+
+    threshold: float  # an entry has p or p_ref > threshold · √(1 − p[label]), or is the label's
+    capacity: int  # most entries of a token
+    sampled: Tensor  # tokens, ascending, whose rest makes the profile
+    profile: Tensor  # [V], gains Σ p over what the sampled tokens leave out
+    with_rows: bool  # the products of entries and weight are wanted too, where the backend has them at hand
 
 
 @dataclass
@@ -154,16 +285,11 @@ class Tails:
     Directions are those of the logits before logit_scale, so with a soft-cap's slope in them.
     """
 
-    nll: Tensor  # Σ p over what is left out
+    nll_left: Tensor  # Σ p over what is left out
     nll_l1: Tensor  # ‖∂nll/∂z‖₁
-    kl: Tensor | None = None  # Σ (p − p_ref) over what is left out
-    kl_left: Tensor | None = None  # Σ |p − p_ref| over what is left out
+    kl_left: Tensor | None = None  # Σ (p − p_ref) over what is left out
+    kl_left_l1: Tensor | None = None  # Σ |p − p_ref| over what is left out
     kl_l1: Tensor | None = None  # ‖∂kl/∂z‖₁
-    error: Tensor | None = None  # with upstream weights in `nll` already: the bound of the row's error
-
-    def each(self, function: Callable[[Tensor], Tensor]) -> Tails:
-        parts = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Tails(**{name: None if v is None else function(v) for name, v in parts.items()})
 
 
 @dataclass
@@ -172,8 +298,8 @@ class Entries:
 
     counts: Tensor  # [C] int64; −1: more than the capacity, then none are stored
     columns: Tensor  # [entries] int32
-    nll: Tensor  # [entries] ∂nll/∂z there
-    kl: Tensor | None  # [entries] ∂kl/∂z there
+    nll_values: Tensor  # [entries] ∂nll/∂z there
+    kl_values: Tensor | None  # [entries] ∂kl/∂z there
     tails: Tails
     # [C, D] Σ over the entries of ∂nll/∂z (∂kl/∂z) · weight, where the backend has them at hand
     nll_rows: Tensor | None = None

@@ -43,6 +43,32 @@ def kl(z_ref: Tensor, z: Tensor) -> Tensor:
     return torch.where(log_r > -torch.inf, log_r.exp() * (log_r - log_p), 0).sum(-1)
 
 
+def divergence(z_ref: Tensor, z: Tensor, beta: float) -> Tensor:
+    """β KL(p_ref ‖ m) + (1 − β) KL(p ‖ m) per token, m = β p_ref + (1 − β) p; β = 0: KL(p_ref ‖ p), β = 1: KL(p ‖ p_ref)."""
+    if beta == 0:
+        return kl(z_ref, z)
+    if beta == 1:
+        return kl(z, z_ref)
+    log_p, log_r = z.log_softmax(-1), z_ref.log_softmax(-1)
+    log_m = torch.logaddexp(log_r + math.log(beta), log_p + math.log1p(-beta))
+    return beta * kl(log_r, log_m) + (1 - beta) * kl(log_p, log_m)
+
+
+def logits_at(z: Tensor, ids: Tensor) -> Tensor:
+    """z[t, ids[t, j]], 0 where the id is negative."""
+    return z.gather(-1, ids.clamp(min=0)).masked_fill(ids < 0, 0)
+
+
+def rank(z: Tensor, labels: Tensor) -> Tensor:
+    """How many logits are larger than the label's."""
+    return (z > z.gather(-1, labels[:, None])).sum(-1)
+
+
+def log_p2(z: Tensor) -> Tensor:
+    """log Σ p²."""
+    return (2 * z.log_softmax(-1)).logsumexp(-1)
+
+
 def topk_entropy(z: Tensor, k: int) -> Tensor:
     """Entropy of the k largest probabilities, renormalised."""
     return entropy(z.topk(min(k, z.shape[-1]), -1).values)

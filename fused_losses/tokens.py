@@ -9,16 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, checks, compiled
+from . import backends, checks
 from . import reference as full_logits
 from .autograd import SparseSummedLossFunction, SparseTokenLossesFunction, SummedLossFunction, TokenLossesFunction
 from .checks import MissingAttribute
-from .problem import Head, Problem, Statistics
+from .problem import DIFFERENTIABLE, GIVEN, OPTIONAL, OUTPUTS, Head, Needs, Problem, Statistics
 from .sparse.certificate import GradientReport
-
-ALL_STATISTICS = frozenset({"entropy", "reference_entropy"})
-OPTIONAL = ("entropy", "reference_entropy", "topk_entropy")  # these cost a pass, so an objective names them in `wanted`
-GIVEN = ("nll", "prediction", "kl", "reference_nll")  # the last two with a reference
 
 
 class Observer:
@@ -70,14 +66,14 @@ class Tokens:
     def count(self) -> int | Tensor:
         return len(self.problem.labels)
 
-    def needs(self) -> list[bool]:
-        """Whether hidden, weight, bias and low_rank need a gradient."""
+    def needs(self) -> Needs:
+        """Of which tensors a gradient is wanted."""
         head, enabled = self.problem.head, torch.is_grad_enabled()
         tensors = (self.problem.hidden, head.weight, head.bias, head.low_rank)
-        return [enabled and t is not None and t.requires_grad for t in tensors]
+        return Needs(*(enabled and t is not None and t.requires_grad for t in tensors))
 
-    def takes_sparse_gradients(self) -> bool:
-        """Also notes it in the report."""
+    def begin_report(self) -> bool:
+        """Notes in the report how gradients will be formed; whether they will be sparse."""
         return self.report.begin(self.problem.tolerance, any(self.needs()))
 
     def check(self, values: Tensor, name: str, check: str, limit: int = 0) -> Tensor:
@@ -85,21 +81,22 @@ class Tokens:
         checks.BY_NAME[check](values, name, limit)
         return values
 
-    def select(self, values: Tensor, name: str, all_labelled: bool = False) -> Tensor:
+    def select(self, values: Tensor, name: str, all_labelled: bool = False, several: bool = False) -> Tensor:
         """The entries of a per-token tensor of the labels' shape that belong to valid tokens, [N].
 
-        `all_labelled`: of those above 0 every one must belong to a valid token.
+        `all_labelled`: of those above 0 every one must belong to a valid token. `several`: k numbers a token, [N, k].
         """
+        more = " and a last dimension k" if several else ""
         if not isinstance(values, Tensor):
             raise TypeError(
-                f"{name}: expected a tensor of the labels' shape {list(self.shape)}, got {type(values).__name__}"
+                f"{name}: expected a tensor of the labels' shape {list(self.shape)}{more}, got {type(values).__name__}"
             )
-        if values.shape != self.shape:
-            raise ValueError(f"{name}: expected the labels' shape {list(self.shape)}, got {list(values.shape)}")
+        if (values.shape[:-1] if several else values.shape) != self.shape:
+            raise ValueError(f"{name}: expected the labels' shape {list(self.shape)}{more}, got {list(values.shape)}")
         device = self.problem.labels.device
         if values.device != device:
             raise ValueError(f"{name} is on {values.device}, hidden on {device}; move it with .to({str(device)!r})")
-        flat = values.reshape(-1)
+        flat = values.reshape(-1, values.shape[-1]) if several else values.reshape(-1)
         if all_labelled:
             flat = self._all_labelled(flat, name)
         return self._select(flat)
@@ -117,15 +114,16 @@ class Tokens:
         return values.sum()
 
     def in_place(self, values: Tensor | None, fill: int = 0) -> Tensor | None:
-        """A vector over the valid tokens, in the caller's shape."""
+        """Numbers of the valid tokens, in the caller's shape."""
         if values is None:
             return None
         if self.index is not None:
-            values = values.new_full((self.shape.numel(),), fill).index_copy(0, self.index, values)
-        return values.reshape(self.shape)
+            everywhere = (self.shape.numel(), *values.shape[1:])
+            values = values.new_full(everywhere, fill).index_copy(0, self.index, values)
+        return values.reshape((*self.shape, *values.shape[1:]))
 
     def losses(self, wanted: frozenset[str], top_k: int = 20) -> Statistics:
-        """Differentiable nll and kl over the valid tokens, with the statistics named in `wanted`."""
+        """The statistics of the valid tokens, those named in `wanted` among them, some differentiable."""
         out = self._losses(wanted if self.observer is None else wanted | self.observer.wanted, top_k)
         if self.observer is not None:
             self.observer.begin(self)
@@ -133,25 +131,34 @@ class Tokens:
             self.observer.finish()
         return out
 
-    def _losses(self, wanted: frozenset[str], top_k: int) -> Statistics:
-        problem = _want(self.problem, wanted, top_k)
-        sparse = self.takes_sparse_gradients()
+    def statistics(self, wanted: frozenset[str], top_k: int = 20) -> Statistics:
+        """Some statistics of the model alone, without gradients, by a pass of their own; the report stays as it is."""
+        problem = replace(
+            want(self.problem, wanted, top_k), reference_hidden=None, reference_head=None, ids=None, beta=None,
+            entropy_gradient=False,
+        )  # fmt: skip
         if self.backend == "reference":
-            return _full_logits_statistics(problem)
+            return full_logits_statistics(problem)
+        return backends.load(self.backend).statistics(problem)[0]
+
+    def _losses(self, wanted: frozenset[str], top_k: int) -> Statistics:
+        problem = want(self.problem, wanted, top_k)
+        sparse = self.begin_report()
+        if self.backend == "reference":
+            return full_logits_statistics(problem)
         head, backend = problem.head, backends.load(self.backend)
         tensors = (problem.hidden, head.weight, head.bias, head.low_rank)
         if sparse:
             outputs = SparseTokenLossesFunction.apply(*tensors, problem, backend, self.report, self.publish)
         else:
             outputs = TokenLossesFunction.apply(*tensors, problem, backend, torch.is_grad_enabled())
-        nll, kl, prediction, entropy, ref_nll, ref_entropy, topk_entropy = outputs
-        return Statistics(nll, prediction, kl, ref_nll, entropy, ref_entropy, topk_entropy)
+        return Statistics(**dict(zip(OUTPUTS, outputs, strict=True)))
 
     def summed(
         self, loss: Callable[..., Tensor], wanted: frozenset[str], top_k: int = 20, **per_token: Tensor
     ) -> Tensor:
         """Σ_t loss(statistics, **per_token) for a loss of each token by itself; saves one GEMM over `losses`."""
-        of_chunk = loss_of_chunk(loss, per_token, wanted)
+        of_chunk = loss_of_chunk(loss, per_token, wanted, self.problem)
         if self.backend == "reference":
             return of_chunk(self.losses(wanted, top_k), slice(None)).sum()
         if self.observer is None:
@@ -167,10 +174,10 @@ class Tokens:
         return total
 
     def _summed(self, of_chunk: Callable[[Statistics, slice], Tensor], wanted: frozenset[str], top_k: int) -> Tensor:
-        problem = _want(self.problem, wanted, top_k)
+        problem = want(self.problem, wanted, top_k)
         head, backend = problem.head, backends.load(self.backend)
         tensors = (problem.hidden, head.weight, head.bias, head.low_rank)
-        if self.takes_sparse_gradients():
+        if self.begin_report():
             return SparseSummedLossFunction.apply(*tensors, problem, backend, self.report, self.publish, of_chunk)
         return SummedLossFunction.apply(*tensors, problem, backend, torch.is_grad_enabled(), of_chunk)
 
@@ -198,35 +205,37 @@ class TracedTokens(Tokens):
         return torch.ops.fused_losses.checked(flat, self.valid, "unlabelled", name, self.shape[-1])
 
     def _select(self, flat: Tensor) -> Tensor:
-        return flat.masked_fill(~self.valid, 0)
+        return flat.masked_fill(~self.valid if flat.dim() == 1 else ~self.valid[:, None], 0)
 
     def total(self, values: Tensor) -> Tensor:
         return torch.where(self.valid, values, 0).sum()
 
     def losses(self, wanted: frozenset[str], top_k: int = 20) -> Statistics:
-        self.takes_sparse_gradients()
+        self.begin_report()
         if self.backend == "reference":
             return self._full_logits(wanted, top_k)
         problem, reference = self.problem, self.problem.reference_head or Head(None, None, 1.0, None)
         outputs = torch.ops.fused_losses.losses_forward(
             problem.hidden, problem.head.weight, problem.head.bias, problem.head.low_rank, problem.labels,
-            problem.reference_hidden, reference.weight, reference.bias, reference.low_rank, self.ignore_index,
+            problem.reference_hidden, reference.weight, reference.bias, reference.low_rank, problem.ids,
+            self.ignore_index,
             problem.head.logit_scale, problem.head.softcap, reference.logit_scale, reference.softcap,
             problem.dtype, problem.hidden.dtype, problem.hidden.shape[1],
-            ",".join(sorted(wanted)), top_k, problem.tolerance, self.backend, self.needs(), self.handle,
+            ",".join(sorted(wanted)), problem.entropy_gradient, problem.beta, top_k, problem.tolerance, self.backend,
+            list(self.needs()), self.handle,
         )  # fmt: skip
-        nll, kl, prediction, entropy, ref_nll, ref_entropy, topk_entropy, _, _ = outputs
-        out = Statistics(nll, prediction)
-        if problem.has_reference:
-            out.kl, out.reference_nll = kl, ref_nll
-            out.reference_entropy = ref_entropy if "reference_entropy" in wanted else None
-        out.entropy = entropy if "entropy" in wanted else None
-        out.topk_entropy = topk_entropy if "topk_entropy" in wanted else None
-        return out
+        there = {
+            "kl": problem.has_reference, "reference_nll": problem.has_reference, "logits_at": problem.ids is not None,
+            "reference_entropy": problem.has_reference and "reference_entropy" in wanted,
+            "entropy": problem.entropy_gradient or "entropy" in wanted, "divergence": problem.beta is not None,
+        }  # fmt: skip
+        there = {name: there.get(name, name in GIVEN or name in wanted) for name in OUTPUTS}
+        named = zip(OUTPUTS, outputs[: len(OUTPUTS)], strict=True)
+        return Statistics(**{name: values if there[name] else None for name, values in named})
 
     def _full_logits(self, wanted: frozenset[str], top_k: int) -> Statistics:
         """Ordinary operations of the graph; ignored tokens become zeros with label 0."""
-        problem = _want(self.problem, wanted, top_k)
+        problem = want(self.problem, wanted, top_k)
         labels = torch.ops.fused_losses.checked(
             problem.labels, self.valid, "labels", str(self.ignore_index), problem.head.vocabulary
         )
@@ -235,17 +244,18 @@ class TracedTokens(Tokens):
             for rows in (problem.hidden, problem.reference_hidden)
         )
         labels = labels.masked_fill(~self.valid, 0)
-        out = _full_logits_statistics(replace(problem, hidden=hidden, labels=labels, reference_hidden=reference_hidden))
-        for name in compiled.OUTPUTS:
+        out = full_logits_statistics(replace(problem, hidden=hidden, labels=labels, reference_hidden=reference_hidden))
+        for name in OUTPUTS:
             values = getattr(out, name)
             if values is not None:
-                setattr(out, name, torch.where(self.valid, values, -1 if name == "prediction" else 0))
+                valid = self.valid if values.dim() == 1 else self.valid[:, None]
+                setattr(out, name, torch.where(valid, values, fill_of(name)))
         return out
 
     def summed(
         self, loss: Callable[..., Tensor], wanted: frozenset[str], top_k: int = 20, **per_token: Tensor
     ) -> Tensor:
-        of_tokens = loss_of_chunk(loss, per_token, wanted)
+        of_tokens = loss_of_chunk(loss, per_token, wanted, self.problem)
         out = self.losses(wanted, top_k)
         with torch.autocast(self.valid.device.type, enabled=False):
             return self.total(of_tokens(out, slice(None)))
@@ -254,37 +264,52 @@ class TracedTokens(Tokens):
 class TokenStatistics:
     """What a `token_loss` is given of a `Statistics`: those that are always there, and the others if wanted."""
 
-    def __init__(self, out: Statistics, wanted: frozenset[str]) -> None:
-        self.nll, self.prediction, self.kl, self.reference_nll = out.nll, out.prediction, out.kl, out.reference_nll
-        if "entropy" in wanted:
+    def __init__(self, out: Statistics, wanted: frozenset[str], problem: Problem) -> None:
+        self._wanted, self._reference = wanted, problem.has_reference
+        for name in OUTPUTS:
+            values = getattr(out, name)
+            if name in GIVEN or (values is not None and (name not in OPTIONAL or name in wanted)):
+                setattr(self, name, values)
+        if problem.entropy_gradient:
             self.entropy = out.entropy
-        if "reference_entropy" in wanted and out.reference_entropy is not None:
-            self.reference_entropy = out.reference_entropy
-        if "topk_entropy" in wanted:
-            self.topk_entropy = out.topk_entropy
-        self._wanted = wanted
+        if problem.divergence_is_kl:
+            self.divergence = out.kl
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
+        if name in REMEDIES:
+            raise MissingAttribute(f"out.{name}: {REMEDIES[name]}")
         if name not in OPTIONAL:
             raise MissingAttribute(
-                f"out.{name}: there is no such statistic; there are {', '.join((*GIVEN, *OPTIONAL))}"
+                f"out.{name}: there is no such statistic; there are {', '.join((*GIVEN, *OPTIONAL, *REMEDIES))}"
             )
         if name in self._wanted:
             raise MissingAttribute(
                 f"out.{name}: is of the reference, and there is none; give reference=fused_losses.Reference(hidden "
-                f"states) to the call"
+                "states) to the call"
             )
         names = ", ".join(f'"{n}"' for n in OPTIONAL if n == name or n in self._wanted)
         raise MissingAttribute(
             f"out.{name}: is not computed, as it costs more and the objective does not ask for it; set the class "
-            f"attribute "
-            f"wanted = frozenset({{{names}}})"
+            f"attribute wanted = frozenset({{{names}}})"
         )
 
     def __repr__(self) -> str:
-        return f"Statistics({', '.join(n for n in (*GIVEN, *OPTIONAL) if vars(self).get(n) is not None)})"
+        return f"Statistics({', '.join(n for n in OUTPUTS if vars(self).get(n) is not None)})"
+
+
+# Statistics that depend on more than a name in `wanted`.
+REMEDIES = {
+    "logits_at": "is there where ids= are given: token_losses(..., ids=ids), or self.prepare(..., ids=ids) of an objective",
+    "divergence": "is there where beta is given: token_losses(..., beta=0.5), or the class attribute beta = 0.5 of an "
+    "objective; the call needs reference=fused_losses.Reference(hidden states) too",
+}
+
+
+def fill_of(name: str) -> int:
+    """What a statistic is where the label is ignored."""
+    return -1 if name in ("prediction", "rank") else 0
 
 
 def check_wanted(wanted: Any, top_k: Any) -> tuple[frozenset[str], int]:
@@ -302,7 +327,7 @@ def check_wanted(wanted: Any, top_k: Any) -> tuple[frozenset[str], int]:
 
 
 def loss_of_chunk(
-    loss: Callable[..., Tensor], per_token: dict[str, Tensor], wanted: frozenset[str]
+    loss: Callable[..., Tensor], per_token: dict[str, Tensor], wanted: frozenset[str], problem: Problem
 ) -> Callable[[Statistics, slice], Tensor]:
     """The loss of some of the tokens, checked."""
     for name, values in per_token.items():
@@ -310,7 +335,9 @@ def loss_of_chunk(
             raise TypeError(f"{name}: requires a gradient, which would be lost here; give {name}.detach()")
 
     def of_chunk(out: Statistics, at: slice) -> Tensor:
-        result = _call(loss, TokenStatistics(out, wanted), {name: values[at] for name, values in per_token.items()})
+        result = _call(
+            loss, TokenStatistics(out, wanted, problem), {name: values[at] for name, values in per_token.items()}
+        )
         if not isinstance(result, Tensor) or result.shape != out.nll.shape or not result.is_floating_point():
             what = f"{result.dtype} {list(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
             if result is None:
@@ -344,14 +371,13 @@ def _check_gradient(result: Tensor, out: Statistics) -> None:
     """A loss that trains nothing, or something that it cannot reach from here, is a mistake."""
     if not result.requires_grad:
         raise ValueError(
-            "token_loss: the loss has no gradient, so nothing would be trained; it must depend on out.nll or out.kl, "
-            "not detached "
-            "(weights may be: weight.detach() * out.nll)"
+            "token_loss: the loss has no gradient, so nothing would be trained; it must depend on out.nll, "
+            "out.kl or another differentiable statistic, not detached (weights may be: weight.detach() * out.nll)"
         )
     if torch.compiler.is_compiling() or not out.nll.is_leaf:
         return
     # Only leaves: a graph that leads into a model is not walked through.
-    own, nodes, seen = (out.nll, out.kl), [result.grad_fn], set[Any]()
+    own, nodes, seen = [getattr(out, n) for n in DIFFERENTIABLE], [result.grad_fn], set[Any]()
     while nodes and len(seen) < 1000:
         node = nodes.pop()
         variable = getattr(node, "variable", None)
@@ -366,21 +392,31 @@ def _check_gradient(result: Tensor, out: Statistics) -> None:
             nodes += [before for before, _ in node.next_functions]
 
 
-def _want(problem: Problem, wanted: frozenset[str], top_k: int) -> Problem:
-    return replace(problem, wanted=wanted, top_k=top_k)
+def want(problem: Problem, wanted: frozenset[str], top_k: int) -> Problem:
+    return replace(problem, wanted=wanted | {"entropy"} if problem.entropy_gradient else wanted, top_k=top_k)
 
 
-def _full_logits_statistics(problem: Problem) -> Statistics:
+def full_logits_statistics(problem: Problem) -> Statistics:
+    """Everything from full logits, as autograd differentiates it."""
     z = full_logits.logits(problem.hidden, problem.head)
-    out = Statistics(full_logits.nll(z, problem.labels), z.detach().argmax(-1))
+    out = Statistics(full_logits.nll(z, problem.labels), z.detach().argmax(-1), lse=z.logsumexp(-1))
     fixed = z.detach()
-    out.entropy = full_logits.entropy(fixed) if "entropy" in problem.wanted else None
+    if "entropy" in problem.wanted:
+        out.entropy = full_logits.entropy(z if problem.entropy_gradient else fixed)
     if "topk_entropy" in problem.wanted:
         out.topk_entropy = full_logits.topk_entropy(fixed, problem.top_k)
+    if "rank" in problem.wanted:
+        out.rank = full_logits.rank(fixed, problem.labels)
+    if "log_p2" in problem.wanted:
+        out.log_p2 = full_logits.log_p2(fixed)
+    if problem.ids is not None:
+        out.logits_at = full_logits.logits_at(z, problem.ids)
     if problem.reference_hidden is not None:
         with torch.no_grad():
             z_ref = full_logits.logits(problem.reference_hidden, problem.reference_head or problem.head)
             out.reference_nll = full_logits.nll(z_ref, problem.labels)
             out.reference_entropy = full_logits.entropy(z_ref)
         out.kl = full_logits.kl(z_ref, z)
+        if problem.beta is not None:
+            out.divergence = full_logits.divergence(z_ref, z, problem.beta)
     return out

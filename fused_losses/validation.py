@@ -5,6 +5,10 @@ Checks of the numbers inside tensors, which in a graph run with it, are in check
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -15,29 +19,86 @@ from .problem import Head
 from .sparse.certificate import TOLERANCE
 
 GRADIENTS = ("auto", "exact", "sparse")
+MOST_IDS = 128
 
 
-def check_options(gradient: str, backend: str, ignore_index: int, tolerance: float) -> tuple[int, float]:
-    """The last two as Python numbers."""
-    if not isinstance(gradient, str) or gradient not in GRADIENTS:
-        raise ValueError(f"gradient: expected one of {', '.join(GRADIENTS)}, got {gradient!r}")
-    if gradient == "sparse" and backend == "reference":
+@dataclass(frozen=True)
+class Options:
+    """The options that every loss has; checked."""
+
+    ignore_index: int = -100
+    gradient: str = "auto"
+    tolerance: float = TOLERANCE
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        gradient, backend, tolerance = self.gradient, self.backend, self.tolerance
+        if not isinstance(gradient, str) or gradient not in GRADIENTS:
+            raise ValueError(f"gradient: expected one of {', '.join(GRADIENTS)}, got {gradient!r}")
+        if gradient == "sparse" and backend == "reference":
+            raise ValueError(
+                "gradient='sparse' with backend='reference', which has full logits and is always exact; leave one of "
+                "the two"
+            )
+        bound = checks.number(tolerance)
+        if bound is None or not 0 < bound < 1:
+            raise ValueError(
+                f"tolerance: expected a number above 0 and below 1 (the default is {TOLERANCE}), got {tolerance!r}; for "
+                "exact gradients give gradient='exact'"
+            )
+        if backend != "auto" and backend not in backends.NAMES:
+            raise ValueError(f"backend: expected one of auto, {', '.join(backends.NAMES)}, got {backend!r}")
+        index = checks.integer(self.ignore_index)
+        if index is None:
+            raise TypeError(f"ignore_index: expected an integer such as -100, got {self.ignore_index!r}")
+        if index is not self.ignore_index or bound is not tolerance:  # of numpy, or tensors
+            object.__setattr__(self, "ignore_index", index)
+            object.__setattr__(self, "tolerance", bound)
+
+
+def check_temperature(temperature: Any) -> float:
+    number = checks.number(temperature)
+    if number is None or not 0 < number < math.inf:
         raise ValueError(
-            "gradient='sparse' with backend='reference', which has full logits and is always exact; leave one of the two"
+            f"temperature: expected a finite number > 0, by which the logits of both models are divided (1 for none), got "
+            f"{temperature!r}"
         )
-    bound = checks.number(tolerance)
-    if bound is None or not 0 < bound < 1:
+    return float(number)
+
+
+def check_beta(beta: Any, reference: Reference | None) -> float | None:
+    """Of the divergence, None where none is wanted."""
+    if beta is None:
+        return None
+    number = checks.number(beta)
+    if number is None or not 0 <= number <= 1:
         raise ValueError(
-            f"tolerance: expected a number above 0 and below 1 (the default is {TOLERANCE}), got {tolerance!r}; for "
-            f"exact "
-            "gradients give gradient='exact'"
+            f"beta: expected a number in [0, 1] (0: KL(p_ref ‖ p), 1: KL(p ‖ p_ref), between: Jensen-Shannon) or None for "
+            f"no divergence, got {beta!r}"
         )
-    if backend != "auto" and backend not in backends.NAMES:
-        raise ValueError(f"backend: expected one of auto, {', '.join(backends.NAMES)}, got {backend!r}")
-    index = checks.integer(ignore_index)
-    if index is None:
-        raise TypeError(f"ignore_index: expected an integer such as -100, got {ignore_index!r}")
-    return index, bound
+    if reference is None:
+        raise ValueError(
+            f"beta={beta!r}: a divergence is one from a reference; give reference=fused_losses.Reference(hidden states)"
+        )
+    return float(number)
+
+
+def check_ids(ids: Tensor | None, labels: Tensor) -> None:
+    if ids is None:
+        return
+    shape = list(labels.shape)
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"ids: expected an int64 tensor [..., k], got {type(ids).__name__}")
+    if ids.dtype != torch.int64:
+        raise TypeError(f"ids: expected int64 token ids, got {ids.dtype}; convert them with ids.long()")
+    if ids.shape[:-1] != labels.shape or ids.dim() != labels.dim() + 1:
+        raise ValueError(
+            f"ids: expected shape {[*shape, 'k']}, k ids for each of the labels {shape}, got {list(ids.shape)}"
+        )
+    if not 1 <= ids.shape[-1] <= MOST_IDS:
+        raise ValueError(f"ids: expected 1 ≤ k ≤ {MOST_IDS} ids a token, got {ids.shape[-1]}")
+    if ids.device != labels.device:
+        raise ValueError(f"ids are on {ids.device}, labels on {labels.device}; move them with .to(labels.device)")
 
 
 def check_spread_options(gradient: str, backend: str) -> None:

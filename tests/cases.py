@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
@@ -16,6 +16,7 @@ from fused_losses.backends import chunks
 from fused_losses.sparse import certificate
 
 OUTPUTS = ("nll", "kl", "entropy", "reference_nll", "reference_entropy")
+MORE = ("lse", "logits_at", "divergence")
 HEADS: list[dict[str, Any]] = [
     dict(), dict(bias=True), dict(scale=0.3), dict(softcap=7.0), dict(bias=True, scale=-1.7, softcap=4.0)
 ]  # fmt: skip
@@ -48,6 +49,9 @@ class Case:
     reference_weight: Tensor | None = None  # None: the same head
     nll_upstream: Tensor | None = None
     kl_upstream: Tensor | None = None
+    # Of the outputs that are asked for, see `with_more`.
+    asked: dict[str, Any] = field(default_factory=dict)  # arguments of token_losses
+    upstream: dict[str, Tensor] = field(default_factory=dict)  # by the output's name
 
     def rounded(self, dtype: torch.dtype) -> Case:
         names = ("hidden", "weight", "bias", "reference_hidden", "reference_weight")
@@ -95,6 +99,29 @@ def make(
     )
 
 
+def with_more(case: Case, k: int = 5, beta: float | None = 0.3, entropy: bool = True, seed: int = 1) -> Case:
+    """The case with every other output asked for, and upstream gradients of both signs for each."""
+    g = torch.Generator().manual_seed(seed)
+    n, v = len(case.labels), len(case.weight)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    ids = torch.randint(v, (n, k), generator=g)
+    ids[:, 0] = case.labels.clamp(min=0)  # the label among them
+    ids[:, -1] = ids[:, 0]  # an id twice
+    ids[1::3, 1:3] = -100
+    asked: dict[str, Any] = {"ids": ids, "wanted": ("rank", "log_p2")}
+    upstream = {"lse": normal(n), "logits_at": normal(n, k)}
+    if entropy:
+        asked["entropy_gradient"] = True
+        upstream["entropy"] = normal(n)
+    if case.reference_hidden is not None and beta is not None:
+        asked["beta"] = beta
+        upstream["divergence"] = normal(n)
+    return replace(case, asked=asked, upstream=upstream)
+
+
 def run(
     case: Case, dtype: torch.dtype, backend: str = "torch", gradient: str = "exact", device: str = "cpu", **options
 ) -> dict[str, Tensor]:
@@ -107,12 +134,19 @@ def run_with_report(
 ) -> tuple[dict[str, Tensor], certificate.GradientReport]:
     hidden, head, reference = case.inputs(dtype, device)
     labels = case.labels.to(device)
-    out = fl.token_losses(hidden, head, labels, reference=reference, backend=backend, gradient=gradient, **options)
+    asked = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in case.asked.items()}
+    out = fl.token_losses(
+        hidden, head, labels, reference=reference, backend=backend, gradient=gradient, **asked, **options
+    )
     loss = (out.nll * case.nll_upstream.to(out.nll)).sum()
     if reference is not None:
         loss = loss + (out.kl * case.kl_upstream.to(out.kl)).sum()
+    for name, upstream in case.upstream.items():
+        loss = loss + (getattr(out, name) * upstream.to(out.nll)).sum()
     loss.backward()
-    results = {name: getattr(out, name) for name in OUTPUTS}
+    results = {name: getattr(out, name) for name in (*OUTPUTS, *MORE)}
+    if "wanted" in asked:
+        results |= {name: getattr(out, name) for name in asked["wanted"]}
     results |= {"d_hidden": hidden.grad, "d_weight": head.weight.grad}
     results["d_bias"] = None if head.bias is None else head.bias.grad
     found = {name: value.detach().double().cpu() for name, value in results.items() if value is not None}

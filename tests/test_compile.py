@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fused_losses as fl
 from fused_losses import compiled
+from fused_losses.problem import DIFFERENTIABLE, OUTPUTS
 from fused_losses.sparse import softmax
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
@@ -59,7 +60,7 @@ def assert_same(function, make_inputs=inputs, exactly=False, compiled_function=N
 
 def operator_arguments(
     sparse=False, reference=None, frozen=False, grad=True, ignored=2, dtype=torch.float32, strided=False, bias=True,
-    wanted="entropy", softcap=None, rank=0,
+    wanted="entropy", softcap=None, rank=0, ids=0, beta=None, entropy_gradient=False,
 ):  # fmt: skip
     hidden, weight, labels = torch.randn(11, D).to(dtype), torch.randn(V, D).to(dtype), torch.randint(V, (11,))
     if strided:
@@ -76,8 +77,8 @@ def operator_arguments(
     ref_weight = torch.randn(V, D).to(dtype) if reference == "own" else None
     tolerance = 0.15 if sparse else None
     return compiled.Call(
-        *leaves, labels, ref_hidden, ref_weight, None, None, -100, 1.5, softcap, 1.0, None, dtype, dtype, D + rank, wanted, 20,
-        tolerance, "auto", needs, None,
+        *leaves, labels, ref_hidden, ref_weight, None, None, torch.randint(-1, V, (11, ids)) if ids else None, -100, 1.5,
+        softcap, 1.0, None, dtype, dtype, D + rank, wanted, entropy_gradient, beta, 20, tolerance, "auto", needs, None,
     )  # fmt: skip
 
 
@@ -96,6 +97,16 @@ OPTIONS = {
     "strided, none ignored": {"strided": True, "ignored": 0, "bias": False},
     "float64, shared reference": {"dtype": torch.float64, "reference": "shared", "softcap": 3.0},
     "bfloat16": {"dtype": torch.bfloat16, "sparse": True},
+    "single logits, sparse": {"ids": 4, "sparse": True, "softcap": 3.0},
+    "single logits, frozen": {"ids": 4, "frozen": True, "softcap": 3.0},
+    "everything": {
+        "ids": 4,
+        "beta": 0.5,
+        "entropy_gradient": True,
+        "reference": "own",
+        "wanted": "entropy,reference_entropy,topk_entropy,rank,log_p2",
+    },
+    "everything, frozen": {"ids": 4, "beta": 1.0, "entropy_gradient": True, "reference": "shared", "frozen": True},
     "low rank, frozen": {"rank": 3, "frozen": True, "reference": "shared"},
     "low rank, sparse": {"rank": 3, "sparse": True, "reference": "own"},
 }
@@ -110,9 +121,15 @@ def test_operators(name):
     *outputs, saved, layout = OPS.losses_forward(*call)
     given = [v.detach() if isinstance(v, torch.Tensor) else v for v in call]
     if call.keeps_rows:
-        given = [None] * 4 + given[4:5] + [None] * 4 + given[9:]
-    b = None if call.reference_hidden is None else torch.randn_like(outputs[1])
-    opcheck(OPS.losses_backward.default, (torch.randn_like(outputs[0]), b, saved, layout, *given))
+        left_out = ("hidden", "reference_hidden", "reference_weight", "reference_bias", "reference_low_rank")
+        given = [None if name in left_out else v for name, v in zip(call._fields, given, strict=True)]
+    found = dict(zip(OUTPUTS, outputs, strict=True))
+    there = {
+        "kl": call.reference_hidden is not None, "logits_at": call.ids is not None, "entropy": call.entropy_gradient,
+        "divergence": call.beta is not None,
+    }  # fmt: skip
+    upstream = [torch.randn_like(found[name]) if there.get(name, True) else None for name in DIFFERENTIABLE]
+    opcheck(OPS.losses_backward.default, (*upstream, saved, layout, *given))
 
 
 def test_operators_of_the_objectives():

@@ -444,7 +444,7 @@ def test_a_statistic_that_is_not_wanted_is_absent_for_hasattr():
         return out.nll
 
     tried(own(token_loss=token_loss))
-    assert seen == [(False, True, None, "Statistics(nll, prediction)")]
+    assert seen == [(False, True, None, "Statistics(nll, prediction, lse)")]
 
 
 def test_a_statistic_of_the_reference_without_one_says_so():
@@ -474,7 +474,7 @@ def test_a_statistic_that_is_not_wanted_says_so_in_median_talr_too():
 @pytest.mark.parametrize(
     "wanted, message",
     [
-        (frozenset({"entropi"}), "wanted: expected a set of names among entropy, reference_entropy, topk_entropy, got 'entropi'"),
+        (frozenset({"entropi"}), "wanted: expected a set of names among entropy, reference_entropy, topk_entropy, rank, log_p2, got 'entropi'"),
         (("entropy", "top_k_entropy"), "got 'top_k_entropy'"),
         ("entropy", r"got 'entropy'; write frozenset\({'entropy'}\)"),
         (None, "got None"),

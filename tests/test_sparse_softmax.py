@@ -22,6 +22,7 @@ import fused_losses as fl
 from fused_losses import backends
 from fused_losses import reference as oracle
 from fused_losses.kernels import schemas
+from fused_losses.problem import Segments
 from fused_losses.sparse import certificate, softmax
 
 needs_kernels = pytest.mark.skipif(backends.unavailable("cpu") is not None, reason=str(backends.unavailable("cpu")))
@@ -603,7 +604,7 @@ def test_products(matrix_dtype, out_dtype, d, base):
     at = dense.nonzero()
     offsets = torch.zeros(n + 1, dtype=torch.int64)
     offsets[1:] = (dense != 0).sum(1).cumsum(0)
-    entries = (offsets, at[:, 1].int(), dense[dense != 0])
+    entries = Segments(offsets, at[:, 1].int(), dense[dense != 0])
     x, w = torch.randn(n, d, generator=g).to(matrix_dtype), torch.randn(v, d, generator=g).to(matrix_dtype)
     scale, vector, q = torch.randn(n, generator=g), torch.randn(d, generator=g), torch.randn(v, generator=g)
     onto = torch.randn(v, d, generator=g) if base else None
@@ -613,9 +614,9 @@ def test_products(matrix_dtype, out_dtype, d, base):
         columns += 0.5 * onto
     rounding = 2.5e-3 if out_dtype == torch.bfloat16 else 1e-6
     for module in (backends.load("cpu"), backends.load("torch")):
-        got = module.rows_product(*entries, w, scale, vector, out_dtype)
+        got = module.rows_product(entries, w, scale, vector, out_dtype)
         assert got.dtype == out_dtype and relative(got, rows) < rounding
-        got = module.columns_product(*entries, x, q, vector, onto, 0.5, out_dtype)
+        got = module.columns_product(entries, x, q, vector, onto, 0.5, out_dtype)
         assert got.dtype == out_dtype and relative(got, columns) < rounding
         assert relative(module.weighted_sum(w, q), q.double() @ w.double()) < 1e-6
 
@@ -624,9 +625,8 @@ def test_products(matrix_dtype, out_dtype, d, base):
 def test_bf16_output_is_rounded_to_nearest_even_and_keeps_nan():
     x = torch.tensor([[1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 3.0e38, torch.nan, torch.inf] * 4])
     offsets = torch.tensor([0, 1])
-    got = backends.load("cpu").rows_product(
-        offsets, torch.tensor([0], dtype=torch.int32), torch.ones(1), x, torch.zeros(1), torch.zeros(24), torch.bfloat16
-    )
+    one = Segments(offsets, torch.tensor([0], dtype=torch.int32), torch.ones(1))
+    got = backends.load("cpu").rows_product(one, x, torch.zeros(1), torch.zeros(24), torch.bfloat16)
     torch.testing.assert_close(got, x.bfloat16(), rtol=0, atol=0, equal_nan=True)
 
 

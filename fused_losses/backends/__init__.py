@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..problem import Entries, Gradients, Problem, Statistics
+    from ..problem import Entries, Gradients, Needs, Problem, Rows, Segments, Selection, Statistics, Upstream
 
 NAMES = ("cuda", "triton", "cpu", "torch", "reference")
 
@@ -36,33 +36,19 @@ class Backend(Protocol):
 
     SAMPLED_TOKENS: int
 
-    def statistics(self, problem: Problem, keep_rows: bool = False) -> tuple[Statistics, Gradients]: ...
-    def gradients(
-        self, problem: Problem, upstream: Any, hidden: bool, weight: bool, bias: bool, low_rank: bool
-    ) -> tuple[Statistics, Gradients]: ...
+    def statistics(self, problem: Problem, keep_rows: bool = False) -> tuple[Statistics, Rows]: ...
+    def gradients(self, problem: Problem, upstream: Any, needs: Needs) -> tuple[Statistics, Gradients]: ...
     def empty_statistics(self, problem: Problem) -> Statistics: ...
-    def empty_gradients(
-        self, problem: Problem, hidden: bool, weight: bool, bias: bool, low_rank: bool
-    ) -> Gradients: ...
-    def scan(
-        self, problem: Problem, out: Statistics, threshold: float, capacity: int, sampled: Tensor, profile: Tensor,
-        with_rows: bool,
-    ) -> Iterator[tuple[Any, Entries]]: ...  # fmt: skip
-    def dense_rows(self, problem: Problem, chunk: Any) -> Gradients: ...
-    def add_dense(self, problem: Problem, chunk: Any, a: Tensor | None, b: Tensor | None, total: Gradients) -> None: ...
-    def rows_product(
-        self,
-        offsets: Tensor,
-        columns: Tensor,
-        values: Tensor,
-        matrix: Tensor,
-        scale: Tensor,
-        vector: Tensor,
-        dtype: Any,
-    ) -> Tensor: ...
+    def empty_gradients(self, problem: Problem, needs: Needs) -> Gradients: ...
+    def scan(self, problem: Problem, out: Statistics, selection: Selection) -> Iterator[tuple[Any, Entries]]: ...
+    def dense_rows(self, problem: Problem, chunk: Any) -> Rows: ...
+    def add_dense(
+        self, problem: Problem, chunk: Any, out: Statistics, upstream: Upstream, total: Gradients
+    ) -> None: ...
+    def rows_product(self, segments: Segments, matrix: Tensor, scale: Tensor, vector: Tensor, dtype: Any) -> Tensor: ...
     def columns_product(
-        self, offsets: Tensor, columns: Tensor, values: Tensor, matrix: Tensor, scale: Tensor, vector: Tensor,
-        base: Tensor | None, base_scale: float, dtype: Any,
+        self, segments: Segments, matrix: Tensor, scale: Tensor, vector: Tensor, base: Tensor | None,
+        base_scale: float, dtype: Any,
     ) -> Tensor: ...  # fmt: skip
     def weighted_sum(self, matrix: Tensor, scale: Tensor) -> Tensor: ...
 

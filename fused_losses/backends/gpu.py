@@ -8,7 +8,7 @@ place, two products. What has no kernel (float64) is `backends.torch`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,10 +20,23 @@ from ..kernels.triton import rows as row_kernels
 from ..kernels.triton import tiles
 from ..kernels.triton.entries import weighted_sum as weighted_sum_kernel
 from ..kernels.triton.scan import Known
-from ..problem import Entries, Gradients, Head, Problem, Statistics
+from ..problem import (
+    DIFFERENTIABLE,
+    Entries,
+    Gradients,
+    Head,
+    Needs,
+    Problem,
+    Rows,
+    Segments,
+    Selection,
+    Statistics,
+    Upstream,
+)  # fmt: skip
 from . import chunks, gpu_scan
 from . import torch as chunked
-from .torch import Upstream, empty_gradients, empty_rows, empty_statistics
+from .chunks import empty_gradients, empty_rows, empty_statistics
+from .torch import UpstreamOf
 
 # Logits of one chunk, fp32; fewer tokens than about 500 at a time, and reading the weight takes longer than the product.
 LOGIT_BYTES = 256 << 20
@@ -59,19 +72,19 @@ class Gpu:
 
     # --- exact ---------------------------------------------------------------------------------------------------------
 
-    def statistics(self, problem: Problem, keep_rows: bool = False) -> tuple[Statistics, Gradients]:
+    def statistics(self, problem: Problem, keep_rows: bool = False) -> tuple[Statistics, Rows]:
         """1 GEMM, 2 with a reference; with `keep_rows` 1 and 2 more for ∂nll/∂x and ∂kl/∂x."""
         _check(problem)
-        if problem.accumulator != torch.float32:
+        if not _has_kernels(problem):
             return chunked.statistics(problem, keep_rows)
         out = empty_statistics(problem)
         if not keep_rows:
             if problem.labels.numel() and (tile := gpu_scan.choose_tile(problem)):
                 self._scan_statistics(_cast(problem), out, tile)
-                return out, Gradients()
+                return out, Rows()
             for _ in self._logit_chunks(problem, out):
                 pass
-            return out, Gradients()
+            return out, Rows()
         rows = empty_rows(problem, len(problem.labels))
         scale, dtype = problem.head.logit_scale, problem.dtype
         for chunk, known in self._logit_chunks(problem, out):
@@ -83,40 +96,43 @@ class Gpu:
                 rows.kl[chunk.tokens] = _times_head(r, chunk).mul_(scale)
         return out, rows
 
-    def gradients(
-        self, problem: Problem, upstream: Upstream, hidden: bool, weight: bool, bias: bool, low_rank: bool = False
-    ) -> tuple[Statistics, Gradients]:
+    def gradients(self, problem: Problem, upstream: UpstreamOf, needs: Needs) -> tuple[Statistics, Gradients]:
         """Statistics and Σ_t a_t ∂nll_t + b_t ∂kl_t: 3 GEMMs, 2 where one gradient is not wanted, one more with a reference."""
         _check(problem)
-        if problem.accumulator != torch.float32:
-            return chunked.gradients(problem, upstream, hidden, weight, bias, low_rank)
-        out, total = empty_statistics(problem), empty_gradients(problem, hidden, weight, bias, low_rank)
+        if not _has_kernels(problem):
+            return chunked.gradients(problem, upstream, needs)
+        out, total = empty_statistics(problem), empty_gradients(problem, needs)
         self._sweep(problem, out, upstream, total)
         return out, total
 
-    def _sweep(self, problem: Problem, out: Statistics, upstream: Upstream, total: Gradients) -> None:
+    def _sweep(self, problem: Problem, out: Statistics, upstream_of: UpstreamOf, total: Gradients) -> None:
         dtype, scale = problem.dtype, problem.head.logit_scale
         for chunk, known in self._logit_chunks(problem, out):
             tokens = chunk.tokens
-            a, b = upstream(out.at(tokens), tokens)
-            if a is None and b is None:
+            here = out.at(tokens)
+            upstream = upstream_of(here, tokens)
+            if upstream.is_zero:
                 if total.hidden is not None:
                     total.hidden[tokens] = 0
                 continue
-            weights = [None if w is None else (w * scale).float().contiguous() for w in (a, b)]
-            factor = 1.0
+            upstream, factor = upstream.each(lambda w: (w * scale).float()), 1.0
             if dtype == torch.float16:
-                # Relative to the largest power of two among them, so that it neither overflows nor underflows.
-                largest = torch.stack([w.abs().amax() for w in weights if w is not None]).amax()
-                largest = torch.where(largest.isfinite(), largest, 1)
-                exponent = max(-100, min(100, int(torch.frexp(largest).exponent)))
-                factor = 2.0**exponent
-                weights = [None if w is None else w * 2.0**-exponent for w in weights]
-            # The gradient of the bias is a sum of nothing else, so it is taken before any rounding.
-            direction = chunk.z if total.bias is not None else _as(chunk.z, dtype)
-            row_kernels.directions(*_logits(problem, chunk), known, out.nll[tokens], *weights, direction, None)  # type: ignore[call-arg]
+                upstream, factor = _without_common_power(upstream)
+            a, b = upstream.softmax, upstream.kl
+            if a is None and b is None:
+                a = torch.zeros_like(here.nll)
+            weights = [None if w is None else w.contiguous() for w in (a, b)]
+            single = upstream.lse is not None or upstream.logits_at is not None
+            # The gradient of the bias is a sum of nothing else, so it is taken before any rounding; and what single logits
+            # add may cancel against p, so it is added before that.
+            wide = total.bias is not None or single
+            direction = chunk.z if wide else _as(chunk.z, dtype)
+            row_kernels.directions(*_logits(problem, chunk), known, here.nll, *weights, direction, None)  # type: ignore[call-arg]
+            if single:
+                chunks.add_picked_(direction, problem.part(tokens), here, upstream)
             if total.bias is not None:
                 total.bias.add_(direction.sum(0), alpha=factor)
+            if wide:
                 direction = direction.to(dtype)
             if total.hidden is not None:
                 total.hidden[tokens] = _times_head(direction, chunk).mul_(factor)
@@ -131,38 +147,37 @@ class Gpu:
             here = out.at(chunk.tokens)
             known = torch.empty(len(Row), len(chunk.z), dtype=torch.float32, device=chunk.z.device)
             z, r, difference, labels, *scales = _logits(problem, chunk)
-            if here.topk_entropy is not None:
-                _topk_entropy(problem, z, r, difference, scales, here.topk_entropy)
+            _of_products(problem, chunk, here)
             self.kernels.row_statistics(
                 z, r, difference, labels, *scales, here.nll, here.prediction, here.kl, here.entropy,
                 here.reference_nll, here.reference_entropy, known,
             )  # fmt: skip
+            torch.add(known[Row.TOP], known[Row.LOG_SUM], out=here.lse)
             yield chunk, known
 
     # --- sparse --------------------------------------------------------------------------------------------------------
 
-    def scan(
-        self, problem: Problem, out: Statistics, threshold: float, capacity: int, sampled: Tensor, profile: Tensor,
-        with_rows: bool,
-    ) -> Iterator[tuple[Any, Entries]]:  # fmt: skip
-        """Sweep over the tokens for a sparse softmax; see `backends.torch.scan`. `with_rows`: also Σ over entries, [C, D] each.
+    def scan(self, problem: Problem, out: Statistics, selection: Selection) -> Iterator[tuple[Any, Entries]]:
+        """Sweep over the tokens for a sparse softmax; see `backends.torch.scan`. With rows also Σ over entries, [C, D] each.
 
         More entries than the threshold asks for are kept, 1.2 to 1.4 times as many: the scan's bound is a lower one.
         """
         if problem.accumulator != torch.float32:
-            yield from chunked.scan(problem, out, threshold, capacity, sampled, profile, with_rows)
+            yield from chunked.scan(problem, out, selection)
             return
         _check(problem)
         problem = _cast(problem)
         tile = gpu_scan.choose_tile(problem)
         chosen: list[tuple[Tensor, ...]] = []
-        chunks = (
-            self._bits_of_logits(problem, out, threshold)
-            if tile is None
-            else self._bits_of_scan(problem, out, threshold, tile)
-        )
-        for span, known, bits in chunks:
-            entries = self._entries(problem, out, span.tokens, known, bits, capacity * CANDIDATES, with_rows)
+        if tile is None:
+            spans = self._bits_of_logits(problem, out, selection.threshold)
+        else:
+            spans = self._bits_of_scan(problem, out, selection.threshold, tile)
+        sampled = selection.sampled
+        for span, known, bits in spans:
+            entries = self._entries(
+                problem, out, span.tokens, known, bits, selection.capacity * CANDIDATES, selection.with_rows
+            )
             # Token i of `sampled` is i·N // len: which are of this chunk is known without waiting for the GPU.
             first, last = (-(-at * len(sampled) // len(out.nll)) for at in (span.tokens.start, span.tokens.stop))
             here = sampled[first:last]
@@ -173,7 +188,7 @@ class Gpu:
             yield span, entries
         if chosen:
             *parts, usable = (torch.cat(parts) for parts in zip(*chosen, strict=True))
-            _tail_profile(problem, *(part[usable] for part in parts), profile)  # type: ignore[call-arg]
+            _tail_profile(problem, *(part[usable] for part in parts), selection.profile)  # type: ignore[call-arg]
 
     def _bits_of_logits(
         self, problem: Problem, out: Statistics, threshold: float
@@ -199,6 +214,8 @@ class Gpu:
         size = -(-size // tile.block_n) * tile.block_n
         operands = gpu_scan.Operands(problem, tile)
         label = operands.label_logits(self.kernels)
+        if problem.ids is not None:
+            out.logits_at.copy_(operands.logits_at(self.kernels))
         known = gpu_scan.bounds(operands, label, threshold)
         bits = torch.empty(size, words, dtype=torch.int32, device=problem.hidden.device)  # one chunk after the other
         for start in range(0, count, size):
@@ -217,6 +234,8 @@ class Gpu:
     def _scan_statistics(self, problem: Problem, out: Statistics, tile: tiles.Scan) -> None:
         operands = gpu_scan.Operands(problem, tile)
         label = operands.label_logits(self.kernels)
+        if problem.ids is not None:
+            out.logits_at.copy_(operands.logits_at(self.kernels))
         known = torch.zeros(3, len(problem.labels), dtype=torch.float32, device=problem.hidden.device)
         if problem.has_reference:
             known = gpu_scan.bounds(operands, label, 1.0)
@@ -275,45 +294,44 @@ class Gpu:
         entries.nll_rows, entries.kl_rows = nll_rows, kl_rows
         return entries
 
-    def dense_rows(self, problem: Problem, span: Span) -> Gradients:
+    def dense_rows(self, problem: Problem, span: Span) -> Rows:
         """∂nll/∂x and ∂kl/∂x of a chunk of `scan`, its logits computed once more."""
-        return self.statistics(_part(problem, span.tokens), keep_rows=True)[1]
+        return self.statistics(problem.part(span.tokens).for_gradients(), keep_rows=True)[1]
 
-    def add_dense(self, problem: Problem, span: Span, a: Tensor | None, b: Tensor | None, total: Gradients) -> None:
-        part = _part(problem, span.tokens)
+    def add_dense(
+        self, problem: Problem, span: Span, out: Statistics, upstream: Upstream, total: Gradients
+    ) -> None:  # fmt: skip
+        part = problem.part(span.tokens).for_gradients()
         hidden = None if total.hidden is None else total.hidden[span.tokens]
-
-        def upstream(_: Statistics, at: slice) -> tuple[Tensor | None, Tensor | None]:
-            return None if a is None else a[at], None if b is None else b[at]
-
-        self._sweep(part, empty_statistics(part), upstream, Gradients(hidden, total.weight, total.bias, total.low_rank))
+        sums = Gradients(hidden, total.weight, total.bias, total.low_rank)
+        self._sweep(part, empty_statistics(part), lambda _, at: upstream.at(at), sums)
 
     # --- products of entries -------------------------------------------------------------------------------------------
 
     def rows_product(
-        self, offsets: Tensor, columns: Tensor, values: Tensor, matrix: Tensor, scale: Tensor, vector: Tensor,
-        dtype: torch.dtype,
+        self, segments: Segments, matrix: Tensor, scale: Tensor, vector: Tensor, dtype: torch.dtype
     ) -> Tensor:  # fmt: skip
         """out[t] = Σ_j values[j] · matrix[columns[j]] + scale[t] · vector over the entries of row t, summed in fp32."""
-        if values.dtype != torch.float32:
-            return chunked.rows_product(offsets, columns, values, matrix, scale, vector, dtype)
-        return self._segments(offsets, columns, values, matrix, scale, vector, None, 1.0, dtype)
+        if segments.values.dtype != torch.float32:
+            return chunked.rows_product(segments, matrix, scale, vector, dtype)
+        return self._segments(segments, matrix, scale, vector, None, 1.0, dtype)
 
     def columns_product(
-        self, offsets: Tensor, columns: Tensor, values: Tensor, matrix: Tensor, scale: Tensor, vector: Tensor,
-        base: Tensor | None, base_scale: float, dtype: torch.dtype,
+        self, segments: Segments, matrix: Tensor, scale: Tensor, vector: Tensor, base: Tensor | None,
+        base_scale: float, dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
         """out[v] = base_scale · base[v] + Σ_j values[j] · matrix[row of j] + scale[v] · vector over the entries of column v."""
-        if values.dtype != torch.float32:
-            return chunked.columns_product(offsets, columns, values, matrix, scale, vector, base, base_scale, dtype)
-        starts, rows, order = chunks.by_column(offsets, columns, len(scale))
-        return self._segments(starts, rows.int(), values[order], matrix, scale, vector, base, base_scale, dtype)
+        if segments.values.dtype != torch.float32:
+            return chunked.columns_product(segments, matrix, scale, vector, base, base_scale, dtype)
+        starts, rows, order = chunks.by_column(segments.offsets, segments.columns, len(scale))
+        turned = Segments(starts, rows.int(), segments.values[order])
+        return self._segments(turned, matrix, scale, vector, base, base_scale, dtype)
 
     def _segments(
-        self, offsets: Tensor, columns: Tensor, values: Tensor, matrix: Tensor, scale: Tensor, vector: Tensor,
-        base: Tensor | None, base_scale: float, dtype: torch.dtype,
+        self, segments: Segments, matrix: Tensor, scale: Tensor, vector: Tensor, base: Tensor | None,
+        base_scale: float, dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
-        counts = offsets.diff()
+        counts = segments.offsets.diff()
         hot = (counts > SPLIT).nonzero().flatten()
         hot_first = counts.new_zeros(len(hot) + 1)
         torch.cumsum((counts[hot] + (SPLIT - 1)) // SPLIT, 0, out=hot_first[1:])
@@ -322,7 +340,7 @@ class Gpu:
         partial = torch.empty(slots, dim, dtype=torch.float32, device=matrix.device)
         out = torch.empty(len(counts), dim, dtype=dtype, device=matrix.device)
         self.kernels.segment_product(
-            offsets, columns, values, matrix.contiguous(), scale.contiguous(), vector.contiguous(), base, base_scale,
+            *segments, matrix.contiguous(), scale.contiguous(), vector.contiguous(), base, base_scale,
             hot, hot_first, partial, out,
         )  # fmt: skip
         return out
@@ -355,16 +373,41 @@ def _logits(problem: Problem, chunk: chunks.Chunk) -> Any:
     )  # fmt: skip
 
 
-def _topk_entropy(
-    problem: Problem, z: Tensor, r: Tensor | None, difference: bool, scales: list[float], out: Tensor
-) -> None:
-    """In PyTorch's own operations, which have a selection of the largest."""
-    scale, softcap, *_ = scales
-    logits = (z + r if difference else z).mul(scale)
-    if softcap:
-        logits.div_(softcap).tanh_().mul_(softcap)
-    top = logits.topk(min(problem.top_k, z.shape[1]), dim=1).values.log_softmax(1)
-    out.copy_(-(top.exp() * top).sum(1))
+def _of_products(problem: Problem, chunk: chunks.Chunk, out: Statistics) -> None:
+    """The statistics that no kernel has, in PyTorch's own operations; the products stay as they are."""
+    if problem.ids is not None:
+        ids = problem.ids[chunk.tokens]
+        out.logits_at.copy_(_finished(problem, chunk, lambda products: chunks.picked(products, ids)))
+        out.logits_at.masked_fill_(ids < 0, 0)
+    if out.topk_entropy is None and out.rank is None and out.log_p2 is None:
+        return
+    z = _finished(problem, chunk, lambda products: products)
+    if out.topk_entropy is not None:
+        out.topk_entropy.copy_(chunks.entropy_of(z.topk(min(problem.top_k, z.shape[1]), dim=1).values))
+    if out.rank is not None:
+        out.rank.copy_(chunks.rank_of(z, z.gather(1, problem.labels[chunk.tokens, None])))
+    if out.log_p2 is not None:
+        out.log_p2.copy_(z.log_softmax(1).mul_(2).logsumexp(1))
+
+
+def _finished(problem: Problem, chunk: chunks.Chunk, take: Callable[[Tensor], Tensor]) -> Tensor:
+    """The logits of some products, in new tensors."""
+    z, r = take(chunk.z).clone(), None if chunk.r is None else take(chunk.r).clone()
+    chunks.finish(problem, z, r, chunk.difference)
+    return z + r if chunks.keeps_difference(problem, chunk) else z
+
+
+def _without_common_power(upstream: Upstream) -> tuple[Upstream, float]:
+    """Relative to the largest power of two among them, so that fp16 neither overflows nor underflows; and that power."""
+    weights = [getattr(upstream, name) for name in DIFFERENTIABLE]
+    largest = torch.stack([w.abs().amax() for w in weights if w is not None and w.numel()]).amax()
+    largest = torch.where(largest.isfinite(), largest, 1)
+    exponent = max(-100, min(100, int(torch.frexp(largest).exponent)))
+    return upstream.each(lambda w: w * 2.0**-exponent), 2.0**exponent
+
+
+def _has_kernels(problem: Problem) -> bool:
+    return problem.accumulator == torch.float32 and not problem.has_dense_directions
 
 
 def _check(problem: Problem) -> None:
@@ -389,15 +432,6 @@ def _cast(problem: Problem) -> Problem:
     return replace(
         problem, head=cast(problem.head), reference_head=None if own is None else cast(own), reference_hidden=reference
     )
-
-
-def _part(problem: Problem, tokens: slice) -> Problem:
-    """These tokens alone, for their gradients."""
-    ref = problem.reference_hidden
-    return replace(
-        problem, hidden=problem.hidden[tokens], labels=problem.labels[tokens],
-        reference_hidden=None if ref is None else ref[tokens], wanted=frozenset(),
-    )  # fmt: skip
 
 
 def _as(logits: Tensor, dtype: torch.dtype) -> Tensor:

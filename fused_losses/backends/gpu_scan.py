@@ -48,13 +48,23 @@ class Operands:
 
     def label_logits(self, kernels: Any) -> list[Tensor]:
         """z of the labels, and with a reference z − r and r."""
-        problem, labels = self.problem, self.problem.labels
-        offsets = torch.arange(len(labels) + 1, device=labels.device)
+        return [logits[:, 0] for logits in self._logits(kernels, self.problem.labels[:, None])]
+
+    def logits_at(self, kernels: Any) -> Tensor:
+        """z of the problem's ids, [N, k]; 0 where they are negative."""
+        ids = self.problem.ids
+        logits, *_ = self._logits(kernels, ids.clamp(min=0))
+        return logits.masked_fill_(ids < 0, 0)
+
+    def _logits(self, kernels: Any, ids: Tensor) -> list[Tensor]:
+        """z of ids [N, k], and with a reference z − r and r."""
+        problem, (count, k) = self.problem, ids.shape
+        offsets, columns = torch.arange(count + 1, device=ids.device) * k, ids.reshape(-1).int()
 
         def logit(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-            out = torch.empty(len(labels), dtype=torch.float32, device=labels.device)
-            kernels.entry_logits(hidden.contiguous(), weight.contiguous(), bias, offsets, labels.int(), out)
-            return out.mul_(scale)
+            out = torch.empty(count * k, dtype=torch.float32, device=ids.device)
+            kernels.entry_logits(hidden.contiguous(), weight.contiguous(), bias, offsets, columns, out)
+            return out.mul_(scale).view(count, k)
 
         z = logit(self.hidden, self.weight, self.bias, problem.head.logit_scale)
         if not problem.has_reference:
@@ -149,6 +159,7 @@ def join(
         weighted = _weighted(partial[:, Sum.WEIGHTED], partial[:, Sum.SUM], tops, top, moved)
         out.entropy.copy_(_entropy(share, total, weighted, top, largest, log_sum, nll))
     rows[Row.TOP], rows[Row.LOG_SUM] = largest, log_sum
+    torch.add(largest, log_sum, out=out.lse)
     softcap = problem.head.softcap
     rows[Row.REST] = -torch.expm1(-nll) if softcap is None else share * (partial[:, Sum.SLOPED] * moved).sum(0)
     if not problem.has_reference:
@@ -231,16 +242,16 @@ def tails_of(problem: Problem, nll: Tensor, labels: Tensor, known: Tensor, kept:
         l1 = (rest + wrong * slope.clamp(min=0)).clamp(min=0)  # rounding, where the soft-cap is all but reached
     tails = Tails(torch.where(tail < 0, 0, tail), l1)
     if problem.has_reference:
-        tails.kl = known[Row.GAP] - kept[KEPT_GAP]
+        tails.kl_left = known[Row.GAP] - kept[KEPT_GAP]
         # The totals were summed with another shift c: |p − p_ref| ≤ κ |p' − p_ref| + |κ − 1| p_ref, κ = exp(c − shift).
         moved = torch.exp(known[Row.TOTALS_SHIFT] - known[Row.SHIFT])
         left = known[Row.GAP_L1] - kept[KEPT_GAP_L1_OF_TOTALS]
-        ref_tail = tails.nll - tails.kl
-        tails.kl_left = moved * torch.where(left < 0, 0, left) + (moved - 1).abs() * torch.where(
+        ref_tail = tails.nll_left - tails.kl_left
+        tails.kl_left_l1 = moved * torch.where(left < 0, 0, left) + (moved - 1).abs() * torch.where(
             ref_tail < 0, 0, ref_tail
         )
         exact = moved == 1
-        tails.kl_l1 = torch.where(exact, known[Row.GAP_L1], kept[KEPT_GAP_L1] + tails.kl.abs())
+        tails.kl_l1 = torch.where(exact, known[Row.GAP_L1], kept[KEPT_GAP_L1] + tails.kl_left.abs())
     return tails
 
 
@@ -253,7 +264,7 @@ def choose_tile(problem: Problem) -> tiles.Scan | None:
     """The row of the table for a call; None: chunks of logits instead."""
     own, head = problem.reference_head, problem.head
     capped = head.softcap is not None or (own is not None and own.softcap is not None)
-    if "topk_entropy" in problem.wanted or (problem.has_reference and capped):
+    if problem.wanted & {"topk_entropy", "rank", "log_p2"} or (problem.has_reference and capped):
         return None
     if INTERPRETED:
         return INTERPRETED_TILE

@@ -24,10 +24,11 @@ import torch
 from torch import Tensor
 
 from .. import shards
-from ..problem import Gradients, Problem, Statistics
+from ..problem import Gradients, Needs, Problem, Rows, Segments, Statistics
 from . import chunks
 from . import torch as chunked
-from .torch import Chunk, Product, Upstream
+from .chunks import Chunk, Product, Stage
+from .torch import UpstreamOf
 
 # In the place of the largest logit of a rank without rows; its mass is 0.
 NO_LOGIT = -1e30
@@ -35,20 +36,23 @@ NO_LOGIT = -1e30
 SHARED = ("nll", "entropy", "reference_nll", "kl", "reference_entropy")
 
 
-def statistics(problem: Problem, keep_rows: bool = False) -> tuple[Statistics, Gradients]:
+def statistics(problem: Problem, keep_rows: bool = False) -> tuple[Statistics, Rows]:
     out, rows = chunked.statistics(problem, keep_rows, sweep=sweep)
-    for total in (rows.nll, rows.kl):
+    for total in rows.tensors():
         shards.summed_(problem.head.shard.group, total)
     return out, rows
 
 
-def gradients(
-    problem: Problem, upstream: Upstream, hidden: bool, weight: bool, bias: bool, low_rank: bool = False
-) -> tuple[Statistics, Gradients]:
+def gradients(problem: Problem, upstream: UpstreamOf, needs: Needs) -> tuple[Statistics, Gradients]:
     """Of weight and bias those of this rank's rows."""
-    out, total = chunked.gradients(problem, upstream, hidden, weight, bias, sweep=sweep)
+    out, total = chunked.gradients(problem, upstream, needs, sweep=sweep)
     shards.summed_(problem.head.shard.group, total.hidden)
     return out, total
+
+
+def rows_product(segments: Segments, matrix: Tensor, scale: Tensor, vector: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of this rank's rows."""
+    return chunked.rows_product(segments, matrix, scale, vector, dtype)
 
 
 def sweep(problem: Problem, out: Statistics, directions: bool, product: Product | None = None) -> Iterator[Chunk]:
@@ -58,13 +62,17 @@ def sweep(problem: Problem, out: Statistics, directions: bool, product: Product 
     mine = nearest + shard.start == problem.labels
     # Of each label the rank that holds it: as many ranks end before it.
     owner = torch.searchsorted(problem.labels.new_tensor(shard.ends), problem.labels, right=True)
-    local = replace(problem, labels=nearest)
+    local = replace(problem, labels=nearest, ids=None, beta=None, entropy_gradient=False)
     for chunk in chunks.logit_chunks(problem, product, narrow=directions):
         at = chunk.tokens
         part = _part(problem, out.at(at))
+        logits = _kept_logits(problem, chunk, out.at(at))
         if rows:
-            chunks.row_passes(local, part, chunk, directions)
+            chunks.row_passes(local, part, replace(chunk, entropy=None, divergence=None), directions)
+        chunk.stage = Stage.DIRECTIONS if directions else Stage.SPENT
         log_p, log_r = _combine(problem, part, owner[at], out.at(at))
+        if logits is not None:
+            _of_kept_logits(problem, chunk, logits, out.at(at), part, directions)
         if directions and rows:
             _whole_directions(problem, part, chunk, nearest[at], mine[at], out.nll[at], log_p, log_r)
         yield chunk
@@ -80,6 +88,7 @@ def _part(problem: Problem, out: Statistics) -> Statistics:
         normaliser=normaliser,
         reference_normaliser=normaliser.clone() if problem.has_reference else None,
         top_logits=None if out.topk_entropy is None else out.nll.new_empty(len(out.nll), k),
+        lse=torch.zeros_like(out.nll),
         **{name: None if getattr(out, name) is None else torch.zeros_like(out.nll) for name in SHARED[1:]},
     )
 
@@ -104,6 +113,8 @@ def _combine(problem: Problem, part: Statistics, owner: Tensor, out: Statistics)
     log_r = _log_masses(next(everyone), next(everyone)) if problem.has_reference else None
     of = {name: next(everyone) for name in names}
     p, owner = log_p.exp(), owner[None]
+    heaviest = log_p.max(0, keepdim=True).indices  # of a rank without rows, and without mass, nothing can be read off
+    out.lse.copy_((top + log_sum - log_p).gather(0, heaviest)[0])
     out.nll.copy_((of["nll"] - log_p).gather(0, owner)[0])
     # The first of equals, as within a rank.
     ids = predictions.gather(0, top.max(0, keepdim=True).indices)[0]
@@ -157,3 +168,69 @@ def _whole_directions(
         z.scatter_(1, labels, (at_label * slope)[:, None])  # p_i, where the label's 1 had been taken off
         r.mul_(log_r.exp()[:, None]).addcmul_(z, _gap(log_p, log_r)[:, None])
     z.mul_(p[:, None]).scatter_(1, labels, (torch.where(mine, torch.expm1(-nll), at_label * p) * slope)[:, None])
+
+
+# What is kept of a chunk's logits, this rank's columns: z, r, and d = z − r where the products were of x − x_ref.
+Kept = tuple[Tensor, "Tensor | None", "Tensor | None"]
+
+
+def _kept_logits(problem: Problem, chunk: Chunk, out: Statistics) -> Kept | None:
+    """Copies of a chunk's logits, where something is wanted that needs the normalisers of all ranks, or single logits."""
+    if not (
+        problem.has_dense_directions or out.logits_at is not None or out.rank is not None or out.log_p2 is not None
+    ):
+        return None
+    z, r = chunk.z.clone(), None if chunk.r is None else chunk.r.clone()
+    chunks.finish(problem, z, r, chunk.difference)
+    if chunks.keeps_difference(problem, chunk):
+        return z + r, r, z
+    return z, r, None
+
+
+def _of_kept_logits(
+    problem: Problem, chunk: Chunk, logits: Kept, out: Statistics, part: Statistics, directions: bool
+) -> None:  # fmt: skip
+    """Single logits, rank, log Σp², divergence, and the directions that are not of nll and kl; all ranks add up in one order."""
+    shard, (z, r, d) = problem.head.shard, logits
+    group = shard.group
+    if out.logits_at is not None:
+        ids = problem.ids[chunk.tokens] - shard.start
+        ids = ids.masked_fill((ids >= z.shape[1]) | (problem.ids[chunk.tokens] < 0), -1)
+        at = chunks.picked(z, ids) if z.shape[1] else torch.zeros_like(out.logits_at)
+        out.logits_at.copy_(shards.gathered(group, at).sum(0))
+    if out.rank is not None:
+        label = (problem.labels[chunk.tokens] - shard.start)[:, None]
+        mine = (label >= 0) & (label < z.shape[1])
+        at = chunks.picked(z, label.masked_fill(~mine, -1)) if z.shape[1] else torch.zeros_like(out.nll)[:, None]
+        label_logit = shards.gathered(group, at).sum(0)
+        out.rank.copy_(shards.gathered(group, chunks.rank_of(z, label_logit)).sum(0))
+    log_p = z - out.lse[:, None]
+    if out.log_p2 is not None:
+        squares = (2 * log_p).logsumexp(1) if z.shape[1] else torch.full_like(out.nll, -torch.inf)
+        out.log_p2.copy_(shards.gathered(group, squares).logsumexp(0))
+    if not problem.has_dense_directions:
+        return
+    p, slope = log_p.exp(), None
+    if directions and problem.head.softcap is not None:
+        slope = (1 - (z / problem.head.softcap) ** 2).clamp_(min=0)
+    if problem.entropy_gradient and directions:
+        torch.add(log_p, out.entropy[:, None], out=chunk.entropy).mul_(p).neg_()
+    if problem.beta is not None:
+        ref_lse = _reference_lse(group, part)[:, None]
+        log_r = r - ref_lse
+        p_ref = log_r.exp()
+        d = log_p - log_r if d is None else d - (out.lse[:, None] - ref_lse)
+        gap = torch.where(d.abs() < 1, torch.expm1(d).mul_(p_ref), p - p_ref)
+        sums = torch.stack(chunks.mixture_sums(problem.beta, p, p_ref, d, gap))
+        divergence, student = shards.gathered(group, sums).sum(0)
+        out.divergence.copy_(divergence.clamp(min=0))
+        if directions:
+            chunk.divergence.copy_(chunks.mixture_direction(problem.beta, p, d, student[:, None]))
+    for direction in (chunk.entropy, chunk.divergence):
+        if direction is not None and slope is not None:
+            direction.mul_(slope)
+
+
+def _reference_lse(group: object, part: Statistics) -> Tensor:
+    top, log_sum = shards.gathered(group, part.reference_normaliser).unbind(-1)
+    return (top + log_sum).logsumexp(0)

@@ -1,8 +1,8 @@
-"""The exact losses in plain PyTorch operations, chunk by chunk, on any device.
+"""The losses in plain PyTorch operations, chunk by chunk, on any device.
 
-A chunk of C tokens goes through four steps: logits (one GEMM, fp32), row statistics, the two directions
-∂nll/∂z and ∂kl/∂z in place of the logits, products with the head's weight and with the hidden states.
-Inside a chunk, row statistics run over blocks small enough for a CPU's cache. [N, V] never exists.
+A chunk of C tokens goes through four steps: logits (one GEMM, fp32), row statistics, the directions ∂nll/∂z, ∂kl/∂z, ...
+in place of the logits, products with the head's weight and with the hidden states. Inside a chunk, row statistics run
+over blocks small enough for a CPU's cache. [N, V] never exists.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from ..problem import Entries, Gradients, Problem, Statistics, Tails
+from ..problem import Entries, Gradients, Needs, Problem, Rows, Segments, Selection, Statistics, Tails, Upstream
 from .chunks import (
     COLUMNS,
     Chunk,
     Product,
+    Stage,
+    add_picked_,
     by_column,
     empty_gradients,
     empty_rows,
@@ -29,13 +31,17 @@ from .chunks import (
 
 # The tail profile is made of so many tokens.
 SAMPLED_TOKENS = 1024
-Upstream = Callable[[Statistics, slice], "tuple[Tensor | None, Tensor | None]"]
+# Numbers that a product gathers at a time.
+GATHERED = 1 << 22
+
+# The upstream weights of a chunk from its statistics; the slice says which tokens it has.
+UpstreamOf = Callable[[Statistics, slice], Upstream]
 # What `sweep` does; a backend may put another in its place.
 Sweep = Callable[[Problem, Statistics, bool, "Product | None"], "Iterator[Chunk]"]
 
 
 def sweep(problem: Problem, out: Statistics, directions: bool, product: Product | None = None) -> Iterator[Chunk]:
-    """Go over the tokens: fill `out`, and with `directions` yield ∂nll/∂z and ∂kl/∂z of each chunk.
+    """Go over the tokens: fill `out`, and with `directions` yield ∂nll/∂z, ∂kl/∂z, ... of each chunk.
 
     Without `directions` the chunks are yielded too, their buffers then hold nothing of use.
     """
@@ -46,59 +52,53 @@ def sweep(problem: Problem, out: Statistics, directions: bool, product: Product 
 
 def statistics(
     problem: Problem, keep_rows: bool = False, product: Product | None = None, sweep: Sweep = sweep
-) -> tuple[Statistics, Gradients]:
+) -> tuple[Statistics, Rows]:
     """Per-token statistics: 1 GEMM, 2 with a reference.
 
-    With `keep_rows` also ∂nll/∂x and ∂kl/∂x, [N, D] each: 1 and 2 GEMMs more, and none left for backward.
+    With `keep_rows` also ∂nll/∂x, ∂kl/∂x, ..., [N, D] each: a GEMM more for each of them, and none left for backward.
     """
     out = empty_statistics(problem)
-    rows = Gradients()
-    if keep_rows:
-        rows = empty_rows(problem, len(problem.labels))
+    rows = empty_rows(problem, len(problem.labels)) if keep_rows else Rows()
     for chunk in sweep(problem, out, keep_rows, product):
         if keep_rows:
             keep_chunk_rows(problem, chunk, rows, chunk.tokens)
     return out, rows
 
 
-def keep_chunk_rows(problem: Problem, chunk: Chunk, rows: Gradients, at: slice) -> None:
-    """∂nll/∂x and ∂kl/∂x of a chunk's tokens, before any upstream weight."""
-    scale = problem.head.logit_scale
-    rows.nll[at] = chunk.times_weight(chunk.nll_direction, exact=True).mul_(scale)
-    if rows.kl is not None:
-        rows.kl[at] = chunk.times_weight(chunk.kl_direction, exact=True).mul_(scale)
+def keep_chunk_rows(problem: Problem, chunk: Chunk, rows: Rows, at: slice) -> None:
+    """∂nll/∂x, ∂kl/∂x, ... of a chunk's tokens, before any upstream weight."""
+    for kept, direction in zip(rows.tensors(), chunk.directions(), strict=True):
+        if kept is not None:
+            kept[at] = chunk.times_weight(direction, exact=True).mul_(problem.head.logit_scale)
 
 
 def gradients(
-    problem: Problem, upstream: Upstream, hidden: bool, weight: bool, bias: bool, low_rank: bool = False,
-    product: Product | None = None, sweep: Sweep = sweep,
-) -> tuple[Statistics, Gradients]:  # fmt: skip
-    """Statistics and Σ_t a_t ∂nll_t + b_t ∂kl_t in one sweep: 3 GEMMs (2 where one gradient is not wanted).
+    problem: Problem, upstream: UpstreamOf, needs: Needs, product: Product | None = None, sweep: Sweep = sweep
+) -> tuple[Statistics, Gradients]:
+    """Statistics and Σ_t a_t ∂nll_t + b_t ∂kl_t + ... in one sweep: 3 GEMMs (2 where one gradient is not wanted).
 
-    `upstream` is called with the statistics of each chunk and returns (a, b), [C] each or None for zeros. So the
-    weights may depend on anything known of the tokens at hand. dW, db and dB accumulate in fp32 and stay so.
+    `upstream` is called with the statistics of each chunk. So the weights may depend on anything known of the tokens at
+    hand. dW, db and dB accumulate in fp32 and stay so.
     """
     out = empty_statistics(problem)
-    total = empty_gradients(problem, hidden, weight, bias, low_rank)
+    total = empty_gradients(problem, needs)
     for chunk in sweep(problem, out, True, product):
-        add_chunk(problem, chunk, *upstream(out.at(chunk.tokens), chunk.tokens), total)
+        here = out.at(chunk.tokens)
+        add_chunk(problem, chunk, here, upstream(here, chunk.tokens), total)
     return out, total
 
 
-def add_chunk(problem: Problem, chunk: Chunk, a: Tensor | None, b: Tensor | None, total: Gradients) -> None:
-    """Σ_t a_t ∂nll_t + b_t ∂kl_t of a chunk whose buffers hold the directions; they are used up."""
-    scale = problem.head.logit_scale
-    if a is None and b is None:
+def add_chunk(problem: Problem, chunk: Chunk, out: Statistics, upstream: Upstream, total: Gradients) -> None:
+    """Σ_t a_t ∂nll_t + b_t ∂kl_t + ... of a chunk whose buffers hold the directions; they are used up.
+
+    `out`, `upstream`: of the chunk's tokens.
+    """
+    if upstream.is_zero:
         if total.hidden is not None:
             total.hidden[chunk.tokens] = 0
         return
-    if b is None:
-        direction, row_weight = chunk.nll_direction, a * scale
-    elif a is None:
-        direction, row_weight = chunk.kl_direction, b * scale
-    else:
-        direction = chunk.nll_direction.mul_(a[:, None]).addcmul_(chunk.kl_direction, b[:, None])
-        row_weight = torch.full_like(a, scale)
+    direction, row_weight = _combined(problem, chunk, out, upstream)
+    chunk.enter(Stage.SPENT, Stage.DIRECTIONS)
     if total.bias is not None:
         total.bias.addmv_(direction.t(), row_weight)
     if chunk.rounds:
@@ -115,16 +115,30 @@ def add_chunk(problem: Problem, chunk: Chunk, a: Tensor | None, b: Tensor | None
         total.low_rank.addmm_(direction.t(), chunk.low_rank_rows.to(direction.dtype) * row_weight[:, None])
 
 
-def scan(
-    problem: Problem, out: Statistics, threshold: float, capacity: int, sampled: Tensor, profile: Tensor,
-    with_rows: bool = False,
-) -> Iterator[tuple[Chunk, Entries]]:  # fmt: skip
+def _combined(problem: Problem, chunk: Chunk, out: Statistics, upstream: Upstream) -> tuple[Tensor, Tensor]:
+    """A direction, in one of the chunk's buffers, and [C] row weights: their product is the gradient by x Wᵀ + b."""
+    weights = (upstream.softmax, upstream.kl, upstream.entropy, upstream.divergence)
+    (direction, weight), *others = [
+        (part, weight) for part, weight in zip(chunk.directions(), weights, strict=True) if weight is not None
+    ] or [(chunk.z.zero_(), torch.ones_like(out.nll))]
+    scale = problem.head.logit_scale
+    single = upstream.lse is not None or upstream.logits_at is not None
+    if not others and not single:
+        return direction, weight * scale
+    direction.mul_(weight[:, None])
+    for part, weight in others:
+        direction.addcmul_(part, weight[:, None])
+    if single:
+        add_picked_(direction, problem.part(chunk.tokens), out, upstream)
+    return direction, torch.full_like(weight, scale)
+
+
+def scan(problem: Problem, out: Statistics, selection: Selection) -> Iterator[tuple[Chunk, Entries]]:
     """Sweep over the tokens for a sparse softmax: fill `out`, yield the entries of each chunk. 1 GEMM, 2 with a reference.
 
-    An entry has p or p_ref > threshold · √(1 − p[label]), or is the label's. `profile` [V] gains Σ p over what the
-    tokens `sampled` (ascending) leave out. The chunk's buffers hold what `dense_rows` and `add_dense` need. `with_rows`:
-    the products of entries and weight are wanted too, of those backends that have them at hand; this one has not.
+    The chunk's buffers hold what `dense_rows` and `add_dense` need.
     """
+    sampled = selection.sampled
     for chunk in logit_chunks(problem, narrow=True):
         parts: list[Entries] = []
         here = sampled[(sampled >= chunk.tokens.start) & (sampled < chunk.tokens.stop)] - chunk.tokens.start
@@ -137,13 +151,13 @@ def scan(
             labels, nll = problem.labels[chunk.tokens][rows], results.nll[rows]
             which = here[(here >= rows.start) & (here < rows.stop)] - rows.start
             r = None if chunk.r is None else chunk.r[rows]
-            parts.append(_compact(chunk.z[rows], r, labels, nll, threshold, capacity, which, profile))
+            parts.append(_compact(chunk.z[rows], r, labels, nll, which, selection))
 
         row_passes(problem, results, chunk, directions=True, then=compact)
         yield chunk, _joined(parts)
 
 
-def dense_rows(problem: Problem, chunk: Chunk) -> Gradients:
+def dense_rows(problem: Problem, chunk: Chunk) -> Rows:
     """∂nll/∂x and ∂kl/∂x of a chunk of `scan`."""
     rows = empty_rows(problem, len(chunk.z))
     keep_chunk_rows(problem, chunk, rows, slice(None))
@@ -155,11 +169,11 @@ add_dense = add_chunk
 
 
 def _compact(
-    z: Tensor, r: Tensor | None, labels: Tensor, nll: Tensor, threshold: float, capacity: int, sampled: Tensor,
-    profile: Tensor,
+    z: Tensor, r: Tensor | None, labels: Tensor, nll: Tensor, sampled: Tensor, selection: Selection
 ) -> Entries:  # fmt: skip
     """The entries of a few rows whose directions are z and r."""
-    bound = (threshold * torch.expm1(-nll).neg().sqrt())[:, None]
+    capacity = selection.capacity
+    bound = (selection.threshold * torch.expm1(-nll).neg().sqrt())[:, None]
     keep = z > bound
     if r is not None:
         keep |= z - r > bound
@@ -169,10 +183,10 @@ def _compact(
     left = z.masked_fill(keep, 0)
     tails = Tails(left.sum(1), z.abs().sum(1))
     sampled = sampled[(counts[sampled] <= capacity) & nll[sampled].isfinite()]
-    profile += left[sampled].sum(0)
+    selection.profile.add_(left[sampled].sum(0))
     if r is not None:
         left = r.masked_fill(keep, 0)
-        tails.kl, tails.kl_left, tails.kl_l1 = left.sum(1), left.abs().sum(1), r.abs().sum(1)
+        tails.kl_left, tails.kl_left_l1, tails.kl_l1 = left.sum(1), left.abs().sum(1), r.abs().sum(1)
     columns = keep.nonzero()[:, 1].int()
     return Entries(torch.where(counts <= capacity, counts, -1), columns, z[keep], None if r is None else r[keep], tails)
 
@@ -182,18 +196,14 @@ def _joined(parts: list[Entries]) -> Entries:
         return None if values[0] is None else torch.cat(values)
 
     tails = Tails(*(join([getattr(p.tails, f.name) for p in parts]) for f in fields(Tails)))
-    counts, columns, nll, kl = (join([getattr(p, name) for p in parts]) for name in ("counts", "columns", "nll", "kl"))
-    return Entries(counts, columns, nll, kl, tails)
+    names = ("counts", "columns", "nll_values", "kl_values")
+    counts, columns, nll_values, kl_values = (join([getattr(p, name) for p in parts]) for name in names)
+    return Entries(counts, columns, nll_values, kl_values, tails)
 
 
-# Numbers that a product gathers at a time.
-GATHERED = 1 << 22
-
-
-def rows_product(
-    offsets: Tensor, columns: Tensor, values: Tensor, matrix: Tensor, scale: Tensor, vector: Tensor, dtype: torch.dtype
-) -> Tensor:
+def rows_product(segments: Segments, matrix: Tensor, scale: Tensor, vector: Tensor, dtype: torch.dtype) -> Tensor:
     """out[t] = Σ_j values[j] · matrix[columns[j]] + scale[t] · vector over the entries j of row t, summed in fp32."""
+    offsets, columns, values = segments
     out = torch.empty(len(offsets) - 1, matrix.shape[1], dtype=dtype, device=matrix.device)
     starts = offsets.tolist()
     first = 0
@@ -211,13 +221,13 @@ def rows_product(
 
 
 def columns_product(
-    offsets: Tensor, columns: Tensor, values: Tensor, matrix: Tensor, scale: Tensor, vector: Tensor,
-    base: Tensor | None, base_scale: float, dtype: torch.dtype,
+    segments: Segments, matrix: Tensor, scale: Tensor, vector: Tensor, base: Tensor | None, base_scale: float,
+    dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """out[v] = base_scale · base[v] + Σ_j values[j] · matrix[row of j] + scale[v] · vector over the entries of column v."""
-    starts, rows, order = by_column(offsets, columns, len(scale))
-    wide = dtype if base is None else values.dtype
-    out = rows_product(starts, rows, values[order], matrix, scale, vector, wide)
+    starts, rows, order = by_column(segments.offsets, segments.columns, len(scale))
+    wide = dtype if base is None else segments.values.dtype
+    out = rows_product(Segments(starts, rows, segments.values[order]), matrix, scale, vector, wide)
     return out if base is None else out.add_(base, alpha=base_scale).to(dtype)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..compiled import capturable
 from ..head import Reference
 from ..problem import Statistics
-from .base import Head, Objective
+from .base import HeadLike, Objective
 
 
 class ASFTLoss(Objective):
@@ -32,7 +32,13 @@ class ASFTLoss(Objective):
 
     @capturable
     def forward(
-        self, hidden: Tensor, head: Head, labels: Tensor, *, reference: Reference | None = None, num_items: Any = None
+        self,
+        hidden: Tensor,
+        head: HeadLike,
+        labels: Tensor,
+        *,
+        reference: Reference | None = None,
+        num_items: Any = None,
     ) -> Tensor:
         if reference is None:
             raise ValueError(

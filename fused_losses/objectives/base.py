@@ -21,13 +21,13 @@ from .. import checks, compiled
 from ..checks import MissingAttribute
 from ..compiled import capturable
 from ..head import LMHead, Reference, as_head
-from ..preparation import prepare
+from ..preparation import Outputs, prepare
 from ..problem import Statistics
 from ..sparse.certificate import TOLERANCE, GradientReport
 from ..tokens import OPTIONAL, Observer, Tokens, check_wanted
-from ..validation import check_options
+from ..validation import Options
 
-Head = LMHead | Tensor | nn.Linear
+HeadLike = LMHead | Tensor | nn.Linear
 
 
 OPTIONS = ("ignore_index", "gradient", "tolerance", "backend")  # of every objective
@@ -70,6 +70,9 @@ class Objective(nn.Module):
     bounds: ClassVar[dict[str, dict[str, Any]]] = {}  # of options that are numbers, checked whenever one is set
     wanted: frozenset[str] = frozenset()
     top_k: int = 20
+    beta: float | None = None  # of out.divergence
+    entropy_gradient: bool = False
+    temperature_of_logits: float = 1.0  # divides the logits of both models
 
     gradient_report: GradientReport | None = None  # of the last call; after a backward, of the call that it was of
     _observer: Observer | None = None
@@ -95,9 +98,10 @@ class Objective(nn.Module):
         super().__init__()
         for name in unknown:
             raise TypeError(_unknown_option(type(self), name))
-        ignore_index, tolerance = check_options(gradient, backend, ignore_index, tolerance)
+        options = Options(ignore_index, gradient, tolerance, backend)
         check_wanted(self.wanted, self.top_k)
-        self.ignore_index, self.gradient, self.tolerance, self.backend = ignore_index, gradient, tolerance, backend
+        for name in OPTIONS:
+            setattr(self, name, getattr(options, name))
         self._handle = compiled.handle(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -129,9 +133,14 @@ class Objective(nn.Module):
     def token_loss(self, out: Statistics, **per_token: Tensor) -> Tensor:
         raise TypeError(f"{type(self).__name__} must define token_loss(self, out), with the fields of a batch by name")
 
-    def prepare(self, hidden: Tensor, head: Head, labels: Tensor, reference: Reference | None = None) -> Tokens:
+    def prepare(
+        self, hidden: Tensor, head: HeadLike, labels: Tensor, reference: Reference | None = None,
+        ids: Tensor | None = None,
+    ) -> Tokens:  # fmt: skip
+        """The valid tokens of a call, for `reduce`. `ids` [..., k]: whose logits `out.logits_at` shall have."""
+        outputs = Outputs(ids, self.beta, self.temperature_of_logits, self.entropy_gradient)
         tokens = prepare(
-            hidden, head, labels, reference, self.ignore_index, self.gradient, self.backend, self.tolerance,
+            hidden, head, labels, reference, Options(*(getattr(self, name) for name in OPTIONS)), outputs,
             lambda report: setattr(self, "gradient_report", report), self._handle,
         )  # fmt: skip
         if torch.compiler.is_compiling():  # the operator reports, when the graph runs
@@ -139,7 +148,7 @@ class Objective(nn.Module):
         self.gradient_report = tokens.report
         return tokens if self._observer is None else replace(tokens, observer=self._observer)
 
-    def sparse_errors(self, hidden: Tensor, head: Head, labels: Tensor, **call: Any) -> dict[str, float]:
+    def sparse_errors(self, hidden: Tensor, head: HeadLike, labels: Tensor, **call: Any) -> dict[str, float]:
         """What sparse gradients would get wrong here: ‖g − g_exact‖₂ / ‖g_exact‖₂ for the gradient g of each trained tensor.
 
         `tolerance` bounds the gradient of the logits; what that means for the gradients of hidden and weight depends on the head and
@@ -203,7 +212,7 @@ class Objective(nn.Module):
     def forward(
         self,
         hidden: Tensor,
-        head: Head,
+        head: HeadLike,
         labels: Tensor,
         *,
         reference: Reference | None = None,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..compiled import capturable
 from ..problem import Statistics
-from .base import Head, Objective
+from .base import HeadLike, Objective
 
 
 class CrossEntropyLoss(Objective):
@@ -22,5 +22,5 @@ class CrossEntropyLoss(Objective):
         return out.nll
 
     @capturable
-    def forward(self, hidden: Tensor, head: Head, labels: Tensor, *, num_items: Any = None) -> Tensor:
+    def forward(self, hidden: Tensor, head: HeadLike, labels: Tensor, *, num_items: Any = None) -> Tensor:
         return self.reduce(self.prepare(hidden, head, labels), num_items)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..compiled import capturable
 from ..problem import Statistics
 from ..tokens import check_wanted
-from .base import Head
+from .base import HeadLike
 from .cross_entropy import CrossEntropyLoss
 
 
@@ -37,7 +37,7 @@ class EAFTLoss(CrossEntropyLoss):
         return (out.topk_entropy / log_k) ** self.alpha * out.nll
 
     @capturable
-    def forward(self, hidden: Tensor, head: Head, labels: Tensor, *, num_items: Any = None) -> Tensor:
+    def forward(self, hidden: Tensor, head: HeadLike, labels: Tensor, *, num_items: Any = None) -> Tensor:
         tokens = self.prepare(hidden, head, labels)
         k = max(2, min(self.top_k, tokens.problem.head.vocabulary))
         log_k = hidden.new_full(tokens.problem.labels.shape, math.log(k), dtype=tokens.problem.accumulator)

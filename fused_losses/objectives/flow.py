@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..compiled import capturable
 from ..problem import Statistics
-from .base import Head, Objective, checked
+from .base import HeadLike, Objective, checked
 from .sequences import sequence_numbers
 
 
@@ -40,7 +40,7 @@ class FLOWLoss(Objective):
     def forward(
         self,
         hidden: Tensor,
-        head: Head,
+        head: HeadLike,
         labels: Tensor,
         *,
         initial_nll: Tensor | None = None,

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..compiled import capturable
 from ..head import Reference
 from ..problem import Statistics
-from .base import Head, Objective, item_count
+from .base import HeadLike, Objective, item_count
 
 
 class LAwFLoss(Objective):
@@ -64,7 +64,7 @@ class LAwFLoss(Objective):
     def forward(
         self,
         hidden: Tensor,
-        head: Head,
+        head: HeadLike,
         labels: Tensor,
         *,
         confidence: Tensor | None = None,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..compiled import capturable
 from ..problem import Statistics
-from .base import Head, Objective
+from .base import HeadLike, Objective
 
 
 class PSFTLoss(Objective):
@@ -36,7 +36,7 @@ class PSFTLoss(Objective):
 
     @capturable
     def forward(
-        self, hidden: Tensor, head: Head, labels: Tensor, *, old_nll: Tensor | None = None, num_items: Any = None
+        self, hidden: Tensor, head: HeadLike, labels: Tensor, *, old_nll: Tensor | None = None, num_items: Any = None
     ) -> Tensor:
         if old_nll is None:
             raise ValueError(

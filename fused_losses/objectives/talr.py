@@ -13,7 +13,7 @@ from .. import compiled, shards
 from ..compiled import capturable
 from ..problem import Statistics
 from ..tokens import TracedTokens, loss_of_chunk
-from .base import Head, Objective, item_count
+from .base import HeadLike, Objective, item_count
 from .sequences import numbered, sequence_numbers, sequences
 
 
@@ -57,7 +57,13 @@ class TALRLoss(Objective):
 
     @capturable
     def forward(
-        self, hidden: Tensor, head: Head, labels: Tensor, *, sequence_ids: Tensor | None = None, num_items: Any = None
+        self,
+        hidden: Tensor,
+        head: HeadLike,
+        labels: Tensor,
+        *,
+        sequence_ids: Tensor | None = None,
+        num_items: Any = None,
     ) -> Tensor:
         tokens = self.prepare(hidden, head, labels)
         if self.temperature != "median":
@@ -72,7 +78,7 @@ class TALRLoss(Objective):
             sequence, count = sequences(tokens, labels, sequence_ids)
             out = tokens.losses(wanted, k)
             tau = median_temperature(out.nll.detach(), sequence, count, self.process_group)
-        weighted = loss_of_chunk(functools.partial(self.token_loss, temperature=tau), {}, wanted)
+        weighted = loss_of_chunk(functools.partial(self.token_loss, temperature=tau), {}, wanted, tokens.problem)
         return tokens.total(weighted(out, slice(None))) / n
 
 

@@ -9,21 +9,19 @@ once more, until the bound is within the tolerance. docs/method.md has the deriv
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..problem import Entries, Tails
+from ..problem import Tails
 
 # Measured on SmolLM2 (docs/method.md): at this tolerance no token of ordinary text needs exact gradients, the
 # relative L2 error of dx is below 0.8 % for cross-entropy and 2 % for a KL of 0.003.
 TOLERANCE = 0.15
 THRESHOLD = 1.1e-4
 CAPACITY = 2048
-# Where an entry is two numbers, in [−1, 1], they are kept as float16 of HALF_SCALE times them, so that it takes 8 bytes as others do.
-# Rounding: at most HALF_UNIT of the number, and HALF_FLOOR near 0. A θ finer than FINEST_HALF asks for better.
-HALF_SCALE, HALF_UNIT, HALF_FLOOR = 2.0**15, 2.0**-11, 2.0**-40
 # Of "auto": below, most entries could be above the threshold, and there is little to save.
 SMALLEST_VOCABULARY = 8192
 
@@ -50,6 +48,7 @@ class GradientReport:
         bound: certified bound of ‖error‖₁ / ‖gradient‖₁ for the gradient of the logits as computed; rounding comes on top. At
             most `tolerance`; 0 where all tokens are exact, NaN where a loss or an upstream gradient is not finite, None
             before backward. It does not bound the errors of dx and dW in other norms: docs/method.md has what these were.
+        note: why gradients are exact where sparse ones were asked for, or would have been by default.
     """
 
     mode: str
@@ -59,6 +58,7 @@ class GradientReport:
     saved_bytes: int | None = 0
     exact_tokens: int | None = None
     bound: float | None = None
+    note: str | None = None
 
     def begin(self, tolerance: float | None, wanted: bool) -> bool:
         """Whether gradients will be sparse; notes it. `wanted`: whether there will be any."""
@@ -72,7 +72,8 @@ class GradientReport:
     def __str__(self) -> str:
         if self.mode != "sparse":
             kind = "exact" if self.mode == "exact" else "no"
-            return f"{kind} gradients" + ("" if self.tokens is None else f" for {self.tokens} tokens")
+            text = f"{kind} gradients" + ("" if self.tokens is None else f" for {self.tokens} tokens")
+            return f"{text}, as {self.note}" if self.note and self.mode == "exact" else text
         limit = f"tolerance {100 * self.tolerance:.3g} %"
         if self.tokens is None:
             return f"sparse gradients ({limit})"
@@ -88,41 +89,37 @@ class GradientReport:
         return f"{text} ({limit})"
 
 
-def weighted(counts: Tensor, nll: Tensor, kl: Tensor | None, a: Tensor | None, b: Tensor | None) -> Tensor:
-    """a·nll + b·kl, entry by entry; `counts` per token."""
-    parts = [
-        torch.repeat_interleave(weight, counts, output_size=len(nll)).mul_(_single(entries))
-        for weight, entries in ((a, nll), (b, kl))
-        if weight is not None
-    ]
-    return parts[0] if len(parts) == 1 else parts[0].add_(parts[1])
-
-
-def _single(entries: Tensor) -> Tensor:
-    return entries.float().div_(HALF_SCALE) if entries.dtype == torch.float16 else entries
-
-
 def shares(
-    tails: Tails, counts: Tensor, nll: Tensor, kl: Tensor | None, a: Tensor | None, b: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Per token: what the error of its logits' gradient is at most, and what the gradient's L1 norm is at least."""
-    if tails.error is not None:
-        return a.abs() * tails.error, a.abs() * tails.nll_l1
-    rounding: Tensor | float = 0.0
-    if nll.dtype == torch.float16:
-        norms = ((a, tails.nll_l1), (b, tails.kl_l1))
-        rounding = sum(w.abs() * (HALF_UNIT * l1 + HALF_FLOOR * counts) for w, l1 in norms if w is not None)
+    tails: Tails, a: Tensor | None, b: Tensor | None, kept: Callable[[], Tensor], rounding: Tensor | float = 0.0,
+    single: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Per token: what the error of its logits' gradient is at most, and what the gradient's L1 norm is at least.
+
+    Args:
+        a, b: upstream weights of ∂nll/∂z and ∂kl/∂z.
+        kept: gives Σ |·| over a token's entries, weights and single logits in them.
+        rounding: at most so much of that is rounding of the entries.
+        single: Σ |weight| of a token's single logits (those of lse and `logits_at`) that are no entries; None: there are
+            none, nor any among the entries. A norm of p alone says nothing then, as they may cancel against it.
+    """
+    if a is None and b is None:
+        a = torch.zeros_like(tails.nll_left)
     if b is None:
-        return 2 * a.abs() * tails.nll + rounding, a.abs() * tails.nll_l1
-    if a is None:
-        return b.abs() * (tails.kl_left + tails.kl.abs()) + rounding, b.abs() * tails.kl_l1
-    together = (a * tails.nll + b * tails.kl).abs()
-    error = a.abs() * tails.nll + b.abs() * tails.kl_left + together + rounding
-    norm = (a.abs() * tails.nll_l1 - b.abs() * tails.kl_l1).abs()  # exact where one of a and b is 0
-    if bool(((a != 0) & (b != 0)).any()):
-        kept = torch.segment_reduce(weighted(counts, nll, kl, a, b).abs(), "sum", lengths=counts, initial=0)
-        norm = torch.maximum(norm, kept - rounding + together)
-    return error, norm
+        left, together = a.abs() * tails.nll_left, a.abs() * tails.nll_left
+        norm = a.abs() * tails.nll_l1
+    elif a is None:
+        left, together = b.abs() * tails.kl_left_l1, b.abs() * tails.kl_left.abs()
+        norm = b.abs() * tails.kl_l1
+    else:
+        left = a.abs() * tails.nll_left + b.abs() * tails.kl_left_l1
+        together = (a * tails.nll_left + b * tails.kl_left).abs()
+        norm = (a.abs() * tails.nll_l1 - b.abs() * tails.kl_l1).abs()  # exact where one of a and b is 0
+        if single is None and bool(((a != 0) & (b != 0)).any()):
+            norm = torch.maximum(norm, kept() - rounding + together)
+    if single is not None:
+        rest = torch.where(single == 0, together, (single - left).clamp(min=0))
+        norm = (kept() - rounding).clamp(min=0) + rest
+    return left + together + rounding, norm
 
 
 def select(error: Tensor, norm: Tensor, forced: Tensor, tolerance: float) -> tuple[Tensor, float]:
@@ -149,12 +146,3 @@ def select(error: Tensor, norm: Tensor, forced: Tensor, tolerance: float) -> tup
     if not all_finite:
         return exact, float("nan")
     return exact, bound / total if len(exact) < len(error) and total > 0 else 0.0
-
-
-def mostly_exact(entries: Entries, a: Tensor | None, b: Tensor | None, tolerance: float) -> bool:
-    """Whether more than half of a chunk's tokens would need exact gradients, taken by itself."""
-    if a is None and b is None:
-        return False
-    error, norm = shares(entries.tails, entries.counts.clamp(min=0), entries.nll, entries.kl, a, b)
-    exact, _ = select(error, norm, entries.counts < 0, tolerance)
-    return len(exact) > len(error) / 2

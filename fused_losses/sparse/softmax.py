@@ -12,42 +12,45 @@ Two sparse products instead of two GEMMs, and nothing but S is kept for backward
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..backends import Backend
-from ..problem import Entries, Problem, Statistics, Tails
-from .certificate import HALF_SCALE, parameters, shares, weighted
+from ..problem import Entries, Problem, Selection, Statistics, Tails
+from .certificate import parameters
 
-ROWS = 1024  # tokens whose rows are in fp32 at a time
-# A finer θ asks for entries in more than half precision.
+# Where an entry is two numbers, in [−1, 1], they are kept as float16 of HALF_SCALE times them, so that it takes 8 bytes as others do.
+# Rounding: at most HALF_UNIT of the number, and HALF_FLOOR near 0. A θ finer than FINEST_HALF asks for better.
+HALF_SCALE, HALF_UNIT, HALF_FLOOR = 2.0**15, 2.0**-11, 2.0**-40
 FINEST_HALF = 1e-6
 
 
 @dataclass
 class SparseSoftmax:
-    """S, m and q of N tokens, and whatever of their gradient was computed densely on the way."""
+    """S, m and q of N tokens, before any upstream weight. The order of the fields is data: see `tensors`."""
 
     offsets: Tensor  # [N + 1] int64
     columns: Tensor  # [entries] int32
-    nll: Tensor  # [entries] ∂nll/∂z: p, and p − 1 at the label; after `with_weights` a ∂nll/∂z + b ∂kl/∂z
-    kl: Tensor | None  # [entries] ∂kl/∂z = p − p_ref
+    nll_values: Tensor  # [entries] ∂nll/∂z: p, and p − 1 at the label
+    kl_values: Tensor | None  # [entries] ∂kl/∂z = p − p_ref
     tails: Tails  # [N] each
     profile: Tensor  # [V]
     full: Tensor  # [N] bool: more entries than the capacity, none stored
     done: Tensor  # [N] bool: gradient computed densely in forward
-    # [N, D] what dx takes from the entries (SW), where the backend formed it; after `with_weights` S'W
+    # [N, D] what dx takes from the entries (SW), where the backend formed it
     nll_rows: Tensor | None = None
     kl_rows: Tensor | None = None
 
     def tensors(self) -> tuple[Tensor | None, ...]:
+        """For `save_for_backward`; `of_tensors` puts them back."""
         t = self.tails
         return (
-            self.offsets, self.columns, self.nll, self.kl, t.nll, t.nll_l1, t.kl, t.kl_left, t.kl_l1, t.error,
+            self.offsets, self.columns, self.nll_values, self.kl_values,
+            t.nll_left, t.nll_l1, t.kl_left, t.kl_left_l1, t.kl_l1,
             self.profile, self.full, self.done, self.nll_rows, self.kl_rows,
         )  # fmt: skip
 
@@ -61,74 +64,56 @@ class SparseSoftmax:
         return sum(t.nbytes for t in self.tensors() if t is not None)
 
     def halved(self) -> SparseSoftmax:
-        """The same in less memory where an entry is two float32 numbers; `shares` counts what that rounds."""
-        if self.kl is None or self.nll.dtype != torch.float32:
+        """The same in less memory where an entry is two float32 numbers; the certificate counts what that rounds."""
+        if self.kl_values is None or self.nll_values.dtype != torch.float32:
             return self
-        nll, kl = (entries.mul(HALF_SCALE).half() for entries in (self.nll, self.kl))
-        return replace(self, nll=nll, kl=kl)
+        nll, kl = (values.mul(HALF_SCALE).half() for values in (self.nll_values, self.kl_values))
+        return replace(self, nll_values=nll, kl_values=kl)
 
-    def values(self, a: Tensor | None, b: Tensor | None) -> Tensor:
-        """The entries of S' = a ∂nll/∂z + b ∂kl/∂z."""
-        return weighted(self.offsets.diff(), self.nll, self.kl, a, b)
 
-    def with_weights(self, a: Tensor | None, b: Tensor | None) -> SparseSoftmax:
-        """The same with upstream weights that are known put in, so that an entry is one number also where there is a KL."""
-        if a is None and b is None:
-            a = torch.zeros_like(self.tails.nll)
-        error, norm = self.shares(a, b)
-        parts = [w * tail for w, tail in ((a, self.tails.nll), (b, self.tails.kl)) if w is not None]
-        tail = parts[0] if len(parts) == 1 else parts[0] + parts[1]
-        tails = Tails(nll=tail, nll_l1=norm, error=error)
-        rows = None if self.nll_rows is None else self.rows(a, b)
-        return replace(self, nll=self.values(a, b), kl=None, tails=tails, nll_rows=rows, kl_rows=None)
+def weighted(
+    counts: Tensor, nll_values: Tensor, kl_values: Tensor | None, a: Tensor | None, b: Tensor | None
+) -> Tensor:  # fmt: skip
+    """a·nll_values + b·kl_values, entry by entry, in a new tensor; `counts` per token."""
+    parts = [
+        torch.repeat_interleave(weight, counts, output_size=len(values)).mul_(_single(values))
+        for weight, values in ((a, nll_values), (b, kl_values))
+        if weight is not None
+    ]
+    if not parts:
+        return torch.zeros_like(_single(nll_values))
+    return parts[0] if len(parts) == 1 else parts[0].add_(parts[1])
 
-    def rows(
-        self, a: Tensor | None, b: Tensor | None, tail: Tensor | None = None, mean: Tensor | None = None
-    ) -> Tensor:
-        """a·nll_rows + b·kl_rows + tail·mean in the dtype of the rows, computed in fp32, some tokens at a time."""
-        out = torch.empty_like(self.nll_rows)
-        for at in (slice(i, i + ROWS) for i in range(0, len(out), ROWS)):
-            parts = [
-                w[at, None] * rows[at]
-                for w, rows in ((a, self.nll_rows), (b, self.kl_rows))
-                if w is not None and rows is not None
-            ]
-            if tail is not None:
-                parts.append(tail[at, None] * mean)
-            out[at] = sum(parts)
-        return out
 
-    def shares(self, a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor]:
-        return shares(self.tails, self.offsets.diff(), self.nll, self.kl, a, b)
+def _single(values: Tensor) -> Tensor:
+    return values.float().div_(HALF_SCALE) if values.dtype == torch.float16 else values
 
 
 class Builder:
     """Collects the entries of one chunk after the other."""
 
     def __init__(self, problem: Problem, backend: Backend, rows: bool) -> None:
-        self.problem, self.backend, self.rows = problem, backend, rows
-        self.threshold, self.capacity = parameters(problem.tolerance, problem.head.vocabulary)
+        self.problem, self.backend = problem, backend
+        threshold, capacity = parameters(problem.tolerance, problem.head.vocabulary)
         n, device = len(problem.labels), problem.hidden.device
         most = min(n, backend.SAMPLED_TOKENS)
-        self.sampled = torch.arange(most, device=device) * n // max(1, most)
-        self.profile = torch.zeros(problem.head.vocabulary, dtype=problem.accumulator, device=device)
+        sampled = torch.arange(most, device=device) * n // max(1, most)
+        profile = torch.zeros(problem.head.vocabulary, dtype=problem.accumulator, device=device)
+        self.selection = Selection(threshold, capacity, sampled, profile, rows)
         self.chunks: list[Entries] = []
         self.done: list[Tensor] = []
 
     def scan(self, out: Statistics) -> Iterator[tuple[Any, Entries]]:
         """The chunks of the backend's sweep, each to be given to `add`."""
-        return self.backend.scan(
-            self.problem, out, self.threshold, self.capacity, self.sampled, self.profile, self.rows
-        )
+        return self.backend.scan(self.problem, out, self.selection)
 
     def add(self, entries: Entries, done: bool) -> None:
         """`done`: the chunk's gradient has been computed densely, so its entries are dropped."""
         if done:
-            none = entries.columns[:0]
-            kl = None if entries.kl is None else entries.kl[:0]
-            entries = Entries(
-                torch.zeros_like(entries.counts), none, entries.nll[:0], kl, entries.tails, entries.nll_rows,
-                entries.kl_rows,
+            kl = None if entries.kl_values is None else entries.kl_values[:0]
+            entries = replace(
+                entries, counts=torch.zeros_like(entries.counts), columns=entries.columns[:0],
+                nll_values=entries.nll_values[:0], kl_values=kl,
             )  # fmt: skip
         self.chunks.append(entries)
         self.done.append(torch.full_like(entries.counts, done, dtype=torch.bool))
@@ -139,23 +124,24 @@ class Builder:
         counts = torch.cat([c.counts for c in chunks])
         offsets = counts.new_zeros(len(counts) + 1)
         torch.cumsum(counts.clamp(min=0), 0, out=offsets[1:])
+        profile = self.selection.profile
+
+        def join(name: str, parts: Sequence[object] = chunks) -> Tensor | None:
+            tensors = [getattr(part, name) for part in parts]
+            return None if tensors[0] is None else torch.cat(tensors)
+
         tails = [c.tails for c in chunks]
-        with_kl = chunks[0].kl is not None
-
-        def join(name: str) -> Tensor | None:
-            return torch.cat([getattr(t, name) for t in tails]) if with_kl or name.startswith("nll") else None
-
         # The sum is of the same value however many threads take part in it.
-        total = self.profile.sum(dtype=torch.float64).to(self.profile.dtype)
+        total = profile.sum(dtype=torch.float64).to(profile.dtype)
         return SparseSoftmax(
             offsets=offsets,
-            columns=torch.cat([c.columns for c in chunks]),
-            nll=torch.cat([c.nll for c in chunks]),
-            kl=torch.cat([c.kl for c in chunks]) if with_kl else None,
-            tails=Tails(*(join(name) for name in ("nll", "nll_l1", "kl", "kl_left", "kl_l1"))),
-            profile=torch.where(total > 0, self.profile / total, 0),
+            columns=join("columns"),
+            nll_values=join("nll_values"),
+            kl_values=join("kl_values"),
+            tails=Tails(*(join(f.name, tails) for f in fields(Tails))),
+            profile=torch.where(total > 0, profile / total, 0),
             full=counts < 0,
             done=torch.cat(self.done),
-            nll_rows=None if chunks[0].nll_rows is None else torch.cat([c.nll_rows for c in chunks]),
-            kl_rows=None if chunks[0].kl_rows is None else torch.cat([c.kl_rows for c in chunks]),
+            nll_rows=join("nll_rows"),
+            kl_rows=join("kl_rows"),
         )

@@ -14,7 +14,7 @@ from fused_losses import backends
 from fused_losses.kernels import measure
 from fused_losses.kernels.schemas import Row
 from fused_losses.kernels.triton.rows import BLOCK
-from fused_losses.problem import Head, Problem
+from fused_losses.problem import Head, Problem, Segments
 
 ALL = dict(bias=True, scale=-1.7, softcap=4.0)
 LARGE = pick((9, 16, 130), (300, 2048, 128256))
@@ -329,8 +329,8 @@ def test_products_of_entries(backend, dtype, shape, base, within):
     truth_of_columns = oracles.segment_product(starts, rows[order], values[order], x, q, vector, onto, 0.5)
     for out_dtype in {dtype, torch.float32}:
         bound = 3e-6 + 2 * ROUNDING[out_dtype]
-        got = module.rows_product(offsets, columns, values, w, scale, vector, out_dtype)
-        other = module.columns_product(offsets, columns, values, x, q, vector, onto, 0.5, out_dtype)
+        got = module.rows_product(Segments(offsets, columns, values), w, scale, vector, out_dtype)
+        other = module.columns_product(Segments(offsets, columns, values), x, q, vector, onto, 0.5, out_dtype)
         within(rows=(relative(got, truth), bound), columns=(relative(other, truth_of_columns), bound))
     within(weighted_sum=(relative(module.weighted_sum(w, q), q.double() @ w.double()), 3e-6))
 

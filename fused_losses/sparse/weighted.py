@@ -1,0 +1,196 @@
+"""A sparse softmax with the upstream weights in it: S' and m', the single logits of lse and `logits_at` among the entries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..backends import Backend
+from ..problem import Entries, Problem, Segments, Tails, Upstream
+from .certificate import select, shares
+from .softmax import HALF_FLOOR, HALF_UNIT, SparseSoftmax, weighted
+
+ROWS = 1024  # tokens whose rows are in fp32 at a time
+
+# Ids [N, k] and weights [N, k] of single logits.
+Single = tuple[Tensor, Tensor]
+
+
+@dataclass
+class WeightedSparse:
+    """The gradient by the logits of N tokens: entries, and the rest as left qᵀ. The order of the fields is data: see `tensors`."""
+
+    offsets: Tensor  # [N + 1] int64
+    columns: Tensor  # [entries] int32, in each row ascending
+    values: Tensor  # [entries]
+    left: Tensor  # [N] the sum of what the entries leave out
+    error: Tensor  # [N] what the error of the row is at most, in L1 norm
+    norm: Tensor  # [N] what the row's L1 norm is at least
+    profile: Tensor  # [V]
+    full: Tensor  # [N] bool: more entries than the capacity, none stored
+    done: Tensor  # [N] bool: gradient computed densely in forward
+    rows: Tensor | None = None  # [N, D] what dx takes from the entries, where the backend formed it
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """For `save_for_backward`; `WeightedSparse(*tensors)` puts them back."""
+        return (
+            self.offsets, self.columns, self.values, self.left, self.error, self.norm, self.profile, self.full,
+            self.done, self.rows,
+        )  # fmt: skip
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors() if t is not None)
+
+    def segments(self, factor: Tensor) -> Segments:
+        """The entries times a factor of each token."""
+        return Segments(
+            self.offsets, self.columns, weighted(self.offsets.diff(), self.values, None, factor, None)
+        )  # fmt: skip
+
+
+def weigh(
+    problem: Problem, backend: Backend, sparse: SparseSoftmax, upstream: Upstream, single: Single | None
+) -> WeightedSparse:
+    """S' = a ∂nll/∂z + b ∂kl/∂z at the entries, plus single logits: where one is no entry, it becomes one."""
+    a, b = upstream.softmax, upstream.kl
+    offsets, columns = sparse.offsets, sparse.columns
+    values = weighted(offsets.diff(), sparse.nll_values, sparse.kl_values, a, b)
+    outside = None
+    if single is not None:
+        offsets, columns, values, outside = _with_single(offsets, columns, values, single, len(sparse.profile))
+    error, norm = shares(
+        sparse.tails, a, b, lambda: _sums_of_rows(offsets, values.abs()) - (0 if outside is None else outside),
+        _rounding(sparse.tails, sparse.offsets.diff(), sparse.nll_values, a, b), outside,
+    )  # fmt: skip
+    if single is not None:  # whose entries are not there to cancel against
+        norm = torch.where(sparse.done | sparse.full, 0, norm)
+    parts = [w * left for w, left in ((a, sparse.tails.nll_left), (b, sparse.tails.kl_left)) if w is not None]
+    left: Tensor = sum(parts) if parts else torch.zeros_like(sparse.tails.nll_left)  # type: ignore[assignment]
+    rows = None if sparse.nll_rows is None else _rows(problem, backend, sparse, upstream, single)
+    return WeightedSparse(offsets, columns, values, left, error, norm, sparse.profile, sparse.full, sparse.done, rows)
+
+
+def mostly_exact(
+    entries: Entries, upstream: Upstream, single: Single | None, tolerance: float, vocabulary: int
+) -> bool:
+    """Whether more than half of a chunk's tokens would need exact gradients, taken by itself."""
+    if upstream.is_zero:
+        return False
+    a, b = upstream.softmax, upstream.kl
+    counts, tails = entries.counts.clamp(min=0), entries.tails
+    offsets = counts.new_zeros(len(counts) + 1)
+    torch.cumsum(counts, 0, out=offsets[1:])
+    rounding = _rounding(tails, counts, entries.nll_values, a, b)
+
+    def values() -> Tensor:
+        return weighted(counts, entries.nll_values, entries.kl_values, a, b)
+
+    if single is None:
+        error, norm = shares(tails, a, b, lambda: _sums_of_rows(offsets, values().abs()), rounding)
+    else:
+        offsets, _, merged, outside = _with_single(offsets, entries.columns, values(), single, vocabulary)
+        error, norm = shares(
+            tails, a, b, lambda: _sums_of_rows(offsets, merged.abs()) - outside, rounding, outside
+        )  # fmt: skip
+        norm = torch.where(entries.counts < 0, 0, norm)
+    exact, _ = select(error, norm, entries.counts < 0, tolerance)
+    return len(exact) > len(error) / 2
+
+
+def sum_of_rows(
+    parts: list[tuple[Tensor | None, Tensor]], left: Tensor | None = None, mean: Tensor | None = None
+) -> Tensor:
+    """Σ weight·rows + left·mean in the dtype of the rows, computed in fp32, some tokens at a time."""
+    out = torch.empty_like(parts[0][1])
+    for at in (slice(i, i + ROWS) for i in range(0, len(out), ROWS)):
+        terms = [rows[at].float() if w is None else w[at, None] * rows[at] for w, rows in parts]
+        if left is not None:
+            terms.append(left[at, None] * mean)
+        out[at] = sum(terms)
+    return out
+
+
+def _rows(
+    problem: Problem, backend: Backend, sparse: SparseSoftmax, upstream: Upstream, single: Single | None
+) -> Tensor:
+    """What dx takes from the entries, from the products that the backend has formed."""
+    pairs = ((upstream.softmax, sparse.nll_rows), (upstream.kl, sparse.kl_rows))
+    parts: list[tuple[Tensor | None, Tensor]] = [(w, rows) for w, rows in pairs if w is not None and rows is not None]
+    if single is not None:
+        parts.append((None, single_rows(problem, backend, single)))
+    if not parts:
+        return torch.zeros_like(sparse.nll_rows)
+    rows = sum_of_rows(parts)
+    return rows.to(sparse.nll_rows.dtype)
+
+
+def single_rows(problem: Problem, backend: Backend, single: Single) -> Tensor:
+    """Σ_j weights[t, j] · [weight, low_rank][ids[t, j]], [N, D + r] in fp32."""
+    ids, weights = single
+    count, k = ids.shape
+    offsets = torch.arange(count + 1, device=ids.device) * k
+    segments = Segments(offsets, ids.reshape(-1).int(), weights.reshape(-1).contiguous())
+    none = weights.new_zeros(count)
+    products = [
+        backend.rows_product(
+            segments, factor.to(problem.dtype), none, weights.new_zeros(factor.shape[1]), weights.dtype
+        )
+        for factor in (problem.head.weight, problem.head.low_rank)
+        if factor is not None
+    ]
+    return products[0] if len(products) == 1 else torch.cat(products, 1)
+
+
+def _rounding(tails: Tails, counts: Tensor, nll_values: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor | float:
+    if nll_values.dtype != torch.float16:
+        return 0.0
+    norms = ((a, tails.nll_l1), (b, tails.kl_l1))
+    return sum(w.abs() * (HALF_UNIT * l1 + HALF_FLOOR * counts) for w, l1 in norms if w is not None)
+
+
+def _sums_of_rows(offsets: Tensor, values: Tensor) -> Tensor:
+    return torch.segment_reduce(values, "sum", lengths=offsets.diff(), initial=0)
+
+
+def _with_single(
+    offsets: Tensor, columns: Tensor, values: Tensor, single: Single, vocabulary: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Single logits added to entries, in place where they are among them; new offsets, columns and values, and what is in
+    new entries, Σ |·| of each row."""
+    ids, weights = single
+    rows = torch.arange(len(ids), device=ids.device)[:, None]
+    wanted = weights != 0
+    keys, weights = (rows * vocabulary + ids)[wanted], weights[wanted]
+    keys, order = keys.sort(stable=True)
+    keys, inverse = keys.unique_consecutive(return_inverse=True)
+    weights = torch.zeros(len(keys), dtype=values.dtype, device=values.device).index_put_(
+        (inverse,), weights[order].to(values.dtype), accumulate=True
+    )
+    counts = offsets.diff()
+    entry_keys = torch.repeat_interleave(rows[:, 0] * vocabulary, counts, output_size=len(columns)) + columns
+    place = torch.searchsorted(entry_keys, keys)
+    known = torch.zeros_like(place, dtype=torch.bool)
+    if len(entry_keys):
+        known = entry_keys[place.clamp(max=len(entry_keys) - 1)] == keys
+    values[place[known]] += weights[known]
+    new_keys, new_weights, place = keys[~known], weights[~known], place[~known]
+    new_rows = torch.div(new_keys, vocabulary, rounding_mode="floor")
+    outside = torch.zeros(len(ids), dtype=values.dtype, device=values.device).index_put_(
+        (new_rows,), new_weights.abs(), accumulate=True
+    )
+    if not len(new_keys):
+        return offsets, columns, values, outside
+    total = len(entry_keys) + len(new_keys)
+    at = place + torch.arange(len(place), device=place.device)
+    old = torch.ones(total, dtype=torch.bool, device=place.device)
+    old[at] = False
+    merged_columns, merged_values = columns.new_empty(total), values.new_empty(total)
+    merged_columns[old], merged_values[old] = columns, values
+    merged_columns[at], merged_values[at] = (new_keys - new_rows * vocabulary).to(columns.dtype), new_weights
+    added = torch.zeros_like(counts).index_put_((new_rows,), torch.ones_like(new_rows), accumulate=True)
+    merged_offsets = offsets.clone()
+    merged_offsets[1:] += added.cumsum(0)
+    return merged_offsets, merged_columns, merged_values, outside
