@@ -19,10 +19,11 @@ class Alignment:
     shifted: bool  # a row predicts the token after it, else the one that it is at
     shape: torch.Size  # [B, T]
 
-    def moved(self, values: Tensor) -> Tensor:
-        """[rows] what a tensor in the layout of the labels holds for each row; 0 where a row has no label."""
-        taken = values.to(self.index.device).reshape(-1)[self.index.clamp(min=0)]
-        return taken.masked_fill(self.index < 0, 0)
+    def moved(self, values: Tensor, several: bool = False) -> Tensor:
+        """[rows] what a tensor in the layout of the labels holds for each row, 0 where a row has no label; `several`: [rows, k]."""
+        more = values.shape[-1:] if several else ()
+        taken = values.to(self.index.device).reshape(-1, *more)[self.index.clamp(min=0)]
+        return taken.masked_fill((self.index < 0)[:, None] if several else self.index < 0, 0)
 
     def row_of_batch(self) -> Tensor:
         return self.index.clamp(min=0) // self.shape[-1]

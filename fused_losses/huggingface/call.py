@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..head import Reference
-from ..objectives import LAwFLoss, Objective, item_count
+from ..objectives.arguments import Field, item_count
 from ..tokens import Observer
 from . import adapters, wrappers
 from .adapters import VirtualTokens
@@ -43,15 +42,14 @@ class Call:
     """
 
     def __init__(
-        self, patch: Any, loss: Any, takes: tuple[str, ...], model: nn.Module, follow: Callable[..., Any], batch: Batch
+        self, patch: Any, loss: Any, takes: dict[str, Field], model: nn.Module, follow: Callable[..., Any], batch: Batch
     ) -> None:
         self.patch, self.loss, self.model, self.follow = patch, loss, model, follow
         self.inputs, self.labels, self.summed = batch.inputs, batch.labels, batch.summed
         self.fields = {name: value for name, value in batch.fields.items() if name in takes}
         self.shift_labels, self.num_items = batch.inputs.get("shift_labels"), batch.inputs.get("num_items_in_batch")
-        # With a fixed τ TALR knows no sequences; FLOW's weights are one for each.
-        median = getattr(loss, "temperature", "median") == "median"
-        self.by_sequence = "sequence_ids" in takes and (median or "initial_nll" in takes)
+        self.of_sequences = [name for name, field in takes.items() if field.of_sequences and name in self.fields]
+        self.takes, self.by_sequence = takes, "sequence_ids" in takes and loss.by_sequence
         self.model_name = type(model).__name__
         self.outer = patch.outer()
         module: Any = model.get_output_embeddings()  # type: ignore[operator]  # anew: PEFT and FSDP replace it
@@ -67,18 +65,14 @@ class Call:
         self._check()
 
     def _check(self) -> None:
-        if isinstance(self.loss, LAwFLoss) and "confidence" not in self.fields:
-            raise ValueError(
-                "confidence: is missing in the batch, and LAwFLoss needs it, of the labels' shape; "
-                "fused_losses.huggingface.AnchorCollator makes it of a column anchors or confidence, which SFTTrainer "
-                "drops unless remove_unused_columns=False"
-            )
-        for name in required_fields(self.loss):
-            if name not in self.fields:
-                raise ValueError(
-                    f"{name}: is missing in the batch, and token_loss of {type(self.loss).__name__} needs it, of the "
-                    "labels' shape; give it, or a default to that parameter"
-                )
+        for name, field in self.takes.items():
+            if not field.optional and name not in self.fields:
+                who, remedy = type(self.loss).__name__, field.in_a_batch
+                if self.loss.is_own:
+                    who, remedy = f"token_loss of {who}", "give it, or a default to that parameter"
+                shape = "a number for each sequence" if field.of_sequences else "of the labels' shape"
+                shape += ", with a last dimension k" if field.several else ""
+                raise ValueError(f"{name}: is missing in the batch, and {who} needs it, {shape}; {remedy}")
         if self.num_items is None:
             return
         self.no_items = isinstance(self.num_items, (int, float, Tensor)) and not bool(
@@ -88,9 +82,8 @@ class Call:
             item_count(self.num_items, 1)
         if not self.patch.accepts_num_items:
             raise ValueError(
-                "num_items_in_batch: LAwFLoss(reduction='group_mean') takes the mean of each group in a batch, so "
-                "there is nothing to divide by it; leave it out (a Trainer made after the patch does), or take "
-                "reduction='token_mean'"
+                f"num_items_in_batch: {self.loss} takes means within a batch, so there is nothing to divide by it; leave "
+                "it out (a Trainer made after the patch does), or take reduction='token_mean'"
             )
 
     no_items = False  # a Trainer counted 0 labels
@@ -135,7 +128,7 @@ class Call:
         logit_scale, softcap = logits.map.arguments()
         head = read_head(self.head.module, rows, logit_scale, softcap, logits.width)
         target = target.to(rows.device)
-        if self.by_sequence and "initial_nll" not in self.fields and self.token_loss is not None:
+        if self.by_sequence and not self.of_sequences and self.token_loss is not None:
             raise ValueError(
                 f"{self.model_name} takes its loss in several parts, so the median of {type(self.loss).__name__} would "
                 "be that of a part; give a fixed temperature"
@@ -212,10 +205,10 @@ class Call:
             packed = fields.pop("sequence_ids", None)
             if packed is None:
                 packed = packed_sequences(self.inputs, self.labels)
-                if packed is not None and "initial_nll" in fields:
+                if packed is not None and self.of_sequences:
                     self._check_one_sequence_a_row(packed, ignore_index)
                     packed = None
-            elif "initial_nll" not in fields and isinstance(packed, Tensor):  # else it indexes that
+            elif not self.of_sequences and isinstance(packed, Tensor):  # else it indexes that
                 packed = in_each_row(packed)
             if packed is None:
                 aligned["sequence_ids"] = alignment.row_of_batch()[positions]
@@ -223,20 +216,28 @@ class Call:
                 fields["sequence_ids"] = packed
         for name, values in fields.items():
             values = self._in_layout(name, values)
-            if name in OF_SEQUENCES and packed is None and len(values) != alignment.shape[0]:
+            if name in self.of_sequences and packed is None and len(values) != alignment.shape[0]:
                 raise ValueError(
                     f"{name}: expected a number for each of the {alignment.shape[0]} rows, which are sequences, got "
                     f"{len(values)}; where rows hold several give sequence_ids, which index it"
                 )
-            aligned[name] = values if name in OF_SEQUENCES and values.dim() < 2 else alignment.moved(values)[positions]
+            aligned[name] = (
+                values if name in self.of_sequences and values.dim() < 2 else alignment.moved(values)[positions]
+            )
         return aligned
 
     def _in_layout(self, name: str, values: Any) -> Tensor:
         labels = self.labels if self.shift_labels is None else self.shift_labels
         if not isinstance(values, Tensor):
-            what = "a number for each sequence" if name in OF_SEQUENCES else "the labels' shape"
+            what = "a number for each sequence" if name in self.of_sequences else "the labels' shape"
             raise TypeError(f"{name}: expected a tensor of {what}, got {type(values).__name__}")
-        if values.shape == labels.shape or (name in OF_SEQUENCES and values.dim() < 2):
+        if name in self.takes and self.takes[name].several and values.dim() == labels.dim() + 1:
+            if values.shape[:-1] == labels.shape:
+                return values
+            raise ValueError(
+                f"{name}: expected the labels' shape {list(labels.shape)} and a last dimension k, got {list(values.shape)}"
+            )
+        if values.shape == labels.shape or (name in self.of_sequences and values.dim() < 2):
             return values
         if values.dim() == labels.dim() == 2 and values.shape[0] == 1 and values.shape[1] == labels.shape[1]:
             return values.expand(labels.shape)  # as position_ids may come
@@ -252,7 +253,7 @@ class Call:
         for row, labels in zip(packed, self.labels, strict=True):
             if len(row[(labels != ignore_index).to(row.device)].unique()) > 1:
                 raise ValueError(
-                    "initial_nll: rows hold several sequences, as the batch says (position_ids, seq_idx or "
+                    f"{self.of_sequences[0]}: rows hold several sequences, as the batch says (position_ids, seq_idx or "
                     "cu_seq_lens); give sequence_ids too, which index it"
                 )
 
@@ -281,14 +282,3 @@ class Call:
     def close(self) -> None:
         for origin in self.heads:
             origin.close()
-
-
-def required_fields(loss: Any) -> list[str]:
-    """The parameters of an own `token_loss` that have no default."""
-    if type(loss).forward is not Objective.forward:  # checks its arguments itself
-        return []
-    fields = list(inspect.signature(type(loss).token_loss).parameters.values())[2:]
-    return [field.name for field in fields if field.default is field.empty]
-
-
-OF_SEQUENCES = ("initial_nll",)  # fields with a number for each sequence

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import objectives
 from ..labels import plain
-from ..objectives import CrossEntropyLoss, LAwFLoss, Objective
+from ..objectives import CrossEntropyLoss, Objective
 from . import trl, wrappers
 from .call import Batch, Call
 from .heads import check_head
@@ -30,8 +31,6 @@ from .references import Source, find_source
 from .wrappers import STATE, Turns
 
 WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
-FIELDS = ("confidence", "old_nll", "initial_nll", "sequence_ids")  # of the losses of this package
-OWN = ("hidden", "head", "labels", "reference", "num_items")  # arguments of an objective that are no fields of a batch
 
 
 def patch(
@@ -157,9 +156,8 @@ class Patch:
         self.trained = base.training  # the model has been in training mode since
         self.outer: Callable[[], Any] = _nothing if model is base else weakref.ref(model)
         self.redirected: list[tuple[Any, Any]] = []
-        self.fields = batch_fields(loss)
-        # A mean of each group cannot be divided by the tokens of several batches; a Trainer divides by their number.
-        self.accepts_num_items = not (isinstance(loss, LAwFLoss) and loss.reduction == "group_mean")
+        self.fields = loss.batch_fields()
+        self.accepts_num_items = loss.divides_by_items  # a Trainer divides by the tokens of several batches
         parameters = inspect.signature(type(base).forward).parameters
         positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         self.positional = [name for name, p in parameters.items() if p.kind in positional][1:]
@@ -215,7 +213,7 @@ class Patch:
         if batch.labels is None:
             return self._without_labels(model, follow, args, kwargs, batch.fields)
         loss = self._objective(model)
-        takes = self.fields if loss is self.loss else batch_fields(loss)
+        takes = self.fields if loss is self.loss else loss.batch_fields()
         call = Call(self, loss, takes, model, follow, batch)
         alone = self.source is not None and self.source.alone
         try:
@@ -244,7 +242,7 @@ class Patch:
     def _read(self, args: tuple, kwargs: dict) -> Batch:
         """The arguments sorted; what the loss takes leaves `kwargs` unless the model takes it too."""
         inputs = {**dict(zip(self.positional, args, strict=False)), **kwargs}
-        for name in FIELDS:
+        for name in known_fields():
             if kwargs.get(name) is not None and name not in self.fields and name not in self.accepted:
                 raise TypeError(f"{name}: {type(self.loss).__name__} has no use for it; leave it out of the batch")
         if kwargs.get("anchors") is not None and "anchors" not in self.accepted:
@@ -360,21 +358,10 @@ def _refuse_backward(value: Any, message: str) -> None:
     value.register_hook(refuse)
 
 
-def batch_fields(loss: Objective) -> tuple[str, ...]:
-    """The names of a batch's fields that the loss takes."""
-    names = []
-    for name, parameter in inspect.signature(type(loss).forward).parameters.items():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            for field in list(inspect.signature(type(loss).token_loss).parameters.values())[2:]:
-                if field.kind is field.VAR_KEYWORD:
-                    raise TypeError(
-                        f"{type(loss).__name__}.token_loss(self, out, **{field.name}): a patched model takes the "
-                        "fields of a batch by name; write them out, as in token_loss(self, out, weight=None)"
-                    )
-                names.append(field.name)
-        elif name not in OWN and name != "self":
-            names.append(name)
-    return tuple(names)
+def known_fields() -> set[str]:
+    """Of all objectives of this package: that a batch holds one which the loss does not take is a mistake."""
+    classes = (getattr(objectives, name) for name in objectives.__all__)
+    return {name for cls in classes if isinstance(cls, type) for name in cls.fields}
 
 
 def _base_model(model: Any, compiled: bool = False) -> Any:

@@ -413,8 +413,7 @@ def find_source(
     model: nn.Module, outer: nn.Module | None, loss: Objective, reference: Any, cache: Any
 ) -> Source | None:
     """What `patch(reference=...)` says, checked against what the loss needs; `outer`: the PEFT model around `model`."""
-    takes = "reference" in inspect.signature(type(loss).forward).parameters
-    needs = takes and type(loss).forward is not Objective.forward
+    takes, needs = loss.takes_reference, loss.needs_reference
     name = type(loss).__name__
     if isinstance(cache, (str, Path)) and not str(cache):
         raise ValueError("reference_cache: expected a directory, got an empty name")

@@ -1,7 +1,8 @@
 """Training objectives as modules without parameters, each a few lines over the per-token losses; one file a method."""
 
+from .arguments import item_count
 from .asft import ASFTLoss
-from .base import Objective, item_count
+from .base import Objective
 from .cross_entropy import CrossEntropyLoss
 from .dft import DFTLoss
 from .eaft import EAFTLoss

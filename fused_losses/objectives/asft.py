@@ -6,10 +6,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..compiled import capturable
-from ..head import Reference
 from ..problem import Statistics
-from .base import HeadLike, Objective
+from .base import Objective
 
 
 class ASFTLoss(Objective):
@@ -18,6 +16,7 @@ class ASFTLoss(Objective):
     Needs `reference`. 4 GEMMs; 3 with a frozen head. Source: arXiv 2509.23753.
     """
 
+    needs_reference = True
     bounds: ClassVar = {"kl_weight": dict(least=0)}
 
     def __init__(self, kl_weight: float = 0.1, **options: Any) -> None:
@@ -29,19 +28,3 @@ class ASFTLoss(Objective):
 
     def token_loss(self, out: Statistics) -> Tensor:
         return (-out.nll.detach()).exp() * out.nll + self.kl_weight * out.kl
-
-    @capturable
-    def forward(
-        self,
-        hidden: Tensor,
-        head: HeadLike,
-        labels: Tensor,
-        *,
-        reference: Reference | None = None,
-        num_items: Any = None,
-    ) -> Tensor:
-        if reference is None:
-            raise ValueError(
-                "ASFTLoss needs reference=fused_losses.Reference(hidden states of the frozen original model)"
-            )
-        return self.reduce(self.prepare(hidden, head, labels, reference), num_items)

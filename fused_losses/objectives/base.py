@@ -6,9 +6,7 @@ n is the number of tokens with a label, or the caller's `num_items`. Weights nev
 from __future__ import annotations
 
 import copy
-import difflib
 import inspect
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .. import checks, compiled
+from .. import compiled
 from ..checks import MissingAttribute
 from ..compiled import capturable
 from ..head import LMHead, Reference, as_head
@@ -26,21 +24,20 @@ from ..problem import Statistics
 from ..sparse.certificate import TOLERANCE, GradientReport
 from ..tokens import OPTIONAL, Observer, Tokens, check_wanted
 from ..validation import Options
+from .arguments import Field, fields_of, item_count
+from .options import (
+    belongs_to_a_call,
+    check_number,
+    not_made,
+    option_names,
+    takes_tensors,
+    unknown_option,
+)  # fmt: skip
 
 HeadLike = LMHead | Tensor | nn.Linear
 
 
 OPTIONS = ("ignore_index", "gradient", "tolerance", "backend")  # of every objective
-
-
-# What papers and other libraries call an option of ours.
-OTHER_NAMES = {
-    "tau": "temperature", "t": "temperature", "temp": "temperature", "min_weight": "floor", "group": "process_group",
-    "eps": "epsilon", "clip": "epsilon", "clip_eps": "epsilon", "k": "top_k", "topk": "top_k",
-    "beta": "kl_weight", "kl_coef": "kl_weight", "kl_coeff": "kl_weight", "lam": "kl_weight", "lambda_": "kl_weight",
-    "ignored": "ignore_index", "pad_token_id": "ignore_index", "tol": "tolerance", "device": "backend",
-    "reduce": "reduction",
-}  # fmt: skip
 
 
 class Objective(nn.Module):
@@ -68,6 +65,9 @@ class Objective(nn.Module):
     """
 
     bounds: ClassVar[dict[str, dict[str, Any]]] = {}  # of options that are numbers, checked whenever one is set
+    fields: ClassVar[dict[str, Field]] = {}  # of a batch, that the call takes by keyword
+    needs_reference: bool = False
+    reference_is_optional: ClassVar[bool] = False
     wanted: frozenset[str] = frozenset()
     top_k: int = 20
     beta: float | None = None  # of out.divergence
@@ -78,10 +78,10 @@ class Objective(nn.Module):
     _observer: Observer | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        if any(_belongs_to_a_call(value) for value in args) and not _takes(cls, args, kwargs):
+        if any(belongs_to_a_call(value) for value in args) and not takes_tensors(cls, args, kwargs):
             raise TypeError(
                 f"{cls.__name__}: tensors are arguments of the call, not of the constructor; write "
-                f"{cls.__name__}()(hidden, head, labels), with the options ({', '.join(_options(cls))}) between the "
+                f"{cls.__name__}()(hidden, head, labels), with the options ({', '.join(option_names(cls))}) between the "
                 f"first brackets"
             )
         return super().__new__(cls)
@@ -97,7 +97,7 @@ class Objective(nn.Module):
     ) -> None:
         super().__init__()
         for name in unknown:
-            raise TypeError(_unknown_option(type(self), name))
+            raise TypeError(unknown_option(type(self), name))
         options = Options(ignore_index, gradient, tolerance, backend)
         check_wanted(self.wanted, self.top_k)
         for name in OPTIONS:
@@ -111,7 +111,7 @@ class Objective(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, (nn.Module, nn.Parameter)) and "_parameters" not in self.__dict__:
-            raise MissingAttribute(_not_made(type(self)))
+            raise MissingAttribute(not_made(type(self)))
         bounds = type(self).bounds.get(name)
         if bounds is not None and not (isinstance(value, str) and value == bounds.get("word")):
             value = check_number(value, name, **{key: b for key, b in bounds.items() if key != "word"})
@@ -119,7 +119,7 @@ class Objective(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("__") and ("_parameters" not in self.__dict__ or name in (*OPTIONS, "_handle")):
-            raise MissingAttribute(_not_made(type(self)))
+            raise MissingAttribute(not_made(type(self)))
         return super().__getattr__(name)
 
     def __repr__(self) -> str:
@@ -217,114 +217,63 @@ class Objective(nn.Module):
         *,
         reference: Reference | None = None,
         num_items: Any = None,
-        **per_token: Tensor,
+        **fields: Tensor,
     ) -> Tensor:
+        declared = type(self).fields
+        self.check_call(reference, fields)
         tokens = self.prepare(hidden, head, labels, reference)
-        return self.reduce(tokens, num_items, **{name: tokens.select(v, name) for name, v in per_token.items()})
+        per_token = {
+            name: declared[name].read(tokens, values, name) if name in declared else tokens.select(values, name)
+            for name, values in fields.items()
+            if values is not None
+        }
+        return self.reduce(tokens, num_items, **per_token)
+
+    def check_call(self, reference: Reference | None, fields: dict[str, Tensor]) -> None:
+        """Whether the call has what the objective declares."""
+        name, declared = type(self).__name__, type(self).fields
+        if reference is None and self.needs_reference:
+            raise ValueError(
+                f"{name} needs reference=fused_losses.Reference(hidden states of the frozen original model); under PEFT "
+                "these are the hidden states with the adapter disabled"
+            )
+        if reference is not None and not self.takes_reference:
+            raise TypeError(f"reference: {name} has no use for one; leave it out")
+        for field, declaration in declared.items():
+            if fields.get(field) is None and not declaration.optional:
+                raise ValueError(f"{name} needs {field}=: {declaration.what}")
+        unknown = [] if self.is_own else [field for field in fields if field not in declared]
+        if unknown:
+            there = ", ".join(declared) or "none"
+            raise TypeError(f"{unknown[0]}: {name} has no such field; its fields are: {there}")
+
+    # --- what a patch reads
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it takes whatever its `token_loss` names: one of your own, with nothing declared."""
+        return not type(self).fields and type(self).forward is Objective.forward and not _of_this_package(type(self))
+
+    @property
+    def takes_reference(self) -> bool:
+        return self.needs_reference or self.is_own or type(self).reference_is_optional
+
+    @property
+    def by_sequence(self) -> bool:
+        """Whether the loss of a call depends on which tokens make a sequence, so that `sequence_ids` are of use."""
+        return any(field.of_sequences for field in type(self).fields.values())
+
+    @property
+    def divides_by_items(self) -> bool:
+        """Whether `num_items` divides the sum of the token losses, as accumulated batches need it."""
+        return True
+
+    def batch_fields(self) -> dict[str, Field]:
+        """The fields of a batch that a call takes."""
+        if self.is_own:
+            return fields_of(type(self).token_loss, type(self).__name__)
+        return type(self).fields
 
 
-def _belongs_to_a_call(value: Any) -> bool:
-    return isinstance(value, (nn.Module, LMHead, Reference)) or (isinstance(value, Tensor) and value.dim() > 0)
-
-
-def _takes(cls: type, args: tuple, kwargs: dict[str, Any]) -> bool:
-    """Whether the constructor may take tensors: one that is not of this package, and whose signature fits."""
-    constructor: Any = cls.__init__  # type: ignore[misc]
-    if constructor.__module__.startswith(f"{__package__}."):
-        return False
-    try:
-        inspect.signature(constructor).bind(None, *args, **kwargs)
-    except TypeError:
-        return False
-    return True
-
-
-def _options(cls: type) -> list[str]:
-    """The names that the constructor takes, its own first."""
-    names: list[str] = []
-    for base in cls.__mro__:
-        if "__init__" in vars(base):
-            parameters = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]
-            variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-            names += [p.name for p in parameters if p.kind not in variable and p.name not in names]
-            if base is Objective or not any(p.kind is p.VAR_KEYWORD for p in parameters):
-                break
-    return names
-
-
-def _unknown_option(cls: type, name: str) -> str:
-    names = _options(cls)
-    known = OTHER_NAMES.get(name.lower(), "")
-    close = [known] if known in names else difflib.get_close_matches(name, names, 1)
-    meant = f"; did you mean {close[0]}?" if close else ""
-    if name in (
-        "hidden",
-        "head",
-        "weight",
-        "labels",
-        "reference",
-        "num_items",
-        "confidence",
-        "sequence_ids",
-        "initial_nll",
-        "old_nll",
-    ):
-        meant = f"; {name} is an argument of the call, {cls.__name__}()(hidden, head, labels, ...)"
-    return f"{cls.__name__}: has no option {name}{meant}; there are {', '.join(names)}"
-
-
-def _not_made(cls: type) -> str:
-    return (
-        f"{cls.__name__}: Objective.__init__ has not run; call super().__init__() first in {cls.__name__}.__init__ (of "
-        f"a dataclass in "
-        "__post_init__)"
-    )
-
-
-def item_count(num_items: Any, default: int | Tensor) -> Any:
-    """The divisor n: `num_items` as it came, checked, or at least 1."""
-    if num_items is None:
-        return default.clamp(min=1) if isinstance(default, Tensor) else max(default, 1)
-    if isinstance(num_items, Tensor):
-        if num_items.numel() != 1:
-            raise ValueError(f"num_items: expected one number, got a tensor of shape {list(num_items.shape)}")
-        if num_items.dtype == torch.bool or num_items.is_complex():
-            raise TypeError(f"num_items: expected a number, got a tensor of {num_items.dtype}")
-        return checked(num_items.detach().reshape(()), "num_items", "items")
-    n = checks.number(num_items)
-    if n is None:
-        raise TypeError(f"num_items: expected a number or a tensor of one, got {num_items!r}")
-    checks.items(n)
-    return n
-
-
-def checked(values: Tensor, name: str, check: str) -> Tensor:
-    """The values of a tensor that is not one per token, after a check of checks.py."""
-    if torch.compiler.is_compiling():
-        return torch.ops.fused_losses.checked(values, None, check, name, 0)
-    checks.BY_NAME[check](values, name)
-    return values
-
-
-def integers(values: Tensor, name: str) -> Tensor:
-    if values.is_floating_point() or values.dtype == torch.bool:
-        raise TypeError(f"{name}: expected integers, got {values.dtype}")
-    return values.long()
-
-
-def check_number(
-    value: Any, name: str, above: float = -math.inf, least: float = -math.inf, most: float = math.inf, instead: str = ""
-) -> int | float:
-    """The Python number that it is."""
-    number = checks.number(value)
-    if number is None or not (above < number < math.inf and least <= number <= most):
-        bounds = (
-            [f"> {above}"] * (above > -math.inf)
-            + [f"≥ {least}"] * (least > -math.inf)
-            + [f"≤ {most}"] * (most < math.inf)
-        )
-        trained = ", which requires a gradient that would be lost" if getattr(value, "requires_grad", False) else ""
-        raise ValueError(
-            f"{name}: expected {instead or 'a finite number ' + ' and '.join(bounds)}, got {value!r}{trained}"
-        )
-    return number
+def _of_this_package(cls: type) -> bool:
+    return cls.__module__.startswith(f"{__package__}.")

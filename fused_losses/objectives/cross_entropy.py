@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
-from ..compiled import capturable
 from ..problem import Statistics
-from .base import HeadLike, Objective
+from .base import Objective
 
 
 class CrossEntropyLoss(Objective):
@@ -20,7 +17,3 @@ class CrossEntropyLoss(Objective):
 
     def token_loss(self, out: Statistics) -> Tensor:
         return out.nll
-
-    @capturable
-    def forward(self, hidden: Tensor, head: HeadLike, labels: Tensor, *, num_items: Any = None) -> Tensor:
-        return self.reduce(self.prepare(hidden, head, labels), num_items)

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ..compiled import capturable
 from ..problem import Statistics
-from .base import HeadLike, Objective, checked
+from .arguments import Field, checked
+from .base import HeadLike, Objective
 from .sequences import sequence_numbers
 
 
@@ -24,6 +25,10 @@ class FLOWLoss(Objective):
     3 GEMMs; 2 with a frozen head. Source: arXiv 2502.02797.
     """
 
+    fields: ClassVar = {
+        "initial_nll": Field("the initial model's mean nll of each sequence, [sequences]", of_sequences=True),
+        "sequence_ids": Field("of packed sequences, an index of initial_nll", optional=True),
+    }
     bounds: ClassVar = {"temperature": dict(above=0)}
 
     def __init__(self, temperature: float, **options: Any) -> None:

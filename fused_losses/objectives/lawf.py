@@ -10,7 +10,8 @@ from torch import Tensor
 from ..compiled import capturable
 from ..head import Reference
 from ..problem import Statistics
-from .base import HeadLike, Objective, item_count
+from .arguments import Field, item_count
+from .base import HeadLike, Objective
 
 
 class LAwFLoss(Objective):
@@ -33,6 +34,16 @@ class LAwFLoss(Objective):
     GEMMs: 4, 3 with a frozen head. Source: longern/LAwF.
     """
 
+    needs_reference = True
+    fields: ClassVar = {
+        "confidence": Field(
+            "1 at anchors, 0 at tokens to retain, of the labels' shape",
+            "fractions",
+            labelled=True,
+            in_a_batch="fused_losses.huggingface.AnchorCollator makes it of a column anchors or confidence, which SFTTrainer "
+            "drops unless remove_unused_columns=False",
+        )
+    }
     bounds: ClassVar = {"anchor_weight": dict(least=0), "retain_weight": dict(least=0)}
 
     def __init__(
@@ -71,16 +82,9 @@ class LAwFLoss(Objective):
         reference: Reference | None = None,
         num_items: Any = None,
     ) -> Tensor:
-        if reference is None:
-            raise ValueError(
-                "LAwFLoss needs reference=fused_losses.Reference(hidden states of the frozen original model); under PEFT "
-                "these are the hidden states with the adapter disabled"
-            )
-        if confidence is None:
-            raise ValueError("LAwFLoss needs confidence=: 1 at anchors, 0 at tokens to retain, of the labels' shape")
+        self.check_call(reference, {"confidence": confidence})
         tokens = self.prepare(hidden, head, labels, reference)
-        c = tokens.select(confidence, "confidence", all_labelled=True).detach().to(tokens.problem.accumulator)
-        c = tokens.check(c, "confidence", "fractions")
+        c = self.fields["confidence"].read(tokens, confidence, "confidence")
         anchor = c > 0
         # Products, as a graph is specialised on numbers that become tensors otherwise.
         anchor_weight, retain_weight = c.new_ones(()) * self.anchor_weight, c.new_ones(()) * self.retain_weight
@@ -91,6 +95,11 @@ class LAwFLoss(Objective):
             num_items = None
         weight = torch.where(anchor, anchor_weight, retain_weight)
         return self.reduce(tokens, num_items, confidence=c, weight=weight)
+
+    @property
+    def divides_by_items(self) -> bool:
+        """A mean of each group cannot be divided by the tokens of several batches."""
+        return self.reduction != "group_mean"
 
     @staticmethod
     def _group_counts(num_items: Any, anchor: Tensor, count: int | Tensor) -> tuple[Tensor | float, Tensor | float]:

@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..compiled import capturable
 from ..problem import Statistics
-from .base import HeadLike, Objective
+from .arguments import Field
+from .base import Objective
 
 
 class PSFTLoss(Objective):
@@ -21,6 +21,9 @@ class PSFTLoss(Objective):
     3 GEMMs; 2 with a frozen head. Source: zwhong714/PSFT (arXiv 2508.17784).
     """
 
+    fields: ClassVar = {
+        "old_nll": Field("token_losses(...).nll of the same tokens before this step, without gradient", "losses")
+    }
     bounds: ClassVar = {"epsilon": dict(above=0, most=1)}
 
     def __init__(self, epsilon: float = 0.2, **options: Any) -> None:
@@ -33,15 +36,3 @@ class PSFTLoss(Objective):
     def token_loss(self, out: Statistics, old_nll: Tensor) -> Tensor:
         ratio = (old_nll - out.nll).clamp(max=20).exp()  # clipped anyway; exp must not overflow
         return -torch.minimum(ratio, ratio.clamp(1 - self.epsilon, 1 + self.epsilon))
-
-    @capturable
-    def forward(
-        self, hidden: Tensor, head: HeadLike, labels: Tensor, *, old_nll: Tensor | None = None, num_items: Any = None
-    ) -> Tensor:
-        if old_nll is None:
-            raise ValueError(
-                "PSFTLoss needs old_nll=: token_losses(...).nll of the same tokens before this step, without gradient"
-            )
-        tokens = self.prepare(hidden, head, labels)
-        old = tokens.select(old_nll, "old_nll").detach().to(tokens.problem.accumulator)
-        return self.reduce(tokens, num_items, old_nll=tokens.check(old, "old_nll", "losses"))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..tokens import Tokens
-from .base import integers
+from .arguments import integers
 
 
 def numbered(ids: Tensor) -> tuple[Tensor, int]:

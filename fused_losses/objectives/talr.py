@@ -13,7 +13,8 @@ from .. import compiled, shards
 from ..compiled import capturable
 from ..problem import Statistics
 from ..tokens import TracedTokens, loss_of_chunk
-from .base import HeadLike, Objective, item_count
+from .arguments import Field, item_count
+from .base import HeadLike, Objective
 from .sequences import numbered, sequence_numbers, sequences
 
 
@@ -35,6 +36,7 @@ class TALRLoss(Objective):
     implementation: the sum is divided by the number of tokens, never by Σw.
     """
 
+    fields: ClassVar = {"sequence_ids": Field("of packed sequences", optional=True)}
     bounds: ClassVar = {
         "temperature": dict(above=0, word="median", instead='"median" or a number > 0'),
         "floor": dict(least=0, most=1),
@@ -50,6 +52,11 @@ class TALRLoss(Objective):
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature!r}, floor={self.floor}"
+
+    @property
+    def by_sequence(self) -> bool:
+        """With a fixed τ it knows no sequences."""
+        return self.temperature == "median"
 
     def token_loss(self, out: Statistics, temperature: Tensor | None = None) -> Tensor:
         tau: Any = self.temperature if temperature is None else temperature
