@@ -221,9 +221,11 @@ class Call:
                     f"{name}: expected a number for each of the {alignment.shape[0]} rows, which are sequences, got "
                     f"{len(values)}; where rows hold several give sequence_ids, which index it"
                 )
-            aligned[name] = (
-                values if name in self.of_sequences and values.dim() < 2 else alignment.moved(values)[positions]
-            )
+            if name in self.of_sequences and values.dim() < 2:
+                aligned[name] = values
+            else:
+                several = name in self.takes and self.takes[name].several
+                aligned[name] = alignment.moved(values, several)[positions]
         return aligned
 
     def _in_layout(self, name: str, values: Any) -> Tensor:

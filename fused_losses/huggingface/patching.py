@@ -360,8 +360,8 @@ def _refuse_backward(value: Any, message: str) -> None:
 
 def known_fields() -> set[str]:
     """Of all objectives of this package: that a batch holds one which the loss does not take is a mistake."""
-    classes = (getattr(objectives, name) for name in objectives.__all__)
-    return {name for cls in classes if isinstance(cls, type) for name in cls.fields}
+    classes: list[Any] = [getattr(objectives, name) for name in objectives.__all__]
+    return {name for one in classes if isinstance(one, type) for name in getattr(one, "fields", {})}
 
 
 def _base_model(model: Any, compiled: bool = False) -> Any:
