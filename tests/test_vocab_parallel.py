@@ -19,7 +19,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from cases import Case, make, near_the_reference, relative
+from cases import Case, make, near_the_reference, relative, with_more
 from torch import Tensor
 
 import fused_losses as fl
@@ -29,7 +29,8 @@ D, V = 16, 123
 # Rows of each rank; where one has none or few, and where chunks of 96 MiB would differ.
 SIZES = {2: [(100, 23), (123, 0)], 4: [(40, 1, 0, 82), (31, 31, 31, 30)]}
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-OUTPUTS = ("nll", "kl", "entropy", "prediction", "reference_nll", "reference_entropy")
+OUTPUTS = ("nll", "kl", "entropy", "prediction", "reference_nll", "reference_entropy", "lse")
+MORE = ("logits_at", "divergence", "rank", "log_p2")
 
 TOKEN_CASES: dict[str, dict] = {
     "plain": dict(),
@@ -45,6 +46,11 @@ TOKEN_CASES: dict[str, dict] = {
     "own-everything": dict(reference="own", bias=True, scale=-1.7, softcap=4.0),
     "own-frozen-softcap": dict(reference="own", frozen=True, softcap=4.0),
     "ruled-out": dict(reference="shared", bias=True),
+    "more": dict(bias=True),
+    "more-frozen-softcap": dict(softcap=4.0, frozen=True),
+    "more-shared": dict(reference="shared", scale=0.7),
+    "more-own-softcap": dict(reference="own", softcap=4.0, bias=True),
+    "more-own-frozen-reverse": dict(reference="own", frozen=True),
 }  # fmt: skip
 OBJECTIVES = {
     "CrossEntropy": (fl.CrossEntropyLoss, None),
@@ -67,6 +73,8 @@ def token_case(name: str, sizes: tuple[int, ...]) -> Case:
     case.labels[5 : 5 + len(borders)] = borders
     # The label far behind another token, on another rank as well as on its own.
     case.hidden[20:24] = case.weight[[0, V // 3, V // 2, V - 1]] * 3
+    if name.startswith("more"):
+        case = with_more(case, beta=1.0 if name.endswith("reverse") else 0.3)
     if name == "ruled-out":  # as padding is, here also all rows of a rank
         case.bias[40:] = -torch.inf
         case.labels[case.labels >= 40] %= 40
@@ -94,11 +102,14 @@ def spread_inputs(case: Case, dtype: torch.dtype, sizes: tuple[int, ...]):
 def token_losses(case: Case, inputs, **options) -> dict[str, Tensor]:
     """Outputs and gradients, of two passes backward."""
     hidden, head, reference = inputs
-    out = fl.token_losses(hidden, head, case.labels, reference=reference, **options)
+    out = fl.token_losses(hidden, head, case.labels, reference=reference, **case.asked, **options)
     loss = (out.nll * case.nll_upstream.to(out.nll)).sum()
     if reference is not None:
         loss = loss + (out.kl * case.kl_upstream.to(out.kl)).sum()
-    found = {name: getattr(out, name).detach() for name in OUTPUTS if getattr(out, name) is not None}
+    for name, upstream in case.upstream.items():
+        loss = loss + (getattr(out, name) * upstream.to(out.nll)).sum()
+    names = (*OUTPUTS, *(MORE if case.asked else ()))
+    found = {name: getattr(out, name).detach() for name in names if getattr(out, name) is not None}
     assert out.gradient_report.mode == "exact"
     return found | gradients(loss, hidden, head)
 
@@ -129,6 +140,11 @@ def objective(name: str, case: Case, inputs, **options) -> dict[str, Tensor]:
 def objective_case(name: str, sizes: tuple[int, ...]) -> Case:
     reference = OBJECTIVES[name][1]
     return token_case({None: "bias", "own": "own", "shared": "shared-bias-scale"}[reference], sizes)
+
+
+def half_case(name: str) -> Case:
+    case = make(64, D, V, **TOKEN_CASES[name])
+    return with_more(case, beta=1.0 if name.endswith("reverse") else 0.3) if name.startswith("more") else case
 
 
 def all_ignored() -> Case:
@@ -322,7 +338,7 @@ def work(rank: int, world: int, folder: str) -> None:
     sizes = SIZES[world][0]
     for name in TOKEN_CASES:
         for dtype in ("bfloat16", "float16"):
-            case = make(64, D, V, **TOKEN_CASES[name])
+            case = half_case(name)
             found["half", name, dtype] = token_losses(case, spread_inputs(case, DTYPES[dtype], sizes))
     large = (4096 - 1000 * (world - 1),) + (1000,) * (world - 1)
     for reference in ("shared", "own"):
@@ -416,7 +432,7 @@ def truth_of(case: Case) -> dict[str, Tensor]:
 def assert_close(got: dict[str, Tensor], truth: dict[str, Tensor], tolerance: float) -> None:
     assert got.keys() == truth.keys()
     for name in truth:
-        assert relative(got[name], truth[name]) <= (0 if name == "prediction" else tolerance), name
+        assert relative(got[name], truth[name]) <= (0 if name in ("prediction", "rank") else tolerance), name
 
 
 @pytest.mark.parametrize("name", TOKEN_CASES)

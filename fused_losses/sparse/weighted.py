@@ -131,6 +131,8 @@ def single_rows(problem: Problem, backend: Backend, single: Single) -> Tensor:
     """Σ_j weights[t, j] · [weight, low_rank][ids[t, j]], [N, D + r] in fp32."""
     ids, weights = single
     count, k = ids.shape
+    if not len(problem.head.weight):  # a rank without rows
+        return weights.new_zeros(count, problem.head.width)
     offsets = torch.arange(count + 1, device=ids.device) * k
     segments = Segments(offsets, ids.reshape(-1).int(), weights.reshape(-1).contiguous())
     none = weights.new_zeros(count)

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from cases import HEADS, REFERENCES, coarse, errors, make, name
+from cases import HEADS, REFERENCES, coarse, errors, make, name, with_more
 from test_backend import WARNINGS, small_chunks  # noqa: F401
 
 from fused_losses import backends
@@ -31,6 +31,14 @@ def test_equals_the_oracle(head, reference, frozen, gradient):
     with coarse(1e-30, capacity=67):
         for output, error in errors(case, torch.float32, "cuda", gradient=gradient).items():
             assert error <= 1.5e-6, output  # measured 5e-7
+
+
+@pytest.mark.parametrize("gradient", ["exact", "sparse"])
+def test_single_logits(gradient):
+    case = with_more(make(12, 16, 67, reference="own", softcap=5.0), beta=None, entropy=False)
+    with coarse(1e-30, capacity=67):
+        for output, error in errors(case, torch.float32, "cuda", gradient=gradient).items():
+            assert error <= 1.5e-6, output
 
 
 @pytest.mark.parametrize("reference", REFERENCES, ids=name)
