@@ -26,7 +26,7 @@ from gpu_common import DRY, RESULTS, ROOT, build_kernels, facts, require_gpu, re
 KERNELS, LOSSES = "tests/gpu/test_gpu_kernels.py", "tests/gpu/test_gpu_losses.py"
 # Groups by what they compile, so that no two compile the same. Name: (file, -k).
 GROUPS = {
-    "rows of logits": (KERNELS, "row_statistics or logit_bits or directions or tail_profile"),
+    "rows of logits": (KERNELS, "statistics or logit_bits or directions or tail_profile"),
     "bits, products of entries": (KERNELS, "bits_to_columns or entry_logits or products"),
     "attention": (KERNELS, "attention"),
     "scan, float16": (KERNELS, "test_scan and not bfloat16"),

@@ -36,7 +36,9 @@ class Rows:
         z = self.z = finish(raw, self.scale, self.softcap)
         self.slope = 1 - (z / self.softcap) ** 2 if self.softcap else torch.ones_like(z)
         self.p, self.nll, self.entropy = z.softmax(1), oracle.nll(z, self.labels), oracle.entropy(z)
-        self.prediction = z.argmax(1)
+        self.prediction, self.rank = z.argmax(1), (z > z.gather(1, self.labels[:, None])).sum(1)
+        self.log_p2 = (2 * z.log_softmax(1)).logsumexp(1)
+        self.d_entropy = -self.p * (z.log_softmax(1) + self.entropy[:, None]) * self.slope
         self.one_hot = torch.zeros_like(z).scatter_(1, self.labels[:, None], 1)
         self.d_nll = (self.p - self.one_hot) * self.slope
         top, lse = z.amax(1), z.logsumexp(1)
@@ -54,6 +56,14 @@ class Rows:
                 Row.TOTALS_SHIFT: lse - self.ref_lse, Row.GAP: self.gap.sum(1), Row.GAP_L1: self.gap.abs().sum(1),
             }  # fmt: skip
         self.known = torch.stack([known.get(row, torch.zeros_like(top)) for row in Row])
+
+    def divergence(self, beta: float) -> tuple[Tensor, Tensor]:
+        """β KL(p_ref‖m) + (1 − β) KL(p‖m) [C], m = β p_ref + (1 − β) p, and its derivative by z before the soft-cap."""
+        log_p, log_r = self.z.log_softmax(1), self.r.log_softmax(1)
+        log_m = (beta * self.p_ref + (1 - beta) * self.p).log()
+        own = (self.p * (log_p - log_m)).sum(1, keepdim=True)
+        direction = (1 - beta) * self.p * (log_p - log_m - own) * self.slope
+        return beta * (self.p_ref * (log_r - log_m)).sum(1) + (1 - beta) * own[:, 0], direction
 
     def entries(self, threshold: float) -> Tensor:
         """[C, V] bool: what is kept, the label's included."""

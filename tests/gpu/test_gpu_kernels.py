@@ -207,6 +207,38 @@ def test_directions_in_place(shape, head, reference, dtype, weights, within):
 
 
 @every_case
+@every_dtype
+def test_extended_statistics_and_directions(shape, head, reference, dtype, within):
+    from fused_losses.backends.gpu import _as
+    from fused_losses.triton_kernels import rows as kernels
+
+    rows = of_float32_logits(world(shape, head, reference, torch.float32))
+    n, beta = len(rows.labels), 0.25
+    known, nll, entropy = rows.known.float().contiguous(), rows.nll.float(), rows.entropy.float()
+    log_p2, rank, extended = empty(n), torch.full((n,), -1, device=DEVICE), empty(len(kernels.Extended), n)
+    divergence = empty(n) if reference else None
+    kernels.extended_statistics(*logits_of(rows), beta, known, nll, log_p2, rank, divergence, extended)
+    # Of nearly equal logits, any.
+    close = ((rows.z - rows.z.gather(1, rows.labels[:, None])).abs() < 1e-5).sum(1) - 1
+    figures = {"log_p2": (against(log_p2, rows.log_p2, 1e-2), 1e-5)}
+    figures["rank"] = (((rank - rows.rank).abs() > close).sum().item(), 0)
+    g = torch.Generator().manual_seed(1)
+    weights = [torch.randn(n, generator=g).to(DEVICE) for _ in range(3)]
+    options, wanted = dict(entropy_weight=weights[1], entropy=entropy), [rows.d_nll, rows.d_entropy]
+    if reference:
+        truth, direction = rows.divergence(beta)
+        figures["divergence"] = (against(divergence, truth, 1e-2), 1e-5)
+        options |= dict(divergence_weight=weights[2], extended=extended, beta=beta)
+        wanted.append(direction)
+    z, r, *rest = logits_of(rows)
+    out = _as(z, dtype)
+    kernels.directions(z, r, *rest, known, nll, weights[0], None, out, None, **options)
+    total = sum(w.double()[:, None] * d for w, d in zip(weights, wanted, strict=False))
+    figures["direction"] = (relative(out, total), 1e-5 + 2 * ROUNDING[dtype])
+    within(**figures)
+
+
+@every_case
 def test_tail_profile(shape, head, reference, within):
     from fused_losses.kernels.triton import rows as kernels
 

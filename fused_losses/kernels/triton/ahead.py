@@ -27,7 +27,7 @@ HIDDEN = (576, 2048, 4096, 8192, 16384)
 
 POINTERS = {
     "labels_ptr": "*i64", "bits_ptr": "*i32", "columns_ptr": "*i32", "offsets_ptr": "*i64", "counts_ptr": "*i64",
-    "prediction_ptr": "*i64", "hot_ptr": "*i64", "hot_first_ptr": "*i64",
+    "prediction_ptr": "*i64", "hot_ptr": "*i64", "hot_first_ptr": "*i64", "rank_ptr": "*i64",
 }  # fmt: skip
 # Pointers to numbers of the operands' type; all others are to fp32.
 OPERANDS = (
@@ -40,7 +40,7 @@ OPERANDS = (
     "out_ptr",
     "kl_out_ptr",
 )
-FLOATS = ("scale", "softcap", "reference_scale", "reference_softcap", "base_scale")
+FLOATS = ("scale", "softcap", "reference_scale", "reference_softcap", "base_scale", "beta")
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,8 @@ def specimens() -> Iterator[Specimen]:
     capped = flags | dict(REFERENCE=True, SOFTCAP=True, REFERENCE_SOFTCAP=True)
     warps = rows.OPTIONS
     of_reference: tuple[str, ...] = ("r_ptr", "kl_ptr", "reference_nll_ptr", "reference_entropy_ptr")
+    of_entropy = ("entropy_weight_ptr", "entropy_ptr")
+    of_divergence = ("divergence_weight_ptr", "extended_ptr", "beta")
     for name, some, absent in (("", flags, of_reference), (", shared", both, ()), (", own, soft-cap", capped, ())):
         entropy = dict(ENTROPY=True, REFERENCE_ENTROPY=some["REFERENCE"])
         yield Specimen(
@@ -109,11 +111,26 @@ def specimens() -> Iterator[Specimen]:
         )
         no_r = () if some["REFERENCE"] else ("r_ptr",)
         yield Specimen("logit_bits" + name, rows.logit_bits_kernel, ARCHITECTURES, some, warps, no_r)
-        weights = dict(HAS_A=True, HAS_B=some["REFERENCE"], SEPARATE=False)
+        weights = dict(HAS_A=True, HAS_B=some["REFERENCE"], SEPARATE=False, HAS_ENTROPY=False, HAS_DIVERGENCE=False)
         none = ("kl_out_ptr", *no_r, *(() if some["REFERENCE"] else ("b_ptr",)))
-        yield Specimen("directions" + name, rows.directions_kernel, ARCHITECTURES, some | weights, warps, none)
-    separate = both | dict(HAS_A=True, HAS_B=False, SEPARATE=True)
-    yield Specimen("directions, separate", rows.directions_kernel, ARCHITECTURES, separate, warps, ("b_ptr",))
+        yield Specimen(
+            "directions" + name, rows.directions_kernel, ARCHITECTURES, some | weights, warps,
+            (*none, *of_entropy, *of_divergence),
+        )  # fmt: skip
+        block = dict(BLOCK=rows.DIVERGENCE_BLOCK if some["REFERENCE"] else rows.BLOCK)
+        more = weights | block | dict(HAS_ENTROPY=True, HAS_DIVERGENCE=some["REFERENCE"])
+        none = none if some["REFERENCE"] else (*none, *of_divergence)
+        yield Specimen(
+            f"directions{name}, extended", rows.directions_kernel, ARCHITECTURES, some | more, warps, none
+        )  # fmt: skip
+        asked = block | dict(LOG_P2=True, RANK=True, DIVERGENCE=some["REFERENCE"])
+        none = () if some["REFERENCE"] else ("r_ptr", "divergence_ptr", "extended_ptr", "beta")
+        yield Specimen(
+            "extended_statistics" + name, rows.extended_statistics_kernel, ARCHITECTURES, some | asked, warps, none
+        )
+    separate = both | dict(HAS_A=True, HAS_B=False, SEPARATE=True, HAS_ENTROPY=False, HAS_DIVERGENCE=False)
+    none = ("b_ptr", *of_entropy, *of_divergence)
+    yield Specimen("directions, separate", rows.directions_kernel, ARCHITECTURES, separate, warps, none)
     profile = dict(BLOCK=128, SOFTCAP=True)
     yield Specimen("tail_profile", rows.tail_profile_kernel, ARCHITECTURES, profile, dict(num_warps=4, **tiles.FUSED))
 

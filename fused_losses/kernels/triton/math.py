@@ -29,19 +29,37 @@ def log1p(x):
 
 
 @triton.jit
-def growth(x):
-    """eˣ − 1 − x, without cancellation; x above 60 counts as 60 so that it stays finite."""
+def growth_series(x):
+    """(eˣ − 1 − x) / (x² / 2) for |x| < 0.4."""
     series = 1.0 + x * (1 / 7)
     series = 1.0 + x * (1 / 6) * series
     series = 1.0 + x * (1 / 5) * series
     series = 1.0 + x * (1 / 4) * series
-    series = 1.0 + x * (1 / 3) * series
+    return 1.0 + x * (1 / 3) * series
+
+
+@triton.jit
+def growth(x):
+    """eˣ − 1 − x, without cancellation; x above 60 counts as 60 so that it stays finite."""
+    series = growth_series(x)
     return tl.where(tl.abs(x) < 0.4, 0.5 * x * x * series, tl.exp(tl.minimum(x, 60.0)) - 1.0 - x)
 
 
 @triton.jit
 def expm1(x):
     return growth(x) + x
+
+
+@triton.jit
+def shortfall_series(x):
+    """x − log(1 + x) for |x| < 0.4, without cancellation: log(1 + x) is 2 artanh(x / (2 + x))."""
+    s = x / (2.0 + x)
+    q = s * s
+    series = 1 / 9 + q * (1 / 11)
+    series = 1 / 7 + q * series
+    series = 1 / 5 + q * series
+    series = 1 / 3 + q * series
+    return s * (x - 2.0 * q * series)
 
 
 @triton.jit
