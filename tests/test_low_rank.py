@@ -277,7 +277,12 @@ def _batched(head):
 
 class Weighted(fl.Objective):
     def token_loss(self, out, a, b):
-        return a * out.nll if out.kl is None else a * out.nll + b * out.kl
+        loss = a * (out.nll - 0.3 * out.lse + out.logits_at.sum(-1))
+        return loss if out.kl is None else loss + b * out.kl
+
+    def forward(self, hidden, head, labels, *, reference, ids, a, b):
+        tokens = self.prepare(hidden, head, labels, reference, ids)
+        return self.reduce(tokens, 1, a=tokens.select(a, "a"), b=tokens.select(b, "b"))
 
 
 @pytest.mark.parametrize("reference", [None, "off", "copy"])
@@ -302,11 +307,13 @@ def test_sparse_gradients_with_exact_tokens_among_them(reference, frozen, summed
         if summed:
             loss = Weighted(gradient="sparse", backend=backend)
             a, b = (weights.float() for weights in mine.upstream)
-            got = mine.results(loss(hidden, head, labels, reference=ref, a=a, b=b, num_items=1))
+            got = mine.results(loss(hidden, head, labels, reference=ref, ids=ids_of(mine), a=a, b=b))
             report = loss.gradient_report
         else:
-            out = fl.token_losses(hidden, head, labels, reference=ref, gradient="sparse", backend=backend)
-            value = (out.nll * mine.upstream[0]).sum()
+            out = fl.token_losses(
+                hidden, head, labels, reference=ref, ids=ids_of(mine), gradient="sparse", backend=backend
+            )
+            value = ((out.nll - 0.3 * out.lse + out.logits_at.sum(-1)) * mine.upstream[0]).sum()
             if ref is not None:
                 value = value + (out.kl * mine.upstream[1]).sum()
             got, report = mine.results(value), out.gradient_report
@@ -406,8 +413,9 @@ def test_what_ignored_tokens_hold_reaches_no_gradient(form, traced):
             if tensor is not None and len(tensor) == N:
                 tensor[ignored] = torch.nan
     hidden, head, labels, reference = mine.arguments()
-    out = (compiled if traced else fl.token_losses)(hidden, head, labels, reference=reference)
-    value = (out.nll * mine.upstream[0] + out.kl * mine.upstream[1])[~ignored].sum()
+    out = (compiled if traced else fl.token_losses)(hidden, head, labels, reference=reference, ids=ids_of(mine))
+    single = out.nll - 0.3 * out.lse + out.logits_at.sum(-1)
+    value = (single * mine.upstream[0] + out.kl * mine.upstream[1])[~ignored].sum()
     for key, gradient in mine.results(value).items():
         assert relative(gradient, expected[key]) < 1e-10, key
 

@@ -73,9 +73,9 @@ class Gpu:
     # --- exact ---------------------------------------------------------------------------------------------------------
 
     def statistics(self, problem: Problem, keep_rows: bool = False) -> tuple[Statistics, Rows]:
-        """1 GEMM, 2 with a reference; with `keep_rows` 1 and 2 more for ∂nll/∂x and ∂kl/∂x."""
+        """1 GEMM, 2 with a reference; with `keep_rows` one more for each of ∂nll/∂x, ∂kl/∂x, ..."""
         _check(problem)
-        if not _has_kernels(problem):
+        if problem.accumulator != torch.float32:
             return chunked.statistics(problem, keep_rows)
         out = empty_statistics(problem)
         if not keep_rows:
@@ -87,10 +87,18 @@ class Gpu:
             return out, Rows()
         rows = empty_rows(problem, len(problem.labels))
         scale, dtype = problem.head.logit_scale, problem.dtype
-        for chunk, known in self._logit_chunks(problem, out):
-            nll, z, r = out.nll[chunk.tokens], _as(chunk.z, dtype), None if chunk.r is None else _as(chunk.r, dtype)
-            one = torch.ones_like(nll)
-            row_kernels.directions(*_logits(problem, chunk), known, nll, one, None, z, r)  # type: ignore[call-arg]
+        for chunk, known, extended in self._logit_chunks(problem, out):
+            here, logits = out.at(chunk.tokens), _logits(problem, chunk)
+            one = torch.ones_like(here.nll)
+            for name in ("entropy", "divergence"):
+                kept = getattr(rows, name)
+                if kept is not None:
+                    other = torch.empty(chunk.z.shape, dtype=dtype, device=one.device)
+                    more = _more(problem, here, extended, Upstream(**{name: one}))
+                    row_kernels.directions(*logits, known, here.nll, None, None, other, None, **more)  # type: ignore
+                    kept[chunk.tokens] = _times_head(other, chunk).mul_(scale)
+            z, r = _as(chunk.z, dtype), None if chunk.r is None else _as(chunk.r, dtype)
+            row_kernels.directions(*logits, known, here.nll, one, None, z, r)  # type: ignore[call-arg]
             rows.nll[chunk.tokens] = _times_head(z, chunk).mul_(scale)
             if r is not None:
                 rows.kl[chunk.tokens] = _times_head(r, chunk).mul_(scale)
@@ -99,7 +107,7 @@ class Gpu:
     def gradients(self, problem: Problem, upstream: UpstreamOf, needs: Needs) -> tuple[Statistics, Gradients]:
         """Statistics and Σ_t a_t ∂nll_t + b_t ∂kl_t: 3 GEMMs, 2 where one gradient is not wanted, one more with a reference."""
         _check(problem)
-        if not _has_kernels(problem):
+        if problem.accumulator != torch.float32:
             return chunked.gradients(problem, upstream, needs)
         out, total = empty_statistics(problem), empty_gradients(problem, needs)
         self._sweep(problem, out, upstream, total)
@@ -107,7 +115,7 @@ class Gpu:
 
     def _sweep(self, problem: Problem, out: Statistics, upstream_of: UpstreamOf, total: Gradients) -> None:
         dtype, scale = problem.dtype, problem.head.logit_scale
-        for chunk, known in self._logit_chunks(problem, out):
+        for chunk, known, extended in self._logit_chunks(problem, out):
             tokens = chunk.tokens
             here = out.at(tokens)
             upstream = upstream_of(here, tokens)
@@ -119,7 +127,8 @@ class Gpu:
             if dtype == torch.float16:
                 upstream, factor = _without_common_power(upstream)
             a, b = upstream.softmax, upstream.kl
-            if a is None and b is None:
+            more = _more(problem, here, extended, upstream)
+            if a is None and b is None and not more:
                 a = torch.zeros_like(here.nll)
             weights = [None if w is None else w.contiguous() for w in (a, b)]
             single = upstream.lse is not None or upstream.logits_at is not None
@@ -127,7 +136,7 @@ class Gpu:
             # add may cancel against p, so it is added before that.
             wide = total.bias is not None or single
             direction = chunk.z if wide else _as(chunk.z, dtype)
-            row_kernels.directions(*_logits(problem, chunk), known, here.nll, *weights, direction, None)  # type: ignore[call-arg]
+            row_kernels.directions(*_logits(problem, chunk), known, here.nll, *weights, direction, None, **more)  # type: ignore[call-arg]
             if single:
                 chunks.add_picked_(direction, problem.part(tokens), here, upstream)
             if total.bias is not None:
@@ -141,8 +150,11 @@ class Gpu:
             if total.low_rank is not None:
                 chunks.add_product(total.low_rank, direction.t(), chunk.low_rank_rows, factor)
 
-    def _logit_chunks(self, problem: Problem, out: Statistics) -> Iterator[tuple[chunks.Chunk, Tensor]]:
-        """Chunks with raw logits in their buffers, statistics filled in, and what else is known of their tokens, [9, C]."""
+    def _logit_chunks(
+        self, problem: Problem, out: Statistics
+    ) -> Iterator[tuple[chunks.Chunk, Tensor, Tensor | None]]:  # fmt: skip
+        """Chunks with raw logits in their buffers, statistics filled in, and what else is known of their tokens: [9, C], and what
+        the divergence's direction needs."""
         for chunk in chunks.logit_chunks(problem, narrow=False, budget=LOGIT_BYTES):
             here = out.at(chunk.tokens)
             known = torch.empty(len(Row), len(chunk.z), dtype=torch.float32, device=chunk.z.device)
@@ -153,7 +165,15 @@ class Gpu:
                 here.reference_nll, here.reference_entropy, known,
             )  # fmt: skip
             torch.add(known[Row.TOP], known[Row.LOG_SUM], out=here.lse)
-            yield chunk, known
+            extended = None
+            if here.divergence is not None:
+                extended = torch.empty(len(row_kernels.Extended), len(chunk.z), dtype=torch.float32, device=z.device)
+            if here.rank is not None or here.log_p2 is not None or extended is not None:
+                row_kernels.extended_statistics(  # type: ignore[call-arg]
+                    z, r, difference, labels, *scales, problem.beta or 0.0, known, here.nll, here.log_p2, here.rank,
+                    here.divergence, extended,
+                )  # fmt: skip
+            yield chunk, known, extended
 
     # --- sparse --------------------------------------------------------------------------------------------------------
 
@@ -194,7 +214,7 @@ class Gpu:
         self, problem: Problem, out: Statistics, threshold: float
     ) -> Iterator[tuple[Span, Tensor, Tensor]]:
         words = -(-problem.head.vocabulary // row_kernels.BLOCK) * (row_kernels.BLOCK // 32)
-        for chunk, known in self._logit_chunks(problem, out):
+        for chunk, known, _ in self._logit_chunks(problem, out):
             z, r, difference, _, *scales = _logits(problem, chunk)
             lse = known[Row.TOP] + known[Row.LOG_SUM]
             wrong = -torch.expm1(-out.nll[chunk.tokens])
@@ -379,15 +399,19 @@ def _of_products(problem: Problem, chunk: chunks.Chunk, out: Statistics) -> None
         ids = problem.ids[chunk.tokens]
         out.logits_at.copy_(_finished(problem, chunk, lambda products: chunks.picked(products, ids)))
         out.logits_at.masked_fill_(ids < 0, 0)
-    if out.topk_entropy is None and out.rank is None and out.log_p2 is None:
-        return
-    z = _finished(problem, chunk, lambda products: products)
     if out.topk_entropy is not None:
+        z = _finished(problem, chunk, lambda products: products)
         out.topk_entropy.copy_(chunks.entropy_of(z.topk(min(problem.top_k, z.shape[1]), dim=1).values))
-    if out.rank is not None:
-        out.rank.copy_(chunks.rank_of(z, z.gather(1, problem.labels[chunk.tokens, None])))
-    if out.log_p2 is not None:
-        out.log_p2.copy_(z.log_softmax(1).mul_(2).logsumexp(1))
+
+
+def _more(problem: Problem, out: Statistics, extended: Tensor | None, upstream: Upstream) -> dict[str, Any]:
+    """What `directions` takes besides nll and kl."""
+    more: dict[str, Any] = {}
+    if upstream.entropy is not None:
+        more |= {"entropy_weight": upstream.entropy.contiguous(), "entropy": out.entropy}
+    if upstream.divergence is not None:
+        more |= {"divergence_weight": upstream.divergence.contiguous(), "extended": extended, "beta": problem.beta}
+    return more
 
 
 def _finished(problem: Problem, chunk: chunks.Chunk, take: Callable[[Tensor], Tensor]) -> Tensor:
@@ -404,10 +428,6 @@ def _without_common_power(upstream: Upstream) -> tuple[Upstream, float]:
     largest = torch.where(largest.isfinite(), largest, 1)
     exponent = max(-100, min(100, int(torch.frexp(largest).exponent)))
     return upstream.each(lambda w: w * 2.0**-exponent), 2.0**exponent
-
-
-def _has_kernels(problem: Problem) -> bool:
-    return problem.accumulator == torch.float32 and not problem.has_dense_directions
 
 
 def _check(problem: Problem) -> None:

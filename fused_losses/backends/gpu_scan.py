@@ -264,7 +264,8 @@ def choose_tile(problem: Problem) -> tiles.Scan | None:
     """The row of the table for a call; None: chunks of logits instead."""
     own, head = problem.reference_head, problem.head
     capped = head.softcap is not None or (own is not None and own.softcap is not None)
-    if problem.wanted & {"topk_entropy", "rank", "log_p2"} or (problem.has_reference and capped):
+    more = problem.wanted & {"topk_entropy", "rank", "log_p2"} or problem.beta is not None
+    if more or (problem.has_reference and capped):
         return None
     if INTERPRETED:
         return INTERPRETED_TILE

@@ -209,8 +209,9 @@ def test_directions_in_place(shape, head, reference, dtype, weights, within):
 @every_case
 @every_dtype
 def test_extended_statistics_and_directions(shape, head, reference, dtype, within):
-    from fused_losses.backends.gpu import _as
     from fused_losses.triton_kernels import rows as kernels
+
+    from fused_losses.backends.gpu import _as
 
     rows = of_float32_logits(world(shape, head, reference, torch.float32))
     n, beta = len(rows.labels), 0.25

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fused_losses import reference as oracle
 from fused_losses.backends.gpu import _as
-from fused_losses.kernels import Row
-from fused_losses.triton_kernels import rows as kernels
+from fused_losses.kernels.schemas import Row
+from fused_losses.kernels.triton import rows as kernels
 
 pytestmark = WARNINGS
 
