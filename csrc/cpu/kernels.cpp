@@ -16,7 +16,8 @@
 #include <immintrin.h>
 #endif
 
-#define FL_TABLE(name) {name, compact, tail_profile, rows_product, columns_product, weighted_sum}
+#define FL_TABLE(name) \
+  {name, compact, tail_profile, exact_statistics, exact_directions, rows_product, columns_product, weighted_sum}
 
 #if FL_X86
 #pragma GCC push_options
@@ -25,6 +26,7 @@ namespace fused_losses::avx512 {
 #define LANES 16
 #include "vector.inc"
 #include "rows.inc"
+#include "exact.inc"
 #include "products.inc"
 #undef LANES
 static const Kernels table = FL_TABLE("AVX-512");
@@ -37,6 +39,7 @@ namespace fused_losses::avx2 {
 #define LANES 8
 #include "vector.inc"
 #include "rows.inc"
+#include "exact.inc"
 #include "products.inc"
 #undef LANES
 static const Kernels table = FL_TABLE("AVX2");
@@ -48,6 +51,7 @@ namespace fused_losses::baseline {
 #define LANES 4
 #include "vector.inc"
 #include "rows.inc"
+#include "exact.inc"
 #include "products.inc"
 #undef LANES
 static const Kernels table = FL_TABLE("128-bit SIMD");

@@ -34,6 +34,21 @@ struct RowEntries {
   float *nll, *kl;          // [N, capacity] ∂nll/∂z and ∂kl/∂z there
 };
 
+// Statistics of the exact mode, [N] each; null where not wanted. Those of the reference need r, `divergence` also beta.
+struct ExactResults {
+  float* nll;
+  int64_t* prediction;
+  float *lse, *kl, *entropy, *reference_nll, *reference_entropy, *log_p2;
+  int64_t* rank;
+  float *divergence, *rows;  // rows: [7, stride], what the directions need; see fused_losses/kernels.py
+  int64_t stride;
+};
+
+// Factors of the directions, [N] each; null: 0.
+struct ExactWeights {
+  const float *nll, *kl, *entropy, *divergence, *label;
+};
+
 struct Sparse {
   int64_t rows, columns_count, hidden;
   const int64_t* offsets;   // [rows + 1]
@@ -49,6 +64,9 @@ struct Kernels {
   void (*compact)(const Chunk&, const RowResults&, const RowEntries&, int64_t begin, int64_t end);
   void (*tail_profile)(const Chunk&, const float* bound, const float* reference_bound, const float* log_sum,
                        const int64_t* rows, int64_t row_count, float* profile, int64_t begin, int64_t end);
+  void (*exact_statistics)(const Chunk&, double beta, const ExactResults&, int64_t begin, int64_t end);
+  void (*exact_directions)(const Chunk&, double beta, const float* nll, const float* rows, int64_t stride,
+                           const ExactWeights&, float* out, int64_t begin, int64_t end);
   // out[t] = Σ values · matrix[column] + scale[t] · vector, for rows [begin, end)
   void (*rows_product)(const Sparse&, const void* matrix, Element, const float* scale, const float* vector, void* out,
                        Element out_element, int64_t begin, int64_t end);

@@ -98,6 +98,33 @@ void tail_profile_op(const Tensor& z, const std::optional<Tensor>& r, bool diffe
   });
 }
 
+void exact_statistics_op(const Tensor& z, const std::optional<Tensor>& r, bool difference, const Tensor& labels,
+                         double beta, Tensor nll, Tensor prediction, Tensor lse, std::optional<Tensor> kl,
+                         std::optional<Tensor> entropy, std::optional<Tensor> reference_nll,
+                         std::optional<Tensor> reference_entropy, std::optional<Tensor> log_p2,
+                         std::optional<Tensor> rank, std::optional<Tensor> divergence, Tensor rows) {
+  const Chunk chunk = chunk_of(z, r, difference, labels, 0);
+  const ExactResults results = {
+      data<float>(nll), data<int64_t>(prediction), data<float>(lse), data<float>(kl), data<float>(entropy),
+      data<float>(reference_nll), data<float>(reference_entropy), data<float>(log_p2), data<int64_t>(rank),
+      data<float>(divergence), data<float>(rows), rows.size(1)};
+  parallel(z.size(0), [&](int64_t begin, int64_t end) { kernels().exact_statistics(chunk, beta, results, begin, end); });
+}
+
+void exact_directions_op(const Tensor& z, const std::optional<Tensor>& r, bool difference, const Tensor& labels,
+                         double softcap, double beta, const Tensor& nll, const Tensor& rows,
+                         const std::optional<Tensor>& nll_weight, const std::optional<Tensor>& kl_weight,
+                         const std::optional<Tensor>& entropy_weight, const std::optional<Tensor>& divergence_weight,
+                         const std::optional<Tensor>& label_weight, Tensor out) {
+  const Chunk chunk = chunk_of(z, r, difference, labels, softcap);
+  const ExactWeights weights = {data<float>(nll_weight), data<float>(kl_weight), data<float>(entropy_weight),
+                                data<float>(divergence_weight), data<float>(label_weight)};
+  parallel(z.size(0), [&](int64_t begin, int64_t end) {
+    kernels().exact_directions(chunk, beta, data<float>(nll), data<float>(rows), rows.size(1), weights,
+                               data<float>(out), begin, end);
+  });
+}
+
 Sparse sparse_of(const Tensor& offsets, const Tensor& columns, const Tensor& values, int64_t columns_count, int64_t D) {
   return {offsets.size(0) - 1, columns_count, D, data<int64_t>(offsets), data<int32_t>(columns), data<float>(values)};
 }
@@ -156,7 +183,7 @@ void weighted_sum_op(const Tensor& matrix, const Tensor& scale, Tensor out) {
   }
 }
 
-int64_t interface_op() { return 1; }  // INTERFACE of fused_losses/kernels/schemas.py
+int64_t interface_op() { return 2; }  // INTERFACE of fused_losses/kernels/schemas.py
 
 std::string simd_op() { return kernels().name; }
 
@@ -167,6 +194,8 @@ STABLE_TORCH_LIBRARY_IMPL(fused_losses, CPU, m) {
   m.impl("compact", TORCH_BOX(&compact_op));
   m.impl("pack", TORCH_BOX(&pack_op));
   m.impl("tail_profile", TORCH_BOX(&tail_profile_op));
+  m.impl("exact_statistics", TORCH_BOX(&exact_statistics_op));
+  m.impl("exact_directions", TORCH_BOX(&exact_directions_op));
   m.impl("rows_product", TORCH_BOX(&rows_product_op));
   m.impl("columns_product", TORCH_BOX(&columns_product_op));
   m.impl("weighted_sum", TORCH_BOX(&weighted_sum_op));

@@ -22,6 +22,22 @@ NOT_BUILT = "not built"
 BOUND, REFERENCE_BOUND, LOG_SUM, TAIL, NLL_L1, KL_TAIL, KL_TAIL_L1, KL_L1 = range(8)
 
 
+class ExactRow(enum.IntEnum):
+    """The rows of the tensor `rows` [7, N] of `exact_statistics`: what `exact_directions` needs besides the nll. Here
+    and in csrc/cpu/exact.inc. What needs a reference, the entropy or the divergence is not written without it.
+
+    log p[v] = (z[v] − TOP) − LOG_SUM, log p_ref likewise.
+    """
+
+    TOP = 0
+    LOG_SUM = 1
+    REF_TOP = 2
+    REF_LOG_SUM = 3
+    SHIFT = 4  # log p − log p_ref is z − SHIFT with `difference`, else (z − TOP) − (r − REF_TOP) − SHIFT
+    ENTROPY = 5
+    MIXTURE_KL = 6  # KL(p‖m), m = beta · p_ref + (1 − beta) · p
+
+
 class Row(enum.IntEnum):
     """The rows of the tensor `rows` [9, N] of the GPU's kernels: what is known of a token besides its statistics. Here and in
     csrc/cuda/kernels.h.
@@ -56,6 +72,17 @@ SCHEMAS = (
     # profile += Σ over the tokens `which` of what is not an entry
     "tail_profile(Tensor z, Tensor? r, bool difference, Tensor labels, float softcap, Tensor rows, Tensor which, "
     "Tensor(a!) profile) -> ()",
+    # Statistics of the exact mode; z, r and `difference` as above. What is None is not wanted. beta, of the divergence:
+    # m = beta · p_ref + (1 − beta) · p, in (0, 1]. lse = log Σ exp z, log_p2 = log Σ p², rank: logits above the label's
+    "exact_statistics(Tensor z, Tensor? r, bool difference, Tensor labels, float beta, Tensor(a!) nll, "
+    "Tensor(b!) prediction, Tensor(c!) lse, Tensor(d!)? kl, Tensor(e!)? entropy, Tensor(f!)? reference_nll, "
+    "Tensor(g!)? reference_entropy, Tensor(h!)? log_p2, Tensor(i!)? rank, Tensor(j!)? divergence, "
+    "Tensor(k!) rows) -> ()",
+    # out[t, v] = Σ of weight[t] · ∂/∂z[t, v] of nll, kl, entropy and divergence; label_weight is of z[label]. None: 0.
+    # out may be z or r. `rows` are of exact_statistics with the same beta
+    "exact_directions(Tensor z, Tensor? r, bool difference, Tensor labels, float softcap, float beta, Tensor nll, "
+    "Tensor rows, Tensor? nll_weight, Tensor? kl_weight, Tensor? entropy_weight, Tensor? divergence_weight, "
+    "Tensor? label_weight, Tensor(a!) out) -> ()",
     # out[t] = Σ_j values[j] · matrix[columns[j]] + scale[t] · vector, j over row t
     "rows_product(Tensor offsets, Tensor columns, Tensor values, Tensor matrix, Tensor scale, Tensor vector, "
     "Tensor(a!) out) -> ()",
@@ -68,7 +95,7 @@ SCHEMAS = (
     "interface() -> int",
 )
 # Raised with every change of a schema or of what its arguments mean, here and in csrc/cpu/ops.cpp.
-INTERFACE = 1
+INTERFACE = 2
 
 # The rows of `kept` [4, N] of `attention`: Σ p·slope over entries but the label's; over all entries Σ gap·slope, Σ |gap·slope|, and
 # the last with TOTALS_SHIFT in place of SHIFT. gap = p − p_ref.
