@@ -263,6 +263,21 @@ def test_tokens_ruled_out_by_a_bias(whose, beta):
         assert direction_error(chunk, found, names, beta, least=0.01) < 4e-5
 
 
+def test_rank_of_the_smallest_logit_there_is():
+    """What stands in for ids beyond the end of the row does not count."""
+    chunk = make("none", 123, 1.0)
+    chunk.z.scatter_(1, chunk.labels[:, None], torch.finfo(torch.float32).min)
+    assert statistics(chunk)["rank"].tolist() == [122] * 6
+
+
+@every_kind
+def test_no_tokens(kind):
+    chunk = make(kind, 123, 1.0, tokens=6)
+    chunk = Chunk(chunk.z[:0], None if chunk.r is None else chunk.r[:0], chunk.difference, chunk.labels[:0])
+    known = statistics(chunk)
+    assert directions(chunk, known, some_weights(chunk, "nll", "entropy")).shape == (0, 123)
+
+
 @every_kind
 def test_an_infinite_logit_makes_its_row_nan(kind):
     """And no other; also where the weights are zero, as 0 · NaN is NaN."""
