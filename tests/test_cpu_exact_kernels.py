@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_losses import kernels, reference
+from fused_losses import reference
+from fused_losses.kernels import schemas
 
-pytestmark = pytest.mark.skipif(kernels.load() is not None, reason="the kernels are not built")
+pytestmark = pytest.mark.skipif(schemas.load() is not None, reason="the kernels are not built")
 ops = torch.ops.fused_losses
 
 REFERENCES = ("none", "separate", "difference")
@@ -61,7 +62,7 @@ def statistics(chunk: Chunk, beta: float = 0.5, wanted: tuple[str, ...] = WITH_R
     out = {name: torch.empty(tokens, dtype=torch.int64 if name == "rank" else torch.float32) for name in wanted}
     out |= {name: torch.empty(tokens) for name in ("nll", "lse") if name not in out}
     out["prediction"] = torch.empty(tokens, dtype=torch.int64)
-    out["rows"] = torch.full((len(kernels.ExactRow), tokens), torch.nan)
+    out["rows"] = torch.full((len(schemas.ExactRow), tokens), torch.nan)
     names = (
         "nll",
         "prediction",
@@ -409,14 +410,14 @@ def test_same_numbers_whatever_the_number_of_threads():
 def test_names_of_rows_and_interface_are_those_of_the_sources():
     sources = Path(__file__).parents[1] / "csrc" / "cpu"
     names = re.search(r"struct ExactRow {\s*float ([^;]*);", (sources / "exact.inc").read_text())[1]
-    assert names.upper().split(", ") == [row.name for row in kernels.ExactRow]
-    assert f"interface_op() {{ return {kernels.INTERFACE}; }}" in (sources / "ops.cpp").read_text()
+    assert names.upper().split(", ") == [row.name for row in schemas.ExactRow]
+    assert f"interface_op() {{ return {schemas.INTERFACE}; }}" in (sources / "ops.cpp").read_text()
 
 
 SIMD = """
 import sys, pytest, torch
-from fused_losses import kernels
-assert kernels.load() is None and torch.ops.fused_losses.simd() == sys.argv[1]
+from fused_losses.kernels import schemas
+assert schemas.load() is None and torch.ops.fused_losses.simd() == sys.argv[1]
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", "not instruction_sets", sys.argv[2]]))
 """
 

@@ -390,9 +390,9 @@ def test_autocast_computes_in_its_dtype_and_keeps_float32_gradients():
         assert 1e-6 < relative(got[key], expected) < 0.012, key  # measured 0.0049
 
 
-def compiled(hidden, head, labels, reference):
+def compiled(hidden, head, labels, **asked):
     call = torch.compile(fl.token_losses, fullgraph=True, backend="aot_eager", dynamic=True)
-    return call(hidden, head, labels, reference=reference)
+    return call(hidden, head, labels, **asked)
 
 
 IN_A_GRAPH = [pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")]

@@ -119,16 +119,17 @@ class Chunk:
             product.addmm_(direction[:, columns], weight[columns].to(direction.dtype))
         return product
 
-    def add_outer(self, total: Tensor, direction: Tensor, row_weight: Tensor) -> None:
+    def add_outer(self, total: Tensor, direction: Tensor, row_weight: Tensor | None) -> None:
         """total += (row_weight · direction)ᵀ hidden, total in fp32. The weights go to the smaller factor."""
         if self.rounds and total.is_cuda:
             narrow = self._narrow(direction)
             for columns in slices(len(total), COLUMNS):
                 product = torch.mm(narrow[:, columns].t(), self.hidden, out_dtype=total.dtype)
-                total[columns] += product.mul_(row_weight[0])
+                total[columns] += product if row_weight is None else product.mul_(row_weight[0])
         else:
             # Also for bf16 on a CPU: its product would be rounded once per chunk.
-            total.addmm_(direction.t(), self.hidden.to(total.dtype) * row_weight)
+            hidden = self.hidden.to(total.dtype)
+            total.addmm_(direction.t(), hidden if row_weight is None else hidden * row_weight)
 
     def _narrow(self, direction: Tensor) -> Tensor:
         if self.half is None:
@@ -138,6 +139,7 @@ class Chunk:
 
 def logit_chunks(
     problem: Problem, product: Product | None = None, *, narrow: bool, extra: int = 0, budget: int | None = None,
+    separate: bool = True,
 ) -> Iterator[Chunk]:  # fmt: skip
     """Chunks of tokens with z = x Wᵀ + u Bᵀ + b in their buffers, and r that of the reference; neither scaled nor capped.
 
@@ -145,7 +147,8 @@ def logit_chunks(
     has digits that bf16 has not: then z and r, both fp32, are nearer the truth than the product of a rounded difference. Where
     two of its numbers lie within a factor of two of each other, theirs has none. `product` replaces the plain matrix products
     with W; that with B is fp32, on CUDA of operands of their dtype. `narrow`: a buffer for rounded operands of further products
-    is wanted. `extra`: bytes per token that the caller adds to the chunk. `budget`: bytes of a chunk, where not CHUNK_BYTES.
+    is wanted, and if `separate` one for each direction. `extra`: bytes per token that the caller adds to the chunk. `budget`:
+    bytes of a chunk, where not CHUNK_BYTES.
     """
     count, columns = len(problem.labels), len(problem.head.weight)
     if count == 0:
@@ -167,14 +170,15 @@ def logit_chunks(
     halves = dtype == torch.bfloat16 and device.type == "cpu" and not problem.has_reference
     round_logits = halves and product is None
 
-    others = narrow * (problem.entropy_gradient + (problem.beta is not None))
+    separate &= narrow
+    others = separate * (problem.entropy_gradient + (problem.beta is not None))
     numbers = acc.itemsize * (1 + problem.has_reference + others) + 2 * (dtype != acc and narrow)
     per_token = head.most_rows * numbers + extra
     size = _balanced(count, max(1, (budget or CHUNK_BYTES) // per_token))
     z_buffer = torch.empty(size, columns, dtype=acc, device=device)
     r_buffer = torch.empty_like(z_buffer) if problem.has_reference else None
-    entropy_buffer = torch.empty_like(z_buffer) if narrow and problem.entropy_gradient else None
-    divergence_buffer = torch.empty_like(z_buffer) if narrow and problem.beta is not None else None
+    entropy_buffer = torch.empty_like(z_buffer) if separate and problem.entropy_gradient else None
+    divergence_buffer = torch.empty_like(z_buffer) if separate and problem.beta is not None else None
     half = torch.empty(size, columns, dtype=dtype, device=device) if round_logits or (halves and narrow) else None
     multiply = project if product is None else product
 

@@ -5,6 +5,7 @@ and compaction in three passes over a row in cache, and the two sparse products.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from ..kernels import schemas
 from ..problem import Entries, Gradients, Needs, Problem, Rows, Segments, Selection, Statistics, Tails, Upstream
 from . import chunks
 from . import torch as chunked
-from .chunks import Chunk, Product, Stage, empty_gradients, empty_statistics
+from .chunks import Chunk, Product, Stage, empty_gradients, empty_rows, empty_statistics
 from .torch import SAMPLED_TOKENS, UpstreamOf
 
 __all__ = [
@@ -25,11 +26,93 @@ HALF_OR_SINGLE = (torch.float32, torch.bfloat16)
 
 
 def statistics(problem: Problem, keep_rows: bool = False) -> tuple[Statistics, Rows]:
-    return chunked.statistics(problem, keep_rows, product(problem))
+    """1 GEMM, 2 with a reference; with `keep_rows` one more for each of ∂nll/∂x, ∂kl/∂x, ..."""
+    if problem.accumulator != torch.float32:
+        return chunked.statistics(problem, keep_rows)
+    out = empty_statistics(problem)
+    rows = empty_rows(problem, len(problem.labels)) if keep_rows else Rows()
+    several = sum(kept is not None for kept in rows.tensors()) > 1
+    for chunk in _exact_chunks(problem, narrow=keep_rows, extra=4 * problem.head.vocabulary * several):
+        here = out.at(chunk.tokens)
+        known = _exact_statistics(problem, chunk, here)
+        if keep_rows:
+            _keep_rows(problem, chunk, here, known, rows, chunk.tokens)
+    return out, rows
 
 
 def gradients(problem: Problem, upstream: UpstreamOf, needs: Needs) -> tuple[Statistics, Gradients]:
-    return chunked.gradients(problem, upstream, needs, product(problem))
+    """Statistics and Σ_t a_t ∂nll_t + b_t ∂kl_t + ...: 3 GEMMs, 2 where one gradient is not wanted, one more with a reference."""
+    if problem.accumulator != torch.float32:
+        return chunked.gradients(problem, upstream, needs)
+    out, total = empty_statistics(problem), empty_gradients(problem, needs)
+    for chunk in _exact_chunks(problem, narrow=True):
+        here = out.at(chunk.tokens)
+        known = _exact_statistics(problem, chunk, here)
+        _add(problem, chunk, here, known, upstream(here, chunk.tokens), total)
+    return out, total
+
+
+def _exact_chunks(problem: Problem, narrow: bool, extra: int = 0) -> Iterator[Chunk]:
+    return chunks.logit_chunks(problem, product(problem), narrow=narrow, extra=extra, separate=False)
+
+
+def _exact_statistics(problem: Problem, chunk: Chunk, out: Statistics) -> Tensor:
+    """Fills `out` from a chunk of products, of which logits are made; returns what their directions need, [7, C]."""
+    if chunk.stage is Stage.PRODUCTS:
+        finish(problem, chunk)
+    chunks.more_statistics(problem, chunk, replace(out, rank=None, log_p2=None))
+    known = torch.empty(len(schemas.ExactRow), len(chunk.z), dtype=torch.float32)
+    torch.ops.fused_losses.exact_statistics(
+        chunk.z, chunk.r, chunks.keeps_difference(problem, chunk), problem.labels[chunk.tokens].contiguous(),
+        problem.beta or 0.0, out.nll, out.prediction, out.lse, out.kl, out.entropy, out.reference_nll,
+        out.reference_entropy, out.log_p2, out.rank, out.divergence, known,
+    )  # fmt: skip
+    return known
+
+
+def _direction(
+    problem: Problem, chunk: Chunk, out: Statistics, known: Tensor, upstream: Upstream, target: Tensor
+) -> Tensor:  # fmt: skip
+    """The weighted sum of the directions, in `target`, which may be the chunk's z."""
+    weights = (upstream.softmax, upstream.kl, upstream.entropy, upstream.divergence, upstream.lse)
+    torch.ops.fused_losses.exact_directions(
+        chunk.z, chunk.r, chunks.keeps_difference(problem, chunk), problem.labels[chunk.tokens].contiguous(),
+        problem.head.softcap or 0.0, problem.beta or 0.0, out.nll, known,
+        *(None if w is None else w.contiguous() for w in weights), target,
+    )  # fmt: skip
+    if upstream.logits_at is not None:
+        chunks.add_picked_(target, problem.part(chunk.tokens), out, Upstream(logits_at=upstream.logits_at))
+    return target
+
+
+def _add(
+    problem: Problem, chunk: Chunk, out: Statistics, known: Tensor, upstream: Upstream, total: Gradients
+) -> None:  # fmt: skip
+    if upstream.is_zero:
+        if total.hidden is not None:
+            total.hidden[chunk.tokens] = 0
+        return
+    scale = problem.head.logit_scale
+    upstream = upstream.each(lambda w: (w * scale).float())
+    direction = _direction(problem, chunk, out, known, upstream, chunk.z)
+    chunk.enter(Stage.DIRECTIONS, Stage.LOGITS)
+    chunked.add_direction(problem, chunk, direction, None, total)
+
+
+def _keep_rows(problem: Problem, chunk: Chunk, out: Statistics, known: Tensor, rows: Rows, at: slice) -> None:
+    """∂nll/∂x, ∂kl/∂x, ... of a chunk of logits; the last direction is made in their place."""
+    one = torch.full_like(out.nll, problem.head.logit_scale)
+    kept = [(name, getattr(rows, name)) for name in ("entropy", "divergence", "kl", "nll")]
+    other = None
+    for name, part in kept:
+        if part is None:
+            continue
+        if name != "nll" and other is None:
+            other = torch.empty_like(chunk.z)
+        target = chunk.z if name == "nll" else other
+        direction = _direction(problem, chunk, out, known, Upstream(**{name: one}), target)
+        part[at] = chunk.times_weight(direction, exact=True)
+    chunk.enter(Stage.SPENT, Stage.LOGITS)
 
 
 def product(problem: Problem) -> Product | None:
@@ -102,21 +185,19 @@ def finish(problem: Problem, chunk: Chunk) -> None:
 
 
 def dense_rows(problem: Problem, chunk: Chunk) -> Rows:
-    _directions(problem, chunk)
-    return chunked.dense_rows(problem, chunk)
+    if problem.accumulator != torch.float32:
+        return chunked.dense_rows(problem, chunk)
+    rows, again = empty_rows(problem, len(chunk.z)), empty_statistics(problem.part(chunk.tokens).for_gradients())
+    _keep_rows(problem, chunk, again, _exact_statistics(problem, chunk, again), rows, slice(None))
+    return rows
 
 
 def add_dense(problem: Problem, chunk: Chunk, out: Statistics, upstream: Upstream, total: Gradients) -> None:
-    _directions(problem, chunk)
-    chunked.add_dense(problem, chunk, out, upstream, total)
-
-
-def _directions(problem: Problem, chunk: Chunk) -> None:
-    """Turn the logits of a chunk from `scan` into directions; its statistics are known, so these are dropped."""
     if problem.accumulator != torch.float32:
+        chunked.add_dense(problem, chunk, out, upstream, total)
         return
-    known = empty_statistics(problem.part(chunk.tokens).for_gradients())
-    chunks.row_passes(problem, known, chunk, directions=True)
+    again = empty_statistics(problem.part(chunk.tokens).for_gradients())  # only `known` is not there
+    _add(problem, chunk, again, _exact_statistics(problem, chunk, again), upstream, total)
 
 
 def rows_product(segments: Segments, matrix: Tensor, scale: Tensor, vector: Tensor, dtype: torch.dtype) -> Tensor:

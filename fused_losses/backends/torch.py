@@ -97,8 +97,27 @@ def add_chunk(problem: Problem, chunk: Chunk, out: Statistics, upstream: Upstrea
         if total.hidden is not None:
             total.hidden[chunk.tokens] = 0
         return
-    direction, row_weight = _combined(problem, chunk, out, upstream)
+    add_direction(problem, chunk, *_combined(problem, chunk, out, upstream), total)
+
+
+def add_direction(
+    problem: Problem, chunk: Chunk, direction: Tensor, row_weight: Tensor | None, total: Gradients
+) -> None:  # fmt: skip
+    """The products of row_weight · direction with the head's weight and with the hidden states; it is used up.
+
+    `row_weight` None: ones; then nothing is left to multiply that would reach beyond the range of a rounded operand.
+    """
     chunk.enter(Stage.SPENT, Stage.DIRECTIONS)
+    if row_weight is None:
+        if total.bias is not None:
+            total.bias += direction.sum(0)
+        if total.hidden is not None:
+            total.hidden[chunk.tokens] = chunk.times_weight(direction)
+        if total.weight is not None:
+            chunk.add_outer(total.weight, direction, None)
+        if total.low_rank is not None:
+            total.low_rank.addmm_(direction.t(), chunk.low_rank_rows.to(direction.dtype))
+        return
     if total.bias is not None:
         total.bias.addmv_(direction.t(), row_weight)
     if chunk.rounds:
