@@ -26,7 +26,8 @@ TokenLoss = Callable[[Statistics, slice], Tensor]
 
 
 def _first_order(backward: Callable) -> Callable:
-    """Refuse `create_graph=True`; `once_differentiable` would treat the gradient as a constant where the upstream is one."""
+    """Refuse `create_graph=True`; `once_differentiable` would treat the gradient as a constant where the upstream is
+    one."""
 
     @functools.wraps(backward)
     def call(ctx, *upstream):
@@ -47,7 +48,8 @@ def _first_order(backward: Callable) -> Callable:
 
 
 class TokenLossesFunction(torch.autograd.Function):
-    """The statistics of tokens, of which nll, kl and others are differentiable, for upstream gradients that nobody knows yet.
+    """The statistics of tokens, of which nll, kl and others are differentiable, for upstream gradients that nobody
+    knows yet.
 
     A trainable head: forward keeps the inputs, backward sweeps over the tokens again (4 GEMMs in all, 6 with a
     reference). A frozen head: forward keeps the rows ∂nll/∂x, ∂kl/∂x, ... (2 and 4 GEMMs in all), backward is
@@ -129,8 +131,8 @@ class SummedLossFunction(torch.autograd.Function):
 class SparseTokenLossesFunction(torch.autograd.Function):
     """`TokenLossesFunction` with sparse-plus-rank-one gradients: 1 GEMM in all, 2 with a reference.
 
-    Forward keeps the entries, which need no upstream gradients. With a frozen head, chunks that look too flat for that keep
-    the rows ∂nll/∂x and ∂kl/∂x while their logits are at hand.
+    Forward keeps the entries, which need no upstream gradients. With a frozen head, chunks that look too flat for that
+    keep the rows ∂nll/∂x and ∂kl/∂x while their logits are at hand.
     """
 
     @staticmethod

@@ -1,9 +1,9 @@
 """The per-token losses as operators, opaque to `torch.compile`, for callers that shall become one graph.
 
-A graph has tensors of sizes it knows, but the losses work on the tokens with a label, whose number it does not know. So the
-operators take all tokens, drop the ignored ones inside, and return vectors over all tokens. What is kept for backward
-besides the inputs has a size that depends on the data (entries of the sparse softmax): all of it goes into one tensor of
-bytes. Inside run the same autograd functions as in eager mode, with `Context` in the place of autograd's ctx.
+A graph has tensors of sizes it knows, but the losses work on the tokens with a label, whose number it does not know. So
+the operators take all tokens, drop the ignored ones inside, and return vectors over all tokens. What is kept for
+backward besides the inputs has a size that depends on the data (entries of the sparse softmax): all of it goes into one
+tensor of bytes. Inside run the same autograd functions as in eager mode, with `Context` in the place of autograd's ctx.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ class Call(NamedTuple):
 
     @property
     def keeps_rows(self) -> bool:
-        """Whether forward keeps the rows ∂nll/∂x, ∂kl/∂x, ...; then backward needs no hidden states, nor the reference."""
+        """Whether forward keeps the rows ∂nll/∂x, ∂kl/∂x, ...; then backward needs no hidden states, nor the
+        reference."""
         return self.tolerance is None and self.needs[0] and not any(self.needs[1:])
 
     def problem(self) -> Problem:
@@ -124,15 +125,16 @@ def captures() -> bool:
     return shapes is not None and shapes.allow_dynamic_output_shape_ops
 
 
-# What torch.compiler.assume_constant_result does, which would import the compiler: the tracer calls it, and keeps the answer.
+# What torch.compiler.assume_constant_result does, which would import the compiler: the tracer calls it and keeps the
+# answer.
 captures._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def capturable(function: F) -> F:
     """Under `torch.compile` the call becomes part of a graph that may have tensors of unknown sizes (`fullgraph=True`).
 
-    Elsewhere it is a graph break and runs as it is, for objectives with a GEMM less. So is a call with a `process_group`, of
-    the objective or of a head, whose ranks talk to each other. Costs nothing at import.
+    Elsewhere it is a graph break and runs as it is, for objectives with a GEMM less. So is a call with a
+    `process_group`, of the objective or of a head, whose ranks talk to each other. Costs nothing at import.
     """
 
     @functools.wraps(function)
@@ -196,7 +198,8 @@ _numbers = itertools.count(1)
 
 
 def handle(objective: Any) -> Tensor | None:
-    """What stands for the objective in a graph: a tensor, as graphs are specialised on numbers. None for one made in a graph."""
+    """What stands for the objective in a graph: a tensor, as graphs are specialised on numbers. None for one made in a
+    graph."""
     if torch.compiler.is_compiling():
         return None
     number = next(_numbers)
@@ -227,8 +230,8 @@ DTYPES = (
 
 
 def pack(tensors: list[Tensor | None], device: torch.device, numbers: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Tensors of up to two dimensions one after the other, as bytes, and the layout, on the CPU: a row (dtype, dimensions,
-    sizes) for each, in the last how many there are and two numbers more. The list is emptied.
+    """Tensors of up to two dimensions one after the other, as bytes, and the layout, on the CPU: a row (dtype,
+    dimensions, sizes) for each, in the last how many there are and two numbers more. The list is emptied.
     """
     assert len(tensors) < SLOTS
     rows = [(-1, 0, 0, 0)] * SLOTS

@@ -15,25 +15,28 @@ FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LowRank:
-    """The low-rank part of a head, LoRA's: adds ``u @ b.T`` to ``hidden @ weight.T``, with ``u = hidden @ a.T`` or given rows.
+    """The low-rank part of a head, LoRA's: adds ``u @ b.T`` to ``hidden @ weight.T``, with ``u = hidden @ a.T`` or
+    given rows.
 
-    Whatever LoRA scales with is folded into `a`, `b` or `rows` by the caller; of several adapters the columns stand side by
-    side, ``b = cat([b1, b2], 1)`` and `a` or `rows` likewise. Gradients flow to `b` and to `a` or `rows`, where these require
-    them, with no [V, D] gradient of a frozen weight.
+    Whatever LoRA scales with is folded into `a`, `b` or `rows` by the caller; of several adapters the columns stand
+    side by side, ``b = cat([b1, b2], 1)`` and `a` or `rows` likewise. Gradients flow to `b` and to `a` or `rows`, where
+    these require them, with no [V, D] gradient of a frozen weight.
 
     Args:
         b: [V, r].
         a: [r, D]; u is computed in its dtype. Or instead
         rows: u [..., r], leading shape as hidden's, for what `a` alone cannot say: PEFT's dropout before it.
 
-    The dtypes are float64, all with a float64 head, or any of float32, bfloat16 and float16. u is rounded to hidden's dtype,
-    but beside a reference with an adapter of its own on the same weight; there a wider u makes [N, D + r] copies in its dtype.
+    The dtypes are float64, all with a float64 head, or any of float32, bfloat16 and float16. u is rounded to hidden's
+    dtype, but beside a reference with an adapter of its own on the same weight; there a wider u makes [N, D + r] copies
+    in its dtype.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
 
-    Cost: 2·N·V·r FLOP for each of the logits, u and b, and [V, r] sums in fp32. No [V, D] copy of the weight, but in the GPU
-    kernels of sparse mode and of calls without gradients, which take [W, B] in one, V·(D + r) numbers for the call.
+    Cost: 2·N·V·r FLOP for each of the logits, u and b, and [V, r] sums in fp32. No [V, D] copy of the weight, but in
+    the GPU kernels of sparse mode and of calls without gradients, which take [W, B] in one, V·(D + r) numbers for the
+    call.
     """
 
     b: Tensor
@@ -102,18 +105,18 @@ class LMHead:
     Weight and bias may be DTensors on a mesh of one dimension: with Shard(0) that is a `process_group`, the mesh's;
     with Replicate this rank's copy is the head.
 
-    **Spread over ranks** (tensor parallelism). All ranks call, with the same hidden states, labels (global ids), options and
-    upstream gradients; what can be compared cheaply is, and a difference raises on all. Results are those of the whole
-    vocabulary, the same on all ranks to the bit. Each rank gets the gradient of its own rows and the whole gradient of
-    the hidden states. Gradients are exact, and the work is done in PyTorch operations (`backend` "auto" or "torch").
-    A reference head of its own must be spread in the same way.
+    **Spread over ranks** (tensor parallelism). All ranks call, with the same hidden states, labels (global ids),
+    options and upstream gradients; what can be compared cheaply is, and a difference raises on all. Results are those
+    of the whole vocabulary, the same on all ranks to the bit. Each rank gets the gradient of its own rows and the whole
+    gradient of the hidden states. Gradients are exact, and the work is done in PyTorch operations (`backend` "auto" or
+    "torch"). A reference head of its own must be spread in the same way.
 
     Communication: per call 8 integers are gathered; per sweep over the tokens and chunk of these one all-gather of 4
     numbers per token and rank (fp32; entropy 1 more, top-k entropy k more, a reference 4, its entropy 1 more), so a
-    chunk of 96 MiB of this rank's logits waits once; and one all-reduce of the [N, D] gradient of hidden in fp32 (a frozen
-    head under `token_losses`: in forward, with a reference 2). Objectives whose weights depend on single tokens sweep
-    once, a trainable head under `token_losses` twice. Logits never travel. GEMMs: as exact gradients of one rank have,
-    each of V / ranks columns.
+    chunk of 96 MiB of this rank's logits waits once; and one all-reduce of the [N, D] gradient of hidden in fp32 (a
+    frozen head under `token_losses`: in forward, with a reference 2). Objectives whose weights depend on single tokens
+    sweep once, a trainable head under `token_losses` twice. Logits never travel. GEMMs: as exact gradients of one rank
+    have, each of V / ranks columns.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -160,7 +163,8 @@ class LMHead:
         if self.low_rank is not None:
             if self.process_group is not None or shards.is_dtensor(self.weight):
                 raise ValueError(
-                    "low_rank: LoRA on a head whose vocabulary is spread over ranks is not supported; leave one of the two"
+                    "low_rank: LoRA on a head whose vocabulary is spread over ranks is not supported; leave one of "
+                    "the two"
                 )
             _check_low_rank(self.low_rank, self.weight)
 
@@ -176,8 +180,8 @@ class LMHead:
         group = shards.group_of(weight, "head weight")
         if bias is not None and shards.group_of(bias, "head bias") is not group:
             raise TypeError(
-                f"head bias: expected the mesh and placements of the weight, {weight.device_mesh} {weight.placements}, got "
-                f"{bias.device_mesh} {bias.placements}; distribute both alike"
+                f"head bias: expected the mesh and placements of the weight, {weight.device_mesh} {weight.placements}, "
+                f"got {bias.device_mesh} {bias.placements}; distribute both alike"
             )
         if self.process_group is not None:
             raise TypeError(
@@ -215,7 +219,8 @@ class LMHead:
         return self.weight.shape[0]
 
     def is_same(self, other: LMHead) -> bool:
-        """Whether both heads, low-rank parts aside, map equal hidden states to equal logits because they are the same tensors."""
+        """Whether both heads, low-rank parts aside, map equal hidden states to equal logits because they are the same
+        tensors."""
         return (
             _same_tensor(self.weight, other.weight)
             and (self.bias is other.bias or (self.bias is not None and other.bias is not None
@@ -237,8 +242,8 @@ class Reference:
             is the case of LoRA and of every fine-tuning with a frozen head. With the same head the difference
             of both logits is computed as ``(hidden − reference.hidden) @ weight.T``, so rounding that is common
             to both cancels. None leaves a low-rank part of the trained head out: the adapter is off. An `LMHead` of the
-            same weight with a low-rank part of its own is another adapter, such as a frozen copy; the difference is then
-            computed in the same way.
+            same weight with a low-rank part of its own is another adapter, such as a frozen copy; the difference is
+            then computed in the same way.
     """
 
     hidden: Tensor
@@ -284,8 +289,8 @@ def as_head(head: object, name: str = "head") -> LMHead:
     if isinstance(head, nn.Linear):
         what += " with a forward or hooks of its own"
     remedy = (
-        "what it does besides weight and bias would be dropped silently: merge an adapter first, take the active module "
-        "out of a wrapper, or give fused_losses.LMHead(weight, bias, logit_scale, softcap)"
+        "what it does besides weight and bias would be dropped silently: merge an adapter first, take the active "
+        "module out of a wrapper, or give fused_losses.LMHead(weight, bias, logit_scale, softcap)"
         if isinstance(head, nn.Module)
         else "give fused_losses.LMHead(weight, bias, logit_scale, softcap)"
     )
@@ -318,7 +323,8 @@ def check_weight(weight: object, name: str, spread: bool = False) -> None:
         raise ValueError(f"{name}: expected shape [V, D] with V, D ≥ 1, got {list(weight.shape)}{sharded}")
     if weight.dtype not in FLOATING:
         raise TypeError(
-            f"{name}: expected one of {_names(FLOATING)}, got {weight.dtype}; a quantised head must be dequantised first"
+            f"{name}: expected one of {_names(FLOATING)}, got {weight.dtype}; a quantised head must be dequantised "
+            "first"
         )
 
 

@@ -27,9 +27,9 @@ class TokenLosses:
     """What `token_losses` returns; every field has the shape of `labels`, `logits_at` [..., k].
 
     `nll`, `kl`, `lse`, `logits_at`, `divergence` and, if asked for, `entropy` are differentiable. Where a label is
-    ignored all fields are 0, `prediction` and `rank` are −1. Statistics are float32 (float64 for float64 input), in nats.
-    Without a reference `kl`, `reference_nll` and `reference_entropy` are None; without `ids` `logits_at` is, without
-    `beta` `divergence`. `gradient_report` says how gradients are formed, and after backward with which bound.
+    ignored all fields are 0, `prediction` and `rank` are −1. Statistics are float32 (float64 for float64 input), in
+    nats. Without a reference `kl`, `reference_nll` and `reference_entropy` are None; without `ids` `logits_at` is,
+    without `beta` `divergence`. `gradient_report` says how gradients are formed, and after backward with which bound.
 
     `rank`, `log_p2` and `topk_entropy` take a pass of their own over the logits. Named in `wanted=` they come with the
     others; else they are computed when first read, by another forward product, without a gradient.
@@ -53,7 +53,7 @@ class TokenLosses:
             raise AttributeError(f"{type(self).__name__} has no {name}")
         if later is None:
             raise MissingAttribute(
-                f"out.{name}: was not asked for, and cannot be computed afterwards in a compiled graph or of a copy; call "
+                f"out.{name}: was not asked for, and in a compiled graph or of a copy it cannot be computed later; call "
                 f'token_losses(..., wanted={{"{name}"}})'
             )
         value = later(name)
@@ -83,7 +83,8 @@ def token_losses(
 ) -> TokenLosses:
     """Per-token losses of a language-model head, without ever holding [tokens × vocabulary] logits.
 
-    With z = softcap(logit_scale · (hidden Wᵀ + bias)) / temperature, p = softmax(z) and p_ref likewise of the reference::
+    With z = softcap(logit_scale · (hidden Wᵀ + bias)) / temperature, p = softmax(z) and p_ref likewise of the
+    reference::
 
         lse[t] = logsumexp(z[t])                                      differentiable
         nll[t] = lse[t] − z[t, labels[t]]                             differentiable
@@ -95,9 +96,10 @@ def token_losses(
         prediction[t] = argmax z[t];  reference_nll, reference_entropy: nll and entropy of p_ref
         rank[t]: how many logits are larger than the label's;  log_p2[t] = log Σ p²
 
-    and ∂/∂z = (a + b + l) p − a onehot(label) − b p_ref for the upstream gradients a of nll, b of kl and l of lse, which
-    may differ from token to token and may have either sign. Gradients flow to hidden, weight and bias, where these
-    require them, and to a low-rank part of the head (`LowRank`), which adds u Bᵀ to the product; never to the reference.
+    and ∂/∂z = (a + b + l) p − a onehot(label) − b p_ref for the upstream gradients a of nll, b of kl and l of lse,
+    which may differ from token to token and may have either sign. Gradients flow to hidden, weight and bias, where
+    these require them, and to a low-rank part of the head (`LowRank`), which adds u Bᵀ to the product; never to the
+    reference.
 
     Args:
         hidden: [..., D] float64, float32, bfloat16 or float16, of the dtype of the weight (under autocast both
@@ -114,19 +116,19 @@ def token_losses(
             same pass.
         ignore_index: tokens with this label are removed before any work.
         gradient: "exact"; "sparse": sparse-plus-rank-one softmax with a certified error (`sparse.softmax`), values are
-            those of "exact"; "auto": sparse where the products are of bfloat16 or float16 (autocast included) and V ≥ 8192,
-            else exact. Gradients of the entropy, and of a divergence with β > 0, have no sparse form: calls that ask for
-            them are exact, as the report says.
-        tolerance: of sparse gradients: bound on ‖error‖₁ / ‖gradient‖₁ of the gradient of the logits, all tokens and the
-            caller's upstream weights together, in (0, 1). Tokens that would break it get exact gradients. Ignored for
-            exact gradients. Raising it above the default saves neither memory nor time.
-            `out.gradient_report` has the bound that was reached. The default was measured to give relative L2
-            errors of 0.2 to 0.7 % for the gradients of nll (docs/method.md).
-        backend: "auto", "triton" or "cuda" (kernels for GPUs), "cpu" (compiled kernels), "torch" (chunked, any device), or
-            "reference" (full logits; exact; for checks on small inputs). `fused-losses info` says what "auto" takes.
+            those of "exact"; "auto": sparse where the products are of bfloat16 or float16 (autocast included) and V ≥
+            8192, else exact. Gradients of the entropy, and of a divergence with β > 0, have no sparse form: calls that
+            ask for them are exact, as the report says.
+        tolerance: of sparse gradients: bound on ‖error‖₁ / ‖gradient‖₁ of the gradient of the logits, all tokens and
+            the caller's upstream weights together, in (0, 1). Tokens that would break it get exact gradients. Ignored
+            for exact gradients. Raising it above the default saves neither memory nor time. `out.gradient_report` has
+            the bound that was reached. The default was measured to give relative L2 errors of 0.2 to 0.7 % for the
+            gradients of nll (docs/method.md).
+        backend: "auto", "triton" or "cuda" (kernels for GPUs), "cpu" (compiled kernels), "torch" (chunked, any device),
+            or "reference" (full logits; exact; for checks on small inputs). `fused-losses info` says what "auto" takes.
 
-    A head spread over the ranks of a process group (`LMHead`) takes "exact" or "auto", which is exact there, and "torch" or
-    "auto".
+    A head spread over the ranks of a process group (`LMHead`) takes "exact" or "auto", which is exact there, and
+    "torch" or "auto".
 
     Returns:
         `TokenLosses`.
@@ -134,17 +136,18 @@ def token_losses(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came, before any work.
 
-    Cost in GEMMs of 2·N·D·V FLOP, forward and backward together. Sparse: 1, with a reference 2, and 2 sparse products. Exact: 4
-    (frozen head: 2); with a reference 6 (4). The objectives of this package need one fewer where their weights depend
-    on single tokens only. Tokens with exact gradients in sparse mode cost as much as in exact mode. A frozen head with a trained
-    low-rank part: exact 3, with a reference 5. lse and logits_at add a gather of N·k rows of the head. With a frozen head the
-    gradient of the entropy and of the divergence cost one each.
+    Cost in GEMMs of 2·N·D·V FLOP, forward and backward together. Sparse: 1, with a reference 2, and 2 sparse products.
+    Exact: 4 (frozen head: 2); with a reference 6 (4). The objectives of this package need one fewer where their weights
+    depend on single tokens only. Tokens with exact gradients in sparse mode cost as much as in exact mode. A frozen
+    head with a trained low-rank part: exact 3, with a reference 5. lse and logits_at add a gather of N·k rows of the
+    head. With a frozen head the gradient of the entropy and of the divergence cost one each.
     Memory: 96 MiB of chunk buffers; sparse: 8 bytes per entry, of which there are 50 to 300 per
     token of ordinary text; exact: the gradients in fp32, and with a frozen head [N, D] rows per differentiable loss.
 
-    `torch.compile(fullgraph=True)`: the call is part of the graph, with the same numbers; the number of tokens may change, a
-    new logit_scale, softcap, temperature, beta or tolerance compiles anew. The report has mode and tolerance only. Labels and
-    ids out of range are reported when the graph runs. Without fullgraph the call is a graph break and runs eagerly.
+    `torch.compile(fullgraph=True)`: the call is part of the graph, with the same numbers; the number of tokens may
+    change, a new logit_scale, softcap, temperature, beta or tolerance compiles anew. The report has mode and tolerance
+    only. Labels and ids out of range are reported when the graph runs. Without fullgraph the call is a graph break and
+    runs eagerly.
 
     Source: chunked cross-entropy with the gradient taken chunk by chunk is known from Liger Kernel and
     others; the per-token form with upstream vectors, and the difference form of the KL, are this package's. beta and

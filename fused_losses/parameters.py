@@ -52,8 +52,8 @@ def l2_to_initial(model: nn.Module, initial: nn.Module | State) -> Tensor:
 def wise_ft(initial: nn.Module | State, tuned: nn.Module | State, alpha: float) -> dict[str, Tensor]:
     """(1 − alpha)·θ₀ + alpha·θ, a new state dict for `load_state_dict`.
 
-    Floating tensors are mixed in float32 (float64 stays) and returned in the dtype and on the device of `tuned`; integer
-    buffers are taken from `tuned`. alpha = 0 is the initial model, 1 the tuned one. Source: arXiv 2109.01903.
+    Floating tensors are mixed in float32 (float64 stays) and returned in the dtype and on the device of `tuned`;
+    integer buffers are taken from `tuned`. alpha = 0 is the initial model, 1 the tuned one. Source: arXiv 2109.01903.
 
     Raises:
         ValueError: alpha outside [0, 1], or keys or shapes that differ.

@@ -1,4 +1,5 @@
-"""From the arguments of a call to its `Tokens`: validate, drop ignored tokens, join low-rank parts, choose dtype and backend."""
+"""From the arguments of a call to its `Tokens`: validate, drop ignored tokens, join low-rank parts, choose dtype and
+backend."""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ H = TypeVar("H", LMHead, "Reference | None")
 
 
 def at_temperature(head: H, temperature: float) -> H:
-    """The same head, or reference, with its logits divided: softcap · tanh(scale x / softcap) / T is of the same form."""
+    """The same head, or reference, with its logits divided: softcap · tanh(scale x / softcap) / T is of the same
+    form."""
     if isinstance(head, Reference):
         own = head.head
         return head if own is None else Reference(head.hidden, at_temperature(own, temperature))  # type: ignore
@@ -170,9 +172,9 @@ def _with_low_rank(
 ) -> tuple[list[Tensor | None], Tensor | None]:
     """Rows [x, u] and [x_ref, u_ref], and B. `shared`: the reference's low-rank part where it is on the same W.
 
-    Another B_ref than B there gives [B, B_ref − B], with [u, 0] and [u_ref, u_ref]: then what the difference form multiplies is
-    small where the two adapters nearly agree. Of other ranks: [B, B_ref], with [u, 0] and [0, u_ref]. u is rounded to the
-    dtype of x, but not where u − u_ref may cancel.
+    Another B_ref than B there gives [B, B_ref − B], with [u, 0] and [u_ref, u_ref]: then what the difference form
+    multiplies is small where the two adapters nearly agree. Of other ranks: [B, B_ref], with [u, 0] and [0, u_ref]. u
+    is rounded to the dtype of x, but not where u − u_ref may cancel.
     """
     x, x_ref = rows
     if u is not None:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .shards import Shard
 
-# Statistics of a token. The first are always there (kl and reference_nll with a reference); the others are computed where
-# they are wanted: "entropy_gradient" is "entropy" with a gradient, "divergence" comes with `beta`.
+# Statistics of a token. GIVEN are always there (kl and reference_nll with a reference), OPTIONAL where they are wanted,
+# logits_at with ids, divergence with beta.
 GIVEN = ("nll", "lse", "prediction", "kl", "reference_nll")
 OPTIONAL = ("entropy", "reference_entropy", "topk_entropy", "rank", "log_p2")
 DIFFERENTIABLE = ("nll", "kl", "lse", "logits_at", "entropy", "divergence")

@@ -1,4 +1,5 @@
-"""A vocabulary spread over the ranks of a process group: who holds which rows, and whether all ranks mean the same call."""
+"""A vocabulary spread over the ranks of a process group: who holds which rows, and whether all ranks mean the same
+call."""
 
 from __future__ import annotations
 
@@ -89,9 +90,9 @@ def group_of(tensor: Any, name: str) -> Any:
     if mesh.ndim == 1 and type(placements[0]).__name__ == "Shard" and placements[0].dim == 0 and ranks == sorted(ranks):
         return mesh.get_group()
     raise TypeError(
-        f"{name}: is a DTensor with placements {tuple(placements)} on a mesh of shape {list(mesh.shape)}, of which this "
-        "rank holds one shard, and only Shard(0) or Replicate on a mesh of one dimension are taken; call inside the "
-        "head's own forward, where it is gathered, or give the full local tensor"
+        f"{name}: is a DTensor with placements {tuple(placements)} on a mesh of shape {list(mesh.shape)}, of which "
+        "this rank holds one shard, and only Shard(0) or Replicate on a mesh of one dimension are taken; call inside "
+        "the head's own forward, where it is gathered, or give the full local tensor"
     )
 
 
@@ -122,9 +123,10 @@ def agreement(
         if len(set(values)) > 1:
             shown = "" if what == "labels" else f", by rank: {values}"
             raise ValueError(
-                f"process_group: expected the same hidden states, labels and arguments on all {len(everyone)} ranks, got "
-                f"different {what}{shown}; the group is that of tensor parallelism, whose ranks hold rows of the head for "
-                "the same tokens. Where ranks have tokens of their own (data parallelism, FSDP) gather the weight first"
+                f"process_group: expected the same hidden states, labels and arguments on all {len(everyone)} ranks, "
+                f"got different {what}{shown}; the group is that of tensor parallelism, whose ranks hold rows of the "
+                "head for the same tokens. Where ranks have tokens of their own (data parallelism, FSDP) gather the "
+                "weight first"
             )
     if sizes != reference_sizes:
         raise ValueError(

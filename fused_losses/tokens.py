@@ -1,4 +1,5 @@
-"""The valid tokens of one call, what is computed of them, and what an objective's `token_loss` is given and may return."""
+"""The valid tokens of one call, what is computed of them, and what an objective's `token_loss` is given and may
+return."""
 
 from __future__ import annotations
 
@@ -18,10 +19,11 @@ from .sparse.certificate import GradientReport
 
 
 class Observer:
-    """Per-token statistics of an objective's pass, for whoever reports more than its loss; no gradient, no further pass.
+    """Per-token statistics of an objective's pass, for whoever reports more than its loss; no gradient, no further
+    pass.
 
-    After the call `nll`, `prediction` and, where wanted, `entropy` have the shape of its labels; 0, for predictions −1, where a
-    label is ignored.
+    After the call `nll`, `prediction` and, where wanted, `entropy` have the shape of its labels; 0, for predictions −1,
+    where a label is ignored.
     """
 
     def __init__(self, wanted: frozenset[str] = frozenset()) -> None:
@@ -184,10 +186,12 @@ class Tokens:
 
 @dataclass(frozen=True)
 class TracedTokens(Tokens):
-    """The tokens of a call in a graph, T rows with the ignored ones: which are valid is in the mask, and known when it runs.
+    """The tokens of a call in a graph, T rows with the ignored ones: which are valid is in the mask, and known when it
+    runs.
 
-    What `Tokens` has [N] of is [T] here, with 0 at ignored tokens, and `count` is a tensor. `summed` takes the losses per token
-    from the operator and adds them up, so exact gradients cost one GEMM more than in eager mode, or two with a reference.
+    What `Tokens` has [N] of is [T] here, with 0 at ignored tokens, and `count` is a tensor. `summed` takes the losses
+    per token from the operator and adds them up, so exact gradients cost one GEMM more than in eager mode, or two with
+    a reference.
     """
 
     valid: Tensor  # [T] bool
@@ -301,7 +305,7 @@ class TokenStatistics:
 
 # Statistics that depend on more than a name in `wanted`.
 REMEDIES = {
-    "logits_at": "is there where ids= are given: token_losses(..., ids=ids), or self.prepare(..., ids=ids) of an objective",
+    "logits_at": "is there where ids are given: token_losses(..., ids=ids), or self.prepare(..., ids=ids) of an objective",
     "divergence": "is there where beta is given: token_losses(..., beta=0.5), or the class attribute beta = 0.5 of an "
     "objective; the call needs reference=fused_losses.Reference(hidden states) too",
 }
@@ -343,8 +347,8 @@ def loss_of_chunk(
             if result is None:
                 what += " (out.kl and the reference's statistics are None unless the call has reference=)"
             raise ValueError(
-                f"token_loss: expected one float per token, shape {list(out.nll.shape)} as out.nll, got {what}; sums and "
-                "means over tokens are taken afterwards"
+                f"token_loss: expected one float per token, shape {list(out.nll.shape)} as out.nll, got {what}; sums "
+                "and means over tokens are taken afterwards"
             )
         if out.nll.requires_grad and torch.is_grad_enabled():
             _check_gradient(result, out)

@@ -43,8 +43,8 @@ class Options:
         bound = checks.number(tolerance)
         if bound is None or not 0 < bound < 1:
             raise ValueError(
-                f"tolerance: expected a number above 0 and below 1 (the default is {TOLERANCE}), got {tolerance!r}; for "
-                "exact gradients give gradient='exact'"
+                f"tolerance: expected a number above 0 and below 1 (the default is {TOLERANCE}), got {tolerance!r}; "
+                "for exact gradients give gradient='exact'"
             )
         if backend != "auto" and backend not in backends.NAMES:
             raise ValueError(f"backend: expected one of auto, {', '.join(backends.NAMES)}, got {backend!r}")
@@ -60,8 +60,8 @@ def check_temperature(temperature: Any) -> float:
     number = checks.number(temperature)
     if number is None or not 0 < number < math.inf:
         raise ValueError(
-            f"temperature: expected a finite number > 0, by which the logits of both models are divided (1 for none), got "
-            f"{temperature!r}"
+            "temperature: expected a finite number > 0, by which the logits of both models are divided (1 for none), "
+            f"got {temperature!r}"
         )
     return float(number)
 
@@ -73,8 +73,8 @@ def check_beta(beta: Any, reference: Reference | None) -> float | None:
     number = checks.number(beta)
     if number is None or not 0 <= number <= 1:
         raise ValueError(
-            f"beta: expected a number in [0, 1] (0: KL(p_ref ‖ p), 1: KL(p ‖ p_ref), between: Jensen-Shannon) or None for "
-            f"no divergence, got {beta!r}"
+            "beta: expected a number in [0, 1] (0: KL(p_ref ‖ p), 1: KL(p ‖ p_ref), between: Jensen-Shannon) or None "
+            f"for no divergence, got {beta!r}"
         )
     if reference is None:
         raise ValueError(
@@ -209,8 +209,8 @@ def check_reference(
         ref_head = ref_head.local()
         if not shards.same_ranks(head.process_group, ref_head.process_group):
             raise ValueError(
-                f"reference head: expected its vocabulary spread over the same ranks as the head's, got {ref_head} for {head}; "
-                "give both LMHead(rows, process_group=group), or whole tensors for both"
+                f"reference head: expected its vocabulary spread over the same ranks as the head's, got {ref_head} for "
+                f"{head}; give both LMHead(rows, process_group=group), or whole tensors for both"
             )
     if reference.hidden.shape[:-1] != hidden.shape[:-1]:
         raise ValueError(

@@ -27,7 +27,7 @@ PURPOSE = {
 NO_TRITON = (
     "triton is not installed; it comes with builds of torch for CUDA, and with: pip install 'fused_losses[gpu]' (Linux)"
 )
-# Architectures (90: Hopper) on which the CUDA kernels were measured to be faster than Triton's; "auto" takes them there.
+# Architectures (90: Hopper) on which the CUDA kernels were measured to be faster than Triton's: "auto" takes them.
 CUDA_MEASURED_FASTER: frozenset[int] = frozenset()
 
 
@@ -98,7 +98,8 @@ def interpreted() -> bool:
 
 
 def chain(device_type: str) -> list[tuple[str, str | None]]:
-    """What "auto" goes through on a device of this type: names, each with why it is passed over, None for the one taken."""
+    """What "auto" goes through on a device of this type: names, each with why it is passed over, None for the one
+    taken."""
     if device_type == "cpu":
         candidates = {"cpu": unavailable("cpu")}
     elif device_type == "cuda":

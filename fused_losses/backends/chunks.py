@@ -1,4 +1,5 @@
-"""Chunks of tokens with their logits, and the steps that backends share: logits, row statistics, directions, products."""
+"""Chunks of tokens with their logits, and the steps that backends share: logits, row statistics, directions,
+products."""
 
 from __future__ import annotations
 
@@ -100,7 +101,8 @@ class Chunk:
         return self.weight.dtype != self.z.dtype and (self.half is not None or self.weight.is_cuda)
 
     def times_weight(self, direction: Tensor, exact: bool = False) -> Tensor:
-        """direction @ [weight, low_rank], [C, D + r], in fp32; `exact`: nothing is rounded on a CPU, as more work on it, or a sum, follows."""
+        """direction @ [weight, low_rank], [C, D + r], in fp32; `exact`: nothing is rounded on a CPU, as more work on
+        it, or a sum, follows."""
         product = self._times_weight(direction, exact)
         if self.low_rank is None:
             return product
@@ -141,14 +143,15 @@ def logit_chunks(
     problem: Problem, product: Product | None = None, *, narrow: bool, extra: int = 0, budget: int | None = None,
     separate: bool = True,
 ) -> Iterator[Chunk]:  # fmt: skip
-    """Chunks of tokens with z = x Wᵀ + u Bᵀ + b in their buffers, and r that of the reference; neither scaled nor capped.
+    """Chunks of tokens with z = x Wᵀ + u Bᵀ + b in their buffers, and r that of the reference; neither scaled nor
+    capped.
 
-    With a shared head z is (x − x_ref) Wᵀ + (u − u_ref) Bᵀ (`difference`), unless `product` takes bf16 operands and x − x_ref
-    has digits that bf16 has not: then z and r, both fp32, are nearer the truth than the product of a rounded difference. Where
-    two of its numbers lie within a factor of two of each other, theirs has none. `product` replaces the plain matrix products
-    with W; that with B is fp32, on CUDA of operands of their dtype. `narrow`: a buffer for rounded operands of further products
-    is wanted, and if `separate` one for each direction. `extra`: bytes per token that the caller adds to the chunk. `budget`:
-    bytes of a chunk, where not CHUNK_BYTES.
+    With a shared head z is (x − x_ref) Wᵀ + (u − u_ref) Bᵀ (`difference`), unless `product` takes bf16 operands and x −
+    x_ref has digits that bf16 has not: then z and r, both fp32, are nearer the truth than the product of a rounded
+    difference. Where two of its numbers lie within a factor of two of each other, theirs has none. `product` replaces
+    the plain matrix products with W; that with B is fp32, on CUDA of operands of their dtype. `narrow`: a buffer for
+    rounded operands of further products is wanted, and if `separate` one for each direction. `extra`: bytes per token
+    that the caller adds to the chunk. `budget`: bytes of a chunk, where not CHUNK_BYTES.
     """
     count, columns = len(problem.labels), len(problem.head.weight)
     if count == 0:
@@ -164,8 +167,8 @@ def logit_chunks(
     if product is not None:
         weight = weight.contiguous()
         ref_weight = None if ref_weight is None else ref_weight.contiguous()
-    # On a CPU no product of bf16 matrices in PyTorch comes out in fp32. Without a reference, bf16 logits are then taken,
-    # as plain PyTorch does: 2–3 times as fast as fp32. But p − p_ref cancels near the reference, so there fp32 operands
+    # On a CPU no product of bf16 matrices in PyTorch comes out in fp32. Without a reference, bf16 logits are then
+    # taken, as plain PyTorch does: 2–3 times as fast as fp32. But p − p_ref cancels near the reference, so there fp32 operands
     # are worth their time.
     halves = dtype == torch.bfloat16 and device.type == "cpu" and not problem.has_reference
     round_logits = halves and product is None
@@ -257,7 +260,8 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, factor: float = 1.0)
 def row_passes(
     problem: Problem, out: Statistics, chunk: Chunk, directions: bool, then: Callable[[slice], None] | None = None
 ) -> None:
-    """Fill `out`, and with `directions` turn the chunk's logits into directions, in blocks of rows; after each, `then(rows)`."""
+    """Fill `out`, and with `directions` turn the chunk's logits into directions, in blocks of rows; after each,
+    `then(rows)`."""
     size, vocabulary = chunk.z.shape
     device = chunk.z.device
     finished = chunk.stage is Stage.LOGITS
@@ -284,7 +288,8 @@ def keeps_difference(problem: Problem, chunk: Chunk) -> bool:
 
 
 def finish(problem: Problem, z: Tensor, r: Tensor | None, difference: bool) -> None:
-    """Scale and soft-cap, in place: z and r become logits. `difference`: z is logits minus r and stays so without a soft-cap."""
+    """Scale and soft-cap, in place: z and r become logits. `difference`: z is logits minus r and stays so without a
+    soft-cap."""
     head = problem.head
     if r is None:
         _finish_logits(z, head)
@@ -346,7 +351,8 @@ def _of_logits(problem: Problem, out: Statistics, z: Tensor, labels: Tensor, ids
 
 
 def more_statistics(problem: Problem, chunk: Chunk, out: Statistics) -> None:
-    """Fills what kernels of a sparse softmax do not: of a chunk of logits, which stay. In blocks of rows, as `row_passes`."""
+    """Fills what kernels of a sparse softmax do not: of a chunk of logits, which stay. In blocks of rows, as
+    `row_passes`."""
     assert chunk.stage is Stage.LOGITS, f"the chunk's buffers hold {chunk.stage.name}, not LOGITS"
     ids = None if problem.ids is None else problem.ids[chunk.tokens]
     labels, keeps = problem.labels[chunk.tokens, None], keeps_difference(problem, chunk)
@@ -380,7 +386,8 @@ def _pass_without_reference(out: Statistics, rows: RowBlock) -> None:
 def _pass_with_reference(
     problem: Problem, out: Statistics, rows: RowBlock, shared_difference: Tensor | None
 ) -> None:  # fmt: skip
-    """Log-probabilities of both models, in place, and what follows from them. `shared_difference`: z − r before that."""
+    """Log-probabilities of both models, in place, and what follows from them. `shared_difference`: z − r before
+    that."""
     labels, scratch, directions = rows.labels, rows.scratch, rows.directions
     log_p, log_r = rows.z, rows.r
     top, prediction = log_p.max(1, keepdim=True)
@@ -477,7 +484,8 @@ def _finish_logits(z: Tensor, head: Head) -> None:
 
 
 def _exponentials_(z: Tensor, labels: Tensor, out: Statistics, scratch: Tensor) -> tuple[Tensor, Tensor]:
-    """z becomes exp(z − top); fills the statistics of a model alone. Returns the sums, [rows, 1], and their logarithms, [rows].
+    """z becomes exp(z − top); fills the statistics of a model alone. Returns the sums, [rows, 1], and their logarithms,
+    [rows].
 
     The largest logit is taken out before anything is summed, and 1 + rest goes through log1p: nll is accurate
     also where it is tiny, never negative, and no common offset of the logits enters it.
@@ -588,8 +596,8 @@ def picked_slopes(problem: Problem, out: Statistics) -> Tensor | None:
 
 
 def picked_weights(problem: Problem, slopes: Tensor | None, upstream: Upstream) -> tuple[Tensor, Tensor] | None:
-    """The single logits that have a weight of their own: columns of this rank's weight [N, k], and weights with the soft-cap's
-    slope in them; None: there are none.
+    """The single logits that have a weight of their own: columns of this rank's weight [N, k], and weights with the
+    soft-cap's slope in them; None: there are none.
 
     That of lse at the label, as its gradient is p = (p − onehot) + onehot, and those of `logits_at`.
     """

@@ -1,5 +1,6 @@
-"""The chunked losses with the compiled kernels of csrc/cpu: logits in float32 from oneDNN's micro-kernels, row statistics
-and compaction in three passes over a row in cache, and the two sparse products. What has no kernel is `backends.torch`.
+"""The chunked losses with the compiled kernels of csrc/cpu: logits in float32 from oneDNN's micro-kernels, row
+statistics and compaction in three passes over a row in cache, and the two sparse products. What has no kernel is
+`backends.torch`.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def statistics(problem: Problem, keep_rows: bool = False) -> tuple[Statistics, R
 
 
 def gradients(problem: Problem, upstream: UpstreamOf, needs: Needs) -> tuple[Statistics, Gradients]:
-    """Statistics and Σ_t a_t ∂nll_t + b_t ∂kl_t + ...: 3 GEMMs, 2 where one gradient is not wanted, one more with a reference."""
+    """Statistics and Σ_t a_t ∂nll_t + b_t ∂kl_t + ...: 3 GEMMs, 2 where one gradient is not wanted, one more with a
+    reference."""
     if problem.accumulator != torch.float32:
         return chunked.gradients(problem, upstream, needs)
     out, total = empty_statistics(problem), empty_gradients(problem, needs)

@@ -1,8 +1,9 @@
-"""The losses on a GPU over a set of kernels, Triton's or CUDA's: the same steps, other implementations of the entries' part.
+"""The losses on a GPU over a set of kernels, Triton's or CUDA's: the same steps, other implementations of the entries'
+part.
 
-Sparse gradients: a scan without logits (`kernels.triton.scan`), or chunks of logits from cuBLAS where the table of tiles has no
-scan; then for both bits → columns → vocabulary attention. Exact gradients: chunks of logits, statistics, gradient in
-place, two products. What has no kernel (float64) is `backends.torch`.
+Sparse gradients: a scan without logits (`kernels.triton.scan`), or chunks of logits from cuBLAS where the table of
+tiles has no scan; then for both bits → columns → vocabulary attention. Exact gradients: chunks of logits, statistics,
+gradient in place, two products. What has no kernel (float64) is `backends.torch`.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from . import torch as chunked
 from .chunks import empty_gradients, empty_rows, empty_statistics
 from .torch import UpstreamOf
 
-# Logits of one chunk, fp32; fewer tokens than about 500 at a time, and reading the weight takes longer than the product.
+# Logits of one chunk, fp32; with fewer than about 500 tokens, reading the weight takes longer than the product.
 LOGIT_BYTES = 256 << 20
 # Significance bits of one chunk of the scan.
 BIT_BYTES = 32 << 20
@@ -70,7 +71,7 @@ class Gpu:
     def __init__(self, kernels: Any) -> None:
         self.kernels = kernels
 
-    # --- exact ---------------------------------------------------------------------------------------------------------
+    # --- exact
 
     def statistics(self, problem: Problem, keep_rows: bool = False) -> tuple[Statistics, Rows]:
         """1 GEMM, 2 with a reference; with `keep_rows` one more for each of ∂nll/∂x, ∂kl/∂x, ..."""
@@ -105,7 +106,8 @@ class Gpu:
         return out, rows
 
     def gradients(self, problem: Problem, upstream: UpstreamOf, needs: Needs) -> tuple[Statistics, Gradients]:
-        """Statistics and Σ_t a_t ∂nll_t + b_t ∂kl_t: 3 GEMMs, 2 where one gradient is not wanted, one more with a reference."""
+        """Statistics and Σ_t a_t ∂nll_t + b_t ∂kl_t: 3 GEMMs, 2 where one gradient is not wanted, one more with a
+        reference."""
         _check(problem)
         if problem.accumulator != torch.float32:
             return chunked.gradients(problem, upstream, needs)
@@ -132,8 +134,8 @@ class Gpu:
                 a = torch.zeros_like(here.nll)
             weights = [None if w is None else w.contiguous() for w in (a, b)]
             single = upstream.lse is not None or upstream.logits_at is not None
-            # The gradient of the bias is a sum of nothing else, so it is taken before any rounding; and what single logits
-            # add may cancel against p, so it is added before that.
+            # The gradient of the bias is a sum of nothing else, so it is taken before any rounding; and what single
+            # logits add may cancel against p, so it is added before that.
             wide = total.bias is not None or single
             direction = chunk.z if wide else _as(chunk.z, dtype)
             row_kernels.directions(*_logits(problem, chunk), known, here.nll, *weights, direction, None, **more)  # type: ignore[call-arg]
@@ -153,8 +155,8 @@ class Gpu:
     def _logit_chunks(
         self, problem: Problem, out: Statistics
     ) -> Iterator[tuple[chunks.Chunk, Tensor, Tensor | None]]:  # fmt: skip
-        """Chunks with raw logits in their buffers, statistics filled in, and what else is known of their tokens: [9, C], and what
-        the divergence's direction needs."""
+        """Chunks with raw logits in their buffers, statistics filled in, and what else is known of their tokens: [9,
+        C], and what the divergence's direction needs."""
         for chunk in chunks.logit_chunks(problem, narrow=False, budget=LOGIT_BYTES):
             here = out.at(chunk.tokens)
             known = torch.empty(len(Row), len(chunk.z), dtype=torch.float32, device=chunk.z.device)
@@ -175,10 +177,11 @@ class Gpu:
                 )  # fmt: skip
             yield chunk, known, extended
 
-    # --- sparse --------------------------------------------------------------------------------------------------------
+    # --- sparse
 
     def scan(self, problem: Problem, out: Statistics, selection: Selection) -> Iterator[tuple[Any, Entries]]:
-        """Sweep over the tokens for a sparse softmax; see `backends.torch.scan`. With rows also Σ over entries, [C, D] each.
+        """Sweep over the tokens for a sparse softmax; see `backends.torch.scan`. With rows also Σ over entries, [C, D]
+        each.
 
         More entries than the threshold asks for are kept, 1.2 to 1.4 times as many: the scan's bound is a lower one.
         """
@@ -304,8 +307,8 @@ class Gpu:
             if own.softcap is not None:
                 entry_reference.div_(own.softcap).tanh_().mul_(own.softcap)
         kernels.attention(
-            hidden.contiguous(), difference, entry_reference, weight, gpu_scan.bias_of(head), labels, offsets, columns, known,
-            out.nll[tokens].contiguous(), head.logit_scale, head.softcap or 0.0, values, kl_values, kept, nll_rows,
+            hidden.contiguous(), difference, entry_reference, weight, gpu_scan.bias_of(head), labels, offsets, columns,
+            known, out.nll[tokens].contiguous(), head.logit_scale, head.softcap or 0.0, values, kl_values, kept, nll_rows,
             kl_rows,
         )  # fmt: skip
         entries = Entries(
@@ -326,7 +329,7 @@ class Gpu:
         sums = Gradients(hidden, total.weight, total.bias, total.low_rank)
         self._sweep(part, empty_statistics(part), lambda _, at: upstream.at(at), sums)
 
-    # --- products of entries -------------------------------------------------------------------------------------------
+    # --- products of entries
 
     def rows_product(
         self, segments: Segments, matrix: Tensor, scale: Tensor, vector: Tensor, dtype: torch.dtype
@@ -340,7 +343,8 @@ class Gpu:
         self, segments: Segments, matrix: Tensor, scale: Tensor, vector: Tensor, base: Tensor | None,
         base_scale: float, dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
-        """out[v] = base_scale · base[v] + Σ_j values[j] · matrix[row of j] + scale[v] · vector over the entries of column v."""
+        """out[v] = base_scale · base[v] + Σ_j values[j] · matrix[row of j] + scale[v] · vector over the entries of
+        column v."""
         if segments.values.dtype != torch.float32:
             return chunked.columns_product(segments, matrix, scale, vector, base, base_scale, dtype)
         starts, rows, order = chunks.by_column(segments.offsets, segments.columns, len(scale))
@@ -422,7 +426,8 @@ def _finished(problem: Problem, chunk: chunks.Chunk, take: Callable[[Tensor], Te
 
 
 def _without_common_power(upstream: Upstream) -> tuple[Upstream, float]:
-    """Relative to the largest power of two among them, so that fp16 neither overflows nor underflows; and that power."""
+    """Relative to the largest power of two among them, so that fp16 neither overflows nor underflows; and that
+    power."""
     weights = [getattr(upstream, name) for name in DIFFERENTIABLE]
     largest = torch.stack([w.abs().amax() for w in weights if w is not None and w.numel()]).amax()
     largest = torch.where(largest.isfinite(), largest, 1)
@@ -433,14 +438,14 @@ def _without_common_power(upstream: Upstream) -> tuple[Upstream, float]:
 def _check(problem: Problem) -> None:
     if gpu_scan.INTERPRETED and problem.dtype == torch.bfloat16:
         raise TypeError(
-            "backend='triton' in Triton's interpreter (TRITON_INTERPRET=1): expected float32 or float16, got bfloat16, which "
-            "the interpreter computes wrongly; cast, or give another backend"
+            "backend='triton' in Triton's interpreter (TRITON_INTERPRET=1): expected float32 or float16, got "
+            "bfloat16, which the interpreter computes wrongly; cast, or give another backend"
         )
 
 
 def _cast(problem: Problem) -> Problem:
-    """Heads in the operands' dtype: under autocast this is a copy, made once. So is [W, B], for rows [x, u], of a head with a
-    low-rank part: V·(D + r) numbers."""
+    """Heads in the operands' dtype: under autocast this is a copy, made once. So is [W, B], for rows [x, u], of a head
+    with a low-rank part: V·(D + r) numbers."""
     own, reference = problem.reference_head, problem.reference_hidden
 
     def cast(head: Head) -> Head:

@@ -124,8 +124,9 @@ class Operands:
 
 
 def bounds(operands: Operands, label: list[Tensor], threshold: float) -> Tensor:
-    """[3, N] for the scan, from a probe: with L and R the log-sums of some ids and the label, with and without the label, both
-    lower bounds, log θ + (L + R)/2 is one of lse + log(θ √(1 − p[label])), and L_ref + log θ + (R − L)/2 of the reference's."""
+    """[3, N] for the scan, from a probe: with L and R the log-sums of some ids and the label, with and without the
+    label, both lower bounds, log θ + (L + R)/2 is one of lse + log(θ √(1 − p[label])), and L_ref + log θ + (R − L)/2 of
+    the reference's."""
     problem = operands.problem
     count = len(problem.labels)
     known = torch.zeros(len(Known), count, dtype=torch.float32, device=problem.hidden.device)
@@ -300,7 +301,8 @@ def _processors(device: torch.device) -> int:
 
 
 def _tiles_per_part(blocks: int, tiles: int, processors: int) -> int:
-    """So many tiles of the vocabulary for one program that rounds of programs × tiles of each, which is the time, are fewest."""
+    """So many tiles of the vocabulary for one program that rounds of programs × tiles of each, which is the time, are
+    fewest."""
     best = min(
         range(1, min(tiles, max(32, processors)) + 1),
         key=lambda parts: -(-blocks * parts // processors) * -(-tiles // parts),

@@ -1,16 +1,17 @@
 """Exact losses where the vocabulary is spread over the ranks of a process group, by their rows of the head.
 
-Each rank takes a chunk of tokens through the steps of backends/torch.py as though its rows were all there are, which gives
-the losses of p_i = p(· | the token is one of rank i's). With the mass P_i of rank i, that is p = P_i p_i, the chain rule
-makes those of the whole of them; r is the reference, R_i its masses, and rank i holds the label y::
+Each rank takes a chunk of tokens through the steps of backends/torch.py as though its rows were all there are, which
+gives the losses of p_i = p(· | the token is one of rank i's). With the mass P_i of rank i, that is p = P_i p_i, the
+chain rule makes those of the whole of them; r is the reference, R_i its masses, and rank i holds the label y::
 
     −log p[y] = −log p_i[y] − log P_i
     H(p)      = Σ_i P_i (H(p_i) − log P_i)
     KL(r ‖ p) = Σ_i R_i KL(r_i ‖ p_i) + KL(R ‖ P)
     p − r     = R_i (p_i − r_i) + (P_i − R_i) p_i         at the entries of rank i
 
-No term is negative, so nothing cancels that does not on one rank. What is needed of the other ranks is the statistics alone: one
-all-gather per chunk. All ranks add them up in the same order, so that results are the same on all, and from run to run.
+No term is negative, so nothing cancels that does not on one rank. What is needed of the other ranks is the statistics
+alone: one all-gather per chunk. All ranks add them up in the same order, so that results are the same on all, and from
+run to run.
 
 `backends` chooses it for such heads, where gradients are exact: it has no part of a sparse softmax.
 """
@@ -56,7 +57,8 @@ def rows_product(segments: Segments, matrix: Tensor, scale: Tensor, vector: Tens
 
 
 def sweep(problem: Problem, out: Statistics, directions: bool, product: Product | None = None) -> Iterator[Chunk]:
-    """That of backends/torch.py, where the buffers hold this rank's entries and `out` the whole vocabulary's statistics."""
+    """That of backends/torch.py, where the buffers hold this rank's entries and `out` the whole vocabulary's
+    statistics."""
     shard, rows = problem.head.shard, len(problem.head.weight)
     nearest = (problem.labels - shard.start).clamp(0, max(rows - 1, 0))
     mine = nearest + shard.start == problem.labels
@@ -157,7 +159,8 @@ def _whole_directions(
     problem: Problem, part: Statistics, chunk: Chunk, labels: Tensor, mine: Tensor, nll: Tensor, log_p: Tensor,
     log_r: Tensor | None,
 ) -> None:  # fmt: skip
-    """From the directions of this rank's rows alone, in the chunk's buffers, to its entries of those of the whole vocabulary."""
+    """From the directions of this rank's rows alone, in the chunk's buffers, to its entries of those of the whole
+    vocabulary."""
     z, r, labels = chunk.z, chunk.r, labels[:, None]
     p = log_p.exp()
     slope = torch.ones_like(nll)
@@ -175,7 +178,8 @@ Kept = tuple[Tensor, "Tensor | None", "Tensor | None"]
 
 
 def _kept_logits(problem: Problem, chunk: Chunk, out: Statistics) -> Kept | None:
-    """Copies of a chunk's logits, where something is wanted that needs the normalisers of all ranks, or single logits."""
+    """Copies of a chunk's logits, where something is wanted that needs the normalisers of all ranks, or single
+    logits."""
     if not (
         problem.has_dense_directions or out.logits_at is not None or out.rank is not None or out.log_p2 is not None
     ):
@@ -190,7 +194,8 @@ def _kept_logits(problem: Problem, chunk: Chunk, out: Statistics) -> Kept | None
 def _of_kept_logits(
     problem: Problem, chunk: Chunk, logits: Kept, out: Statistics, part: Statistics, directions: bool
 ) -> None:  # fmt: skip
-    """Single logits, rank, log Σp², divergence, and the directions that are not of nll and kl; all ranks add up in one order."""
+    """Single logits, rank, log Σp², divergence, and the directions that are not of nll and kl; all ranks add up in one
+    order."""
     shard, (z, r, d) = problem.head.shard, logits
     group = shard.group
     if out.logits_at is not None:

@@ -1,8 +1,8 @@
 """The losses in plain PyTorch operations, chunk by chunk, on any device.
 
-A chunk of C tokens goes through four steps: logits (one GEMM, fp32), row statistics, the directions ∂nll/∂z, ∂kl/∂z, ...
-in place of the logits, products with the head's weight and with the hidden states. Inside a chunk, row statistics run
-over blocks small enough for a CPU's cache. [N, V] never exists.
+A chunk of C tokens goes through four steps: logits (one GEMM, fp32), row statistics, the directions ∂nll/∂z, ∂kl/∂z,
+... in place of the logits, products with the head's weight and with the hidden states. Inside a chunk, row statistics
+run over blocks small enough for a CPU's cache. [N, V] never exists.
 """
 
 from __future__ import annotations
@@ -153,7 +153,8 @@ def _combined(problem: Problem, chunk: Chunk, out: Statistics, upstream: Upstrea
 
 
 def scan(problem: Problem, out: Statistics, selection: Selection) -> Iterator[tuple[Chunk, Entries]]:
-    """Sweep over the tokens for a sparse softmax: fill `out`, yield the entries of each chunk. 1 GEMM, 2 with a reference.
+    """Sweep over the tokens for a sparse softmax: fill `out`, yield the entries of each chunk. 1 GEMM, 2 with a
+    reference.
 
     The chunk's buffers hold what `dense_rows` and `add_dense` need.
     """
@@ -243,7 +244,8 @@ def columns_product(
     segments: Segments, matrix: Tensor, scale: Tensor, vector: Tensor, base: Tensor | None, base_scale: float,
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """out[v] = base_scale · base[v] + Σ_j values[j] · matrix[row of j] + scale[v] · vector over the entries of column v."""
+    """out[v] = base_scale · base[v] + Σ_j values[j] · matrix[row of j] + scale[v] · vector over the entries of column
+    v."""
     starts, rows, order = by_column(segments.offsets, segments.columns, len(scale))
     wide = dtype if base is None else segments.values.dtype
     out = rows_product(Segments(starts, rows, segments.values[order]), matrix, scale, vector, wide)

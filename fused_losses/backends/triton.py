@@ -1,4 +1,5 @@
-"""The losses with Triton's kernels alone: wherever Triton runs, and on the CPU under its interpreter (TRITON_INTERPRET=1)."""
+"""The losses with Triton's kernels alone: wherever Triton runs, and on the CPU under its interpreter
+(TRITON_INTERPRET=1)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Anchors: the first wrong tokens of the model's own answer, each replaced by the right one.
 
-The model answers greedily. At the first token that a person would correct, the right token takes its place, and the model
-goes on from there; and so on to the end. What the base model ranks first by itself is no anchor.
+The model answers greedily. At the first token that a person would correct, the right token takes its place, and the
+model goes on from there; and so on to the end. What the base model ranks first by itself is no anchor.
 """
 
 from __future__ import annotations

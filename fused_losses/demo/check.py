@@ -22,8 +22,8 @@ LOSSES = ("cross-entropy", "TALR", "LAwF")
 def compare(
     folder: Path, hidden: Tensor, reference: Tensor, weight: Tensor, labels: Tensor, advance: Any
 ) -> list[dict]:
-    """Each loss with full logits and fused in float32, forward and backward with a trainable head, in processes of their
-    own; errors are relative, against the same in float64."""
+    """Each loss with full logits and fused in float32, forward and backward with a trainable head, in processes of
+    their own; errors are relative, against the same in float64."""
     inputs = folder / "inputs.pt"
     torch.save({"hidden": hidden, "reference": reference, "weight": weight.detach(), "labels": labels}, inputs)
     rows = []

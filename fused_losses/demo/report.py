@@ -84,7 +84,8 @@ def anchor_text(record: dict[str, Any]) -> str:
 
 def check_title(record: dict[str, Any]) -> str:
     tokens = record["check"][0]["tokens"]
-    return f"{tokens} real tokens, forward + backward, trainable head; errors against float64; memory above inputs and gradients"
+    what = "forward + backward, trainable head; errors against float64; memory above inputs and gradients"
+    return f"{tokens} real tokens, {what}"
 
 
 def show(record: dict[str, Any], console: Console) -> None:
@@ -126,9 +127,9 @@ def draw(record: dict[str, Any], path: Path) -> None:
     lines = [[max(c.count("\n") for c in row) + 1.5 for row in [header, *rows]] for header, rows, _ in blocks]
     settings = record["settings"]
     caption = textwrap.fill(
-        f"“{record['lesson']['question']}” {anchor_text(record)} LoRA r = {settings['lora']['r']}, {settings['steps']} steps of "
-        f"AdamW, learning rate {settings['learning_rate']:g} falling to 0, seed {settings['seed']}, the same start for all. "
-        "Greedy answers of at most 24 tokens.",
+        f"“{record['lesson']['question']}” {anchor_text(record)} LoRA r = {settings['lora']['r']}, {settings['steps']} "
+        f"steps of AdamW, learning rate {settings['learning_rate']:g} falling to 0, seed {settings['seed']}, the same "
+        "start for all. Greedy answers of at most 24 tokens.",
         170,
     )
     titles = ["", "", check_title(record)]

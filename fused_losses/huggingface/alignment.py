@@ -20,7 +20,10 @@ class Alignment:
     shape: torch.Size  # [B, T]
 
     def moved(self, values: Tensor, several: bool = False) -> Tensor:
-        """[rows] what a tensor in the layout of the labels holds for each row, 0 where a row has no label; `several`: [rows, k]."""
+        """[rows] what a tensor in the layout of the labels holds for each row, 0 where a row has no label.
+
+        `several`: k numbers a token, [rows, k].
+        """
         more = values.shape[-1:] if several else ()
         taken = values.to(self.index.device).reshape(-1, *more)[self.index.clamp(min=0)]
         return taken.masked_fill((self.index < 0)[:, None] if several else self.index < 0, 0)

@@ -82,8 +82,8 @@ class Call:
             item_count(self.num_items, 1)
         if not self.patch.accepts_num_items:
             raise ValueError(
-                f"num_items_in_batch: {self.loss} takes means within a batch, so there is nothing to divide by it; leave "
-                "it out (a Trainer made after the patch does), or take reduction='token_mean'"
+                f"num_items_in_batch: {self.loss} takes means within a batch, so there is nothing to divide by it; "
+                "leave it out (a Trainer made after the patch does), or take reduction='token_mean'"
             )
 
     no_items = False  # a Trainer counted 0 labels
@@ -237,7 +237,8 @@ class Call:
             if values.shape[:-1] == labels.shape:
                 return values
             raise ValueError(
-                f"{name}: expected the labels' shape {list(labels.shape)} and a last dimension k, got {list(values.shape)}"
+                f"{name}: expected the labels' shape {list(labels.shape)} and a last dimension k, got "
+                f"{list(values.shape)}"
             )
         if values.shape == labels.shape or (name in self.of_sequences and values.dim() < 2):
             return values

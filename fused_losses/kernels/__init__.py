@@ -1,1 +1,2 @@
-"""What is compiled: the operators of csrc (schemas, build), Triton's kernels (triton/), timing and choosing tiles (measure, tune)."""
+"""What is compiled: the operators of csrc (schemas, build), Triton's kernels (triton/), timing and choosing tiles
+(measure, tune)."""

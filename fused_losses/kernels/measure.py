@@ -1,4 +1,5 @@
-"""What `tune`, the benchmarks and the checks on a GPU share: inputs as a fine-tuned language model has them, and a clock."""
+"""What `tune`, the benchmarks and the checks on a GPU share: inputs as a fine-tuned language model has them, and a
+clock."""
 
 from __future__ import annotations
 
@@ -9,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Logits are −PRIOR log(rank) + noise of deviation NOISE, and CANDIDATES ids a token that are raised by up to BOOST ± SPREAD: chosen so
-# that about 150 to 300 entries a token matter and the mean nll is about 2, at V of 50,000 to 150,000 (`Inputs.figures` says).
+# Logits are −PRIOR log(rank) + noise of deviation NOISE, and CANDIDATES ids a token that are raised by up to BOOST ±
+# SPREAD: chosen so that about 150 to 300 entries a token matter and the mean nll is about 2, at V of 50,000 to 150,000
+# (`Inputs.figures` says).
 PRIOR, NOISE, CANDIDATES, BOOST, SPREAD = 1.3, 2.5, 4, 12.5, 4.0
 # Noise of the reference's hidden states, for a KL of a few thousandths.
 APART = 0.1
@@ -47,8 +49,8 @@ class Inputs:
 def language_like(n: int, d: int, v: int, dtype: torch.dtype, device: torch.device | str, seed: int = 0) -> Inputs:
     """Logits like those of a fine-tuned language model, labels drawn from them.
 
-    The first hidden dimension is 1 and its weights are the ids' log-frequencies, by Zipf's law over a ragged order; the others
-    make noise, and raise a few ids a token by pointing along their rows of the weight.
+    The first hidden dimension is 1 and its weights are the ids' log-frequencies, by Zipf's law over a ragged order; the
+    others make noise, and raise a few ids a token by pointing along their rows of the weight.
     """
     g = torch.Generator(device).manual_seed(seed)
 
@@ -101,7 +103,8 @@ def _chunks(vocabulary: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
 
 
 class Clock:
-    """Milliseconds of calls on a device, from events on its stream; on a CPU those of the wall clock, for dry runs only."""
+    """Milliseconds of calls on a device, from events on its stream; on a CPU those of the wall clock, for dry runs
+    only."""
 
     def __init__(self, device: torch.device | str) -> None:
         self.device = torch.device(device)
@@ -109,7 +112,8 @@ class Clock:
         self._flush = torch.empty(FLUSH_BYTES if self.cuda else 1, dtype=torch.int8, device=self.device)
 
     def once(self, function: Callable[[], object], cold: bool = False) -> float:
-        """One call. `cold`: the L2 cache is filled with something else before; this also hides the time of the launch."""
+        """One call. `cold`: the L2 cache is filled with something else before; this also hides the time of the
+        launch."""
         if cold:
             self._flush.zero_()
         if not self.cuda:

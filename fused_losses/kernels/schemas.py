@@ -1,5 +1,5 @@
-"""The operators of csrc/: schemas and fakes here, implementations in the compiled libraries, where built: `_kernels.so` for
-CPUs (SCHEMAS), `_cuda.so` for CUDA devices (GPU_SCHEMAS).
+"""The operators of csrc/: schemas and fakes here, implementations in the compiled libraries, where built: `_kernels.so`
+for CPUs (SCHEMAS), `_cuda.so` for CUDA devices (GPU_SCHEMAS).
 
 All write into tensors that the caller made, so fakes have nothing to return. Everything is contiguous; logits, values
 and statistics are float32. Sources: csrc/README.md, in the installed package fused_losses/csrc/README.md.
@@ -39,8 +39,8 @@ class ExactRow(enum.IntEnum):
 
 
 class Row(enum.IntEnum):
-    """The rows of the tensor `rows` [9, N] of the GPU's kernels: what is known of a token besides its statistics. Here and in
-    csrc/cuda/kernels.h.
+    """The rows of the tensor `rows` [9, N] of the GPU's kernels: what is known of a token besides its statistics. Here
+    and in csrc/cuda/kernels.h.
 
     p[v] = exp((z[v] − TOP) − LOG_SUM), p_ref likewise. Slope: 1 − (z/softcap)², 1 without soft-cap.
     """
@@ -97,12 +97,13 @@ SCHEMAS = (
 # Raised with every change of a schema or of what its arguments mean, here and in csrc/cpu/ops.cpp.
 INTERFACE = 2
 
-# The rows of `kept` [4, N] of `attention`: Σ p·slope over entries but the label's; over all entries Σ gap·slope, Σ |gap·slope|, and
-# the last with TOTALS_SHIFT in place of SHIFT. gap = p − p_ref.
+# The rows of `kept` [4, N] of `attention`: Σ p·slope over entries but the label's; over all entries Σ gap·slope,
+# Σ |gap·slope|, and the last with TOTALS_SHIFT in place of SHIFT. gap = p − p_ref.
 KEPT, KEPT_GAP, KEPT_GAP_L1, KEPT_GAP_L1_OF_TOTALS = range(4)
 
 GPU_SCHEMAS = (
-    # All that is known of tokens from their rows of products x·W + b; r: the reference's. With `difference` z is (x − x_ref)·W
+    # All that is known of tokens from their rows of products x·W + b; r: the reference's. With `difference` z is
+    # (x − x_ref)·W
     "row_statistics(Tensor z, Tensor? r, bool difference, Tensor labels, float scale, float softcap, "
     "float reference_scale, float reference_softcap, Tensor(a!) nll, Tensor(b!) prediction, Tensor(c!)? kl, "
     "Tensor(d!)? entropy, Tensor(e!)? reference_nll, Tensor(f!)? reference_entropy, Tensor(g!) rows) -> ()",
@@ -155,8 +156,8 @@ def load() -> str | None:
 
 @functools.cache
 def load_cuda() -> str | None:
-    """Load the compiled library for CUDA devices, the installed one or what `build.build_cuda` made; why it cannot be used, or
-    None. CUDA itself is left alone where torch is a CPU build.
+    """Load the compiled library for CUDA devices, the installed one or what `build.build_cuda` made; why it cannot be
+    used, or None. CUDA itself is left alone where torch is a CPU build.
     """
     if torch.version.cuda is None:
         built = "are built" if CUDA_LIBRARY.is_file() else "are not built"
@@ -175,7 +176,8 @@ def load_cuda() -> str | None:
 
 
 def build_and_load_cuda() -> str | None:
-    """`load_cuda`, but where only the library is missing it is built now, once, into a cache. Why it cannot be used, or None."""
+    """`load_cuda`, but where only the library is missing it is built now, once, into a cache. Why it cannot be used, or
+    None."""
     reason = load_cuda()
     if reason is not None and reason.startswith(NOT_BUILT):
         try:

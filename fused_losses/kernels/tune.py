@@ -1,7 +1,9 @@
-"""Which tile of the scan is fastest on this GPU, and whether chunks of logits from cuBLAS are faster still: `fused-losses tune`.
+"""Which tile of the scan is fastest on this GPU, and whether chunks of logits from cuBLAS are faster still:
+`fused-losses tune`.
 
-What is timed is the whole forward sweep of sparse gradients, the label logits and the probe included; for the logits the products
-into float32, row statistics and bits. Tiles that do not compile, spill registers, or give other losses are left out, with a note.
+What is timed is the whole forward sweep of sparse gradients, the label logits and the probe included; for the logits
+the products into float32, row statistics and bits. Tiles that do not compile, spill registers, or give other losses are
+left out, with a note.
 """
 
 from __future__ import annotations
@@ -79,7 +81,8 @@ class Outcome:
         if not self.timings or self.timings[0].milliseconds is None:
             return None
         first = self.timings[0]
-        source = f"measured on {self.device}, {self.workload}, {first.milliseconds:.2f} ms against {self.logits:.2f} ms of logits"
+        times = f"{first.milliseconds:.2f} ms against {self.logits:.2f} ms of logits"
+        source = f"measured on {self.device}, {self.workload}, {times}"
         return first.tile._replace(source=source)
 
     @property
@@ -175,12 +178,13 @@ def run(
 
 def shape_of(tile: Scan) -> str:
     by = "descriptors" if tile.descriptors else "pointers"
-    return f"{tile.block_n} × {tile.block_v} × {tile.block_d}, {tile.slices} slices, {tile.warps} warps, {tile.stages} stages, {by}"
+    shape = f"{tile.block_n} × {tile.block_v} × {tile.block_d}"
+    return f"{shape}, {tile.slices} slices, {tile.warps} warps, {tile.stages} stages, {by}"
 
 
 def _compiled(workload: Workload, every: list[Scan], jobs: int, stop: float) -> list[str]:
-    """Why each tile cannot be used, or nothing; the first ones only, if the time is over before the last. Compiled in `jobs`
-    other processes: Triton's cache has them then."""
+    """Why each tile cannot be used, or nothing; the first ones only, if the time is over before the last. Compiled in
+    `jobs` other processes: Triton's cache has them then."""
     if not jobs:
         return [_compile(workload, tile) for tile in every]
     # A few tokens compile the same kernel: what counts is whether numbers divide by 16.

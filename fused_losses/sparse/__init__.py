@@ -1,1 +1,2 @@
-"""Sparse-plus-rank-one gradients: the softmax that is kept (softmax), what is certified (certificate), the products (gradients)."""
+"""Sparse-plus-rank-one gradients: the softmax that is kept (softmax), what is certified (certificate), the products
+(gradients)."""

@@ -1,9 +1,9 @@
 """What is certified of sparse gradients: how much the entries leave out, which tokens must be exact, the report.
 
 What replaces the rest of a row, m q, differs from it by at most m + m in L1 norm; a row's whole gradient of the
-logits has L1 norm 2(1 − p[label]). Both are known exactly, so the relative L1 error of the gradient of all logits is bounded
-by Σ|a_t| 2 m[t] / Σ|a_t| 2(1 − p_t[label]). Tokens with the largest share get exact gradients, from logits computed
-once more, until the bound is within the tolerance. docs/method.md has the derivation and what was measured.
+logits has L1 norm 2(1 − p[label]). Both are known exactly, so the relative L1 error of the gradient of all logits is
+bounded by Σ|a_t| 2 m[t] / Σ|a_t| 2(1 − p_t[label]). Tokens with the largest share get exact gradients, from logits
+computed once more, until the bound is within the tolerance. docs/method.md has the derivation and what was measured.
 """
 
 from __future__ import annotations
@@ -27,27 +27,30 @@ SMALLEST_VOCABULARY = 8192
 
 
 def parameters(tolerance: float, vocabulary: int) -> tuple[float, int]:
-    """θ and the most entries per token. The bound falls with √θ, measured; a coarser θ than the default saves little."""
+    """θ and the most entries per token. The bound falls with √θ, measured; a coarser θ than the default saves
+    little."""
     finer = max(min(1.0, tolerance / TOLERANCE) ** 2, 1e-12)
     return THRESHOLD * finer, min(vocabulary, max(CAPACITY, min(int(CAPACITY * finer**-0.65), vocabulary // 8)))
 
 
 @dataclass
 class GradientReport:
-    """How the gradient of one call was formed. The certified numbers come with backward, which knows the upstream weights.
+    """How the gradient of one call was formed. The certified numbers come with backward, which knows the upstream
+    weights.
 
     Attributes:
         mode: "sparse"; "exact", where nothing is approximated; "none", where no gradient was asked for.
         tolerance: the bound asked for, None but in sparse mode.
-        tokens: N, without ignored ones. It and the numbers below are None where `torch.compile` has made `token_losses` part
-            of a graph; those of objectives are filled in also there.
+        tokens: N, without ignored ones. It and the numbers below are None where `torch.compile` has made `token_losses`
+            part of a graph; those of objectives are filled in also there.
         entries: kept in S, all tokens together.
-        saved_bytes: kept for backward besides the inputs: S, what belongs to it, and gradients taken in forward of tokens that
-            are too flat for it.
+        saved_bytes: kept for backward besides the inputs: S, what belongs to it, and gradients taken in forward of
+            tokens that are too flat for it.
         exact_tokens: how many got exact gradients; None before backward.
-        bound: certified bound of ‖error‖₁ / ‖gradient‖₁ for the gradient of the logits as computed; rounding comes on top. At
-            most `tolerance`; 0 where all tokens are exact, NaN where a loss or an upstream gradient is not finite, None
-            before backward. It does not bound the errors of dx and dW in other norms: docs/method.md has what these were.
+        bound: certified bound of ‖error‖₁ / ‖gradient‖₁ for the gradient of the logits as computed; rounding comes on
+            top. At most `tolerance`; 0 where all tokens are exact, NaN where a loss or an upstream gradient is not
+            finite, None before backward. It does not bound the errors of dx and dW in other norms: docs/method.md has
+            what these were.
         note: why gradients are exact where sparse ones were asked for, or would have been by default.
     """
 
@@ -99,8 +102,8 @@ def shares(
         a, b: upstream weights of ∂nll/∂z and ∂kl/∂z.
         kept: gives Σ |·| over a token's entries, weights and single logits in them.
         rounding: at most so much of that is rounding of the entries.
-        single: Σ |weight| of a token's single logits (those of lse and `logits_at`) that are no entries; None: there are
-            none, nor any among the entries. A norm of p alone says nothing then, as they may cancel against it.
+        single: Σ |weight| of a token's single logits (those of lse and `logits_at`) that are no entries; None: there
+            are none, nor any among the entries. A norm of p alone says nothing then, as they may cancel against it.
     """
     if a is None and b is None:
         a = torch.zeros_like(tails.nll_left)

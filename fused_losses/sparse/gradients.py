@@ -1,4 +1,5 @@
-"""The gradients that follow from a sparse softmax: two sparse products, and exact gradients where the certificate asks for them."""
+"""The gradients that follow from a sparse softmax: two sparse products, and exact gradients where the certificate asks
+for them."""
 
 from __future__ import annotations
 
@@ -50,7 +51,8 @@ def exact_part(
     problem: Problem, backend: Backend, exact: Tensor, upstream: Upstream, needs: Needs, dense: Gradients | None,
     factor: float,
 ) -> Gradients:  # fmt: skip
-    """The exact gradients of some tokens, their logits computed once more, plus what is there already; hidden at its rows."""
+    """The exact gradients of some tokens, their logits computed once more, plus what is there already; hidden at its
+    rows."""
     weights = upstream.rows(exact).each(lambda w: w * factor)
     _, some = backend.gradients(problem.rows(exact).for_gradients(), lambda _, at: weights.at(at), needs)
     out = Gradients(weight=some.weight, bias=some.bias, low_rank=some.low_rank)

@@ -1,7 +1,7 @@
 """The softmax of a batch as a sparse matrix plus one of rank one, P ≈ S + m qᵀ, and the gradients that follow from it.
 
-S keeps the entries with p > θ_t = θ·√(1 − p[label]) (a confident token's gradient is small, so its entries are finer), m[t]
-is the exact mass of the rest, and q, Σq = 1, the mean profile of that rest over evenly spaced sampled tokens. With
+S keeps the entries with p > θ_t = θ·√(1 − p[label]) (a confident token's gradient is small, so its entries are finer),
+m[t] is the exact mass of the rest, and q, Σq = 1, the mean profile of that rest over evenly spaced sampled tokens. With
 S' and m' for S and m times the upstream weights, labels subtracted:
 
     dx = S' W + m' (qᵀW)        dW = S'ᵀ x + q (m'ᵀx)
@@ -23,8 +23,9 @@ from ..backends import Backend
 from ..problem import Entries, Problem, Selection, Statistics, Tails
 from .certificate import parameters
 
-# Where an entry is two numbers, in [−1, 1], they are kept as float16 of HALF_SCALE times them, so that it takes 8 bytes as others do.
-# Rounding: at most HALF_UNIT of the number, and HALF_FLOOR near 0. A θ finer than FINEST_HALF asks for better.
+# Where an entry is two numbers, in [−1, 1], they are kept as float16 of HALF_SCALE times them, so that it takes 8 bytes
+# as others do. Rounding: at most HALF_UNIT of the number, and HALF_FLOOR near 0. A θ finer than FINEST_HALF asks for
+# better.
 HALF_SCALE, HALF_UNIT, HALF_FLOOR = 2.0**15, 2.0**-11, 2.0**-40
 FINEST_HALF = 1e-6
 

@@ -1,4 +1,5 @@
-"""A sparse softmax with the upstream weights in it: S' and m', the single logits of lse and `logits_at` among the entries."""
+"""A sparse softmax with the upstream weights in it: S' and m', the single logits of lse and `logits_at` among the
+entries."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ Single = tuple[Tensor, Tensor]
 
 @dataclass
 class WeightedSparse:
-    """The gradient by the logits of N tokens: entries, and the rest as left qᵀ. The order of the fields is data: see `tensors`."""
+    """The gradient by the logits of N tokens: entries, and the rest as left qᵀ. The order of the fields is data: see
+    `tensors`."""
 
     offsets: Tensor  # [N + 1] int64
     columns: Tensor  # [entries] int32, in each row ascending
@@ -160,8 +162,8 @@ def _sums_of_rows(offsets: Tensor, values: Tensor) -> Tensor:
 def _with_single(
     offsets: Tensor, columns: Tensor, values: Tensor, single: Single, vocabulary: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Single logits added to entries, in place where they are among them; new offsets, columns and values, and what is in
-    new entries, Σ |·| of each row."""
+    """Single logits added to entries, in place where they are among them; new offsets, columns and values, and what is
+    in new entries, Σ |·| of each row."""
     ids, weights = single
     rows = torch.arange(len(ids), device=ids.device)[:, None]
     wanted = weights != 0

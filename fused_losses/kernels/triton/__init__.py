@@ -1,4 +1,5 @@
-"""The Triton kernels: `scan` (the product that writes no logits), `rows` (over a chunk's logits), `entries` (over kept ones)."""
+"""The Triton kernels: `scan` (the product that writes no logits), `rows` (over a chunk's logits), `entries` (over kept
+ones)."""
 
 from __future__ import annotations
 

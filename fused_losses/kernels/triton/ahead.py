@@ -1,4 +1,5 @@
-"""Ahead-of-time compilation of the kernels, no GPU needed: what each takes of registers and shared memory, and whether it spills.
+"""Ahead-of-time compilation of the kernels, no GPU needed: what each takes of registers and shared memory, and whether
+it spills.
 
 `specimens()` lists every kernel with every row of the table of tiles; `compile_for` compiles one for an architecture.
 """
@@ -158,11 +159,13 @@ def specimens() -> Iterator[Specimen]:
         yield _gather(f"segment_product, D {dim}", entries.segment_product_kernel, based, dim, 1, ())
         tile = tiles.gather_tile(dim, 1)
         yield Specimen(f"join_slots, D {dim}", entries.join_slots_kernel, ARCHITECTURES,
-                       based | dict(BLOCK_D=tile["BLOCK_D"]), dict(num_warps=tile["num_warps"], **tiles.FUSED))  # fmt: skip
+                       based | dict(BLOCK_D=tile["BLOCK_D"]),
+                        dict(num_warps=tile["num_warps"], **tiles.FUSED))  # fmt: skip
 
 
 def scan_specimen(row: tiles.Scan, operand: str = "bf16") -> Specimen:
-    """A scan with everything on that the row may have to do: bits, entropies, and for its kind bias, scale and soft-cap."""
+    """A scan with everything on that the row may have to do: bits, entropies, and for its kind bias, scale and
+    soft-cap."""
     capped, reference = row.kind == "capped", row.kind in ("shared", "own")
     constants: dict[str, Any] = dict(
         **row.constants, DESCRIPTORS=row.descriptors, FP32=operand == "fp32", HAS_BIAS=capped or row.kind == "own",
@@ -187,7 +190,8 @@ def scan_specimen(row: tiles.Scan, operand: str = "bf16") -> Specimen:
         100: ("tcgen05", "cp.async.bulk.tensor") if row.descriptors else ("tcgen05",),
     }
     return Specimen(
-        f"scan, {row.kind}, {row.block_n}×{row.block_v}×{row.block_d}", scan.scan_with_reference if reference else scan.scan,
+        f"scan, {row.kind}, {row.block_n}×{row.block_v}×{row.block_d}",
+        scan.scan_with_reference if reference else scan.scan,
         (row.architecture,), constants, row.options, tuple(absent), types, operand, expected,
     )  # fmt: skip
 

@@ -62,8 +62,8 @@ def count_bits(bits: Tensor, labels: Tensor, capacity: int, counts: Tensor) -> N
 def columns_of_bits_kernel(bits_ptr, labels_ptr, offsets_ptr, columns_ptr, words, WORDS: tl.constexpr):
     """The columns of a row's set bits, in order: a running offset, and a cumulative sum inside a block of words.
 
-    Traffic: N·V/8 bytes read, 4 bytes written per entry. Integer work only, about 15 operations a bit, set or not: that is the
-    larger by far, and why CUDA's is the better one. Floor: the traffic over the memory bandwidth.
+    Traffic: N·V/8 bytes read, 4 bytes written per entry. Integer work only, about 15 operations a bit, set or not: that
+    is the larger by far, and why CUDA's is the better one. Floor: the traffic over the memory bandwidth.
     """
     t = tl.program_id(0)
     label = tl.load(labels_ptr + t).to(tl.int32)
@@ -96,7 +96,8 @@ def entry_logits_kernel(
 ):  # fmt: skip
     """out[j] = hidden[t] · weight[columns[j]] + bias.
 
-    Traffic: entries·D numbers of the weight, gathered. FLOP: 2·entries·D. Floor: entries·D·itemsize over the L2 bandwidth.
+    Traffic: entries·D numbers of the weight, gathered. FLOP: 2·entries·D. Floor: entries·D·itemsize over the L2
+    bandwidth.
     """
     t = tl.program_id(0)
     d = tl.arange(0, BLOCK_D)
@@ -127,15 +128,16 @@ def entry_logits(
 
 @triton.jit(do_not_specialize=["N"])
 def attention_kernel(
-    hidden_ptr, difference_ptr, entry_reference_ptr, weight_ptr, bias_ptr, labels_ptr, offsets_ptr, columns_ptr, rows_ptr,
-    nll_ptr, nll_values_ptr, kl_values_ptr, kept_ptr, nll_rows_ptr, kl_rows_ptr, N, D, scale, softcap,
+    hidden_ptr, difference_ptr, entry_reference_ptr, weight_ptr, bias_ptr, labels_ptr, offsets_ptr, columns_ptr,
+    rows_ptr, nll_ptr, nll_values_ptr, kl_values_ptr, kept_ptr, nll_rows_ptr, kl_rows_ptr, N, D, scale, softcap,
     GROUP: tl.constexpr, BLOCK_D: tl.constexpr, HAS_BIAS: tl.constexpr, DIFFERENCE: tl.constexpr,
     ENTRY_REFERENCE: tl.constexpr, SOFTCAP: tl.constexpr, NLL_ROWS: tl.constexpr, KL_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Decode attention of one token over its entries, keys and values both the rows of the weight.
 
-    Traffic: entries·D numbers of the weight, each row gathered once, frequent ones from the L2 cache; N·D of hidden read and,
-    for the rows, written. FLOP: 4·entries·D, 8 with a reference. Floor: entries·D·itemsize over the L2 bandwidth.
+    Traffic: entries·D numbers of the weight, each row gathered once, frequent ones from the L2 cache; N·D of hidden
+    read and, for the rows, written. FLOP: 4·entries·D, 8 with a reference. Floor: entries·D·itemsize over the L2
+    bandwidth.
     """
     REFERENCE: tl.constexpr = DIFFERENCE or ENTRY_REFERENCE
     t = tl.program_id(0)
@@ -308,8 +310,8 @@ def join_slots_kernel(
 
 @launcher
 def segment_product(
-    offsets: Tensor, columns: Tensor, values: Tensor, matrix: Tensor, scale: Tensor, vector: Tensor, base: Tensor | None,
-    base_scale: float, hot: Tensor, hot_first: Tensor, partial: Tensor, out: Tensor,
+    offsets: Tensor, columns: Tensor, values: Tensor, matrix: Tensor, scale: Tensor, vector: Tensor,
+    base: Tensor | None, base_scale: float, hot: Tensor, hot_first: Tensor, partial: Tensor, out: Tensor,
 ) -> None:  # fmt: skip
     segments, dim = out.shape
     tile = gather_tile(dim, 1)

@@ -8,8 +8,8 @@ import triton.language as tl
 
 @triton.jit
 def at_least(x):
-    """x, but −1e30 where it is less: a token ruled out by a bias of −inf must not make 0 · ∞. NaN stays, which a plain maximum
-    would replace."""
+    """x, but −1e30 where it is less: a token ruled out by a bias of −inf must not make 0 · ∞. NaN stays, which a plain
+    maximum would replace."""
     return tl.maximum(x, -1e30, propagate_nan=tl.PropagateNan.ALL)
 
 

@@ -133,8 +133,8 @@ def row_statistics_kernel(
 ):  # fmt: skip
     """One row a program: running sums in one pass, and with a reference a second one for p − p_ref.
 
-    Traffic: 4·C·V bytes, with a reference 16·C·V (two passes over both). FLOP: about 25 a logit, 90 with a reference, one
-    exponential of each kind among them. Floor: the traffic over the memory bandwidth.
+    Traffic: 4·C·V bytes, with a reference 16·C·V (two passes over both). FLOP: about 25 a logit, 90 with a reference,
+    one exponential of each kind among them. Floor: the traffic over the memory bandwidth.
     """
     t = tl.program_id(0)
     z_ptr += t.to(tl.int64) * V
@@ -384,7 +384,8 @@ def logit_bits_kernel(
 ):  # fmt: skip
     """bits [C, words] of the logits above bounds[0, t], or r above bounds[1, t].
 
-    Traffic: 4·C·V bytes, 8·C·V with r, and C·V/8 written. FLOP: 1 to 5 a logit. Floor: the traffic over the memory bandwidth.
+    Traffic: 4·C·V bytes, 8·C·V with r, and C·V/8 written. FLOP: 1 to 5 a logit. Floor: the traffic over the memory
+    bandwidth.
     """
     t = tl.program_id(0)
     start = tl.program_id(1) * BLOCK

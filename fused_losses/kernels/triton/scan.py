@@ -5,9 +5,9 @@ A program owns a block of tokens and a part of the vocabulary. It goes through t
 The epilogue takes the tile in SLICES, so that its temporaries fit beside the accumulator: whole, it spills. Parts are
 joined afterwards, [parts, N] numbers each (`backends.gpu`).
 
-Traffic, one pass over N tokens: the weight once from memory, 2·V·D bytes in bf16; N·V/8 bytes of bits; from the L2 cache
-2·N·V·D·(1/BLOCK_N + 1/BLOCK_V) bytes. FLOP: 2·N·V·D, with a reference twice that. Floor: the FLOP over the measured rate
-of a matrix product of that shape; at 128 × 256 the L2 cache must give 96 bytes for 64 kFLOP.
+Traffic, one pass over N tokens: the weight once from memory, 2·V·D bytes in bf16; N·V/8 bytes of bits; from the L2
+cache 2·N·V·D·(1/BLOCK_N + 1/BLOCK_V) bytes. FLOP: 2·N·V·D, with a reference twice that. Floor: the FLOP over the
+measured rate of a matrix product of that shape; at 128 × 256 the L2 cache must give 96 bytes for 64 kFLOP.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ LOWEST = tl.constexpr(-3e38)  # below every logit, and finite: a difference of t
 def scan(
     x, w, bias_ptr, labels_ptr, known_ptr, bits_ptr, partial_ptr, scale, softcap,
     N, V, D, stride_xn, stride_wv, words, tiles_per_part,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, SLICES: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, SLICES: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     FP32: tl.constexpr, HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr,
     BITS: tl.constexpr,
 ):  # fmt: skip
@@ -66,8 +67,8 @@ def scan(
     A bit is set where z > known[BOUND]. Taken from a probe over some ids and the label, that is a lower bound of
     lse + log(θ √(1 − p[label])), so no entry is missed.
 
-    Traffic: V·D numbers of w from memory (once, as all blocks of tokens sweep together), N·D of x, N·V/8 bytes of bits. FLOP:
-    2·N·V·D. Floor: the FLOP over the rate of a matrix product of that shape.
+    Traffic: V·D numbers of w from memory (once, as all blocks of tokens sweep together), N·D of x, N·V/8 bytes of bits.
+    FLOP: 2·N·V·D. Floor: the FLOP over the rate of a matrix product of that shape.
     """
     row = tl.program_id(0) * BLOCK_N
     part = tl.program_id(1)
@@ -123,18 +124,19 @@ def scan_with_reference(
     x, w, reference_x, reference_w, bias_ptr, reference_bias_ptr, labels_ptr, known_ptr, bits_ptr, partial_ptr,
     scale, reference_scale, N, V, D, D_REF, stride_xn, stride_wv, stride_rn, stride_rv, words,
     tiles_per_part,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, SLICES: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, SLICES: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     FP32: tl.constexpr, SHARED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_REFERENCE_BIAS: tl.constexpr,
     SCALED: tl.constexpr, ENTROPY: tl.constexpr, REFERENCE_ENTROPY: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """`scan` of the model and of the reference together, for sums over p_ref of functions of z − r.
 
-    SHARED: x holds the difference of the hidden states, w serves both, and z = r + x·w. δ = z − r − shift is small near the
-    reference, where Σ w (eᵟ − 1 − δ), without cancellation, is what the KL is made of. Without soft-cap: with one,
+    SHARED: x holds the difference of the hidden states, w serves both, and z = r + x·w. δ = z − r − shift is small near
+    the reference, where Σ w (eᵟ − 1 − δ), without cancellation, is what the KL is made of. Without soft-cap: with one,
     Σ |p − p_ref|·slope needs the final sums.
 
-    Traffic: as `scan`, of both models; a shared weight is read from the L2 cache the second time. FLOP: 4·N·V·D. Floor: the FLOP
-    over the rate of a matrix product of that shape.
+    Traffic: as `scan`, of both models; a shared weight is read from the L2 cache the second time. FLOP: 4·N·V·D. Floor:
+    the FLOP over the rate of a matrix product of that shape.
     """
     row = tl.program_id(0) * BLOCK_N
     part = tl.program_id(1)

@@ -1,7 +1,8 @@
-"""Which tile each kernel takes, by architecture and shape: a committed table, so that the first call is as fast as the last.
+"""Which tile each kernel takes, by architecture and shape: a committed table, so that the first call is as fast as the
+last.
 
-`fused-losses tune` measures on a GPU and prints rows for SCANS. Every row is compiled ahead of time in the tests, for the
-architectures that it may run on, and must not spill (docs/kernels.md has registers and shared memory of each).
+`fused-losses tune` measures on a GPU and prints rows for SCANS. Every row is compiled ahead of time in the tests, for
+the architectures that it may run on, and must not spill (docs/kernels.md has registers and shared memory of each).
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ KINDS = ("plain", "capped", "shared", "own")
 
 
 def architecture(capability: tuple[int, int]) -> int:
-    """Of the table: 80 for everything that has neither Hopper's wgmma nor Blackwell's tcgen05, consumer Blackwell included."""
+    """Of the table: 80 for everything that has neither Hopper's wgmma nor Blackwell's tcgen05, consumer Blackwell
+    included."""
     major = capability[0]
     return {9: 90, 10: 100}.get(major, 80)
 
