@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import shards
 from .backends import Backend
-from .backends.chunks import picked_slopes, picked_weights
+from .backends.single import picked_slopes, picked_weights
 from .problem import DIFFERENTIABLE, OUTPUTS, TENSORS, Gradients, Needs, Problem, Rows, Statistics, Upstream
 from .sparse import gradients as sparse_gradients
 from .sparse import softmax

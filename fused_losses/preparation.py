@@ -3,6 +3,7 @@ backend."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -71,11 +72,10 @@ def prepare(
     """
     outputs = outputs or Outputs()
     head = as_head(head).local()
-    gradient, backend, ignore_index = options.gradient, options.backend, options.ignore_index
     labels = plain(labels)
-    check_transforms(hidden, head, labels, backend)
+    check_transforms(hidden, head, labels, options.backend)
     if head.is_spread:
-        check_spread_options(gradient, backend)
+        check_spread_options(options.gradient, options.backend)
     check_hidden(hidden, head)
     check_labels(labels, hidden)
     check_ids(outputs.ids, labels)
@@ -86,21 +86,13 @@ def prepare(
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, head.weight, head.bias)]
 
     tracing = torch.compiler.is_compiling()
-    flat = labels.reshape(-1)
-    index = None if tracing else valid_index(flat, ignore_index)
-
-    def select(x: Tensor) -> Tensor:
-        x = x.reshape(-1, x.shape[-1])
-        return x if index is None else x.index_select(0, index)
-
-    ids = None if outputs.ids is None else outputs.ids.reshape(-1, outputs.ids.shape[-1])
-    if index is not None:
-        flat = flat.index_select(0, index)
-        ids = None if ids is None else ids.index_select(0, index)
-    rows = [None if x is None else select(x) for x in (hidden, reference_hidden)]
+    index = None if tracing else valid_index(labels.reshape(-1), options.ignore_index)
+    select = functools.partial(_valid, index=index)
+    flat = select(labels.reshape(-1))
+    rows = [None if x is None else select(x.reshape(-1, x.shape[-1])) for x in (hidden, reference_hidden)]
     low_rank = None if head.low_rank is None else head.low_rank.b
     if low_rank is not None or reference_low_rank is not None:
-        valid = flat != ignore_index if tracing else None
+        valid = flat != options.ignore_index if tracing else None
         u, u_ref = (
             None if part is None or x is None else _low_rank_rows(part, x, select, valid)
             for part, x in zip((head.low_rank, reference_low_rank), rows, strict=True)
@@ -108,60 +100,68 @@ def prepare(
         rows, low_rank = _with_low_rank(
             rows, u, u_ref, low_rank, reference_low_rank if reference_head is None else None
         )
-    dtype = compute_dtype(hidden, head)
     shard = None
     if head.is_spread:
-        reference_rows = None
-        if reference is not None:
-            reference_rows = len((reference_head or head).weight)
+        reference_rows = None if reference is None else len((reference_head or head).weight)
         shard = shards.agreement(head.process_group, len(head.weight), reference_rows, hidden, flat, needs)
     inner = Head(head.weight, head.bias, head.logit_scale, head.softcap, low_rank, shard)
-    if ids is not None:
-        if tracing:
-            ids = torch.ops.fused_losses.checked(ids, flat != ignore_index, "ids", "ids", inner.vocabulary)
-        else:
-            checks.ids(ids, "ids", inner.vocabulary)
-        ids = ids.masked_fill(ids < 0, -1)
     if not tracing:
-        checks.labels(flat, ignore_index, inner.vocabulary)
+        checks.labels(flat, options.ignore_index, inner.vocabulary)
     if shard is not None:
         chosen = "sharded"
     else:
-        chosen = backend if tracing else backends.choose(backend, hidden.device.type)
-    if gradient == "auto":
-        half = dtype in (torch.bfloat16, torch.float16)
-        sparse = half and inner.vocabulary >= SMALLEST_VOCABULARY and chosen not in ("reference", "sharded")
-    else:
-        sparse = gradient == "sparse"
-    note = None
-    if sparse and (beta or outputs.entropy_gradient):
-        sparse, what = False, "divergence" if beta else "entropy"
-        note = f"the gradient of the {what} has no sparse form"
+        chosen = options.backend if tracing else backends.choose(options.backend, hidden.device.type)
+    dtype = compute_dtype(hidden, head)
+    tolerance, note = _tolerance(options, outputs, dtype, inner.vocabulary, chosen)
     problem = Problem(
-        hidden=rows[0],
-        labels=flat,
-        head=inner,
-        reference_hidden=rows[1],
-        reference_head=reference_head,
-        dtype=dtype,
-        ids=ids,
-        entropy_gradient=outputs.entropy_gradient,
-        beta=beta or None,
-        divergence_is_kl=beta == 0,
-        tolerance=float(options.tolerance) if sparse else None,
-    )
+        hidden=rows[0], labels=flat, head=inner, reference_hidden=rows[1], reference_head=reference_head, dtype=dtype,
+        ids=_ids(outputs.ids, select, flat != options.ignore_index if tracing else None, inner.vocabulary),
+        entropy_gradient=outputs.entropy_gradient, beta=beta or None, divergence_is_kl=beta == 0, tolerance=tolerance,
+    )  # fmt: skip
     if tracing:
         report = GradientReport("none", None, entries=None, saved_bytes=None, note=note)
         return TracedTokens(
-            problem, labels.shape, None, chosen, report, publish, flat != ignore_index, ignore_index, handle
-        )
+            problem, labels.shape, None, chosen, report, publish, flat != options.ignore_index, options.ignore_index,
+            handle,
+        )  # fmt: skip
     return Tokens(problem, labels.shape, index, chosen, GradientReport("none", len(flat), note=note), publish)
+
+
+def _valid(rows: Tensor, index: Tensor | None) -> Tensor:
+    return rows if index is None else rows.index_select(0, index)
+
+
+def _ids(
+    ids: Tensor | None, select: Callable[[Tensor], Tensor], valid: Tensor | None, vocabulary: int
+) -> Tensor | None:  # fmt: skip
+    """[N, k], checked, −1 where there is none; `valid`: in a graph."""
+    if ids is None:
+        return None
+    ids = select(ids.reshape(-1, ids.shape[-1]))
+    if valid is not None:
+        ids = torch.ops.fused_losses.checked(ids, valid, "ids", "ids", vocabulary)
+    else:
+        checks.ids(ids, "ids", vocabulary)
+    return ids.masked_fill(ids < 0, -1)
+
+
+def _tolerance(
+    options: Options, outputs: Outputs, dtype: torch.dtype, vocabulary: int, backend: str
+) -> tuple[float | None, str | None]:  # fmt: skip
+    """Of sparse gradients, None for exact ones; and why these, where they are not what would be taken."""
+    sparse = options.gradient == "sparse"
+    if options.gradient == "auto":
+        half = dtype in (torch.bfloat16, torch.float16)
+        sparse = half and vocabulary >= SMALLEST_VOCABULARY and backend not in ("reference", "sharded")
+    if sparse and (outputs.beta or outputs.entropy_gradient):
+        return None, f"the gradient of the {'divergence' if outputs.beta else 'entropy'} has no sparse form"
+    return (float(options.tolerance) if sparse else None), None
 
 
 def _low_rank_rows(low_rank: LowRank, x: Tensor, select: Callable[[Tensor], Tensor], valid: Tensor | None) -> Tensor:
     """u [N, r] of the tokens x."""
     if low_rank.rows is not None:
-        return select(low_rank.rows)
+        return select(low_rank.rows.reshape(-1, low_rank.rows.shape[-1]))
     if valid is not None:  # what ignored tokens hold, perhaps NaN, must not get into the gradient of a
         x = torch.where(valid[:, None], x, 0)
     return low_rank.inputs(x)

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fused_losses as fl
 from fused_losses import backends
 from fused_losses import reference as oracle
-from fused_losses.backends import chunks
+from fused_losses.backends import chunks, row_passes
 
 N, D, V, R = 33, 17, 123, 3
 # Adapter off, also where that is said with a head; a copy of the adapter; another on W; the model's own B; another model.
@@ -37,7 +37,7 @@ BACKENDS = [
 @pytest.fixture
 def small_chunks(monkeypatch):
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 1)
-    monkeypatch.setitem(chunks.BLOCK_NUMBERS, "cpu", 3 * V)
+    monkeypatch.setitem(row_passes.BLOCK_NUMBERS, "cpu", 3 * V)
 
 
 @dataclass

@@ -9,7 +9,7 @@ from cases import HEADS, REFERENCES, coarse, errors, make, name, relative, run, 
 import fused_losses as fl
 from fused_losses import backends
 from fused_losses import reference as oracle
-from fused_losses.backends import chunks
+from fused_losses.backends import chunks, row_passes
 
 BACKENDS = [
     "torch",
@@ -22,7 +22,7 @@ BETAS = [0.0, 0.3, 1.0]
 @pytest.fixture
 def small_chunks(monkeypatch):
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 1)
-    monkeypatch.setitem(chunks.BLOCK_NUMBERS, "cpu", 3 * 123)
+    monkeypatch.setitem(row_passes.BLOCK_NUMBERS, "cpu", 3 * 123)
 
 
 @pytest.mark.pairwise

@@ -9,7 +9,7 @@ from cases import HEADS, REFERENCES, errors, make, name, near_the_reference, rel
 import fused_losses as fl
 from fused_losses import backends
 from fused_losses import reference as oracle
-from fused_losses.backends import chunks
+from fused_losses.backends import chunks, row_passes
 
 SHAPES = [(1, 1, 2), (1, 576, 252), (33, 17, 123), (129, 65, 507), (64, 64, 4097)]
 
@@ -18,7 +18,7 @@ SHAPES = [(1, 1, 2), (1, 576, 252), (33, 17, 123), (129, 65, 507), (64, 64, 4097
 def small_chunks(monkeypatch):
     """Several chunks and several row blocks also for small inputs."""
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 1)
-    monkeypatch.setitem(chunks.BLOCK_NUMBERS, "cpu", 3 * 123)
+    monkeypatch.setitem(row_passes.BLOCK_NUMBERS, "cpu", 3 * 123)
 
 
 @pytest.mark.pairwise

@@ -23,7 +23,7 @@ from cases import Case, make, near_the_reference, relative, with_more
 from torch import Tensor
 
 import fused_losses as fl
-from fused_losses.backends import chunks
+from fused_losses.backends import chunks, row_passes
 
 D, V = 16, 123
 # Rows of each rank; where one has none or few, and where chunks of 96 MiB would differ.
@@ -307,7 +307,7 @@ def compiled(sizes: tuple[int, ...]) -> dict:
 @contextlib.contextmanager
 def small_chunks() -> Iterator[None]:
     """Three chunks of a case's tokens, and several blocks of rows in each."""
-    with mock.patch.object(chunks, "CHUNK_BYTES", 1), mock.patch.dict(chunks.BLOCK_NUMBERS, cpu=3 * V):
+    with mock.patch.object(chunks, "CHUNK_BYTES", 1), mock.patch.dict(row_passes.BLOCK_NUMBERS, cpu=3 * V):
         yield
 
 

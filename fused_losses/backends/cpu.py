@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..kernels import schemas
 from ..problem import Entries, Gradients, Needs, Problem, Rows, Segments, Selection, Statistics, Tails, Upstream
-from . import chunks
+from . import chunks, row_passes, single
 from . import torch as chunked
 from .chunks import Chunk, Product, Stage, empty_gradients, empty_rows, empty_statistics
 from .torch import SAMPLED_TOKENS, UpstreamOf
@@ -62,7 +62,7 @@ def _exact_statistics(problem: Problem, chunk: Chunk, out: Statistics) -> Tensor
     """Fills `out` from a chunk of products, of which logits are made; returns what their directions need, [7, C]."""
     if chunk.stage is Stage.PRODUCTS:
         finish(problem, chunk)
-    chunks.more_statistics(problem, chunk, replace(out, rank=None, log_p2=None))
+    row_passes.more_statistics(problem, chunk, replace(out, rank=None, log_p2=None))
     known = torch.empty(len(schemas.ExactRow), len(chunk.z), dtype=torch.float32)
     torch.ops.fused_losses.exact_statistics(
         chunk.z, chunk.r, chunks.keeps_difference(problem, chunk), problem.labels[chunk.tokens].contiguous(),
@@ -83,7 +83,7 @@ def _direction(
         *(None if w is None else w.contiguous() for w in weights), target,
     )  # fmt: skip
     if upstream.logits_at is not None:
-        chunks.add_picked_(target, problem.part(chunk.tokens), out, Upstream(logits_at=upstream.logits_at))
+        single.add_picked_(target, problem.part(chunk.tokens), out, Upstream(logits_at=upstream.logits_at))
     return target
 
 
@@ -150,7 +150,7 @@ def _compact(
 ) -> Entries:  # fmt: skip
     """The statistics and the entries of a chunk of products, of which logits are made."""
     finish(problem, chunk)
-    chunks.more_statistics(problem, chunk, out)
+    row_passes.more_statistics(problem, chunk, out)
     labels, softcap = problem.labels[chunk.tokens].contiguous(), problem.head.softcap or 0.0
     logits = (chunk.z, chunk.r, chunks.keeps_difference(problem, chunk), labels, softcap)
     columns, nll_values, *kl_values = buffers

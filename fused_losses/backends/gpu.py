@@ -34,7 +34,7 @@ from ..problem import (
     Statistics,
     Upstream,
 )  # fmt: skip
-from . import chunks, gpu_scan
+from . import chunks, gpu_scan, row_passes, single
 from . import torch as chunked
 from .chunks import empty_gradients, empty_rows, empty_statistics
 from .torch import UpstreamOf
@@ -133,14 +133,14 @@ class Gpu:
             if a is None and b is None and not more:
                 a = torch.zeros_like(here.nll)
             weights = [None if w is None else w.contiguous() for w in (a, b)]
-            single = upstream.lse is not None or upstream.logits_at is not None
+            has_single = upstream.lse is not None or upstream.logits_at is not None
             # The gradient of the bias is a sum of nothing else, so it is taken before any rounding; and what single
             # logits add may cancel against p, so it is added before that.
-            wide = total.bias is not None or single
+            wide = total.bias is not None or has_single
             direction = chunk.z if wide else _as(chunk.z, dtype)
             row_kernels.directions(*_logits(problem, chunk), known, here.nll, *weights, direction, None, **more)  # type: ignore[call-arg]
-            if single:
-                chunks.add_picked_(direction, problem.part(tokens), here, upstream)
+            if has_single:
+                single.add_picked_(direction, problem.part(tokens), here, upstream)
             if total.bias is not None:
                 total.bias.add_(direction.sum(0), alpha=factor)
             if wide:
@@ -401,11 +401,11 @@ def _of_products(problem: Problem, chunk: chunks.Chunk, out: Statistics) -> None
     """The statistics that no kernel has, in PyTorch's own operations; the products stay as they are."""
     if problem.ids is not None:
         ids = problem.ids[chunk.tokens]
-        out.logits_at.copy_(_finished(problem, chunk, lambda products: chunks.picked(products, ids)))
+        out.logits_at.copy_(_finished(problem, chunk, lambda products: row_passes.picked(products, ids)))
         out.logits_at.masked_fill_(ids < 0, 0)
     if out.topk_entropy is not None:
         z = _finished(problem, chunk, lambda products: products)
-        out.topk_entropy.copy_(chunks.entropy_of(z.topk(min(problem.top_k, z.shape[1]), dim=1).values))
+        out.topk_entropy.copy_(row_passes.entropy_of(z.topk(min(problem.top_k, z.shape[1]), dim=1).values))
 
 
 def _more(problem: Problem, out: Statistics, extended: Tensor | None, upstream: Upstream) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .. import shards
 from ..problem import Gradients, Needs, Problem, Rows, Segments, Statistics
-from . import chunks
+from . import chunks, row_passes
 from . import torch as chunked
 from .chunks import Chunk, Product, Stage
 from .torch import UpstreamOf
@@ -70,7 +70,7 @@ def sweep(problem: Problem, out: Statistics, directions: bool, product: Product 
         part = _part(problem, out.at(at))
         logits = _kept_logits(problem, chunk, out.at(at))
         if rows:
-            chunks.row_passes(local, part, replace(chunk, entropy=None, divergence=None), directions)
+            row_passes.row_passes(local, part, replace(chunk, entropy=None, divergence=None), directions)
         chunk.stage = Stage.DIRECTIONS if directions else Stage.SPENT
         log_p, log_r = _combine(problem, part, owner[at], out.at(at))
         if logits is not None:
@@ -126,7 +126,7 @@ def _combine(problem: Problem, part: Statistics, owner: Tensor, out: Statistics)
     if part.top_logits is not None:
         candidates = torch.cat([logits.t() for logits in everyone], 1)
         k = min(problem.top_k, problem.head.vocabulary)
-        out.topk_entropy.copy_(chunks.entropy_of(candidates.topk(k, dim=1).values))
+        out.topk_entropy.copy_(row_passes.entropy_of(candidates.topk(k, dim=1).values))
     if log_r is None:
         return log_p[shard.rank], None
     r, d = log_r.exp(), log_p - log_r
@@ -201,14 +201,14 @@ def _of_kept_logits(
     if out.logits_at is not None:
         ids = problem.ids[chunk.tokens] - shard.start
         ids = ids.masked_fill((ids >= z.shape[1]) | (problem.ids[chunk.tokens] < 0), -1)
-        at = chunks.picked(z, ids) if z.shape[1] else torch.zeros_like(out.logits_at)
+        at = row_passes.picked(z, ids) if z.shape[1] else torch.zeros_like(out.logits_at)
         out.logits_at.copy_(shards.gathered(group, at).sum(0))
     if out.rank is not None:
         label = (problem.labels[chunk.tokens] - shard.start)[:, None]
         mine = (label >= 0) & (label < z.shape[1])
-        at = chunks.picked(z, label.masked_fill(~mine, -1)) if z.shape[1] else torch.zeros_like(out.nll)[:, None]
+        at = row_passes.picked(z, label.masked_fill(~mine, -1)) if z.shape[1] else torch.zeros_like(out.nll)[:, None]
         label_logit = shards.gathered(group, at).sum(0)
-        out.rank.copy_(shards.gathered(group, chunks.rank_of(z, label_logit)).sum(0))
+        out.rank.copy_(shards.gathered(group, row_passes.rank_of(z, label_logit)).sum(0))
     log_p = z - out.lse[:, None]
     if out.log_p2 is not None:
         squares = (2 * log_p).logsumexp(1) if z.shape[1] else torch.full_like(out.nll, -torch.inf)
@@ -226,11 +226,11 @@ def _of_kept_logits(
         p_ref = log_r.exp()
         d = log_p - log_r if d is None else d - (out.lse[:, None] - ref_lse)
         gap = torch.where(d.abs() < 1, torch.expm1(d).mul_(p_ref), p - p_ref)
-        sums = torch.stack(chunks.mixture_sums(problem.beta, p, p_ref, d, gap))
+        sums = torch.stack(row_passes.mixture_sums(problem.beta, p, p_ref, d, gap))
         divergence, student = shards.gathered(group, sums).sum(0)
         out.divergence.copy_(divergence.clamp(min=0))
         if directions:
-            chunk.divergence.copy_(chunks.mixture_direction(problem.beta, p, d, student[:, None]))
+            chunk.divergence.copy_(row_passes.mixture_direction(problem.beta, p, d, student[:, None]))
     for direction in (chunk.entropy, chunk.divergence):
         if direction is not None and slope is not None:
             direction.mul_(slope)

@@ -19,15 +19,15 @@ from .chunks import (
     Chunk,
     Product,
     Stage,
-    add_picked_,
     by_column,
     empty_gradients,
     empty_rows,
     empty_statistics,
     logit_chunks,
-    row_passes,
     slices,
 )
+from .row_passes import row_passes
+from .single import add_picked_
 
 # The tail profile is made of so many tokens.
 SAMPLED_TOKENS = 1024
