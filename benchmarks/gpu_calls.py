@@ -30,7 +30,7 @@ def _scan_name(operands: Any, tokens: slice, known: Tensor, bits: Tensor | None,
 def wrapped(backend: gpu.Gpu, wrap: Wrap) -> Iterator[None]:
     kernels = SimpleNamespace(**{name: wrap(name, getattr(backend.kernels, name)) for name in KERNELS})
     places = [
-        (gpu.row_kernels, "logit_bits", "logit_bits"), (gpu.row_kernels, "directions", "directions"),
+        (gpu.row_kernels, "logit_bits", "logit_bits"), (gpu.direction_kernels, "directions", "directions"),
         (gpu.row_kernels, "tail_profile", "tail_profile"), (gpu, "weighted_sum_kernel", "weighted_sum"),
         (gpu, "_tail_profile", "tail profile"), (gpu, "_times", "product dz W"), (chunks, "add_product", "product dzᵀ x"),
         (gpu_scan, "bounds", "probe"), (gpu_scan, "join", "join"), (chunks, "project", "logits"), (chunks, "by_column", "by column"),

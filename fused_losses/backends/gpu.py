@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.schemas import SPLIT, Row
+from ..kernels.triton import directions as direction_kernels
 from ..kernels.triton import rows as row_kernels
 from ..kernels.triton import tiles
 from ..kernels.triton.entries import weighted_sum as weighted_sum_kernel
@@ -96,10 +97,10 @@ class Gpu:
                 if kept is not None:
                     other = torch.empty(chunk.z.shape, dtype=dtype, device=one.device)
                     more = _more(problem, here, extended, Upstream(**{name: one}))
-                    row_kernels.directions(*logits, known, here.nll, None, None, other, None, **more)  # type: ignore
+                    direction_kernels.directions(*logits, known, here.nll, None, None, other, None, **more)  # type: ignore
                     kept[chunk.tokens] = _times_head(other, chunk).mul_(scale)
             z, r = _as(chunk.z, dtype), None if chunk.r is None else _as(chunk.r, dtype)
-            row_kernels.directions(*logits, known, here.nll, one, None, z, r)  # type: ignore[call-arg]
+            direction_kernels.directions(*logits, known, here.nll, one, None, z, r)  # type: ignore[call-arg]
             rows.nll[chunk.tokens] = _times_head(z, chunk).mul_(scale)
             if r is not None:
                 rows.kl[chunk.tokens] = _times_head(r, chunk).mul_(scale)
@@ -138,7 +139,7 @@ class Gpu:
             # logits add may cancel against p, so it is added before that.
             wide = total.bias is not None or has_single
             direction = chunk.z if wide else _as(chunk.z, dtype)
-            row_kernels.directions(*_logits(problem, chunk), known, here.nll, *weights, direction, None, **more)  # type: ignore[call-arg]
+            direction_kernels.directions(*_logits(problem, chunk), known, here.nll, *weights, direction, None, **more)  # type: ignore[call-arg]
             if has_single:
                 single.add_picked_(direction, problem.part(tokens), here, upstream)
             if total.bias is not None:
@@ -169,9 +170,11 @@ class Gpu:
             torch.add(known[Row.TOP], known[Row.LOG_SUM], out=here.lse)
             extended = None
             if here.divergence is not None:
-                extended = torch.empty(len(row_kernels.Extended), len(chunk.z), dtype=torch.float32, device=z.device)
+                extended = torch.empty(
+                    len(direction_kernels.Extended), len(chunk.z), dtype=torch.float32, device=z.device
+                )
             if here.rank is not None or here.log_p2 is not None or extended is not None:
-                row_kernels.extended_statistics(  # type: ignore[call-arg]
+                direction_kernels.extended_statistics(  # type: ignore[call-arg]
                     z, r, difference, labels, *scales, problem.beta or 0.0, known, here.nll, here.log_p2, here.rank,
                     here.divergence, extended,
                 )  # fmt: skip

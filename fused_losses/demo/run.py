@@ -62,7 +62,23 @@ def run(console: Console, output: Path, seed: int = 0, model_path: Path | None =
             advance()
 
     record = {
-        "check": rows,
+        "check": rows, **_lesson(tokenizer, lesson, results), "settings": _settings(seed), "training": training,
+        "results": results, "counts": {"paraphrases": len(teach.PARAPHRASES), "unrelated": len(teach.UNRELATED)},
+        "seconds": time.perf_counter() - start,
+        "versions": {
+            "fused_losses": fl.__version__,
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")},
+        },
+    }  # fmt: skip
+    report.save(record, output)
+    report.show(record, console)
+    console.print(f"\n{record['seconds']:.0f} s in all; written: {output / 'demo.png'}, {output / 'demo.json'}")
+    return record
+
+
+def _lesson(tokenizer: Any, lesson: teach.Lesson, results: dict) -> dict:
+    return {
         "lesson": {
             "question": teach.QUESTION,
             "own_answer": results["base"]["answers"][teach.QUESTION],
@@ -78,29 +94,19 @@ def run(console: Console, output: Path, seed: int = 0, model_path: Path | None =
             ],
             "answer_tokens": len(lesson.answer),
         },
-        "settings": {
-            "name": teach.NAME,
-            "lora": {"r": teach.RANK, "alpha": 2 * teach.RANK, "target_modules": ["q_proj", "v_proj"]},
-            "learning_rate": teach.LEARNING_RATE,
-            "steps": teach.STEPS,
-            "anchor_weight": teach.ANCHOR_WEIGHT,
-            "retain_weight": teach.RETAIN_WEIGHT,
-            "seed": seed,
-        },
-        "training": training,
-        "results": results,
-        "counts": {"paraphrases": len(teach.PARAPHRASES), "unrelated": len(teach.UNRELATED)},
-        "seconds": time.perf_counter() - start,
-        "versions": {
-            "fused_losses": fl.__version__,
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")},
-        },
     }
-    report.save(record, output)
-    report.show(record, console)
-    console.print(f"\n{record['seconds']:.0f} s in all; written: {output / 'demo.png'}, {output / 'demo.json'}")
-    return record
+
+
+def _settings(seed: int) -> dict:
+    return {
+        "name": teach.NAME,
+        "lora": {"r": teach.RANK, "alpha": 2 * teach.RANK, "target_modules": ["q_proj", "v_proj"]},
+        "learning_rate": teach.LEARNING_RATE,
+        "steps": teach.STEPS,
+        "anchor_weight": teach.ANCHOR_WEIGHT,
+        "retain_weight": teach.RETAIN_WEIGHT,
+        "seed": seed,
+    }
 
 
 @torch.no_grad()

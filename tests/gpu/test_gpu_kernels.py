@@ -183,7 +183,7 @@ def test_logit_bits(shape, head, reference, within):
 @pytest.mark.parametrize("weights", pick(["both", "separate"], ["nll", "kl", "both", "separate"]))
 def test_directions_in_place(shape, head, reference, dtype, weights, within):
     from fused_losses.backends.gpu import _as
-    from fused_losses.kernels.triton import rows as kernels
+    from fused_losses.kernels.triton import directions
 
     if reference is None and weights != "nll":
         pytest.skip("without a reference there is no KL")
@@ -194,7 +194,7 @@ def test_directions_in_place(shape, head, reference, dtype, weights, within):
     z, r, *rest = logits_of(rows)
     out, kl_out = _as(z, dtype), None if r is None or weights != "separate" else _as(r, dtype)
     pair = {"nll": (a, None), "kl": (None, b), "both": (a, b), "separate": (None, None)}[weights]
-    kernels.directions(z, r, *rest, rows.known.float().contiguous(), rows.nll.float(), *pair, out, kl_out)
+    directions.directions(z, r, *rest, rows.known.float().contiguous(), rows.nll.float(), *pair, out, kl_out)
     bound = 1e-5 + 2 * ROUNDING[dtype]
     if weights == "separate":
         within(nll=(relative(out, rows.d_nll), bound), kl=(relative(kl_out, rows.gap), bound))
@@ -209,16 +209,15 @@ def test_directions_in_place(shape, head, reference, dtype, weights, within):
 @every_case
 @every_dtype
 def test_extended_statistics_and_directions(shape, head, reference, dtype, within):
-    from fused_losses.triton_kernels import rows as kernels
-
     from fused_losses.backends.gpu import _as
+    from fused_losses.kernels.triton import directions
 
     rows = of_float32_logits(world(shape, head, reference, torch.float32))
     n, beta = len(rows.labels), 0.25
     known, nll, entropy = rows.known.float().contiguous(), rows.nll.float(), rows.entropy.float()
-    log_p2, rank, extended = empty(n), torch.full((n,), -1, device=DEVICE), empty(len(kernels.Extended), n)
+    log_p2, rank, extended = empty(n), torch.full((n,), -1, device=DEVICE), empty(len(directions.Extended), n)
     divergence = empty(n) if reference else None
-    kernels.extended_statistics(*logits_of(rows), beta, known, nll, log_p2, rank, divergence, extended)
+    directions.extended_statistics(*logits_of(rows), beta, known, nll, log_p2, rank, divergence, extended)
     # Of nearly equal logits, any.
     close = ((rows.z - rows.z.gather(1, rows.labels[:, None])).abs() < 1e-5).sum(1) - 1
     figures = {"log_p2": (against(log_p2, rows.log_p2, 1e-2), 1e-5)}
@@ -233,7 +232,7 @@ def test_extended_statistics_and_directions(shape, head, reference, dtype, withi
         wanted.append(direction)
     z, r, *rest = logits_of(rows)
     out = _as(z, dtype)
-    kernels.directions(z, r, *rest, known, nll, weights[0], None, out, None, **options)
+    directions.directions(z, r, *rest, known, nll, weights[0], None, out, None, **options)
     total = sum(w.double()[:, None] * d for w, d in zip(weights, wanted, strict=False))
     figures["direction"] = (relative(out, total), 1e-5 + 2 * ROUNDING[dtype])
     within(**figures)

@@ -17,6 +17,7 @@ from torch import Tensor
 from fused_losses import reference as oracle
 from fused_losses.backends.gpu import _as
 from fused_losses.kernels.schemas import Row
+from fused_losses.kernels.triton import directions
 from fused_losses.kernels.triton import rows as kernels
 
 pytestmark = WARNINGS
@@ -128,8 +129,8 @@ class Rows:
         n = len(self.labels)
         out = {of: torch.empty(n, dtype=torch.int64 if of == "rank" else torch.float32) for of in wanted}
         if "divergence" in wanted:
-            out["extended"] = torch.empty(len(kernels.Extended), n)
-        kernels.extended_statistics(
+            out["extended"] = torch.empty(len(directions.Extended), n)
+        directions.extended_statistics(
             *self.arguments, beta, known["rows"], known["nll"], out.get("log_p2"), out.get("rank"),
             out.get("divergence"), out.get("extended"),
         )  # fmt: skip
@@ -146,7 +147,7 @@ class Rows:
             options |= dict(divergence_weight=weights["divergence"], extended=extended, beta=beta)
         z, r, *rest = self.arguments
         out = _as(z, dtype)
-        kernels.directions(
+        directions.directions(
             z, r, *rest, known["rows"], known["nll"], weights.get("nll"), weights.get("kl"), out, None, **options
         )
         return out
@@ -249,7 +250,7 @@ def test_separate_directions_leave_the_weights_out():
     results = []
     for options in ({}, dict(entropy_weight=weight, entropy=known["entropy"], divergence_weight=weight, beta=0.5)):
         z, r, *rest = rows.arguments
-        kernels.directions(z, r, *rest, known["rows"], known["nll"], None, None, z, r, **options)
+        directions.directions(z, r, *rest, known["rows"], known["nll"], None, None, z, r, **options)
         results.append((z, r))
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 

@@ -19,29 +19,50 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import entries, rows, scan, tiles
+from . import directions, entries, rows, scan, tiles
 
 ARCHITECTURES = (80, 90, 100)
 # Dynamic shared memory that a block may have, by architecture (CUDA C++ Programming Guide, technical specifications).
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 HIDDEN = (576, 2048, 4096, 8192, 16384)
 
-POINTERS = {
+# The names of the kernels' arguments are data: the types follow from them. A name that is not here is an error.
+OF_OPERANDS = frozenset(
+    {"hidden_ptr", "difference_ptr", "weight_ptr", "matrix_ptr", "nll_rows_ptr", "kl_rows_ptr", "out_ptr", "kl_out_ptr"}
+)
+ARGUMENTS = {
     "labels_ptr": "*i64", "bits_ptr": "*i32", "columns_ptr": "*i32", "offsets_ptr": "*i64", "counts_ptr": "*i64",
     "prediction_ptr": "*i64", "hot_ptr": "*i64", "hot_first_ptr": "*i64", "rank_ptr": "*i64",
+    **dict.fromkeys(
+        (
+            "a_ptr", "b_ptr", "base_ptr", "bias_ptr", "bounds_ptr", "divergence_ptr", "divergence_weight_ptr",
+            "entropy_ptr", "entropy_weight_ptr", "entry_reference_ptr", "extended_ptr", "kept_ptr", "kl_ptr",
+            "kl_values_ptr", "known_ptr", "log_p2_ptr", "lse_ptr", "nll_ptr", "nll_values_ptr", "partial_ptr",
+            "profile_ptr", "r_ptr", "reference_bias_ptr", "reference_entropy_ptr", "reference_nll_ptr", "rows_ptr",
+            "scale_ptr", "values_ptr", "vector_ptr", "z_ptr",
+        ),
+        "*fp32",
+    ),
+    **dict.fromkeys(("scale", "softcap", "reference_scale", "reference_softcap", "base_scale", "beta"), "fp32"),
+    **dict.fromkeys(
+        (
+            "C", "D", "D_REF", "N", "V", "capacity", "count", "first", "hot", "rows_per_part", "segments",
+            "tiles_per_part", "width", "words",
+        ),
+        "i32",
+    ),
 }  # fmt: skip
-# Pointers to numbers of the operands' type; all others are to fp32.
-OPERANDS = (
-    "hidden_ptr",
-    "difference_ptr",
-    "weight_ptr",
-    "matrix_ptr",
-    "nll_rows_ptr",
-    "kl_rows_ptr",
-    "out_ptr",
-    "kl_out_ptr",
-)
-FLOATS = ("scale", "softcap", "reference_scale", "reference_softcap", "base_scale", "beta")
+
+
+def type_of(name: str, operand: str) -> str:
+    """Of a kernel's argument, as Triton writes it."""
+    if name in OF_OPERANDS:
+        return f"*{operand}"
+    if name.startswith("stride"):
+        return "i64"
+    if name not in ARGUMENTS:
+        raise KeyError(f"{name}: no type is known for an argument of that name; add it to ARGUMENTS in {__name__}")
+    return ARGUMENTS[name]
 
 
 @dataclass(frozen=True)
@@ -74,12 +95,7 @@ def compile_for(specimen: Specimen, architecture: int) -> Resources:
             signature[name] = "constexpr"
             constants.setdefault(name, None)
             continue
-        if name in specimen.types:
-            signature[name] = specimen.types[name]
-        elif name.endswith("_ptr"):
-            signature[name] = POINTERS.get(name, "*" + (specimen.operand if name in OPERANDS else "fp32"))
-        else:
-            signature[name] = "fp32" if name in FLOATS else "i64" if name.startswith("stride") else "i32"
+        signature[name] = specimen.types.get(name) or type_of(name, specimen.operand)
         if signature[name][0] == "*" or name in ("V", "D", "D_REF") or name.startswith("stride"):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
@@ -115,23 +131,28 @@ def specimens() -> Iterator[Specimen]:
         weights = dict(HAS_A=True, HAS_B=some["REFERENCE"], SEPARATE=False, HAS_ENTROPY=False, HAS_DIVERGENCE=False)
         none = ("kl_out_ptr", *no_r, *(() if some["REFERENCE"] else ("b_ptr",)))
         yield Specimen(
-            "directions" + name, rows.directions_kernel, ARCHITECTURES, some | weights, warps,
+            "directions" + name, directions.directions_kernel, ARCHITECTURES, some | weights, warps,
             (*none, *of_entropy, *of_divergence),
         )  # fmt: skip
-        block = dict(BLOCK=rows.DIVERGENCE_BLOCK if some["REFERENCE"] else rows.BLOCK)
+        block = dict(BLOCK=directions.DIVERGENCE_BLOCK if some["REFERENCE"] else rows.BLOCK)
         more = weights | block | dict(HAS_ENTROPY=True, HAS_DIVERGENCE=some["REFERENCE"])
         none = none if some["REFERENCE"] else (*none, *of_divergence)
         yield Specimen(
-            f"directions{name}, extended", rows.directions_kernel, ARCHITECTURES, some | more, warps, none
+            f"directions{name}, extended", directions.directions_kernel, ARCHITECTURES, some | more, warps, none
         )  # fmt: skip
         asked = block | dict(LOG_P2=True, RANK=True, DIVERGENCE=some["REFERENCE"])
         none = () if some["REFERENCE"] else ("r_ptr", "divergence_ptr", "extended_ptr", "beta")
         yield Specimen(
-            "extended_statistics" + name, rows.extended_statistics_kernel, ARCHITECTURES, some | asked, warps, none
+            "extended_statistics" + name,
+            directions.extended_statistics_kernel,
+            ARCHITECTURES,
+            some | asked,
+            warps,
+            none,
         )
     separate = both | dict(HAS_A=True, HAS_B=False, SEPARATE=True, HAS_ENTROPY=False, HAS_DIVERGENCE=False)
     none = ("b_ptr", *of_entropy, *of_divergence)
-    yield Specimen("directions, separate", rows.directions_kernel, ARCHITECTURES, separate, warps, none)
+    yield Specimen("directions, separate", directions.directions_kernel, ARCHITECTURES, separate, warps, none)
     profile = dict(BLOCK=128, SOFTCAP=True)
     yield Specimen("tail_profile", rows.tail_profile_kernel, ARCHITECTURES, profile, dict(num_warps=4, **tiles.FUSED))
 

@@ -126,6 +126,31 @@ def entry_logits(
     )
 
 
+@triton.jit
+def _logits_of_entries(
+    row, hidden, moved, entry_reference_ptr, bias_ptr, entry, column, live, scale, softcap,
+    DIFFERENCE: tl.constexpr, ENTRY_REFERENCE: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """z, z − r and r of a group of entries. Without a reference the last two are z."""
+    z = tl.sum(row * hidden[None, :], 1)
+    if HAS_BIAS:
+        z = at_least(z + tl.load(bias_ptr + column, mask=live, other=0.0))
+    z *= scale
+    gap_d, r = z, z
+    if DIFFERENCE:
+        gap_d = scale * tl.sum(row * moved[None, :], 1)
+        z = r + gap_d
+    if SOFTCAP:
+        z = soft_cap(z, softcap)
+    if DIFFERENCE and SOFTCAP:
+        r = soft_cap(r, softcap)
+        gap_d = z - r
+    if ENTRY_REFERENCE:
+        r = tl.load(entry_reference_ptr + entry, mask=live, other=0.0)
+        gap_d = z - r
+    return z, gap_d, r
+
+
 @triton.jit(do_not_specialize=["N"])
 def attention_kernel(
     hidden_ptr, difference_ptr, entry_reference_ptr, weight_ptr, bias_ptr, labels_ptr, offsets_ptr, columns_ptr,
@@ -143,6 +168,7 @@ def attention_kernel(
     t = tl.program_id(0)
     d = tl.arange(0, BLOCK_D)
     hidden = tl.load(hidden_ptr + t.to(tl.int64) * D + d, mask=d < D, other=0.0).to(tl.float32)
+    moved = hidden
     if DIFFERENCE:
         moved = tl.load(difference_ptr + t.to(tl.int64) * D + d, mask=d < D, other=0.0).to(tl.float32)
     label = tl.load(labels_ptr + t).to(tl.int32)
@@ -168,22 +194,10 @@ def attention_kernel(
         row = tl.load(
             weight_ptr + column.to(tl.int64)[:, None] * D + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0
         ).to(tl.float32)
-        z = tl.sum(row * hidden[None, :], 1)
-        if HAS_BIAS:
-            z = at_least(z + tl.load(bias_ptr + column, mask=live, other=0.0))
-        z *= scale
-        gap_d, r = z, z
-        if DIFFERENCE:
-            gap_d = scale * tl.sum(row * moved[None, :], 1)
-            z = r + gap_d
-        if SOFTCAP:
-            z = soft_cap(z, softcap)
-        if DIFFERENCE and SOFTCAP:
-            r = soft_cap(r, softcap)
-            gap_d = z - r
-        if ENTRY_REFERENCE:
-            r = tl.load(entry_reference_ptr + entry, mask=live, other=0.0)
-            gap_d = z - r
+        z, gap_d, r = _logits_of_entries(
+            row, hidden, moved, entry_reference_ptr, bias_ptr, entry, column, live, scale, softcap,
+            DIFFERENCE, ENTRY_REFERENCE, HAS_BIAS, SOFTCAP,
+        )  # fmt: skip
         slope = tl.where(live, 1.0, 0.0)
         if SOFTCAP:
             u = z / softcap

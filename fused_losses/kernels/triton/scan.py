@@ -151,9 +151,7 @@ def scan_with_reference(
     ref_total = tl.zeros((BLOCK_N,), tl.float32)
     ref_weighted = tl.zeros((BLOCK_N,), tl.float32)
     ref_index = tl.zeros((BLOCK_N,), tl.int32)
-    shifted_sum = tl.zeros((BLOCK_N,), tl.float32)
-    growth_sum = tl.zeros((BLOCK_N,), tl.float32)
-    gap_sum = tl.zeros((BLOCK_N,), tl.float32)
+    shifted_sum, growth_sum, gap_sum = ref_weighted, ref_weighted, ref_weighted
     shift = tl.load(known_ptr + SHIFT * N + rows, mask=valid, other=0.0)
     bound, ref_bound = top, top
     if BITS:
@@ -200,9 +198,7 @@ def scan_with_reference(
             gap_sum = gap_sum * shrink + tl.sum(e * tl.abs(grown + delta), 1)
 
     out = partial_ptr + part.to(tl.int64) * SUMS * N + rows
-    tl.store(out + TOP * N, top, mask=valid)
-    tl.store(out + SUM * N, total, mask=valid)
-    tl.store(out + INDEX * N, index.to(tl.float32, bitcast=True), mask=valid)
+    _store_sums(out, N, valid, top, total, index)
     tl.store(out + REF_TOP * N, ref_top, mask=valid)
     tl.store(out + REF_SUM * N, ref_total, mask=valid)
     tl.store(out + SHIFTED * N, shifted_sum, mask=valid)
@@ -212,6 +208,13 @@ def scan_with_reference(
         tl.store(out + WEIGHTED * N, weighted, mask=valid)
     if REFERENCE_ENTROPY:
         tl.store(out + REF_WEIGHTED * N, ref_weighted, mask=valid)
+
+
+@triton.jit
+def _store_sums(out, N, valid, top, total, index):
+    tl.store(out + TOP * N, top, mask=valid)
+    tl.store(out + SUM * N, total, mask=valid)
+    tl.store(out + INDEX * N, index.to(tl.float32, bitcast=True), mask=valid)
 
 
 @triton.jit
