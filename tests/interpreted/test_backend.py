@@ -72,6 +72,19 @@ def test_sparse_mode_with_nothing_left_out_equals_the_oracle(head, reference, fr
             assert error <= 1.5e-6, output
 
 
+@pytest.mark.parametrize("gradient", ["exact", "sparse"])
+def test_a_label_that_a_bias_rules_out(gradient, path):
+    """Its logit is −1e30: nll is huge, and its gradient by that logit is −1 all the same."""
+    case = make(9, 17, 67, bias=True, ignored=0)
+    case.bias[5], case.labels[3] = -1e30, 5
+    case.nll_upstream[3] = 1.0
+    with coarse(1e-30, capacity=67):
+        found = run(case, torch.float32, "triton", gradient)
+    truth = run(case, torch.float64, "reference")
+    for gradient in ("d_hidden", "d_weight", "d_bias"):
+        assert relative(found[gradient], truth[gradient]) <= 1.5e-6, gradient
+
+
 @pytest.mark.pairwise
 @pytest.mark.parametrize("head", HEADS, ids=name)
 @pytest.mark.parametrize("reference", REFERENCES, ids=name)

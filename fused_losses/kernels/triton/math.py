@@ -47,7 +47,8 @@ def growth(x):
 
 @triton.jit
 def expm1(x):
-    return growth(x) + x
+    """eˣ − 1, without cancellation; −1 far below 0, where x would swallow it."""
+    return tl.where(x < -60.0, -1.0, growth(x) + x)
 
 
 @triton.jit
