@@ -81,5 +81,7 @@ def test_every_argument_of_a_kernel_has_a_type_by_its_name():
         for name in specimen.kernel.arg_names:
             if name not in specimen.constants and name not in specimen.types:
                 ahead.type_of(name, specimen.operand)
-    with pytest.raises(KeyError, match=r"column_ptr: no type is known .*ARGUMENTS in fused_losses.kernels.triton.ahead"):
+    with pytest.raises(
+        KeyError, match=r"column_ptr: no type is known .*ARGUMENTS in fused_losses.kernels.triton.ahead"
+    ):
         ahead.type_of("column_ptr", "bf16")

@@ -89,18 +89,18 @@ class Gpu:
             return out, Rows()
         rows = empty_rows(problem, len(problem.labels))
         scale, dtype = problem.head.logit_scale, problem.dtype
-        for chunk, known, extended in self._logit_chunks(problem, out):
-            here, logits = out.at(chunk.tokens), _logits(problem, chunk)
+        for chunk, facts, extended in self._logit_chunks(problem, out):
+            here, logits = out.at(chunk.tokens), _row_arguments(problem, chunk)
             one = torch.ones_like(here.nll)
             for name in ("entropy", "divergence"):
                 kept = getattr(rows, name)
                 if kept is not None:
                     other = torch.empty(chunk.z.shape, dtype=dtype, device=one.device)
                     more = _more(problem, here, extended, Upstream(**{name: one}))
-                    direction_kernels.directions(*logits, known, here.nll, None, None, other, None, **more)  # type: ignore
+                    direction_kernels.directions(*logits, facts, here.nll, None, None, other, None, **more)  # type: ignore
                     kept[chunk.tokens] = _times_head(other, chunk).mul_(scale)
             z, r = _as(chunk.z, dtype), None if chunk.r is None else _as(chunk.r, dtype)
-            direction_kernels.directions(*logits, known, here.nll, one, None, z, r)  # type: ignore[call-arg]
+            direction_kernels.directions(*logits, facts, here.nll, one, None, z, r)  # type: ignore[call-arg]
             rows.nll[chunk.tokens] = _times_head(z, chunk).mul_(scale)
             if r is not None:
                 rows.kl[chunk.tokens] = _times_head(r, chunk).mul_(scale)
@@ -118,7 +118,7 @@ class Gpu:
 
     def _sweep(self, problem: Problem, out: Statistics, upstream_of: UpstreamOf, total: Gradients) -> None:
         dtype, scale = problem.dtype, problem.head.logit_scale
-        for chunk, known, extended in self._logit_chunks(problem, out):
+        for chunk, facts, extended in self._logit_chunks(problem, out):
             tokens = chunk.tokens
             here = out.at(tokens)
             upstream = upstream_of(here, tokens)
@@ -139,7 +139,9 @@ class Gpu:
             # logits add may cancel against p, so it is added before that.
             wide = total.bias is not None or has_single
             direction = chunk.z if wide else _as(chunk.z, dtype)
-            direction_kernels.directions(*_logits(problem, chunk), known, here.nll, *weights, direction, None, **more)  # type: ignore[call-arg]
+            direction_kernels.directions(
+                *_row_arguments(problem, chunk), facts, here.nll, *weights, direction, None, **more
+            )  # type: ignore[call-arg]
             if has_single:
                 single.add_picked_(direction, problem.part(tokens), here, upstream)
             if total.bias is not None:
@@ -160,14 +162,14 @@ class Gpu:
         C], and what the divergence's direction needs."""
         for chunk in chunks.logit_chunks(problem, narrow=False, budget=LOGIT_BYTES):
             here = out.at(chunk.tokens)
-            known = torch.empty(len(Row), len(chunk.z), dtype=torch.float32, device=chunk.z.device)
-            z, r, difference, labels, *scales = _logits(problem, chunk)
+            facts = torch.empty(len(Row), len(chunk.z), dtype=torch.float32, device=chunk.z.device)
+            z, r, difference, labels, *scales = _row_arguments(problem, chunk)
             _of_products(problem, chunk, here)
             self.kernels.row_statistics(
                 z, r, difference, labels, *scales, here.nll, here.prediction, here.kl, here.entropy,
-                here.reference_nll, here.reference_entropy, known,
+                here.reference_nll, here.reference_entropy, facts,
             )  # fmt: skip
-            torch.add(known[Row.TOP], known[Row.LOG_SUM], out=here.lse)
+            torch.add(facts[Row.TOP], facts[Row.LOG_SUM], out=here.lse)
             extended = None
             if here.divergence is not None:
                 extended = torch.empty(
@@ -175,10 +177,10 @@ class Gpu:
                 )
             if here.rank is not None or here.log_p2 is not None or extended is not None:
                 direction_kernels.extended_statistics(  # type: ignore[call-arg]
-                    z, r, difference, labels, *scales, problem.beta or 0.0, known, here.nll, here.log_p2, here.rank,
+                    z, r, difference, labels, *scales, problem.beta or 0.0, facts, here.nll, here.log_p2, here.rank,
                     here.divergence, extended,
                 )  # fmt: skip
-            yield chunk, known, extended
+            yield chunk, facts, extended
 
     # --- sparse
 
@@ -200,15 +202,15 @@ class Gpu:
         else:
             spans = self._bits_of_scan(problem, out, selection.threshold, tile)
         sampled = selection.sampled
-        for span, known, bits in spans:
+        for span, facts, bits in spans:
             entries = self._entries(
-                problem, out, span.tokens, known, bits, selection.capacity * CANDIDATES, selection.with_rows
+                problem, out, span.tokens, facts, bits, selection.capacity * CANDIDATES, selection.with_rows
             )
             # Token i of `sampled` is i·N // len: which are of this chunk is known without waiting for the GPU.
             first, last = (-(-at * len(sampled) // len(out.nll)) for at in (span.tokens.start, span.tokens.stop))
             here = sampled[first:last]
             at = here - span.tokens.start
-            lse = known[Row.TOP, at] + known[Row.LOG_SUM, at]
+            lse = facts[Row.TOP, at] + facts[Row.LOG_SUM, at]
             usable = (entries.counts[at] >= 0) & out.nll[here].isfinite()
             chosen.append((here, lse, bits.index_select(0, at), usable))
             yield span, entries
@@ -220,15 +222,15 @@ class Gpu:
         self, problem: Problem, out: Statistics, threshold: float
     ) -> Iterator[tuple[Span, Tensor, Tensor]]:
         words = -(-problem.head.vocabulary // row_kernels.BLOCK) * (row_kernels.BLOCK // 32)
-        for chunk, known, _ in self._logit_chunks(problem, out):
-            z, r, difference, _, *scales = _logits(problem, chunk)
-            lse = known[Row.TOP] + known[Row.LOG_SUM]
+        for chunk, facts, _ in self._logit_chunks(problem, out):
+            z, r, difference, _, *scales = _row_arguments(problem, chunk)
+            lse = facts[Row.TOP] + facts[Row.LOG_SUM]
             wrong = -torch.expm1(-out.nll[chunk.tokens])
             least = math.log(threshold) + 0.5 * torch.log(wrong.clamp(min=LEAST_WRONG))
-            bounds = torch.stack([lse + least, known[Row.REF_TOP] + known[Row.REF_LOG_SUM] + least])
+            bounds = torch.stack([lse + least, facts[Row.REF_TOP] + facts[Row.REF_LOG_SUM] + least])
             bits = torch.empty(len(z), words, dtype=torch.int32, device=z.device)
             row_kernels.logit_bits(z, r, difference, bounds, *scales, bits)  # type: ignore[call-arg]
-            yield Span(chunk.tokens), known, bits
+            yield Span(chunk.tokens), facts, bits
 
     def _bits_of_scan(
         self, problem: Problem, out: Statistics, threshold: float, tile: tiles.Scan
@@ -270,7 +272,7 @@ class Gpu:
         gpu_scan.join(problem, partial, problem.labels, label, known[Known.SHIFT], out)
 
     def _entries(
-        self, problem: Problem, out: Statistics, tokens: slice, known: Tensor, bits: Tensor, capacity: int, rows: bool
+        self, problem: Problem, out: Statistics, tokens: slice, facts: Tensor, bits: Tensor, capacity: int, rows: bool
     ) -> Entries:
         head, kernels = problem.head, self.kernels
         labels, device = problem.labels[tokens].contiguous(), bits.device
@@ -311,11 +313,11 @@ class Gpu:
                 entry_reference.div_(own.softcap).tanh_().mul_(own.softcap)
         kernels.attention(
             hidden.contiguous(), difference, entry_reference, weight, gpu_scan.bias_of(head), labels, offsets, columns,
-            known, out.nll[tokens].contiguous(), head.logit_scale, head.softcap or 0.0, values, kl_values, kept, nll_rows,
+            facts, out.nll[tokens].contiguous(), head.logit_scale, head.softcap or 0.0, values, kl_values, kept, nll_rows,
             kl_rows,
         )  # fmt: skip
         entries = Entries(
-            counts, columns, values, kl_values, gpu_scan.tails_of(problem, out.nll[tokens], labels, known, kept)
+            counts, columns, values, kl_values, gpu_scan.tails_of(problem, out.nll[tokens], labels, facts, kept)
         )
         entries.nll_rows, entries.kl_rows = nll_rows, kl_rows
         return entries
@@ -391,7 +393,7 @@ def _tail_profile(problem: Problem, tokens: Tensor, lse: Tensor, bits: Tensor, p
         row_kernels.tail_profile(z, labels, lse, bits, first, head.logit_scale, head.softcap or 0.0, profile)
 
 
-def _logits(problem: Problem, chunk: chunks.Chunk) -> Any:
+def _row_arguments(problem: Problem, chunk: chunks.Chunk) -> Any:
     """The first arguments of the kernels over logits."""
     head, own = problem.head, problem.reference_head or problem.head
     return (

@@ -88,7 +88,7 @@ def scan(
     # Nothing is moved out of the loop: addresses kept over a product would not fit beside the accumulator.
     first = part * tiles_per_part
     for tile in tl.range(first, min(first + tiles_per_part, tl.cdiv(V, BLOCK_V)), disable_licm=True):
-        acc = _tile(
+        acc = _product_tile(
             x, w, row, tile * BLOCK_V, N, V, D, stride_xn, stride_wv, BLOCK_N, BLOCK_V, BLOCK_D, DESCRIPTORS, FP32
         )
         slices = _slices(acc, SLICES)
@@ -161,11 +161,11 @@ def scan_with_reference(
     WIDTH: tl.constexpr = BLOCK_V // SLICES
     first = part * tiles_per_part
     for tile in tl.range(first, min(first + tiles_per_part, tl.cdiv(V, BLOCK_V)), disable_licm=True):
-        ref_acc = _tile(
+        ref_acc = _product_tile(
             reference_x, reference_w, row, tile * BLOCK_V, N, V, D_REF, stride_rn, stride_rv,
             BLOCK_N, BLOCK_V, BLOCK_D, DESCRIPTORS, FP32,
         )  # fmt: skip
-        acc = _tile(
+        acc = _product_tile(
             x, w, row, tile * BLOCK_V, N, V, D, stride_xn, stride_wv, BLOCK_N, BLOCK_V, BLOCK_D, DESCRIPTORS, FP32
         )
         ref_slices = _slices(ref_acc, SLICES)
@@ -218,7 +218,7 @@ def _store_sums(out, N, valid, top, total, index):
 
 
 @triton.jit
-def _tile(
+def _product_tile(
     a, b, row, column, N, V, D, stride_a, stride_b,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, DESCRIPTORS: tl.constexpr, FP32: tl.constexpr,
 ):  # fmt: skip
