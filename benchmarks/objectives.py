@@ -1,4 +1,5 @@
-"""docs/objectives.md and docs/objectives.png: every objective, from its docstring, and what it does to a token's gradient.
+"""docs/objectives.md and docs/objectives.png: every objective, from its docstring, and what it does to a token's
+gradient.
 
     python benchmarks/objectives.py
 
@@ -69,7 +70,7 @@ CURVES: dict[str, Callable[[], list[Curve]]] = {
     "EAFTLoss": lambda: [(f"α = {a}", fl.EAFTLoss(alpha=a, **EXACT), {}) for a in (0.5, 1.0, 2.0)],
     "PSFTLoss": lambda: [(f"p_old = {r}", fl.PSFTLoss(**EXACT), {"old_nll": -per_token(r).log()}) for r in REFERENCES],
     "FLOWLoss": lambda: [
-        (f"initial nll = {x}", fl.FLOWLoss(temperature=1.0, **EXACT),
+        (f"initial {x}", fl.FLOWLoss(temperature=1.0, **EXACT),
          {"initial_nll": torch.tensor([x], dtype=torch.float64), "sequence_ids": torch.zeros(POINTS, dtype=torch.int64)})
         for x in (0.5, 1.0, 2.0)
     ],
@@ -143,24 +144,26 @@ Written by `python benchmarks/objectives.py` from the docstrings.
 
 | you want to | take | because |
 |---|---|---|
-| train as everyone does, without logits in memory | `CrossEntropyLoss` | label smoothing, z-loss and class weights are options |
-| fine-tune on a domain and keep the rest, with one line changed | `TALRLoss` | tokens with a large loss count less; a small learning rate helps as much, try it first |
-| correct single tokens of the model's own answers | `LAwFLoss` | cross-entropy on the corrections, KL to the original elsewhere |
-| keep close to the original while training on full answers | `SFTKLLoss`, `MaskTheTargetLoss`, `ASFTLoss` | a KL to the original; the second leaves the label out of it |
-| leave out what the model would have to be torn for | `STMLoss`, `InfoSFTLoss`, `EAFTLoss`, `DFTLoss` | weights from the probability of the label or from the entropy |
-| teach facts that the model cannot know | `CrossEntropyLoss`, perhaps with `FinchCallback` | down-weighting suppresses exactly what is new |
-| weight messages, samples or rewards yourself | `WeightedLoss` | the weight is a column of the data set |
-| count easy sequences most | `FLOWLoss` | weights from the initial model, fixed before training |
-| distil from a teacher in memory | `JSDLoss`, `ReverseKLLoss` | the whole vocabulary, at a temperature |
-| distil from a data set of top-k log-probabilities, a server or an API | `TopKDistillationLoss` | k ids a token are enough |
-| make no step beyond a ratio of the old policy | `PSFTLoss` | clips as PPO does |
-| train DPO, KTO, ORPO or SimPO in a loop of your own | `sequence_logps` | Σ log p of each sequence |
+| train as everyone does, without logits in memory | `CrossEntropyLoss` | label smoothing, z-loss and class weights are
+options | | fine-tune on a domain and keep the rest, with one line changed | `TALRLoss` | tokens with a large loss count
+less; a small learning rate helps as much, try it first | | correct single tokens of the model's own answers |
+`LAwFLoss` | cross-entropy on the corrections, KL to the original elsewhere | | keep close to the original while
+training on full answers | `SFTKLLoss`, `MaskTheTargetLoss`, `ASFTLoss` | a KL to the original; the second leaves the
+label out of it | | leave out what the model would have to be torn for | `STMLoss`, `InfoSFTLoss`, `EAFTLoss`, `DFTLoss`
+| weights from the probability of the label or from the entropy | | teach facts that the model cannot know |
+`CrossEntropyLoss`, perhaps with `FinchCallback` | down-weighting suppresses exactly what is new | | weight messages,
+samples or rewards yourself | `WeightedLoss` | the weight is a column of the data set | | count easy sequences most |
+`FLOWLoss` | weights from the initial model, fixed before training | | distil from a teacher in memory | `JSDLoss`,
+`ReverseKLLoss` | the whole vocabulary, at a temperature | | distil from a data set of top-k log-probabilities, a server
+or an API | `TopKDistillationLoss` | k ids a token are enough | | make no step beyond a ratio of the old policy |
+`PSFTLoss` | clips as PPO does | | train DPO, KTO, ORPO or SimPO in a loop of your own | `sequence_logps` | Σ log p of
+each sequence |
 
 ![The pull of each loss on the label's logit](objectives.png)
 
-The pull of each loss on the label's logit against the probability p of the label; dashed: cross-entropy, 1 − p. r is the
-reference's (or the teacher's) probability of the label. Above 0 a step makes the label likelier, below 0 less likely. 32
-tokens in all, the rest shared as 1/rank^1.5, that of the reference as 1/rank.
+The pull of each loss on the label's logit against the probability p of the label; dashed: cross-entropy, 1 − p. r is
+the reference's (or the teacher's) probability of the label. Above 0 a step makes the label likelier, below 0 less
+likely. 32 tokens in all, the rest shared as 1/rank^1.5, that of the reference as 1/rank.
 """
 
 
