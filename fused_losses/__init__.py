@@ -16,6 +16,7 @@ from .objectives import (
     Objective,
     PSFTLoss,
     TALRLoss,
+    WeightedLoss,
 )
 from .op import TokenLosses, token_losses
 from .parameters import l2_to_initial, wise_ft
@@ -38,6 +39,7 @@ __all__ = [
     "Reference",
     "TALRLoss",
     "TokenLosses",
+    "WeightedLoss",
     "l2_to_initial",
     "patch",
     "patched",

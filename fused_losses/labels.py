@@ -122,11 +122,10 @@ def _custom_function(args: tuple, kwargs: dict[str, Any]) -> tuple[str, bool] | 
 
 def _refuse(loss: str, wanted: bool) -> None:
     message = (
-        f"labels: those of AnchorCollator, which come with a confidence, have reached plain cross-entropy ({loss}), so "
-        f"the anchors are "
-        "ignored; call fused_losses.patch(model, fused_losses.LAwFLoss(), reference=...) before training. For plain "
-        "cross-entropy "
-        "give labels.as_subclass(torch.Tensor), or take a collator without anchors"
+        "labels: those of AnchorCollator, which come with a confidence or with weights, have reached plain "
+        f"cross-entropy ({loss}), so the anchors, or the weights, are ignored; call fused_losses.patch(model, "
+        "fused_losses.LAwFLoss(), reference=...), or with the objective that they are for, before training. For plain "
+        "cross-entropy give labels.as_subclass(torch.Tensor), or take a collator without them"
     )
     if wanted:
         raise ValueError(message)  # of a TypeError the comparisons of tensors make False

@@ -87,6 +87,10 @@ def cross_entropy(z: Tensor, labels: Tensor) -> Tensor:
     return nll(z, labels)
 
 
+def weighted(z: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    return weights * nll(z, labels)
+
+
 def talr(z: Tensor, labels: Tensor, temperature: Tensor | float, floor: float = 0.01) -> Tensor:
     loss = nll(z, labels)
     return (-loss.detach() / temperature).exp().clamp(min=floor) * loss

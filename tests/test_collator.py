@@ -505,6 +505,48 @@ def test_loss_and_gradient_of_a_model_do_not_depend_on_the_padding():
         assert (other_gradient - gradient).norm() <= of_gradient * gradient.norm()
 
 
+# ---- rows for objectives without anchors
+
+WEIGHED = [
+    {"input_ids": [5, 6, 7, 8], "weights": [0.0, 1.0, -0.5, 2.0]},
+    {"input_ids": [8, 9, 10], "weights": [1, 0, 3], "labels": [-100, 9, 10]},
+]
+
+
+@pytest.mark.parametrize("options", [{}, {"padding_side": "left"}, {"padding_free": True}], ids=str)
+def test_rows_with_weights_need_no_anchors(options):
+    batch = collate(*WEIGHED, **options)
+    anchored = collate(*(row | {"anchors": []} for row in WEIGHED), **options)
+    assert not anchored.pop("confidence").any() and batch.keys() == anchored.keys()
+    assert all(torch.equal(batch[name], anchored[name]) for name in batch)
+    ones, twos = [0.0, 1.0, -0.5, 2.0], [1.0, 0.0, 3.0]
+    expected = {"left": [ones, [0.0, *twos]], None: [ones, [*twos, 0.0]]}[options.get("padding_side")]
+    assert batch["weights"].tolist() == ([ones + twos] if "padding_free" in options else expected)
+    assert batch["weights"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["weights", "old_nll"])
+def test_whole_numbers_for_an_objective_are_floats_in_the_batch(name):
+    rows = [{"input_ids": [5, 6, 7], name: form([1, 0, 2])} for form in (list, torch.tensor, np.array)]
+    assert collate(*rows)[name].dtype == torch.float32
+
+
+def test_anchors_that_were_dropped_are_still_noticed_beside_a_row_that_has_some():
+    with pytest.raises(ValueError, match="row 1: has neither confidence nor anchors"):
+        collate(WEIGHED[0] | {"anchors": []}, WEIGHED[1])
+    with pytest.raises(ValueError, match="row 1, weights: is missing, but row 0 has it"):
+        collate(WEIGHED[0], {"input_ids": [5, 6]})
+    with pytest.raises(
+        ValueError, match=r"row 0: has neither confidence nor anchors, only \['input_ids', 'sequence_ids'\]"
+    ):
+        collate({"input_ids": [5, 6], "sequence_ids": [1, 1]})
+
+
+def test_as_many_weights_as_tokens():
+    with pytest.raises(ValueError, match="row 0, weights: expected as many as input_ids, 3, got shape"):
+        collate({"input_ids": [5, 6, 7], "weights": [1.0, 2.0]})
+
+
 # ---- errors
 
 IDS = {"input_ids": [5, 6, 7]}

@@ -184,6 +184,7 @@ OBJECTIVES = {
     "ASFT": (fl.ASFTLoss, {}, {"reference": "own"}),
     "EAFT": (fl.EAFTLoss, {}, {}),
     "PSFT": (fl.PSFTLoss, {}, {"old_nll": TIMES / 3}),
+    "weighted": (fl.WeightedLoss, {}, {"weights": TIMES - 4.0}),
     "own": (Own, {}, {"w": TIMES - 4.0}),
 }  # fmt: skip
 

@@ -563,7 +563,10 @@ def test_attributes_may_be_set_before_the_base_is_made():
     tried(own(__init__=init, token_loss=lambda self, out: self.x * out.nll)).backward()
 
 
-ALL = (fl.CrossEntropyLoss, fl.TALRLoss, fl.LAwFLoss, fl.FLOWLoss, fl.DFTLoss, fl.ASFTLoss, fl.EAFTLoss, fl.PSFTLoss)
+ALL = (
+    fl.CrossEntropyLoss, fl.TALRLoss, fl.LAwFLoss, fl.FLOWLoss, fl.DFTLoss, fl.ASFTLoss, fl.EAFTLoss, fl.PSFTLoss,
+    fl.WeightedLoss,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("cls", [*ALL, own(), type("Mine", (fl.TALRLoss,), {})], ids=lambda cls: cls.__name__)

@@ -443,6 +443,24 @@ class TestObjectives:
         with fl.patched(model, fl.PSFTLoss()):
             torch.testing.assert_close(model(**inputs, old_nll=old).loss.double(), want, rtol=2e-6, atol=0)
 
+    def test_weights_of_a_batch_move_with_the_labels(self):
+        model = llama()
+        ids = torch.randint(1, VOCABULARY, (16,)).split((5, 11))
+        rows = [{"input_ids": row.tolist(), "weights": torch.randn(len(row)).tolist()} for row in ids]
+        inputs = fl.huggingface.AnchorCollator(0)(rows)
+        weights, labels = inputs.pop("weights"), torch.as_tensor(inputs["labels"]).as_subclass(torch.Tensor)
+        hidden = (
+            copy.deepcopy(model).double().model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        )
+        nll = fl.token_losses(hidden.last_hidden_state[:, :-1], model.lm_head.weight.double(), labels[:, 1:]).nll
+        want = (nll * weights[:, 1:]).sum() / (labels[:, 1:] != -100).sum()
+        with pytest.raises(ValueError, match="so the anchors, or the weights, are ignored"):
+            model(**inputs, weights=weights)
+        with fl.patched(model, fl.WeightedLoss()):
+            torch.testing.assert_close(model(**inputs, weights=weights).loss.double(), want, rtol=2e-6, atol=0)
+            with pytest.raises(ValueError, match="weights: is missing in the batch, and WeightedLoss needs it"):
+                model(**inputs)
+
     def test_a_loss_of_ones_own(self):
         class Weighted(fl.Objective):
             def token_loss(self, out, importance):

@@ -81,6 +81,23 @@ def test_group_means_of_accumulated_batches_are_averaged():
     assert error(step(run), gradients) < TOLERANCE
 
 
+def test_weights_of_a_data_set_reach_the_loss():
+    """Trainer keeps the column, AnchorCollator pads it, and num_items counts tokens whatever they weigh."""
+    data = [row | {"weights": [0.5 * (t % 3) - 0.25 for t in row["input_ids"]]} for row in rows()]
+    model, total, count = llama(), 0, 0
+    for row in data:
+        labels = torch.tensor(row["labels"][1:])
+        nll = -log_probs(model, row["input_ids"]).gather(1, labels.clamp(min=0)[:, None])[:, 0]
+        total = total + (nll * torch.tensor(row["weights"][1:]) * (labels != -100)).sum()
+        count += int((labels != -100).sum())
+    named = dict(model.named_parameters())
+    gradients = dict(zip(named, torch.autograd.grad(total / count, list(named.values())), strict=True))
+    options = dict(per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    collator = fl.huggingface.AnchorCollator(pad_token_id=0)
+    run = trainer(fl.patch(llama(), fl.WeightedLoss()), data, data_collator=collator, **options)
+    assert error(step(run), gradients) < TOLERANCE
+
+
 def bart():
     torch.manual_seed(0)
     sizes = dict(vocab_size=V, d_model=16, decoder_layers=2, decoder_attention_heads=2, decoder_ffn_dim=32)

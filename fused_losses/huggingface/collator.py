@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..labels import AnchorLabels
-from .fields import KINDS, joined, laid_out, padding, read_fields
+from .fields import KINDS, in_place_of_anchors, joined, laid_out, padding, read_fields
 
 IGNORED = -100
 OWN = ("input_ids", "labels", "confidence", "anchors", "attention_mask")
@@ -49,6 +49,9 @@ class AnchorCollator:
                          [] where everything is to be retained
         attention_mask   T of 0 or 1, with 0 at the ends only; what it masks is cut off, and cannot have a given label
 
+    Rows for an objective without anchors need neither confidence nor anchors where they have its field: `weights`
+    (WeightedLoss), `old_nll` (PSFTLoss), `initial_nll` (FLOWLoss) and the like. The batch then has no confidence.
+
     as lists, numpy arrays or tensors; None counts as absent or empty. Position t speaks of the token
     input_ids[t], as in labels: nothing is shifted here, and the loss must shift labels and confidence alike. Nothing
     predicts a row's first token, so it cannot be an anchor, and its label is always −100 in the batch.
@@ -57,8 +60,9 @@ class AnchorCollator:
 
         tokens        [T] or [T, ...]: cut as attention_mask says, and padded with 0, names that end in "labels" with
         −100.
-                      token_type_ids, mm_token_type_ids, position_ids, sequence_ids, old_nll and the like always, others
-                      where each row's length is that of its input_ids. position_ids [3, T] become [3, B, T].
+                      token_type_ids, mm_token_type_ids, position_ids, sequence_ids, weights, old_nll and the like
+                      always, others where each row's length is that of its input_ids. position_ids [3, T] become
+                      [3, B, T].
         concatenate   along dimension 0, as processors lay out the images of a batch: pixel_values [n, C, H, W] of a
                       row's n images, or [patches, D] (Qwen2-VL); image_grid_thw [n, 3], image_sizes [n, 2], and
                       whatever else begins with pixel_, image_, video_, audio_ or input_features. A row without images
@@ -86,9 +90,9 @@ class AnchorCollator:
             images of a row as one item: {"pixel_values": "stack"}.
 
     Returns:
-        input_ids int64 [B, T], labels int64 (−100 at padding), confidence float32 (0 at padding), and attention_mask
-        int64, or with padding_free position_ids int64, and the other fields. What pads a packed row is a sequence of
-        its own, without labels. The labels are `fused_losses.labels.AnchorLabels`: a model that is not patched, which
+        input_ids int64 [B, T], labels int64 (−100 at padding), confidence float32 (0 at padding; absent where no row
+        has any), and attention_mask int64, or with padding_free position_ids int64, and the other fields. What pads a
+        packed row is a sequence of its own, without labels. The labels are `fused_losses.labels.AnchorLabels`: a model that is not patched, which
         would ignore the confidence, raises ValueError in its cross-entropy. labels.as_subclass(torch.Tensor) are
         ordinary ones.
 
@@ -133,7 +137,8 @@ class AnchorCollator:
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         if not len(features):
             raise ValueError("features: expected at least one row, got none")
-        rows = [read_row(feature, f"row {index}") for index, feature in enumerate(features)]
+        anchored = _are_anchored(features)
+        rows = [read_row(feature, f"row {index}", anchored) for index, feature in enumerate(features)]
         for index, (feature, row) in enumerate(zip(features, rows, strict=True)):
             self._look_for_padding(feature, row.input_ids, f"row {index}")
         lengths = [len(feature["input_ids"]) for feature in features]
@@ -152,6 +157,8 @@ class AnchorCollator:
         }
         batch = self._pack(rows, of_tokens) if self.padding_free else self._pad(rows, of_tokens)
         batch |= {name: joined(field) for name, field in others.items() if field.kind != "tokens"}
+        if not anchored:
+            del batch["confidence"]
         return {name: v.as_subclass(AnchorLabels) if padding(name) == IGNORED else v for name, v in batch.items()}
 
     def _check_fields(self) -> None:
@@ -236,8 +243,14 @@ class AnchorCollator:
         return -(-length // multiple) * multiple
 
 
-def read_row(feature: Mapping[str, Any], row: str) -> Row:
-    """One feature, checked; `row` names it in errors."""
+def _are_anchored(features: Sequence[Any]) -> bool:
+    """Whether rows need anchors: not where none has any, and some have a field of an objective that knows none."""
+    given = {name for f in features if isinstance(f, Mapping) for name, value in f.items() if value is not None}
+    return bool(given & {"confidence", "anchors"}) or not given & in_place_of_anchors()
+
+
+def read_row(feature: Mapping[str, Any], row: str, anchored: bool = True) -> Row:
+    """One feature, checked; `row` names it in errors. `anchored`: it must say which tokens are anchors."""
     if not isinstance(feature, Mapping):
         raise TypeError(f"{row}: expected a mapping with input_ids, got {type(feature).__name__}")
     given = {name: value for name, value in feature.items() if value is not None}
@@ -275,7 +288,7 @@ def read_row(feature: Mapping[str, Any], row: str) -> Row:
         )
     labels = labels.masked_fill(masked, IGNORED)
 
-    if "confidence" not in feature and "anchors" not in feature:
+    if anchored and "confidence" not in feature and "anchors" not in feature:
         raise ValueError(
             f"{row}: has neither confidence nor anchors, only {sorted(feature)}; give anchors=[] where nothing is to "
             "be learned, and set remove_unused_columns=False if a trainer has dropped them"

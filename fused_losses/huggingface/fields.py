@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import objectives
+from ..objectives import LAwFLoss
+
 KINDS = ("tokens", "stack", "concatenate", "leave out")
 # What tokenizers and trainers add for themselves, and what rows were made of. No model takes it.
 METADATA = frozenset(
@@ -18,9 +21,11 @@ METADATA = frozenset(
     }
 )  # fmt: skip
 OF_TOKENS = frozenset(
-    {"token_type_ids", "mm_token_type_ids", "position_ids", "sequence_ids", "seq_idx", "old_nll", "shift_labels",
+    {"token_type_ids", "mm_token_type_ids", "position_ids", "sequence_ids", "seq_idx", "shift_labels",
      "cross_attention_mask", "inputs_embeds"}
 )  # fmt: skip
+# Of tokens too, and never integers in the batch: what objectives take, as numbers.
+NUMBERS_OF_TOKENS = frozenset({"weights", "old_nll"})
 # Of images, videos and sounds, by how their names begin, and with the dimensions of one item: one more are several
 # items.
 OF_ITEMS = ("pixel_", "high_res_pixel_", "image_", "images_", "video_", "videos_", "audio_", "second_per_grid")
@@ -33,6 +38,17 @@ ITEMS = {
 }  # fmt: skip
 # With one of these, an image is [patches, D] and not [C, H, W], and its mask [patches].
 PATCHES = ("image_position_ids", "video_position_ids", "spatial_shapes", "num_soft_tokens_per_image")
+
+
+def known_fields() -> set[str]:
+    """What a call of some objective of this package takes of a batch."""
+    classes: list[Any] = [getattr(objectives, name) for name in objectives.__all__]
+    return {name for one in classes if isinstance(one, type) for name in getattr(one, "fields", {})}
+
+
+def in_place_of_anchors() -> set[str]:
+    """Fields of objectives that know no anchors: rows that have one of these need none."""
+    return known_fields() - set(LAwFLoss.fields) - {"sequence_ids"}
 
 
 class Field(NamedTuple):
@@ -81,7 +97,7 @@ def read_fields(
 
 def _kind(name: str, values: list[Tensor], lengths: list[int], names: Iterable[str]) -> str:
     dimensions = values[0].dim()
-    if name in OF_TOKENS:
+    if name in OF_TOKENS or name in NUMBERS_OF_TOKENS:
         return "tokens"
     of_tokens = dimensions > 0 and all(len(value) == length for value, length in zip(values, lengths, strict=True))
     if name in ITEMS or (name.startswith(OF_ITEMS) and not (of_tokens and dimensions == 1)):
@@ -104,6 +120,8 @@ def _checked(name: str, kind: str, values: list[Tensor], lengths: list[int]) -> 
                 raise ValueError(
                     f"row {index}, {name}: expected as many as input_ids, {length}, got shape {list(value.shape)}"
                 )
+        if name in NUMBERS_OF_TOKENS:
+            values = [v if v.is_floating_point() or v.is_complex() else v.float() for v in values]
         values = [v if v.is_floating_point() or v.is_complex() or v.dtype == torch.bool else v.long() for v in values]
         values = values if name != "position_ids" else [v if v.dim() == 1 else v.T for v in values]
     shapes = {tuple(value.shape[kind != "stack" :]) for value in values}

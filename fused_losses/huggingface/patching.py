@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import objectives
 from ..labels import plain
 from ..objectives import CrossEntropyLoss, Objective
 from . import trl, wrappers
 from .call import Batch, Call
+from .fields import known_fields
 from .heads import check_head
 from .patched_class import patched_class
 from .references import Source, find_source
@@ -356,12 +356,6 @@ def _refuse_backward(value: Any, message: str) -> None:
 
     refuse.__torch_unserializable__ = True  # type: ignore[attr-defined]  # no warning where the tensor is pickled
     value.register_hook(refuse)
-
-
-def known_fields() -> set[str]:
-    """Of all objectives of this package: that a batch holds one which the loss does not take is a mistake."""
-    classes: list[Any] = [getattr(objectives, name) for name in objectives.__all__]
-    return {name for one in classes if isinstance(one, type) for name in getattr(one, "fields", {})}
 
 
 def _base_model(model: Any, compiled: bool = False) -> Any:

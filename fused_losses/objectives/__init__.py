@@ -10,6 +10,7 @@ from .flow import FLOWLoss
 from .lawf import LAwFLoss
 from .psft import PSFTLoss
 from .talr import TALRLoss
+from .weighted import WeightedLoss
 
 __all__ = [
     "ASFTLoss",
@@ -21,5 +22,6 @@ __all__ = [
     "Objective",
     "PSFTLoss",
     "TALRLoss",
+    "WeightedLoss",
     "item_count",
 ]

@@ -1,0 +1,202 @@
+"""Objectives against their twins in reference.py: heads, references, dtypes, backends, both kinds of gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from cases import HEADS, Case, coarse, make, name, relative
+from torch import Tensor
+
+import fused_losses as fl
+from fused_losses import backends
+from fused_losses import reference as oracle
+
+BACKENDS = [
+    "torch",
+    pytest.param("cpu", marks=pytest.mark.skipif(backends.unavailable("cpu") is not None, reason="no kernels")),
+]
+SHAPES = [(1, 3, 5), (33, 17, 123), (65, 33, 507)]
+Z = Tensor
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An objective, the fields of its call for N tokens, and its twin: (z, z_ref, labels, fields of these tokens)."""
+
+    make: Callable[..., fl.Objective]
+    twin: Callable[[Z, Z, Tensor, dict[str, Tensor]], Tensor]
+    fields: Callable[[int], dict[str, Tensor]] = lambda n: {}
+    total: bool = False  # the twin gives the loss, and not one per token
+
+
+def signed(n: int) -> Tensor:
+    return torch.linspace(-1, 2, n, dtype=torch.float64) + 0.013
+
+
+TABLE = {
+    "weighted": Entry(
+        fl.WeightedLoss, lambda z, r, y, f: oracle.weighted(z, y, f["weights"]), lambda n: {"weights": signed(n)}
+    ),
+}  # fmt: skip
+NAMES = sorted(TABLE)
+
+
+def case_of(entry: Entry, *shape: int, reference: str = "shared", **options: Any) -> Case:
+    needs = entry.make().takes_reference
+    return make(*shape, reference=reference if needs else None, **options)
+
+
+def arguments(entry: Entry, case: Case, module: fl.Objective, reference: Any) -> dict[str, Any]:
+    fields = entry.fields(len(case.labels))
+    for field, declared in type(module).fields.items():
+        if declared.labelled and field in fields:
+            fields[field] = fields[field].masked_fill(case.labels < 0, 0)
+    return fields | ({"reference": reference} if reference is not None else {})
+
+
+def leaves(hidden: Tensor, head: fl.LMHead) -> dict[str, Tensor]:
+    named = {"hidden": hidden, "weight": head.weight, "bias": head.bias}
+    return {name: t for name, t in named.items() if t is not None and t.requires_grad}
+
+
+def ours(entry: Entry, case: Case, dtype: torch.dtype, num_items: Any = None, **options: Any) -> dict[str, Tensor]:
+    module = entry.make(**options)
+    hidden, head, reference = case.inputs(dtype)
+    given = arguments(entry, case, module, reference)
+    loss = module(hidden, head, case.labels, num_items=num_items, **given)
+    tensors = leaves(hidden, head)
+    found = dict(zip(tensors, torch.autograd.grad(loss, list(tensors.values())), strict=True))
+    found["report"] = module.gradient_report
+    return found | {"loss": loss.detach()}
+
+
+def twin(entry: Entry, case: Case, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    hidden, head, reference = case.inputs(dtype)
+    keep = case.labels != -100
+    fields = arguments(entry, case, entry.make(), None)
+    z, z_ref = oracle.logits(hidden[keep], head), None
+    if reference is not None:
+        own = head if reference.head is None else reference.head
+        z_ref = oracle.logits(reference.hidden[keep], own).detach()
+    losses = entry.twin(z, z_ref, case.labels[keep], {name: values[keep].to(z) for name, values in fields.items()})
+    loss = losses if entry.total else losses.sum() / keep.sum()
+    tensors = leaves(hidden, head)
+    found = dict(zip(tensors, torch.autograd.grad(loss, list(tensors.values())), strict=True))
+    return found | {"loss": loss.detach()}
+
+
+def errors(got: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
+    return {name: relative(got[name], truth[name]) for name in truth}
+
+
+@pytest.mark.pairwise
+@pytest.mark.parametrize("entry", NAMES)
+@pytest.mark.parametrize("shape", SHAPES, ids=name)
+@pytest.mark.parametrize("head", HEADS, ids=name)
+@pytest.mark.parametrize("reference", ["shared", "own"])
+@pytest.mark.parametrize("frozen", [False, True], ids=name)
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=["float64", "float32"]
+)
+def test_equals_its_twin(entry, shape, head, reference, frozen, backend, dtype, tolerance):
+    entry = TABLE[entry]
+    case = case_of(entry, *shape, reference=reference, frozen=frozen, **head).rounded(dtype)
+    for output, error in errors(ours(entry, case, dtype, backend=backend), twin(entry, case)).items():
+        assert error <= tolerance, output
+
+
+@pytest.mark.pairwise
+@pytest.mark.parametrize("entry", NAMES)
+@pytest.mark.parametrize("head", HEADS, ids=name)
+@pytest.mark.parametrize("reference", ["shared", "own"])
+@pytest.mark.parametrize("frozen", [False, True], ids=name)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_half_precision_gradients_are_no_worse_than_those_of_plain_pytorch(entry, head, reference, frozen, dtype):
+    entry = TABLE[entry]
+    case = case_of(entry, 129, 65, 507, reference=reference, frozen=frozen, spread=4.0, **head).rounded(dtype)
+    truth = twin(entry, case)
+    got, plain = errors(ours(entry, case, dtype, gradient="exact"), truth), errors(twin(entry, case, dtype), truth)
+    # An objective forms its gradient in that dtype and scales it in backward: up to two roundings more.
+    rounding = torch.finfo(dtype).eps * 0.25
+    for output in truth.keys() - {"loss"}:
+        assert got[output] <= math.hypot(plain[output], rounding) * 1.02, (output, got[output], plain[output])
+
+
+@pytest.mark.parametrize("entry", NAMES)
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_gradcheck(entry, softcap):
+    entry = TABLE[entry]
+    case = case_of(entry, 6, 4, 11, reference="own", bias=True, scale=0.7, softcap=softcap, ignored=0.3)
+    hidden, head, reference = case.inputs(torch.float64)
+    module = entry.make()
+    given = arguments(entry, case, module, reference)
+
+    def loss(hidden, weight, bias):
+        # Weights are constants: the loss whose gradient is taken is linear in what has one.
+        return module(hidden, fl.LMHead(weight, bias, head.logit_scale, head.softcap), case.labels, **given)
+
+    found = torch.autograd.grad(loss(hidden, head.weight, head.bias), (hidden, head.weight, head.bias))
+    for got, expected in zip(found, [twin(entry, case)[n] for n in ("hidden", "weight", "bias")], strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("entry", NAMES)
+def test_num_items_replaces_the_count(entry):
+    entry = TABLE[entry]
+    if not entry.make().divides_by_items:
+        pytest.skip("a mean of each group")
+    case = case_of(entry, 33, 17, 123)
+    total = ours(entry, case, torch.float64)["loss"] * (case.labels != -100).sum()
+    for items in (7, 7.0, torch.tensor(7)):
+        assert ours(entry, case, torch.float64, num_items=items)["loss"].item() == pytest.approx(
+            total.item() / 7, rel=1e-12
+        )
+
+
+@pytest.mark.parametrize("entry", NAMES)
+@pytest.mark.parametrize("gradient", ["exact", "sparse"])
+def test_all_ignored_is_zero_and_connected(entry, gradient):
+    entry = TABLE[entry]
+    case = case_of(entry, 9, 5, 31, bias=True)
+    case = replace(case, labels=torch.full_like(case.labels, -100))
+    got = ours(entry, case, torch.float32, gradient=gradient)
+    assert got["loss"] == 0
+    assert all((got[name] == 0).all() for name in ("hidden", "weight", "bias"))
+
+
+@pytest.mark.parametrize("entry", NAMES)
+def test_what_ignored_tokens_hold_does_not_matter(entry):
+    entry = TABLE[entry]
+    case = case_of(entry, 33, 17, 123)
+    truth = ours(entry, case, torch.float64)
+    hidden = case.hidden.masked_fill((case.labels < 0)[:, None], torch.nan)
+    garbage = replace(entry, fields=lambda n: {
+        name: values.masked_fill(case.labels < 0, torch.nan) for name, values in entry.fields(n).items()
+    })  # fmt: skip
+    got = ours(garbage, replace(case, hidden=hidden), torch.float64)
+    assert all(relative(got[output], truth[output]) == 0 for output in ("loss", "hidden", "weight"))
+
+
+@pytest.mark.pairwise
+@pytest.mark.parametrize("entry", NAMES)
+@pytest.mark.parametrize("head", HEADS, ids=name)
+@pytest.mark.parametrize("frozen", [False, True], ids=name)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sparse_gradients_are_near_the_twin(entry, head, frozen, backend):
+    """The value is the exact one; all of the gradient's error comes from a certified softmax."""
+    entry = TABLE[entry]
+    case = case_of(entry, 65, 33, 507, frozen=frozen, spread=4.0, **head)
+    truth = twin(entry, case)
+    with coarse(1e-3):
+        got = ours(entry, case, torch.float64, backend=backend, gradient="sparse")
+    assert relative(got["loss"], truth["loss"]) < 1e-10
+    report = got["report"]
+    assert report.mode == "exact" or report.bound <= 0.15
+    for output in truth.keys() - {"loss"}:
+        assert relative(got[output], truth[output]) < 0.15, output
