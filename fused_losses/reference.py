@@ -83,8 +83,15 @@ def talr_temperature(nll: Tensor, sequence: Tensor) -> Tensor:
 # Each objective returns one loss per token; the reported loss is their sum over n, the number of valid tokens.
 
 
-def cross_entropy(z: Tensor, labels: Tensor) -> Tensor:
-    return nll(z, labels)
+def cross_entropy(
+    z: Tensor, labels: Tensor, label_smoothing: float = 0.0, z_loss: float = 0.0, class_weights: Tensor | None = None
+) -> Tensor:
+    """As of torch.nn.functional.cross_entropy(reduction="none"), and z_loss · logsumexp(z)²."""
+    log_p = z.log_softmax(-1)
+    w = log_p.new_ones(z.shape[-1]) if class_weights is None else class_weights.to(log_p)
+    onehot = F.one_hot(labels, z.shape[-1]).to(log_p)
+    target = (1 - label_smoothing) * onehot + label_smoothing / z.shape[-1]
+    return -(target * w * log_p).sum(-1) + z_loss * z.logsumexp(-1) ** 2
 
 
 def weighted(z: Tensor, labels: Tensor, weights: Tensor) -> Tensor:

@@ -134,6 +134,8 @@ def test_operators(name):
 
 def test_operators_of_the_objectives():
     opcheck(OPS.checked.default, (torch.rand(3, 2).t(), torch.rand(2, 3) > 0, "fractions", "x", 0))
+    for factors in (None, torch.rand(3)):
+        opcheck(OPS.combined_rows.default, (torch.randn(3, 2, requires_grad=True), factors, torch.float32))
     opcheck(OPS.median_temperature.default, (torch.rand(4), torch.arange(4) // 2, torch.arange(4) > 0))
 
 
@@ -184,6 +186,11 @@ OBJECTIVES = {
     "ASFT": (fl.ASFTLoss, {}, {"reference": "own"}),
     "EAFT": (fl.EAFTLoss, {}, {}),
     "PSFT": (fl.PSFTLoss, {}, {"old_nll": TIMES / 3}),
+    "smoothing, soft-cap": (fl.CrossEntropyLoss, {"label_smoothing": 0.1, "z_loss": 0.01}, {}),
+    "class weights": (
+        fl.CrossEntropyLoss,
+        {"label_smoothing": 0.2, "class_weights": torch.arange(V) % 3, "reduction": "weighted_mean"}, {},
+    ),
     "weighted": (fl.WeightedLoss, {}, {"weights": TIMES - 4.0}),
     "own": (Own, {}, {"w": TIMES - 4.0}),
 }  # fmt: skip

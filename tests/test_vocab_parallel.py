@@ -52,8 +52,16 @@ TOKEN_CASES: dict[str, dict] = {
     "more-own-softcap": dict(reference="own", softcap=4.0, bias=True),
     "more-own-frozen-reverse": dict(reference="own", frozen=True),
 }  # fmt: skip
+CLASSES = torch.arange(V).double() % 3
 OBJECTIVES = {
     "CrossEntropy": (fl.CrossEntropyLoss, None),
+    "smoothing": (lambda **o: fl.CrossEntropyLoss(0.2, 0.01, **o), None),
+    "class-weights": (lambda **o: fl.CrossEntropyLoss(0.2, class_weights=CLASSES, **o), None),
+    "smoothing-softcap": (lambda **o: fl.CrossEntropyLoss(0.2, **o), None),
+    "class-weights-softcap": (
+        lambda **o: fl.CrossEntropyLoss(0.2, class_weights=CLASSES, reduction="weighted_mean", **o),
+        None,
+    ),
     "TALR": (fl.TALRLoss, None),
     "LAwF-shared": (fl.LAwFLoss, "shared"),
     "LAwF-own": (fl.LAwFLoss, "own"),
@@ -139,6 +147,8 @@ def objective(name: str, case: Case, inputs, **options) -> dict[str, Tensor]:
 
 def objective_case(name: str, sizes: tuple[int, ...]) -> Case:
     reference = OBJECTIVES[name][1]
+    if name.endswith("softcap"):
+        return token_case("softcap", sizes)
     return token_case({None: "bias", "own": "own", "shared": "shared-bias-scale"}[reference], sizes)
 
 
@@ -222,6 +232,10 @@ def messages(sizes: tuple[int, ...]) -> dict[str, str]:
         "no rows": lambda: call(fl.LMHead(clean[:0], process_group=group)),
         "label too large": lambda: call(labels=torch.full_like(labels, V)),
         "sparse": lambda: call(gradient="sparse"),
+        "class weights": lambda: fl.CrossEntropyLoss(class_weights=CLASSES[:-1])(hidden, head, labels),
+        "class weights, soft-cap": lambda: fl.CrossEntropyLoss(0.1, class_weights=CLASSES[:-1])(
+            hidden, replace(head, softcap=3.0), labels
+        ),
         "sparse objective": lambda: fl.CrossEntropyLoss(gradient="sparse")(hidden, head, labels),
         "backend": lambda: call(backend="reference"),
         "member": lambda: fl.LMHead(clean, process_group=others) if rank else fl.LMHead(clean, process_group=3.0),
@@ -531,6 +545,8 @@ MESSAGES = {
     "no rows": "ValueError: head weight: .*no rows on any",
     "label too large": "ValueError: labels: expected 0 ≤ label < 123 .*got 123",
     "sparse": "ValueError: gradient='sparse'.*give gradient='auto' or 'exact'",
+    "class weights": r"ValueError: class_weights: expected \[V\] with V = 123.*got \[122\]",
+    "class weights, soft-cap": r"ValueError: class_weights: expected \[V\] with V = 123, .*on all ranks, got \[122\]",
     "sparse objective": "ValueError: gradient='sparse'.*give gradient='auto' or 'exact'",
     "backend": "ValueError: backend='reference'.*give backend='auto' or 'torch'",
     "member": "ValueError: process_group: .*not a member|TypeError: process_group: .*got float",

@@ -92,9 +92,9 @@ class AnchorCollator:
     Returns:
         input_ids int64 [B, T], labels int64 (−100 at padding), confidence float32 (0 at padding; absent where no row
         has any), and attention_mask int64, or with padding_free position_ids int64, and the other fields. What pads a
-        packed row is a sequence of its own, without labels. The labels are `fused_losses.labels.AnchorLabels`: a model that is not patched, which
-        would ignore the confidence, raises ValueError in its cross-entropy. labels.as_subclass(torch.Tensor) are
-        ordinary ones.
+        packed row is a sequence of its own, without labels. The labels are `fused_losses.labels.AnchorLabels`: a model
+        that is not patched, which would ignore the confidence or the weights, raises ValueError in its cross-entropy.
+        labels.as_subclass(torch.Tensor) are ordinary ones.
 
     Raises:
         TypeError, ValueError: naming the row and the field; among others for anchors that would be lost: at a label of

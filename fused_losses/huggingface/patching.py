@@ -288,7 +288,8 @@ class Patch:
     def _objective(self, model: nn.Module) -> Objective:
         """The loss of this call. A model that was never in training mode is, with gradients on, trained as it is."""
         evaluating = not model.training and (self.trained or not torch.is_grad_enabled())
-        own = self.eval_loss == "objective" or self.source is not None or type(self.loss) is CrossEntropyLoss
+        plain = type(self.loss) is CrossEntropyLoss and self.loss.is_plain
+        own = self.eval_loss == "objective" or self.source is not None or plain
         if own or not evaluating:
             return self.loss
         options = {name: getattr(self.loss, name) for name in ("ignore_index", "gradient", "tolerance", "backend")}
@@ -307,11 +308,12 @@ class Patch:
         # A Trainer that computes the loss itself takes the labels away but gives their number.
         name = type(self.loss).__name__
         elsewhere = "label_smoothing_factor, compute_loss_func, a compute_loss of your own"
+        smoothing = "smoothed cross-entropy is patch(model, fused_losses.CrossEntropyLoss(label_smoothing=...))"
         if kwargs.get("num_items_in_batch") is not None:
             raise ValueError(
                 f"labels: are missing, so {name} of fused_losses.patch would not be used; a Trainer takes them away "
                 "for label_smoothing_factor and compute_loss_func: leave these out, or call "
-                "fused_losses.unpatch(model)"
+                f"fused_losses.unpatch(model); {smoothing}"
             )
         taken_by_model = {n: v for n, v in fields.items() if n in self.accepted}
         if fields.keys() - taken_by_model.keys():
@@ -323,7 +325,7 @@ class Patch:
                 _logits(outputs),
                 f"a backward through logits of a patched {type(model).__name__} in training mode: its loss is made "
                 f"elsewhere ({elsewhere}), so {name} of fused_losses.patch would not be used; leave that out, or call "
-                "fused_losses.unpatch(model), or model.eval() if both losses are meant",
+                f"fused_losses.unpatch(model), or model.eval() if both losses are meant; {smoothing}",
             )
         return outputs
 

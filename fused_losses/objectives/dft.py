@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..problem import Statistics
-from .cross_entropy import CrossEntropyLoss
+from .base import Objective
 
 
-class DFTLoss(CrossEntropyLoss):
+class DFTLoss(Objective):
     """Dynamic fine-tuning: Σ p[label]·nll / n, the probability without a gradient.
 
     3 GEMMs; 2 with a frozen head. Source: arXiv 2508.05629.

@@ -10,11 +10,10 @@ from torch import Tensor
 from ..compiled import capturable
 from ..problem import Statistics
 from ..tokens import check_wanted
-from .base import HeadLike
-from .cross_entropy import CrossEntropyLoss
+from .base import HeadLike, Objective
 
 
-class EAFTLoss(CrossEntropyLoss):
+class EAFTLoss(Objective):
     """Entropy-adaptive fine-tuning: Σ w·nll / n, w = (H_k / ln k)^alpha.
 
     H_k is the entropy of the k largest probabilities, renormalised; k = min(top_k, V). A confident token that is wrong

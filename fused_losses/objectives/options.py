@@ -19,7 +19,8 @@ OTHER_NAMES = {
     "eps": "epsilon", "clip": "epsilon", "clip_eps": "epsilon", "k": "top_k", "topk": "top_k",
     "beta": "kl_weight", "kl_coef": "kl_weight", "kl_coeff": "kl_weight", "lam": "kl_weight", "lambda_": "kl_weight",
     "ignored": "ignore_index", "pad_token_id": "ignore_index", "tol": "tolerance", "device": "backend",
-    "reduce": "reduction",
+    "reduce": "reduction", "weight": "class_weights", "ce_weight": "class_weights", "smoothing": "label_smoothing",
+    "label_smoothing_factor": "label_smoothing", "lse_square_scale": "z_loss", "z_loss_weight": "z_loss",
 }  # fmt: skip
 
 
@@ -57,7 +58,7 @@ def unknown_option(cls: type, name: str) -> str:
     known = OTHER_NAMES.get(name.lower(), "")
     close = [known] if known in names else difflib.get_close_matches(name, names, 1)
     meant = f"; did you mean {close[0]}?" if close else ""
-    if name in (*ARGUMENTS, *getattr(cls, "fields", ())):
+    if known not in names and name in (*ARGUMENTS, *getattr(cls, "fields", ())):
         meant = f"; {name} is an argument of the call, {cls.__name__}()(hidden, head, labels, ...)"
     return f"{cls.__name__}: has no option {name}{meant}; there are {', '.join(names)}"
 

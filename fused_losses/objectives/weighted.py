@@ -19,9 +19,9 @@ class WeightedLoss(Objective):
     such weights small and few. Weights that follow from the model's own probabilities are other objectives (TALR, DFT,
     EAFT, InfoSFT).
 
-    Args of the call: hidden [..., D], head, labels int64 [...]; `weights` [...]: finite numbers of either sign, anything
-    where the label is ignored; `num_items`. n is the number of tokens with a label, whatever their weights: for a
-    weighted mean give `num_items`, the sum of the weights of the whole accumulated batch.
+    Args of the call: hidden [..., D], head, labels int64 [...]; `weights` [...]: finite numbers of either sign,
+    anything where the label is ignored; `num_items`. n is the number of tokens with a label, whatever their weights:
+    for a weighted mean give `num_items`, the sum of the weights of the whole accumulated batch.
 
     GEMMs: 3; 2 with a frozen head.
     """
