@@ -133,3 +133,11 @@ def eaft(z: Tensor, labels: Tensor, alpha: float = 1.0, top_k: int = 20) -> Tens
 def psft(z: Tensor, labels: Tensor, old_nll: Tensor, epsilon: float = 0.2) -> Tensor:
     ratio = (old_nll - nll(z, labels)).clamp(max=20).exp()  # clipped anyway; exp must not overflow
     return -torch.minimum(ratio, ratio.clamp(1 - epsilon, 1 + epsilon))
+
+
+def jsd(z: Tensor, z_ref: Tensor, labels: Tensor, beta=0.5, temperature=1.0, nll_weight=0.0) -> Tensor:
+    return divergence(z_ref / temperature, z / temperature, beta) + nll_weight * nll(z, labels)
+
+
+def reverse_kl(z: Tensor, z_ref: Tensor, temperature: float = 1.0) -> Tensor:
+    return kl(z / temperature, z_ref / temperature)

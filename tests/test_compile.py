@@ -192,6 +192,10 @@ OBJECTIVES = {
         {"label_smoothing": 0.2, "class_weights": torch.arange(V) % 3, "reduction": "weighted_mean"}, {},
     ),
     "weighted": (fl.WeightedLoss, {}, {"weights": TIMES - 4.0}),
+    "JSD": (fl.JSDLoss, {"beta": 0.3}, {"reference": "own"}),
+    "JSD, forward": (fl.JSDLoss, {"beta": 0, "nll_weight": 0.5}, {"reference": "shared", "num_items": 7}),
+    "JSD, two softmaxes": (fl.JSDLoss, {"beta": 0, "temperature": 2.0, "nll_weight": 0.5}, {"reference": "own"}),
+    "reverse KL": (fl.ReverseKLLoss, {"temperature": 2.0}, {"reference": "own"}),
     "own": (Own, {}, {"w": TIMES - 4.0}),
 }  # fmt: skip
 

@@ -65,6 +65,10 @@ def objectives(n=24):
         "asft": (fl.ASFTLoss(0.2), {}, lambda z, r, y, k: oracle.asft(z, r, y, 0.2)),
         "eaft": (fl.EAFTLoss(2.0, top_k=7), {}, lambda z, r, y, k: oracle.eaft(z, y, 2.0, 7)),
         "psft": (fl.PSFTLoss(0.2), dict(old_nll=old), lambda z, r, y, k: oracle.psft(z, y, old[k], 0.2)),
+        "jsd": (fl.JSDLoss(0.3), {}, lambda z, r, y, k: oracle.jsd(z, r, y, 0.3)),
+        "jsd-forward": (fl.JSDLoss(0, 1.0, 0.2), {}, lambda z, r, y, k: oracle.jsd(z, r, y, 0, 1.0, 0.2)),
+        "jsd-warm": (fl.JSDLoss(0.8, 2.5, 0.2), {}, lambda z, r, y, k: oracle.jsd(z, r, y, 0.8, 2.5, 0.2)),
+        "reverse_kl": (fl.ReverseKLLoss(0.7), {}, lambda z, r, y, k: oracle.reverse_kl(z, r, 0.7)),
     }  # fmt: skip
 
 
@@ -75,7 +79,7 @@ def call(name, hidden, head, labels, ref, **more):
     module, arguments, truth = objectives()[name]
     if "confidence" in arguments:
         arguments = arguments | {"confidence": arguments["confidence"].masked_fill(labels == -100, 0)}
-    if isinstance(module, (fl.LAwFLoss, fl.ASFTLoss)):
+    if module.needs_reference:
         arguments = arguments | {"reference": ref}
     return module(hidden, head, labels, **arguments, **more), truth
 
@@ -115,7 +119,7 @@ def test_reference_backend_agrees(name):
     module, arguments, _ = objectives()[name]
     slow = type(module).__new__(type(module))
     slow.__dict__.update(module.__dict__ | {"backend": "reference"})
-    if isinstance(module, (fl.LAwFLoss, fl.ASFTLoss)):
+    if module.needs_reference:
         arguments = arguments | {"reference": ref}
     check(fast, slow(hidden, head, labels, **arguments), hidden, head)
 
@@ -566,6 +570,7 @@ def test_attributes_may_be_set_before_the_base_is_made():
 ALL = (
     fl.CrossEntropyLoss, fl.TALRLoss, fl.LAwFLoss, fl.FLOWLoss, fl.DFTLoss, fl.ASFTLoss, fl.EAFTLoss, fl.PSFTLoss,
     fl.WeightedLoss,
+    fl.JSDLoss, fl.ReverseKLLoss,
 )  # fmt: skip
 
 
@@ -604,6 +609,7 @@ def test_an_objective_of_ones_own_may_take_tensors():
         (fl.TALRLoss, "tau", "temperature"), (fl.TALRLoss, "temprature", "temperature"), (fl.PSFTLoss, "eps", "epsilon"),
         (fl.EAFTLoss, "k", "top_k"), (fl.ASFTLoss, "beta", "kl_weight"), (fl.LAwFLoss, "anchor_weigth", "anchor_weight"),
         (fl.CrossEntropyLoss, "ignored_index", "ignore_index"), (fl.DFTLoss, "tolerence", "tolerance"),
+        (fl.JSDLoss, "kd_temperature", "temperature"), (fl.JSDLoss, "weight_hard_loss", "nll_weight"),
         (fl.CrossEntropyLoss, "zzz", None), (own(), "gradients", "gradient"),
     ],
 )  # fmt: skip
@@ -631,7 +637,8 @@ OPTIONS = [
     (fl.TALRLoss, "temperature", 0.5), (fl.TALRLoss, "floor", 0.25), (fl.LAwFLoss, "anchor_weight", 2),
     (fl.LAwFLoss, "retain_weight", 0.5), (fl.FLOWLoss, "temperature", 1.5), (fl.ASFTLoss, "kl_weight", 0.25),
     (fl.EAFTLoss, "alpha", 1.5), (fl.EAFTLoss, "top_k", 7), (fl.PSFTLoss, "epsilon", 0.25),
-    (fl.CrossEntropyLoss, "tolerance", 0.125), (fl.CrossEntropyLoss, "ignore_index", 3),
+    (fl.JSDLoss, "beta", 0.25), (fl.JSDLoss, "temperature", 2), (fl.JSDLoss, "nll_weight", 0.5),
+    (fl.ReverseKLLoss, "temperature", 0.5), (fl.CrossEntropyLoss, "tolerance", 0.125), (fl.CrossEntropyLoss, "ignore_index", 3),
 ]  # fmt: skip
 
 
@@ -703,7 +710,8 @@ def test_heads_and_token_losses_take_numbers_of_numpy_and_tensors():
         (fl.TALRLoss(0.7), "temperature", -1), (fl.TALRLoss(0.7), "temperature", 0), (fl.TALRLoss(), "temperature", "mean"),
         (fl.TALRLoss(), "floor", 2), (fl.LAwFLoss(), "retain_weight", "x"), (fl.LAwFLoss(), "anchor_weight", -1),
         (fl.LAwFLoss(), "reduction", "mean"), (fl.FLOWLoss(1.0), "temperature", 0), (fl.ASFTLoss(), "kl_weight", float("nan")),
-        (fl.EAFTLoss(), "alpha", -1), (fl.PSFTLoss(), "epsilon", 2),
+        (fl.EAFTLoss(), "alpha", -1), (fl.PSFTLoss(), "epsilon", 2), (fl.JSDLoss(), "beta", 1.1),
+        (fl.JSDLoss(), "temperature", 0), (fl.JSDLoss(), "nll_weight", -0.1), (fl.ReverseKLLoss(), "temperature", 0),
     ],
 )  # fmt: skip
 def test_options_are_checked_whenever_they_are_set(loss, name, value):

@@ -7,6 +7,7 @@ from .cross_entropy import CrossEntropyLoss
 from .dft import DFTLoss
 from .eaft import EAFTLoss
 from .flow import FLOWLoss
+from .jsd import JSDLoss, ReverseKLLoss
 from .lawf import LAwFLoss
 from .psft import PSFTLoss
 from .talr import TALRLoss
@@ -18,9 +19,11 @@ __all__ = [
     "DFTLoss",
     "EAFTLoss",
     "FLOWLoss",
+    "JSDLoss",
     "LAwFLoss",
     "Objective",
     "PSFTLoss",
+    "ReverseKLLoss",
     "TALRLoss",
     "WeightedLoss",
     "item_count",

@@ -21,6 +21,8 @@ OTHER_NAMES = {
     "ignored": "ignore_index", "pad_token_id": "ignore_index", "tol": "tolerance", "device": "backend",
     "reduce": "reduction", "weight": "class_weights", "ce_weight": "class_weights", "smoothing": "label_smoothing",
     "label_smoothing_factor": "label_smoothing", "lse_square_scale": "z_loss", "z_loss_weight": "z_loss",
+    "kd_temperature": "temperature", "kd_beta": "beta", "jsd_beta": "beta",
+    "kd_ce_alpha": "nll_weight", "weight_hard_loss": "nll_weight",
 }  # fmt: skip
 
 

@@ -66,7 +66,7 @@ def test_objectives(backend, gradient, objective, dtype, within):
         arguments = {k: v.to(device) for k, v in arguments.items()}
         if "confidence" in arguments:  # is of tokens with a label
             arguments["confidence"][case.labels == -100] = 0
-        if isinstance(module, (fl.LAwFLoss, fl.ASFTLoss)):
+        if module.needs_reference:
             arguments["reference"] = reference
         value = module(hidden, head, case.labels.to(device), **arguments)
         value.backward()
