@@ -19,6 +19,7 @@ from .objectives import (
     ReverseKLLoss,
     TALRLoss,
     WeightedLoss,
+    TopKDistillationLoss,
 )
 from .op import TokenLosses, token_losses
 from .parameters import l2_to_initial, wise_ft
@@ -44,6 +45,7 @@ __all__ = [
     "TALRLoss",
     "TokenLosses",
     "WeightedLoss",
+    "TopKDistillationLoss",
     "l2_to_initial",
     "patch",
     "patched",

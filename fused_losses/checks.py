@@ -56,6 +56,38 @@ def ids(values: Tensor, name: str, vocabulary: int) -> None:
         )
 
 
+def distinct(values: Tensor, name: str, _: int = 0) -> None:
+    """Of ids [N, k], negative where there is none."""
+    found = values.sort(-1).values
+    twice = (found[:, 1:] == found[:, :-1]) & (found[:, 1:] >= 0)
+    if bool(twice.any()):
+        raise ValueError(
+            f"{name}: expected no id twice at a token, got {found[:, 1:][twice][0].item()} twice; it would count twice: "
+            "put -100 in place of one"
+        )
+
+
+def log_weights(values: Tensor, name: str, _: int = 0) -> None:
+    wrong = values.isnan() | (values == math.inf)
+    if bool(wrong.any()):
+        raise ValueError(f"{name}: expected finite numbers, or -inf for no entry, got {values[wrong][0].item()}")
+
+
+def log_probabilities(values: Tensor, name: str, _: int = 0) -> None:
+    """[N, k] of some classes, −∞ where there is none. Rounded to bfloat16, their probabilities may sum to 1.01."""
+    log_weights(values, name)
+    remedy = "give logits with normalise=True"
+    wrong = values > 1e-3
+    if bool(wrong.any()):
+        raise ValueError(f"{name}: expected log-probabilities, ≤ 0, got {values[wrong][0].item():g}; {remedy}")
+    sums = values.exp().sum(-1)
+    if len(sums) and float(sums.max()) > 1.02:
+        raise ValueError(
+            f"{name}: expected log-probabilities of probabilities that sum to at most 1 at a token, got a sum of "
+            f"{sums.max().item():g}; {remedy}"
+        )
+
+
 def fractions(values: Tensor, name: str, _: int = 0) -> None:
     if len(values) and not bool(((values >= 0) & (values <= 1)).all()):
         wrong = values[~((values >= 0) & (values <= 1))][0].item()
@@ -99,6 +131,5 @@ def unlabelled(values: Tensor, name: str, length: int, valid: Tensor) -> None:
 
 
 WITH_MASK = ("unlabelled",)  # these see all values, and which are valid
-BY_NAME: dict[str, Callable] = {
-    check.__name__: check for check in (labels, ids, fractions, finite, losses, indices, items, unlabelled)
-}
+_CHECKS = (labels, ids, distinct, log_weights, log_probabilities, fractions, finite, losses, indices, items, unlabelled)
+BY_NAME: dict[str, Callable] = {check.__name__: check for check in _CHECKS}

@@ -39,6 +39,7 @@ class Outputs:
     beta: float | None = None
     temperature: float = 1.0
     entropy_gradient: bool = False
+    ids_name: str = "ids"  # in messages
 
 
 H = TypeVar("H", LMHead, "Reference | None")
@@ -78,7 +79,7 @@ def prepare(
         check_spread_options(options.gradient, options.backend)
     check_hidden(hidden, head)
     check_labels(labels, hidden)
-    check_ids(outputs.ids, labels)
+    check_ids(outputs.ids, labels, outputs.ids_name)
     beta, temperature = check_beta(outputs.beta, reference), check_temperature(outputs.temperature)
     if temperature != 1:
         head, reference = at_temperature(head, temperature), at_temperature(reference, temperature)
@@ -105,6 +106,13 @@ def prepare(
         reference_rows = None if reference is None else len((reference_head or head).weight)
         shard = shards.agreement(head.process_group, len(head.weight), reference_rows, hidden, flat, needs)
     inner = Head(head.weight, head.bias, head.logit_scale, head.softcap, low_rank, shard)
+    if ids is not None:
+        if tracing:
+            name, valid = outputs.ids_name, flat != ignore_index
+            ids = torch.ops.fused_losses.checked(ids, valid, "ids", name, inner.vocabulary)
+        else:
+            checks.ids(ids, outputs.ids_name, inner.vocabulary)
+        ids = ids.masked_fill(ids < 0, -1)
     if not tracing:
         checks.labels(flat, options.ignore_index, inner.vocabulary)
     if shard is not None:

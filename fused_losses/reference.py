@@ -139,5 +139,33 @@ def jsd(z: Tensor, z_ref: Tensor, labels: Tensor, beta=0.5, temperature=1.0, nll
     return divergence(z_ref / temperature, z / temperature, beta) + nll_weight * nll(z, labels)
 
 
+def topk_distillation(
+    z: Tensor, labels: Tensor, teacher_ids: Tensor, teacher_logprobs: Tensor, divergence="forward", beta=0.5, rest="none",
+    temperature=1.0, nll_weight=0.0, normalise=False,
+) -> Tensor:  # fmt: skip
+    """Of the classes that the teacher names and, with rest="bucket", one that holds all others; see the objective."""
+    named = (teacher_ids >= 0) & (teacher_logprobs > -torch.inf)
+    p = (z / temperature).softmax(-1).gather(-1, teacher_ids.clamp(min=0)).masked_fill(~named, 0)
+    q = teacher_logprobs.to(z.dtype).exp().masked_fill(~named, 0)
+    least = torch.finfo(z.dtype).tiny
+    if normalise:
+        q = q / q.sum(-1, keepdim=True).clamp(min=least)
+    if rest == "bucket":
+        q = q / q.sum(-1, keepdim=True).clamp(min=1)
+        p, q = (torch.cat([x, (1 - x.sum(-1, keepdim=True)).clamp(min=1e-7)], -1) for x in (p, q))
+        named = F.pad(named, (0, 1), value=True)
+    elif divergence != "forward":
+        p, q = (x / x.sum(-1, keepdim=True).clamp(min=least) for x in (p, q))
+    p, q = p.masked_fill(~named, 1), q.masked_fill(~named, 1)  # log 1 − log 1 adds nothing
+    if divergence == "jsd" and 0 < beta < 1:
+        m = beta * q + (1 - beta) * p
+        terms = beta * q * (q.log() - m.log()) + (1 - beta) * p * (p.log() - m.log())
+    elif divergence == "forward" or (divergence == "jsd" and beta == 0):
+        terms = q * (q.log() - p.log())
+    else:
+        terms = p * (p.log() - q.log())
+    return terms.sum(-1) + nll_weight * nll(z, labels)
+
+
 def reverse_kl(z: Tensor, z_ref: Tensor, temperature: float = 1.0) -> Tensor:
     return kl(z / temperature, z_ref / temperature)

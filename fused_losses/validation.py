@@ -83,22 +83,22 @@ def check_beta(beta: Any, reference: Reference | None) -> float | None:
     return float(number)
 
 
-def check_ids(ids: Tensor | None, labels: Tensor) -> None:
+def check_ids(ids: Tensor | None, labels: Tensor, name: str = "ids") -> None:
     if ids is None:
         return
     shape = list(labels.shape)
     if not isinstance(ids, Tensor):
-        raise TypeError(f"ids: expected an int64 tensor [..., k], got {type(ids).__name__}")
+        raise TypeError(f"{name}: expected an int64 tensor [..., k], got {type(ids).__name__}")
     if ids.dtype != torch.int64:
-        raise TypeError(f"ids: expected int64 token ids, got {ids.dtype}; convert them with ids.long()")
+        raise TypeError(f"{name}: expected int64 token ids, got {ids.dtype}; convert them with {name}.long()")
     if ids.shape[:-1] != labels.shape or ids.dim() != labels.dim() + 1:
         raise ValueError(
-            f"ids: expected shape {[*shape, 'k']}, k ids for each of the labels {shape}, got {list(ids.shape)}"
+            f"{name}: expected shape {[*shape, 'k']}, k ids for each of the labels {shape}, got {list(ids.shape)}"
         )
     if not 1 <= ids.shape[-1] <= MOST_IDS:
-        raise ValueError(f"ids: expected 1 ≤ k ≤ {MOST_IDS} ids a token, got {ids.shape[-1]}")
+        raise ValueError(f"{name}: expected 1 ≤ k ≤ {MOST_IDS} ids a token, got {ids.shape[-1]}")
     if ids.device != labels.device:
-        raise ValueError(f"ids are on {ids.device}, labels on {labels.device}; move them with .to(labels.device)")
+        raise ValueError(f"{name} are on {ids.device}, labels on {labels.device}; move them with .to(labels.device)")
 
 
 def check_spread_options(gradient: str, backend: str) -> None:

@@ -164,6 +164,10 @@ class Own(fl.Objective):
 
 TIMES = torch.arange(ROWS * LENGTH).view(ROWS, LENGTH)
 GARBAGE = TIMES // 5 - 1000 * (TIMES < 3)  # ids of ignored tokens can be anything
+NAMED = {
+    "teacher_ids": torch.stack([TIMES % 7 + 1, TIMES % 5 + 10, -100 + 0 * TIMES], -1) + 1000 * (TIMES < 3)[..., None],
+    "teacher_logprobs": torch.stack([-1.0 - TIMES / 9, -2.0 + 0 * TIMES, TIMES * torch.nan], -1),
+}
 OBJECTIVES = {
     "CrossEntropy": (fl.CrossEntropyLoss, {}, {}),
     "TALR": (fl.TALRLoss, {}, {}),
@@ -196,6 +200,11 @@ OBJECTIVES = {
     "JSD, forward": (fl.JSDLoss, {"beta": 0, "nll_weight": 0.5}, {"reference": "shared", "num_items": 7}),
     "JSD, two softmaxes": (fl.JSDLoss, {"beta": 0, "temperature": 2.0, "nll_weight": 0.5}, {"reference": "own"}),
     "reverse KL": (fl.ReverseKLLoss, {"temperature": 2.0}, {"reference": "own"}),
+    "top k": (fl.TopKDistillationLoss, {"nll_weight": 0.5}, NAMED),
+    "top k, jsd, rest": (fl.TopKDistillationLoss, {"divergence": "jsd", "rest": "bucket", "temperature": 2.0}, NAMED),
+    "top k, reverse, two softmaxes": (
+        fl.TopKDistillationLoss, {"divergence": "reverse", "temperature": 2.0, "nll_weight": 0.5}, NAMED | {"num_items": 9},
+    ),
     "own": (Own, {}, {"w": TIMES - 4.0}),
 }  # fmt: skip
 
@@ -234,7 +243,10 @@ def test_objective(name, gradient, frozen, monkeypatch):
     eager, captured = reports[1], loss.gradient_report
     assert captured is not eager
     assert (captured.mode, captured.tokens, captured.exact_tokens) == (eager.mode, eager.tokens, eager.exact_tokens)
-    assert captured.entries == eager.entries and captured.bound == pytest.approx(eager.bound, rel=1e-4, abs=1e-9)
+    # Single logits become entries where their weights are known: in eager mode in forward, in a graph in backward.
+    singles = eager.entries - captured.entries
+    assert 0 <= singles <= eager.tokens * 3 if "teacher_ids" in given else singles == 0
+    assert captured.bound == pytest.approx(eager.bound, rel=1e-4, abs=1e-9)
 
 
 @pytest.mark.pairwise

@@ -44,6 +44,10 @@ def objectives(n=24):
     old = torch.linspace(0.5, 6.0, n, dtype=torch.float64)
     rows = torch.arange(n) // 6
     start = torch.tensor([0.4, 1.1, 2.0, 3.3], dtype=torch.float64)
+    g = torch.Generator().manual_seed(7)
+    logprobs, ids = (2 * torch.randn(n, 40, generator=g, dtype=torch.float64)).log_softmax(-1).topk(4)
+    ids[::5, 2:] = -100
+    named = dict(teacher_ids=ids, teacher_logprobs=logprobs)
     return {
         "cross_entropy": (fl.CrossEntropyLoss(), {}, lambda z, r, y, k: oracle.cross_entropy(z, y)),
         "talr-fixed": (fl.TALRLoss(1.3), {}, lambda z, r, y, k: oracle.talr(z, y, 1.3)),
@@ -68,6 +72,13 @@ def objectives(n=24):
         "jsd": (fl.JSDLoss(0.3), {}, lambda z, r, y, k: oracle.jsd(z, r, y, 0.3)),
         "jsd-forward": (fl.JSDLoss(0, 1.0, 0.2), {}, lambda z, r, y, k: oracle.jsd(z, r, y, 0, 1.0, 0.2)),
         "jsd-warm": (fl.JSDLoss(0.8, 2.5, 0.2), {}, lambda z, r, y, k: oracle.jsd(z, r, y, 0.8, 2.5, 0.2)),
+        "topk": (
+            fl.TopKDistillationLoss(), named, lambda z, r, y, k: oracle.topk_distillation(z, y, ids[k], logprobs[k]),
+        ),
+        "topk-rest": (
+            fl.TopKDistillationLoss("jsd", 0.3, "bucket", temperature=2.0, nll_weight=0.5), named,
+            lambda z, r, y, k: oracle.topk_distillation(z, y, ids[k], logprobs[k], "jsd", 0.3, "bucket", 2.0, 0.5),
+        ),
         "reverse_kl": (fl.ReverseKLLoss(0.7), {}, lambda z, r, y, k: oracle.reverse_kl(z, r, 0.7)),
     }  # fmt: skip
 
@@ -571,6 +582,7 @@ ALL = (
     fl.CrossEntropyLoss, fl.TALRLoss, fl.LAwFLoss, fl.FLOWLoss, fl.DFTLoss, fl.ASFTLoss, fl.EAFTLoss, fl.PSFTLoss,
     fl.WeightedLoss,
     fl.JSDLoss, fl.ReverseKLLoss,
+    fl.JSDLoss, fl.ReverseKLLoss, fl.TopKDistillationLoss,
 )  # fmt: skip
 
 
@@ -638,7 +650,8 @@ OPTIONS = [
     (fl.LAwFLoss, "retain_weight", 0.5), (fl.FLOWLoss, "temperature", 1.5), (fl.ASFTLoss, "kl_weight", 0.25),
     (fl.EAFTLoss, "alpha", 1.5), (fl.EAFTLoss, "top_k", 7), (fl.PSFTLoss, "epsilon", 0.25),
     (fl.JSDLoss, "beta", 0.25), (fl.JSDLoss, "temperature", 2), (fl.JSDLoss, "nll_weight", 0.5),
-    (fl.ReverseKLLoss, "temperature", 0.5), (fl.CrossEntropyLoss, "tolerance", 0.125), (fl.CrossEntropyLoss, "ignore_index", 3),
+    (fl.ReverseKLLoss, "temperature", 0.5), (fl.TopKDistillationLoss, "beta", 0.25),
+    (fl.TopKDistillationLoss, "temperature", 2), (fl.TopKDistillationLoss, "nll_weight", 0.5), (fl.CrossEntropyLoss, "tolerance", 0.125), (fl.CrossEntropyLoss, "ignore_index", 3),
 ]  # fmt: skip
 
 
@@ -712,6 +725,7 @@ def test_heads_and_token_losses_take_numbers_of_numpy_and_tensors():
         (fl.LAwFLoss(), "reduction", "mean"), (fl.FLOWLoss(1.0), "temperature", 0), (fl.ASFTLoss(), "kl_weight", float("nan")),
         (fl.EAFTLoss(), "alpha", -1), (fl.PSFTLoss(), "epsilon", 2), (fl.JSDLoss(), "beta", 1.1),
         (fl.JSDLoss(), "temperature", 0), (fl.JSDLoss(), "nll_weight", -0.1), (fl.ReverseKLLoss(), "temperature", 0),
+        (fl.TopKDistillationLoss(), "beta", -0.1), (fl.TopKDistillationLoss(), "rest", "tail"),
     ],
 )  # fmt: skip
 def test_options_are_checked_whenever_they_are_set(loss, name, value):

@@ -12,6 +12,7 @@ from .lawf import LAwFLoss
 from .psft import PSFTLoss
 from .talr import TALRLoss
 from .weighted import WeightedLoss
+from .topk_distillation import TopKDistillationLoss
 
 __all__ = [
     "ASFTLoss",
@@ -26,5 +27,6 @@ __all__ = [
     "ReverseKLLoss",
     "TALRLoss",
     "WeightedLoss",
+    "TopKDistillationLoss",
     "item_count",
 ]

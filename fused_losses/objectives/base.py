@@ -138,15 +138,18 @@ class Objective(nn.Module):
         ids: Tensor | None = None,
     ) -> Tokens:  # fmt: skip
         """The valid tokens of a call, for `reduce`. `ids` [..., k]: whose logits `out.logits_at` shall have."""
-        outputs = Outputs(ids, self.beta, self.temperature_of_logits, self.entropy_gradient)
         tokens = prepare(
-            hidden, head, labels, reference, Options(*(getattr(self, name) for name in OPTIONS)), outputs,
+            hidden, head, labels, reference, Options(*(getattr(self, name) for name in OPTIONS)), self.outputs(ids),
             lambda report: setattr(self, "gradient_report", report), self._handle,
         )  # fmt: skip
         if torch.compiler.is_compiling():  # the operator reports, when the graph runs
             return tokens
         self.gradient_report = tokens.report
         return tokens if self._observer is None else replace(tokens, observer=self._observer)
+
+    def outputs(self, ids: Tensor | None) -> Outputs:
+        """What a call asks for besides nll, kl and their like."""
+        return Outputs(ids, self.beta, self.temperature_of_logits, self.entropy_gradient)
 
     def sparse_errors(self, hidden: Tensor, head: HeadLike, labels: Tensor, **call: Any) -> dict[str, float]:
         """What sparse gradients would get wrong here: ‖g − g_exact‖₂ / ‖g_exact‖₂ for the gradient g of each trained tensor.
