@@ -649,3 +649,53 @@ def test_errors_of_rows(features, kind, message):
 def test_errors_of_options(options, kind, message):
     with pytest.raises(kind, match=message):
         AnchorCollator(**options)
+
+
+# ---- entries of a teacher
+
+TAUGHT = [
+    {"input_ids": [5, 6, 7, 8], "teacher_ids": [None, [6, 9], [7], []], "teacher_logprobs": [None, [-0.5, -1], [-0.1], []]},
+    {"input_ids": [8, 9], "teacher_ids": [[], [9, 1, 2]], "teacher_logprobs": [[], [-0.5, -1.5, -2.5]]},
+]  # fmt: skip
+NONE = [-100] * 3
+
+
+@pytest.mark.parametrize("options", [{}, {"padding_side": "left"}, {"padding_free": True}], ids=str)
+def test_entries_of_a_teacher_are_filled_up_and_padded(options):
+    batch = collate(*TAUGHT, **options)
+    one = [NONE, [6, 9, -100], [7, -100, -100], NONE]
+    rows = {"left": [one, [NONE, NONE, NONE, [9, 1, 2]]], None: [one, [NONE, [9, 1, 2], NONE, NONE]]}
+    expected = [[*one, NONE, [9, 1, 2]]] if "padding_free" in options else rows[options.get("padding_side")]
+    assert batch["teacher_ids"].tolist() == expected and batch["teacher_ids"].dtype == torch.int64
+    named, logprobs = batch["teacher_ids"] >= 0, batch["teacher_logprobs"]
+    assert logprobs[named].tolist() == pytest.approx([-0.5, -1, -0.1, -0.5, -1.5, -2.5]) and not logprobs[~named].any()
+    assert "confidence" not in batch and type(batch["teacher_ids"]) is torch.Tensor
+    assert type(batch["labels"]).__name__ == "AnchorLabels"
+
+
+def test_entries_of_a_teacher_as_arrays_of_objects():
+    ragged = np.empty(3, dtype=object)
+    ragged[:] = [None, [4, 5], [6]]
+    assert collate({"input_ids": [5, 6, 7], "teacher_ids": ragged})["teacher_ids"].tolist() == [
+        [[-100, -100], [4, 5], [6, -100]]
+    ]
+
+
+@pytest.mark.parametrize("form", [torch.tensor, np.array], ids=["tensor", "array"])
+def test_entries_of_a_teacher_as_tensors(form):
+    ids, logprobs = [[3, 4], [5, 6], [7, -100]], [[-1.0, -2.0], [-1.5, -2.5], [-0.5, -np.inf]]
+    batch = collate(
+        {"input_ids": [5, 6, 7], "teacher_ids": form(ids), "teacher_logprobs": form(logprobs)},
+        {"input_ids": [5], "teacher_ids": form([[1]]), "teacher_logprobs": form([[-1.0]])},
+    )
+    assert batch["teacher_ids"].tolist() == [ids, [[1, -100], [-100, -100], [-100, -100]]]
+    assert batch["teacher_logprobs"].tolist() == [logprobs, [[-1, 0], [0, 0], [0, 0]]]
+
+
+def test_entries_of_a_teacher_that_do_not_fit_the_tokens():
+    with pytest.raises(ValueError, match=r"row 0, teacher_ids: expected as many as input_ids, 3, got shape \[2, 1\]"):
+        collate({"input_ids": [5, 6, 7], "teacher_ids": [[1], [2]]})
+    with pytest.raises(
+        ValueError, match=r"row 0, teacher_ids: expected k numbers for each token, \[T, k\], got .*\[3\]"
+    ):
+        collate({"input_ids": [5, 6, 7], "teacher_ids": [1, 2, 3]})

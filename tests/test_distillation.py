@@ -180,6 +180,56 @@ def test_a_reference_is_needed():
             loss(hidden, weight, labels)
 
 
+def with_teacher(teacher, inputs, k=8):
+    """The batch with the teacher's top k of each token, none of the first; −100 where it says nothing."""
+    logprobs, ids = teacher(input_ids=inputs["input_ids"]).logits.log_softmax(-1).topk(k)
+    first = torch.full_like(ids[:, :1], -100)
+    ids, logprobs = torch.cat([first, ids[:, :-1]], 1), torch.cat([0.0 * first, logprobs.detach()[:, :-1]], 1)
+    return {**inputs, "teacher_ids": ids.index_fill(2, torch.tensor([k - 1]), -100), "teacher_logprobs": logprobs}
+
+
+@pytest.mark.parametrize("options", [dict(), dict(divergence="jsd", rest="bucket", temperature=2.0, nll_weight=0.3)])
+def test_a_patched_model_takes_entries_of_a_teacher(options):
+    model, inputs = llama(), with_teacher(llama().eval(), batch())
+    labels = inputs["labels"][:, 1:]
+    valid = labels >= 0
+    z = copy.deepcopy(model).double()(input_ids=inputs["input_ids"]).logits[:, :-1][valid].detach()
+    ids, logprobs = (inputs[key][:, 1:][valid] for key in ("teacher_ids", "teacher_logprobs"))
+    expected = oracle.topk_distillation(z, labels[valid], ids, logprobs.double(), **options).mean()
+    with fl.patched(model, fl.TopKDistillationLoss(**options)):
+        out = model(**inputs)
+        out.loss.backward()
+        with pytest.raises(ValueError, match=r"teacher_ids: is missing in the batch, .* with a last dimension k"):
+            model(input_ids=inputs["input_ids"], labels=inputs["labels"])
+        with pytest.raises(
+            ValueError, match=r"teacher_ids: expected the labels' shape \[3, 11\] and a last dimension k"
+        ):
+            model(**inputs | {"teacher_ids": inputs["teacher_ids"][:, 1:]})
+        model.eval()
+        with torch.no_grad():  # the mean nll, which knows no teacher
+            nll = model(**inputs).loss
+    assert out.loss.item() == pytest.approx(expected.item(), rel=3e-6)
+    assert nll.item() == pytest.approx(oracle.nll(z, labels[valid]).mean().item(), rel=3e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
+def test_entries_of_a_teacher_under_prompt_tuning():
+    """They are as long as the labels given, without the virtual tokens."""
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(llama(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    inputs = with_teacher(llama().eval(), batch())
+    plain = {key: inputs[key] for key in ("input_ids", "labels")}
+    valid, labels = plain["labels"][:, 1:] >= 0, plain["labels"][:, 1:]
+    z = model(**plain).logits[:, 4:-1][valid].detach().double()
+    ids, logprobs = (inputs[key][:, 1:][valid] for key in ("teacher_ids", "teacher_logprobs"))
+    fl.patch(model, fl.TopKDistillationLoss())
+    found, n = model(**inputs).loss, valid.sum()
+    # The last virtual token predicts the first of the row, of which the teacher says nothing.
+    first = (plain["labels"][:, 0] >= 0).sum()
+    expected = oracle.topk_distillation(z, labels[valid], ids, logprobs.double()).sum() / (n + first)
+    assert found.item() == pytest.approx(expected.item(), rel=3e-6)
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_patched_model_and_its_teacher(loss):
     kind, options = LOSSES[loss]

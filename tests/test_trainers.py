@@ -98,6 +98,28 @@ def test_weights_of_a_data_set_reach_the_loss():
     assert error(step(run), gradients) < TOLERANCE
 
 
+def test_entries_of_a_teacher_reach_the_loss_from_a_data_set():
+    """Rows of several lengths, over accumulated batches: the sum over all tokens by their number."""
+    teacher, model, data = llama(1), llama(), []
+    for row in rows(6):
+        logprobs, ids = log_probs(teacher, row["input_ids"]).topk(3)
+        entries = {"teacher_ids": [None, *ids.tolist()], "teacher_logprobs": [None, *logprobs.tolist()]}
+        data.append(row | entries)
+    loss, total, count = fl.TopKDistillationLoss("reverse", rest="bucket"), 0, 0
+    for row in data:
+        hidden = model.model(input_ids=torch.tensor([row["input_ids"]])).last_hidden_state[0, :-1]
+        fields = {key: torch.tensor(row[key][1:]) for key in ("teacher_ids", "teacher_logprobs")}
+        labels = torch.tensor(row["labels"][1:])
+        total = total + loss(hidden, model.lm_head, labels, **fields, num_items=1)
+        count += int((labels != -100).sum())
+    named = dict(model.named_parameters())
+    gradients = dict(zip(named, torch.autograd.grad(total / count, list(named.values())), strict=True))
+    options = dict(per_device_train_batch_size=2, gradient_accumulation_steps=3)
+    collator = fl.huggingface.AnchorCollator(pad_token_id=0)
+    run = trainer(fl.patch(llama(), loss), data, data_collator=collator, **options)
+    assert error(step(run), gradients) < TOLERANCE
+
+
 def bart():
     torch.manual_seed(0)
     sizes = dict(vocab_size=V, d_model=16, decoder_layers=2, decoder_attention_heads=2, decoder_ffn_dim=32)

@@ -234,6 +234,9 @@ class Call:
             what = "a number for each sequence" if name in self.of_sequences else "the labels' shape"
             raise TypeError(f"{name}: expected a tensor of {what}, got {type(values).__name__}")
         if name in self.takes and self.takes[name].several and values.dim() == labels.dim() + 1:
+            prompt = self.prompt() if values.shape[:-1] != labels.shape and labels.dim() == 2 else None
+            if prompt is not None:
+                values = nn.functional.pad(values, (0, 0, prompt.count, 0))
             if values.shape[:-1] == labels.shape:
                 return values
             raise ValueError(

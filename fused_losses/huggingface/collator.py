@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..labels import AnchorLabels
-from .fields import KINDS, in_place_of_anchors, joined, laid_out, padding, read_fields
+from .fields import KINDS, are_labels, in_place_of_anchors, joined, laid_out, read_fields
 
 IGNORED = -100
 OWN = ("input_ids", "labels", "confidence", "anchors", "attention_mask")
@@ -63,6 +63,8 @@ class AnchorCollator:
                       token_type_ids, mm_token_type_ids, position_ids, sequence_ids, weights, old_nll and the like
                       always, others where each row's length is that of its input_ids. position_ids [3, T] become
                       [3, B, T].
+                      teacher_ids and teacher_logprobs have k entries a token, fewer, [] or None at some: they are
+                      filled up, and padded, with −100 and 0.
         concatenate   along dimension 0, as processors lay out the images of a batch: pixel_values [n, C, H, W] of a
                       row's n images, or [patches, D] (Qwen2-VL); image_grid_thw [n, 3], image_sizes [n, 2], and
                       whatever else begins with pixel_, image_, video_, audio_ or input_features. A row without images
@@ -159,7 +161,7 @@ class AnchorCollator:
         batch |= {name: joined(field) for name, field in others.items() if field.kind != "tokens"}
         if not anchored:
             del batch["confidence"]
-        return {name: v.as_subclass(AnchorLabels) if padding(name) == IGNORED else v for name, v in batch.items()}
+        return {name: v.as_subclass(AnchorLabels) if are_labels(name) else v for name, v in batch.items()}
 
     def _check_fields(self) -> None:
         if not isinstance(self.fields, Mapping):

@@ -25,7 +25,9 @@ OF_TOKENS = frozenset(
      "cross_attention_mask", "inputs_embeds"}
 )  # fmt: skip
 # Of tokens too, and never integers in the batch: what objectives take, as numbers.
-NUMBERS_OF_TOKENS = frozenset({"weights", "old_nll"})
+NUMBERS_OF_TOKENS = frozenset({"weights", "old_nll", "teacher_logprobs"})
+# Of tokens too, with a number of entries that may differ, and what stands where there is none.
+ENTRIES_OF_TOKENS = {"teacher_ids": -100, "teacher_logprobs": 0}
 # Of images, videos and sounds, by how their names begin, and with the dimensions of one item: one more are several
 # items.
 OF_ITEMS = ("pixel_", "high_res_pixel_", "image_", "images_", "video_", "videos_", "audio_", "second_per_grid")
@@ -80,7 +82,11 @@ def read_fields(
                 f"row has no images as "
                 'an array of shape [0, ...], or leave it out: AnchorCollator(fields={"' + name + '": "leave out"})'
             )
+        if name in ENTRIES_OF_TOKENS:
+            values = [_rectangular(value, ENTRIES_OF_TOKENS[name]) for value in values]
         tensors = [_tensor(value, f"row {index}, {name}") for index, value in enumerate(values)]
+        if name in ENTRIES_OF_TOKENS:
+            tensors = _equally_wide(name, tensors)
         full = [value for value in tensors if value.numel() or value.dim() != 1]
         if not full:
             continue  # [] in every row
@@ -97,7 +103,7 @@ def read_fields(
 
 def _kind(name: str, values: list[Tensor], lengths: list[int], names: Iterable[str]) -> str:
     dimensions = values[0].dim()
-    if name in OF_TOKENS or name in NUMBERS_OF_TOKENS:
+    if name in OF_TOKENS or name in NUMBERS_OF_TOKENS or name in ENTRIES_OF_TOKENS:
         return "tokens"
     of_tokens = dimensions > 0 and all(len(value) == length for value, length in zip(values, lengths, strict=True))
     if name in ITEMS or (name.startswith(OF_ITEMS) and not (of_tokens and dimensions == 1)):
@@ -154,8 +160,33 @@ def laid_out(name: str, values: list[Tensor], places: list[tuple[int, slice]], s
     return whole.permute(2, 0, 1).contiguous() if name == "position_ids" and whole.dim() == 3 else whole
 
 
+def are_labels(name: str) -> bool:
+    return name.endswith("labels")
+
+
 def padding(name: str) -> int:
-    return -100 if name.endswith("labels") else 0
+    return -100 if are_labels(name) else ENTRIES_OF_TOKENS.get(name, 0)
+
+
+def _rectangular(value: Any, fill: int) -> Any:
+    """Lists of entries with as many at each token; None and [] are none, as a first token has, which nobody predicts."""
+    if not isinstance(value, (list, tuple)) and str(getattr(value, "dtype", "")) != "object":
+        return value
+    parts = [() if part is None else part for part in value]
+    if not all(hasattr(part, "__len__") for part in parts):
+        return value
+    k = max((len(part) for part in parts), default=0)
+    return [[*part, *[fill] * (k - len(part))] for part in parts]
+
+
+def _equally_wide(name: str, values: list[Tensor]) -> list[Tensor]:
+    for index, value in enumerate(values):
+        if value.dim() != 2:
+            raise ValueError(
+                f"row {index}, {name}: expected k numbers for each token, [T, k], got shape {list(value.shape)}"
+            )
+    k = max(value.shape[1] for value in values)
+    return [torch.nn.functional.pad(v, (0, k - v.shape[1]), value=ENTRIES_OF_TOKENS[name]) for v in values]
 
 
 def _alike(values: list[Tensor]) -> list[Tensor]:
