@@ -18,8 +18,8 @@ from .objectives import (
     PSFTLoss,
     ReverseKLLoss,
     TALRLoss,
-    WeightedLoss,
     TopKDistillationLoss,
+    WeightedLoss,
 )
 from .op import TokenLosses, token_losses
 from .parameters import l2_to_initial, wise_ft
@@ -44,8 +44,8 @@ __all__ = [
     "ReverseKLLoss",
     "TALRLoss",
     "TokenLosses",
-    "WeightedLoss",
     "TopKDistillationLoss",
+    "WeightedLoss",
     "l2_to_initial",
     "patch",
     "patched",

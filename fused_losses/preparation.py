@@ -106,13 +106,6 @@ def prepare(
         reference_rows = None if reference is None else len((reference_head or head).weight)
         shard = shards.agreement(head.process_group, len(head.weight), reference_rows, hidden, flat, needs)
     inner = Head(head.weight, head.bias, head.logit_scale, head.softcap, low_rank, shard)
-    if ids is not None:
-        if tracing:
-            name, valid = outputs.ids_name, flat != ignore_index
-            ids = torch.ops.fused_losses.checked(ids, valid, "ids", name, inner.vocabulary)
-        else:
-            checks.ids(ids, outputs.ids_name, inner.vocabulary)
-        ids = ids.masked_fill(ids < 0, -1)
     if not tracing:
         checks.labels(flat, options.ignore_index, inner.vocabulary)
     if shard is not None:
@@ -123,7 +116,7 @@ def prepare(
     tolerance, note = _tolerance(options, outputs, dtype, inner.vocabulary, chosen)
     problem = Problem(
         hidden=rows[0], labels=flat, head=inner, reference_hidden=rows[1], reference_head=reference_head, dtype=dtype,
-        ids=_ids(outputs.ids, select, flat != options.ignore_index if tracing else None, inner.vocabulary),
+        ids=_ids(outputs, select, flat != options.ignore_index if tracing else None, inner.vocabulary),
         entropy_gradient=outputs.entropy_gradient, beta=beta or None, divergence_is_kl=beta == 0, tolerance=tolerance,
     )  # fmt: skip
     if tracing:
@@ -140,16 +133,16 @@ def _valid(rows: Tensor, index: Tensor | None) -> Tensor:
 
 
 def _ids(
-    ids: Tensor | None, select: Callable[[Tensor], Tensor], valid: Tensor | None, vocabulary: int
+    outputs: Outputs, select: Callable[[Tensor], Tensor], valid: Tensor | None, vocabulary: int
 ) -> Tensor | None:  # fmt: skip
     """[N, k], checked, −1 where there is none; `valid`: in a graph."""
-    if ids is None:
+    if outputs.ids is None:
         return None
-    ids = select(ids.reshape(-1, ids.shape[-1]))
+    ids, name = select(outputs.ids.reshape(-1, outputs.ids.shape[-1])), outputs.ids_name
     if valid is not None:
-        ids = torch.ops.fused_losses.checked(ids, valid, "ids", "ids", vocabulary)
+        ids = torch.ops.fused_losses.checked(ids, valid, "ids", name, vocabulary)
     else:
-        checks.ids(ids, "ids", vocabulary)
+        checks.ids(ids, name, vocabulary)
     return ids.masked_fill(ids < 0, -1)
 
 

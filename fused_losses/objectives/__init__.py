@@ -11,8 +11,8 @@ from .jsd import JSDLoss, ReverseKLLoss
 from .lawf import LAwFLoss
 from .psft import PSFTLoss
 from .talr import TALRLoss
-from .weighted import WeightedLoss
 from .topk_distillation import TopKDistillationLoss
+from .weighted import WeightedLoss
 
 __all__ = [
     "ASFTLoss",
@@ -26,7 +26,7 @@ __all__ = [
     "PSFTLoss",
     "ReverseKLLoss",
     "TALRLoss",
-    "WeightedLoss",
     "TopKDistillationLoss",
+    "WeightedLoss",
     "item_count",
 ]

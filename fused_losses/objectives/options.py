@@ -23,8 +23,6 @@ OTHER_NAMES = {
     "label_smoothing_factor": "label_smoothing", "lse_square_scale": "z_loss", "z_loss_weight": "z_loss",
     "kd_temperature": "temperature", "kd_beta": "beta", "jsd_beta": "beta",
     "kd_ce_alpha": "nll_weight", "weight_hard_loss": "nll_weight",
-    "reduce": "reduction", "kd_temperature": "temperature", "kd_beta": "beta", "jsd_beta": "beta",
-    "kd_ce_alpha": "nll_weight", "weight_hard_loss": "nll_weight", "ce_weight": "nll_weight",
     "normalize": "normalise", "kd_normalize_topk": "normalise", "add_tail": "rest", "loss_add_tail": "rest",
 }  # fmt: skip
 
