@@ -36,7 +36,7 @@ def _first_order(backward: Callable) -> Callable:
                 "fused_losses has no second derivatives (create_graph=True); backend='reference' has, with full logits"
             )
         batched = torch._C._functorch.is_legacy_batchedtensor  # that of is_grads_batched and vectorize=True
-        if not getattr(ctx, "keep_rows", False) and any(u is not None and batched(u) for u in upstream):
+        if any(u is not None and batched(u) for u in upstream) and not _is_linear(ctx, upstream):
             raise NotImplementedError(
                 "fused_losses has no batched backward (is_grads_batched, vectorize=True); call backward for one "
                 "gradient after "
@@ -45,6 +45,14 @@ def _first_order(backward: Callable) -> Callable:
         return backward(ctx, *upstream)
 
     return call
+
+
+def _is_linear(ctx, upstream: tuple[Tensor | None, ...]) -> bool:
+    """Whether backward is a line of PyTorch's operations: rows are kept, and no single logits have a weight."""
+    if not getattr(ctx, "keep_rows", False):
+        return False
+    given = upstream_of(upstream)
+    return given.lse is None and given.logits_at is None
 
 
 class TokenLossesFunction(torch.autograd.Function):

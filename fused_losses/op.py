@@ -32,7 +32,8 @@ class TokenLosses:
     without `beta` `divergence`. `gradient_report` says how gradients are formed, and after backward with which bound.
 
     `rank`, `log_p2` and `topk_entropy` take a pass of their own over the logits. Named in `wanted=` they come with the
-    others; else they are computed when first read, by another forward product, without a gradient.
+    others; else they are computed when first read, by another forward product, without a gradient. For that the record
+    keeps the hidden states of the call: keep its fields rather than it where memory counts.
     """
 
     nll: Tensor

@@ -262,3 +262,12 @@ def test_single_logits_of_an_infinite_head_reach_the_gradients():
         head.weight[0, 0] = torch.inf
     fl.token_losses(hidden, head, case.labels, ids=case.asked["ids"]).lse.sum().backward()
     assert not hidden.grad.isfinite().all() and not head.weight.grad.isfinite().all()
+
+
+def test_batched_backward_of_kept_rows_but_not_of_single_logits():
+    hidden, weight = torch.randn(5, 8, requires_grad=True), torch.randn(30, 8)
+    out = fl.token_losses(hidden, weight, torch.arange(5), ids=torch.arange(10).view(5, 2))
+    (jacobian,) = torch.autograd.grad(out.nll, hidden, torch.eye(5), is_grads_batched=True, retain_graph=True)
+    assert jacobian.shape == (5, 5, 8) and torch.equal(jacobian[0, 1:], torch.zeros(4, 8))
+    with pytest.raises(NotImplementedError, match="no batched backward"):
+        torch.autograd.grad(out.lse, hidden, torch.eye(5), is_grads_batched=True)
