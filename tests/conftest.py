@@ -46,7 +46,8 @@ def pytest_collection_modifyitems(config, items):
         for name, cases in itertools.groupby(marked, key=lambda item: item.nodeid.partition("[")[0]):
             cases = list(cases)
             values = [[(key, id(v)) for key, v in item.callspec.params.items()] for item in cases]
-            chosen = grids.covering(values, together, random.Random(name))
+            # The seed is the test's own name: a test that moves to another file keeps its cases.
+            chosen = grids.covering(values, together, random.Random(name.rpartition("::")[2]))
             left_out += [item for at, item in enumerate(cases) if at not in chosen]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
