@@ -17,10 +17,7 @@ import torch
 from fused_losses import backends
 from fused_losses.kernels import build, schemas
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
-import compiled  # noqa: E402
-import cuda_resources  # noqa: E402
+ROOT = Path(__file__).parents[2]
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None or sys.platform != "linux", reason="no g++ to compile with"
@@ -462,20 +459,20 @@ def test_first_use_of_the_backend_builds_it_or_says_why_not(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def of_nvcc(tmp_path_factory):
+def of_nvcc(tmp_path_factory, from_benchmarks):
     """What nvcc says of each kernel, warnings being errors, and the library for every architecture."""
     folder = tmp_path_factory.mktemp("cuda")
-    return cuda_resources.resources(folder), folder / "_cuda.so"
+    return from_benchmarks("cuda_resources").resources(folder), folder / "_cuda.so"
 
 
 @needs_nvcc
 @needs_compiler
-def test_no_warnings_no_spilled_registers_and_documented_figures(of_nvcc, show_table):
+def test_no_warnings_no_spilled_registers_and_documented_figures(of_nvcc, from_benchmarks, show_table):
     """For every architecture."""
     found, _ = of_nvcc
-    table = compiled.cuda_table(found)
+    table = from_benchmarks("compiled").cuda_table(found)
     show_table("Registers / bytes of static shared memory of the CUDA kernels\n" + table)
-    if cuda_resources.version() == "13.0":
+    if from_benchmarks("cuda_resources").version() == "13.0":
         assert table in (ROOT / "docs" / "kernels.md").read_text(), "run benchmarks/compiled.py"
     assert {x["architecture"] for x in found} == {f"sm_{a}" for a in build.architectures(NVCC)}
     names = {x["kernel"].partition("<")[0] for x in found}

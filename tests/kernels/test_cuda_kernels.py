@@ -1,4 +1,4 @@
-"""The CUDA kernels, run on a CPU by tests/cuda_shim, against float64; their build by nvcc is tested in test_build.py.
+"""The CUDA kernels, run on a CPU by tests/support/cuda_shim, against float64; their build by nvcc is tested in test_build.py.
 
 Every operator runs twice, the second time with blocks, warps and lanes in reverse order: results must have equal bits. Outputs start as
 NaN and lie between margins that must stay as they are; floating-point inputs lie between NaN.
@@ -9,16 +9,12 @@ from __future__ import annotations
 import math
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from fused_losses.kernels import build, schemas
-
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 ops = torch.ops.fused_losses
 MARGIN = 64

@@ -402,9 +402,9 @@ class Ranks:
 
 def start(world: int, folder: str) -> Ranks:
     """By a server that has imported this file once, for all ranks of both worlds."""
-    multiprocessing.set_forkserver_preload([__name__, "torch._dynamo"])
-    here = Path(__file__).parent
-    path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
+    multiprocessing.set_forkserver_preload(["test_vocab_parallel", "torch._dynamo"])
+    tests = Path(__file__).parents[1]
+    path = os.pathsep.join([str(tests / "ops"), str(tests / "support"), str(tests.parent), os.environ.get("PYTHONPATH", "")])
     with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=path):
         torch.multiprocessing.start_processes(work, (world, folder), nprocs=world, start_method="forkserver")
     return Ranks(world, [torch.load(f"{folder}/{rank}.pt") for rank in range(world)])
