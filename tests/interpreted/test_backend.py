@@ -11,16 +11,9 @@ import pytest
 import torch
 from cases import HEADS, REFERENCES, coarse, errors, make, name, relative, run, with_more
 from hypothesis import given, settings
+from sparse_checks import CERTIFICATE, check_certificate, check_flat_chunks, check_label_borders, check_room, logits_of
 from test_low_rank import errors as low_rank_errors
 from test_low_rank import inputs as low_rank_inputs
-from test_sparse_softmax import (
-    CERTIFICATE,
-    check_certificate,
-    check_flat_chunks,
-    check_label_borders,
-    check_room,
-    logits_of,
-)
 
 import fused_losses as fl
 from fused_losses.backends import gpu, gpu_scan
