@@ -11,8 +11,6 @@ import fused_losses as fl
 from fused_losses import backends
 
 needs_kernels = pytest.mark.skipif(backends.unavailable("cpu") is not None, reason=str(backends.unavailable("cpu")))
-
-
 BACKENDS = ["torch", pytest.param("cpu", marks=needs_kernels)]
 
 
@@ -37,8 +35,6 @@ def check_label_borders(backend):
 
 
 V = 257
-
-
 KINDS = ("flat", "one-hot", "two-point", "heavy-tailed", "random initialisation", "adversarial", "mixed")
 
 
