@@ -1,156 +1,23 @@
 """Callers compiled into one graph, `torch.compile(fullgraph=True)`: the same numbers as in eager mode, however they call."""
 
-import copy
-import gc
-import pickle
-
 import pytest
 import torch
 import torch._functorch.config
 from cases import make
-from torch import nn
+from graphs import LENGTH, ROWS, D, V, assert_same, inputs, one_graph, operator_arguments, results
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
 import fused_losses as fl
-from fused_losses import compiled
-from fused_losses.problem import DIFFERENTIABLE, OUTPUTS
 from fused_losses.sparse import softmax
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 OPS = torch.ops.fused_losses
-ROWS, LENGTH, D, V = 2, 12, 8, 60
 
 
 @pytest.fixture(autouse=True)
 def no_graphs():
     torch._dynamo.reset()
-
-
-def one_graph(function, backend="aot_eager", **options):
-    return torch.compile(function, fullgraph=True, backend=backend, **options)
-
-
-def inputs(length=LENGTH, dtype=torch.float32, v=V, frozen=False, seed=0):
-    """hidden, weight and labels, the first three of them ignored."""
-    g = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(ROWS, length, D, generator=g).to(dtype).requires_grad_()
-    weight = torch.randn(v, D, generator=g).to(dtype).requires_grad_(not frozen)
-    labels = torch.randint(v, (ROWS, length), generator=g)
-    labels[0, :3] = -100
-    return hidden, weight, labels
-
-
-def results(function, arguments):
-    value = function(*arguments)
-    value.sum().backward()
-    return [value.detach(), *(x.grad for x in arguments if isinstance(x, torch.Tensor) and x.requires_grad)]
-
-
-def assert_same(function, make_inputs=inputs, exactly=False, compiled_function=None, **options):
-    if compiled_function is None:
-        compiled_function = one_graph(function, **options)
-    expected, got = results(function, make_inputs()), results(compiled_function, make_inputs())
-    tolerance = {"rtol": 0, "atol": 0} if exactly else {"rtol": 2e-5, "atol": 1e-6}
-    for a, b in zip(expected, got, strict=True):
-        torch.testing.assert_close(b, a, **tolerance)
-    return got
-
-
-def operator_arguments(
-    sparse=False, reference=None, frozen=False, grad=True, ignored=2, dtype=torch.float32, strided=False, bias=True,
-    wanted="entropy", softcap=None, rank=0, ids=0, beta=None, entropy_gradient=False,
-):  # fmt: skip
-    hidden, weight, labels = torch.randn(11, D).to(dtype), torch.randn(V, D).to(dtype), torch.randint(V, (11,))
-    if strided:
-        hidden, weight = (x.t().contiguous().t() for x in (hidden, weight))
-    labels[:ignored] = -100
-    leaves = [hidden, weight, torch.randn(V).to(dtype) if bias else None, None]
-    if rank:
-        leaves[0], leaves[3] = torch.randn(11, D + rank).to(dtype), torch.randn(V, rank).to(dtype)
-    needs = [grad, grad and not frozen, grad and bias and not frozen, grad and rank > 0]
-    for leaf, need in zip(leaves, needs, strict=True):
-        if leaf is not None:
-            leaf.requires_grad_(need)
-    ref_hidden = None if reference is None else torch.randn(11, D).to(dtype)
-    ref_weight = torch.randn(V, D).to(dtype) if reference == "own" else None
-    tolerance = 0.15 if sparse else None
-    return compiled.Call(
-        *leaves, labels, ref_hidden, ref_weight, None, None, torch.randint(-1, V, (11, ids)) if ids else None, -100, 1.5,
-        softcap, 1.0, None, dtype, dtype, D + rank, wanted, entropy_gradient, beta, 20, tolerance, "auto", needs, None,
-    )  # fmt: skip
-
-
-OPTIONS = {
-    "exact": {},
-    "exact, frozen": {"frozen": True},
-    "sparse": {"sparse": True},
-    "sparse, frozen, all statistics": {
-        "sparse": True,
-        "frozen": True,
-        "reference": "own",
-        "wanted": "entropy,reference_entropy,topk_entropy",
-    },
-    "no gradient": {"grad": False, "reference": "own"},
-    "all ignored": {"sparse": True, "ignored": 11},
-    "strided, none ignored": {"strided": True, "ignored": 0, "bias": False},
-    "float64, shared reference": {"dtype": torch.float64, "reference": "shared", "softcap": 3.0},
-    "bfloat16": {"dtype": torch.bfloat16, "sparse": True},
-    "single logits, sparse": {"ids": 4, "sparse": True, "softcap": 3.0},
-    "single logits, frozen": {"ids": 4, "frozen": True, "softcap": 3.0},
-    "everything": {
-        "ids": 4,
-        "beta": 0.5,
-        "entropy_gradient": True,
-        "reference": "own",
-        "wanted": "entropy,reference_entropy,topk_entropy,rank,log_p2",
-    },
-    "everything, frozen": {"ids": 4, "beta": 1.0, "entropy_gradient": True, "reference": "shared", "frozen": True},
-    "low rank, frozen": {"rank": 3, "frozen": True, "reference": "shared"},
-    "low rank, sparse": {"rank": 3, "sparse": True, "reference": "own"},
-}
-
-
-@pytest.mark.parametrize("name", OPTIONS)
-def test_operators(name):
-    call = operator_arguments(**OPTIONS[name])
-    opcheck(OPS.losses_forward.default, call)
-    if not any(call.needs):
-        return
-    *outputs, saved, layout = OPS.losses_forward(*call)
-    given = [v.detach() if isinstance(v, torch.Tensor) else v for v in call]
-    if call.keeps_rows:
-        left_out = ("hidden", "reference_hidden", "reference_weight", "reference_bias", "reference_low_rank")
-        given = [None if name in left_out else v for name, v in zip(call._fields, given, strict=True)]
-    found = dict(zip(OUTPUTS, outputs, strict=True))
-    there = {
-        "kl": call.reference_hidden is not None, "logits_at": call.ids is not None, "entropy": call.entropy_gradient,
-        "divergence": call.beta is not None,
-    }  # fmt: skip
-    upstream = [torch.randn_like(found[name]) if there.get(name, True) else None for name in DIFFERENTIABLE]
-    opcheck(OPS.losses_backward.default, (*upstream, saved, layout, *given))
-
-
-def test_operators_of_the_objectives():
-    opcheck(OPS.checked.default, (torch.rand(3, 2).t(), torch.rand(2, 3) > 0, "fractions", "x", 0))
-    opcheck(OPS.median_temperature.default, (torch.rand(4), torch.arange(4) // 2, torch.arange(4) > 0))
-
-
-def test_saved_bytes_are_the_tensors():
-    tensors = [
-        torch.rand(3, 5),
-        None,
-        torch.arange(7) > 3,
-        torch.rand(0, 4).half(),
-        torch.arange(5).int(),
-        torch.rand(2).double(),
-    ]
-    saved, layout = compiled.pack(list(tensors), torch.device("cpu"), numbers=(6, 7))
-    back, numbers = compiled.unpack(saved, layout)
-    assert numbers == [6, 7]
-    for a, b in zip(tensors, back, strict=True):
-        assert (a is None and b is None) or (a.dtype == b.dtype and torch.equal(a, b))
 
 
 class Own(fl.Objective):
@@ -472,121 +339,3 @@ def test_without_fullgraph_the_call_is_a_graph_break_as_in_eager_mode():
 
     assert_same(step, compiled_function=torch.compile(step, backend=counter), exactly=True)
     assert counter.frame_count == 2
-
-
-def test_heads_and_modules_in_any_place():
-    linear = nn.Linear(D, V)
-    outside, weight = fl.LMHead(linear.weight, linear.bias), linear.weight
-
-    def step(hidden, labels):
-        made_here = fl.DFTLoss(gradient="sparse")
-        return (
-            made_here(hidden, linear, labels)
-            + made_here(hidden, outside, labels)
-            + fl.token_losses(hidden, linear.weight, labels).nll.mean()
-        )
-
-    def make_inputs():
-        hidden, _, labels = inputs()
-        return hidden, labels
-
-    assert_same(step, make_inputs)
-    loss = fl.CrossEntropyLoss()
-    assert_same(loss, inputs, compiled_function=one_graph(fl.CrossEntropyLoss()))
-
-    def kl(hidden, labels):
-        return fl.token_losses(
-            hidden, linear, labels, reference=fl.Reference(hidden.detach(), fl.LMHead(weight, linear.bias))
-        ).kl
-
-    assert not assert_same(kl, make_inputs)[0].any()  # exactly 0: recognised as the same head
-
-
-def test_reports_go_to_the_objective_of_the_call():
-    """Also where two share the compiled code, and where one is a copy; an objective that is gone takes no reports."""
-    first = fl.CrossEntropyLoss(gradient="sparse")
-    others = [
-        copy.deepcopy(first),
-        pickle.loads(pickle.dumps(first)),
-        copy.copy(first),
-        fl.CrossEntropyLoss(gradient="sparse"),
-    ]
-    counter = CompileCounterWithBackend("aot_eager")
-    step = one_graph(lambda loss, *given: loss(*given), counter)
-    for length, loss in enumerate([first, *others], 8):
-        step(loss, *inputs(length)).backward()
-    assert [loss.gradient_report.tokens for loss in [first, *others]] == [2 * n - 3 for n in range(8, 13)]
-    assert all(loss.gradient_report.bound is not None for loss in [first, *others])
-    assert counter.frame_count <= 2
-
-    alive = len(compiled._objectives)
-    value = step(others[0], *inputs())
-    del others, loss
-    gc.collect()
-    assert len(compiled._objectives) <= alive - 4
-    value.backward()
-
-
-def test_export():
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight, self.loss = nn.Parameter(inputs()[1].detach()), fl.TALRLoss()
-
-        def forward(self, hidden, labels):
-            return self.loss(hidden, self.weight, labels)
-
-    hidden, _, labels = inputs()
-    model = Model()
-    exported = torch.export.export(model, (hidden.detach(), labels)).module()
-    assert exported(hidden.detach(), labels).item() == pytest.approx(model(hidden, labels).item(), rel=1e-6)
-
-
-class TinyModel(nn.Module):
-    """Embedding, one block and a tied head, called as those of Hugging Face are."""
-
-    def __init__(self, loss):
-        super().__init__()
-        self.embedding = nn.Embedding(V, D)
-        self.block = nn.Sequential(nn.Linear(D, D), nn.Tanh())
-        self.lm_head = nn.Linear(D, V, bias=False)
-        self.lm_head.weight = self.embedding.weight
-        self.loss = loss
-
-    def forward(self, input_ids, labels, num_items=None):
-        x = self.embedding(input_ids)
-        hidden = x + self.block(x)
-        return self.loss(hidden[:, :-1], self.lm_head, labels[:, 1:], num_items=num_items), hidden
-
-
-# Inductor's C++ takes seconds to compile; test_nothing_comes_from_ignored_tokens has it by default.
-@pytest.mark.parametrize(
-    ("gradient", "backend"),
-    [
-        ("exact", "aot_eager"),
-        ("sparse", "aot_eager"),
-        pytest.param("sparse", "inductor", marks=pytest.mark.exhaustive),
-    ],
-)
-def test_training(gradient, backend):
-    """Three steps of a whole model in one graph, over two accumulated batches each, end where eager ones do."""
-    weights = []
-    for captured in (False, True):
-        torch.manual_seed(1)
-        model = TinyModel(fl.TALRLoss(gradient=gradient))
-        forward = one_graph(model, backend, dynamic=True) if captured else model
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        for _ in range(3):
-            batches = []
-            for length in (9, 14):
-                ids = torch.randint(V, (ROWS, length))
-                batches.append((ids, ids.masked_fill(torch.rand(ids.shape) < 0.4, -100)))
-            items = sum((labels[:, 1:] != -100).sum() for _, labels in batches)
-            for ids, labels in batches:
-                loss, _ = forward(ids, labels, num_items=items)
-                loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        weights.append([p.detach().clone() for p in model.parameters()])
-    for a, b in zip(*weights, strict=True):
-        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
