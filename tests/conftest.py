@@ -13,7 +13,7 @@ FAST = frozenset(
     f"test_{name}.py"
     for name in (
         "token_losses", "sparse_softmax", "certificate", "gradient_report", "cpu_kernels", "low_rank", "objectives", "validation", "mistakes",
-        "training_loop", "l2_and_wise_ft",
+        "training_loop", "peak_memory", "l2_and_wise_ft",
         "collator", "labels", "reference_cache", "references", "cached_reference", "patch", "patched_layouts", "stand_ins",
     )
 )  # fmt: skip
