@@ -40,7 +40,7 @@ test-fast: lint
 test-tritons: $(VENV)/.core $(TRITONS:%=.tritons/%)
 	for version in $(TRITONS); do \
 		export PYTHONPATH=.tritons/$$version; \
-		$(BIN)/python -m pytest tests/test_tiles.py && TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/interpreted || exit 1; \
+		$(BIN)/python -m pytest tests/kernels/test_tiles.py && TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/interpreted || exit 1; \
 	done
 
 .tritons/%: | $(VENV)/.core

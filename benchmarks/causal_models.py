@@ -4,8 +4,8 @@
     python benchmarks/causal_models.py --resume   # goes on where a run was interrupted
     python benchmarks/causal_models.py Llama      # only rows with that in their names; prints, writes nothing
 
-Tiny random models on the CPU (tests/tiny_models.py), cross-entropy with exact gradients; what is compared:
-tests/comparison.py and tests/adapters.py.
+Tiny random models on the CPU (tests/support/tiny_models.py), cross-entropy with exact gradients; what is compared:
+comparison.py and adapters.py beside it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import transformers
 from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "support"))
 
 from adapters import KINDS, MODELS, ORDERS, compare_adapter  # noqa: E402
 from comparison import VARIANTS, Outcome, compare, quiet  # noqa: E402

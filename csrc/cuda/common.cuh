@@ -1,5 +1,6 @@
 // What the kernels share: 16-byte words of elements, sums over a warp, the formulas of a logit and of p − p_ref, and how
-// kernels are launched. tests/cuda_shim/cuda_on_cpu.h stands in for CUDA's own headers where FUSED_LOSSES_ON_CPU is defined.
+// kernels are launched. Where FUSED_LOSSES_ON_CPU is defined, tests/support/cuda_shim/cuda_on_cpu.h stands in for CUDA's
+// own headers.
 #pragma once
 
 #include "kernels.h"

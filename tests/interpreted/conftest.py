@@ -1,6 +1,14 @@
 import os
+from pathlib import Path
 
 import pytest
+
+HERE = Path(__file__).parent
+# The interpreter computes with numpy, which warns where a GPU just makes an infinity or a NaN.
+WARNINGS = (
+    "ignore::RuntimeWarning",
+    "ignore:Conversion of an array:DeprecationWarning",  # of Triton 3.6
+)
 
 
 # Read when a kernel is defined, so it must be set for the whole process: `make test` does.
@@ -8,9 +16,29 @@ def pytest_ignore_collect(collection_path):
     return os.environ.get("TRITON_INTERPRET") != "1" or None
 
 
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.filterwarnings(*WARNINGS))
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Several chunks of the scan and of logits."""
+    from fused_losses.backends import gpu, gpu_scan
+
+    monkeypatch.setattr(gpu, "BIT_BYTES", 1)
+    monkeypatch.setattr(gpu, "LOGIT_BYTES", 1)
+    monkeypatch.setattr(gpu, "PROFILE_BYTES", 1)
+    monkeypatch.setattr(gpu_scan, "PROBE", 70)
+
+
 @pytest.fixture(autouse=True)
 def maximum_of_a_gpu(monkeypatch):
-    """Where one of two numbers is NaN, a GPU's maximum is the other; the interpreter's is NaN, which would hide mistakes."""
+    """Where one of two numbers is NaN, a GPU's maximum is the other.
+
+    The interpreter's is NaN, which would hide mistakes.
+    """
     import numpy
     from triton.runtime.interpreter import InterpreterBuilder
 

@@ -11,35 +11,15 @@ import pytest
 import torch
 from cases import HEADS, REFERENCES, coarse, errors, make, name, relative, run, with_more
 from hypothesis import given, settings
-from test_low_rank import errors as low_rank_errors
-from test_low_rank import inputs as low_rank_inputs
-from test_sparse_softmax import (
-    CERTIFICATE,
-    check_certificate,
-    check_flat_chunks,
-    check_label_borders,
-    check_room,
-    logits_of,
-)
+from low_rank_cases import errors as low_rank_errors
+from low_rank_cases import inputs as low_rank_inputs
+from sparse_checks import CERTIFICATE, check_certificate, check_flat_chunks, check_label_borders, check_room, logits_of
 
 import fused_losses as fl
 from fused_losses.backends import gpu, gpu_scan
 from fused_losses.sparse import softmax
 
-# The interpreter computes with numpy, which warns where a GPU just makes an infinity or a NaN.
-WARNINGS = pytestmark = [
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),  # of Triton 3.6
-]
-
-
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch):
-    """Several chunks of the scan and of logits."""
-    monkeypatch.setattr(gpu, "BIT_BYTES", 1)
-    monkeypatch.setattr(gpu, "LOGIT_BYTES", 1)
-    monkeypatch.setattr(gpu, "PROFILE_BYTES", 1)
-    monkeypatch.setattr(gpu_scan, "PROBE", 70)
+pytestmark = pytest.mark.usefixtures("small_chunks")
 
 
 @pytest.fixture(params=["scan", "logits"])

@@ -5,12 +5,11 @@ import shutil
 import pytest
 import torch
 from cases import HEADS, REFERENCES, coarse, errors, make, name, with_more
-from test_backend import WARNINGS, small_chunks  # noqa: F401
 
 from fused_losses import backends
 
 pytestmark = [
-    *WARNINGS,
+    pytest.mark.usefixtures("small_chunks"),
     pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile the kernels for a CPU with"),
 ]
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import pytest
 import torch
 from cases import name, relative
-from test_backend import WARNINGS
 from torch import Tensor
 
 from fused_losses import reference as oracle
@@ -19,8 +18,6 @@ from fused_losses.backends.gpu import _as
 from fused_losses.kernels.schemas import Row
 from fused_losses.kernels.triton import directions
 from fused_losses.kernels.triton import rows as kernels
-
-pytestmark = WARNINGS
 
 PLAIN = dict(scale=1.0, softcap=0.0, reference_scale=1.0, reference_softcap=0.0)
 SHARED = PLAIN | dict(scale=-1.7, reference_scale=-1.7)

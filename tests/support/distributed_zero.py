@@ -1,6 +1,6 @@
 """Patched models under DeepSpeed's ZeRO against one process that has the whole batch.
 
-torchrun --standalone --nproc-per-node 2 tests/distributed_zero.py differences.json
+torchrun --standalone --nproc-per-node 2 tests/support/distributed_zero.py differences.json
 """
 
 from __future__ import annotations

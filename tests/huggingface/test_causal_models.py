@@ -12,7 +12,7 @@ from adapters import KINDS, MODELS, ORDERS, compare_adapter
 from comparison import VARIANTS, Step, compare, compared, failed
 from tiny_models import causal_names, multimodal_names, quick_names
 
-PAGE = Path(__file__).parents[1] / "docs" / "models.md"
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 MARKS = {"equal": "equal", "refused": "refused", "–": "impossible"}
 FAULTS = ("**DIFFERENT**", "**ERROR**")
 # A soft-cap, a scale, experts, no rotation of positions, labels that the model does not shift, a head behind another

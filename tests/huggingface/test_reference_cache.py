@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from fused_losses.huggingface.cache import CacheStats, ReferenceCache
 from fused_losses.huggingface.digest import Unchanged, model_digest, model_facts
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DIGEST = "d" * 64
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

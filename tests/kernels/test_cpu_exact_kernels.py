@@ -408,7 +408,7 @@ def test_same_numbers_whatever_the_number_of_threads():
 
 
 def test_names_of_rows_and_interface_are_those_of_the_sources():
-    sources = Path(__file__).parents[1] / "csrc" / "cpu"
+    sources = Path(__file__).parents[2] / "csrc" / "cpu"
     names = re.search(r"struct ExactRow {\s*float ([^;]*);", (sources / "exact.inc").read_text())[1]
     assert names.upper().split(", ") == [row.name for row in schemas.ExactRow]
     assert f"interface_op() {{ return {schemas.INTERFACE}; }}" in (sources / "ops.cpp").read_text()

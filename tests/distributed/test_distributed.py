@@ -12,14 +12,15 @@ from pathlib import Path
 import distributed_cases
 import pytest
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
+SUPPORT = ROOT / "tests" / "support"
 LIMIT = 1800  # seconds; a hang ends earlier, by gloo's own limit of 600
 
 
 @pytest.fixture
 def environment(monkeypatch):
     """For processes that import from here."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(SUPPORT), str(ROOT), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
@@ -55,7 +56,7 @@ def launch(command, script, tmp_path):
     """The script's differences; it is started by `command`."""
     path = tmp_path / "differences.json"
     done = subprocess.run(
-        [*command, str(HERE / script), str(path)], capture_output=True, text=True, timeout=LIMIT, cwd=HERE.parent
+        [*command, str(SUPPORT / script), str(path)], capture_output=True, text=True, timeout=LIMIT, cwd=ROOT
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-8000:]
     return json.loads(path.read_text())

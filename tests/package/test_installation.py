@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 
 from fused_losses.kernels import build
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FOLDERS = ("benchmarks", "csrc", "docs", "examples", "fused_losses", "tests")
 FILES = (
     "CHANGELOG.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md", "constraints.txt", "pyproject.toml", "setup.py",

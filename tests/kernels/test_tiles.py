@@ -4,7 +4,6 @@ By default each for one architecture, in turn, and each kind of scan with one ro
 """
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ import triton
 
 from fused_losses.kernels.triton import ahead, tiles
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SPECIMENS = list(ahead.specimens())
 USES = [(s, architecture) for s in SPECIMENS for architecture in s.architectures]
 SCANS = {ahead.scan_specimen(row).name: tiles.KINDS.index(row.kind) for row in tiles.SCANS}
@@ -53,14 +52,9 @@ def test_there_is_a_row_for_every_kind_and_architecture():
 
 @pytest.mark.exhaustive
 @pytest.mark.skipif(triton.__version__ != PINNED, reason=f"the documented figures are those of Triton {PINNED}")
-def test_documented_figures_are_those_found(show_table):
+def test_documented_figures_are_those_found(from_benchmarks, show_table):
     if len(FOUND) < len(USES):
         pytest.skip("needs the whole file")
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        import compiled
-    finally:
-        sys.path.pop(0)
-    table = compiled.triton_table(FOUND)
+    table = from_benchmarks("compiled").triton_table(FOUND)
     show_table("Registers / shared memory in KiB of the Triton kernels\n" + table)
     assert table in (ROOT / "docs" / "kernels.md").read_text(), "run benchmarks/compiled.py"

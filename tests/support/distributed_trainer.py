@@ -1,7 +1,7 @@
 """One step of SGD by transformers.Trainer on as many ranks as a launcher starts, against one process that has the whole batch.
 
-    torchrun --standalone --nproc-per-node 2 tests/distributed_trainer.py differences.json
-    accelerate launch --cpu --num_processes 2 tests/distributed_trainer.py differences.json
+    torchrun --standalone --nproc-per-node 2 tests/support/distributed_trainer.py differences.json
+    accelerate launch --cpu --num_processes 2 tests/support/distributed_trainer.py differences.json
 
 The differences are relative to the step.
 """

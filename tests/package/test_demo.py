@@ -15,7 +15,7 @@ from fused_losses.demo.anchors import Anchor, correct_answer, name_corrector
 from fused_losses.demo.model import find_model, greedy_answers, hidden_states, load, prompt_ids
 
 pytestmark = pytest.mark.filterwarnings("default")
-RECORD = Path(__file__).parents[1] / "docs" / "demo.json"
+RECORD = Path(__file__).parents[2] / "docs" / "demo.json"
 
 
 class Letters:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SANITIZER = """#!/usr/bin/env bash
 [ "$1 $3 $4" = "--tool --error-exitcode 99" ] || exit 3
 shift 4
@@ -53,11 +53,10 @@ def test_check(tmp_path):
     assert memcheck["summary"] == "ERROR SUMMARY: 0 errors" and not found["sanitizers"]
 
 
-def test_check_keeps_failures_and_crashes(tmp_path, monkeypatch):
+def test_check_keeps_failures_and_crashes(tmp_path, monkeypatch, from_benchmarks):
     """A failed check, a crash and a process that takes too long end neither the run nor what came before them."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     monkeypatch.setattr(sys, "argv", ["pytest"])
-    import gpu_check
+    gpu_check = from_benchmarks("gpu_check")
 
     test = tmp_path / "test_of_its_own.py"
     test.write_text(

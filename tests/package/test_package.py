@@ -13,7 +13,7 @@ import fused_losses as fl
 from fused_losses import backends, cli
 from fused_losses.kernels import schemas
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 COMMAND = Path(sys.executable).with_name("fused-losses")
 
 

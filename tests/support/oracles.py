@@ -13,9 +13,9 @@ from fused_losses.kernels.schemas import Row
 
 @dataclass
 class Rows:
-    """Everything that follows from raw products z, and r of the reference, [C, V]: `row_statistics` and what comes after it.
+    """Everything that follows from raw products z, and r of the reference, [C, V].
 
-    With `difference` z holds (x − x_ref) Wᵀ.
+    With `difference` z holds (x − x_ref) Wᵀ, and the reference's scale and soft-cap are the model's.
     """
 
     z_raw: Tensor
@@ -35,20 +35,21 @@ class Rows:
         raw = self.z_raw.double() + self.r_raw.double() if self.difference else self.z_raw
         z = self.z = finish(raw, self.scale, self.softcap)
         self.slope = 1 - (z / self.softcap) ** 2 if self.softcap else torch.ones_like(z)
-        self.p, self.nll, self.entropy = z.softmax(1), oracle.nll(z, self.labels), oracle.entropy(z)
+        self.p, self.nll, self.entropy = z.softmax(1), accurate_nll(z, self.labels), oracle.entropy(z)
         self.prediction, self.rank = z.argmax(1), (z > z.gather(1, self.labels[:, None])).sum(1)
         self.log_p2 = (2 * z.log_softmax(1)).logsumexp(1)
         self.d_entropy = -self.p * (z.log_softmax(1) + self.entropy[:, None]) * self.slope
         self.one_hot = torch.zeros_like(z).scatter_(1, self.labels[:, None], 1)
-        self.d_nll = (self.p - self.one_hot) * self.slope
+        self.d_nll = self.p.scatter(1, self.labels[:, None], torch.expm1(-self.nll)[:, None]) * self.slope
         top, lse = z.amax(1), z.logsumexp(1)
         self.lse = lse
         self.rest = (self.p * (1 - self.one_hot) * self.slope).sum(1)
         known = {Row.TOP: top, Row.LOG_SUM: lse - top, Row.REST: self.rest}
         if self.r_raw is not None:
-            r = self.r = finish(self.r_raw, self.reference_scale, self.reference_softcap)
+            own = (self.reference_scale, self.reference_softcap)
+            r = self.r = finish(self.r_raw, *((self.scale, self.softcap) if self.difference else own))
             self.p_ref = r.softmax(1)
-            self.kl, self.reference_nll = oracle.kl(r, z), oracle.nll(r, self.labels)
+            self.kl, self.reference_nll = oracle.kl(r, z), accurate_nll(r, self.labels)
             self.reference_entropy, self.ref_lse = oracle.entropy(r), r.logsumexp(1)
             self.gap = (self.p - self.p_ref) * self.slope
             known |= {
@@ -74,6 +75,13 @@ class Rows:
         return kept | self.one_hot.bool()
 
 
+def accurate_nll(z: Tensor, labels: Tensor) -> Tensor:
+    """Also where it is tiny: of an almost certain label log_softmax has lost all digits."""
+    label = z.gather(1, labels[:, None])
+    others = z.scatter(1, labels[:, None], -torch.inf).logsumexp(1)
+    return torch.nn.functional.softplus(others - label[:, 0], threshold=50)
+
+
 def packed(kept: Tensor, words: int) -> Tensor:
     """Bits [N, words] of a bool matrix: bit j of word w is column 32 w + j."""
     wide = torch.zeros(len(kept), 32 * words, dtype=torch.int64, device=kept.device)
@@ -93,11 +101,16 @@ def offsets_of(counts: Tensor) -> Tensor:
     return out
 
 
+def segments_of(offsets: Tensor) -> Tensor:
+    """Which segment each entry belongs to."""
+    return torch.repeat_interleave(torch.arange(len(offsets) - 1, device=offsets.device), offsets.diff())
+
+
 def segment_product(
     offsets: Tensor, columns: Tensor, values: Tensor, matrix: Tensor, scale: Tensor, vector: Tensor, base: Tensor | None,
     base_scale: float,
 ) -> Tensor:  # fmt: skip
-    rows = torch.repeat_interleave(torch.arange(len(offsets) - 1, device=offsets.device), offsets.diff())
+    rows = segments_of(offsets)
     out = scale.double()[:, None] * vector.double()
     if base is not None:
         out += base_scale * base.double()

@@ -1,0 +1,116 @@
+"""The sparse mode's compiled kernels for CPUs, for every instruction set, and the library that holds them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import relative
+from cpu_products import check_products, check_rounding_of_bf16
+from processes import pythonpath
+from sparse_checks import needs_kernels
+
+from fused_losses.kernels import schemas
+
+
+@needs_kernels
+@pytest.mark.parametrize("matrix_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("d", [1, 17, 64, 131])
+@pytest.mark.parametrize("base", [False, True], ids=["alone", "onto-base"])
+def test_products(matrix_dtype, out_dtype, d, base):
+    check_products(matrix_dtype, out_dtype, d, base)
+
+
+@needs_kernels
+def test_bf16_output_is_rounded_to_nearest_even_and_keeps_nan():
+    check_rounding_of_bf16()
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 2, 1), (65, 64, 64), (70, 1030, 130), (3, 514, 1000)], ids=str)
+def test_logits(dtype, shape):
+    if not schemas.has_logits(dtype):
+        pytest.skip("this PyTorch exports no micro-kernels for it")
+    n, d, v = shape
+    hidden, weight, bias = torch.randn(n, d).to(dtype), torch.randn(v, d).to(dtype), torch.randn(v)
+    out = torch.full((n, v), torch.nan)
+    for b in (None, bias):
+        assert torch.ops.fused_losses.logits(hidden, weight, b, out)
+        truth = hidden.double() @ weight.double().T + (0 if b is None else b)
+        assert relative(out, truth) < 1e-6
+
+
+SIMD = """
+import itertools, sys, torch
+from cases import HEADS, REFERENCES, coarse, errors, make, relative, run
+from cpu_products import check_products, check_rounding_of_bf16
+from fused_losses.kernels import schemas
+
+FLOATS = torch.float32, torch.bfloat16
+assert schemas.load() is None and torch.ops.fused_losses.simd() == sys.argv[1]
+for reference, head in itertools.product(REFERENCES, HEADS):
+    case = make(33, 18, 123, **head, reference=reference)
+    with coarse(1e-30, capacity=507, chunk_bytes=1):
+        assert max(errors(case, torch.float32, "cpu", gradient="sparse").values()) < 1e-5
+    with coarse(5e-3):
+        ours, plain = (run(case, torch.float32, b, gradient="sparse", tolerance=0.9) for b in ("cpu", "torch"))
+        assert max(relative(ours[k], plain[k]) for k in ours) < 1e-5
+for matrix_dtype, out_dtype, d in itertools.product(FLOATS, FLOATS, (1, 17, 64)):
+    check_products(matrix_dtype, out_dtype, d, True)
+check_rounding_of_bf16()
+"""
+
+
+@needs_kernels
+@pytest.mark.parametrize("wanted, found", [("avx2", "AVX2"), ("baseline", "128-bit SIMD")])
+def test_other_instruction_sets(wanted, found):
+    """The kernels are compiled once per instruction set; this machine's best runs in all other tests."""
+    if wanted == "avx2" and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+        pytest.skip("no AVX2 here")
+    result = subprocess.run(
+        [sys.executable, "-c", SIMD, found], capture_output=True, text=True, timeout=900,
+        env={**os.environ, "PYTHONPATH": pythonpath(), "FUSED_LOSSES_SIMD": wanted, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+
+
+LIBRARY = """
+import sys, fused_losses.kernels.schemas as schemas
+from pathlib import Path
+import torch, fused_losses as fl
+for path in sys.argv[1:]:
+    schemas.LIBRARY = Path(path)
+    schemas.load.cache_clear()
+    hidden = torch.randn(3, 4, requires_grad=True)
+    fl.CrossEntropyLoss(gradient="sparse")(hidden, torch.randn(9, 4), torch.arange(3)).backward()
+    try:
+        fl.token_losses(hidden, torch.randn(9, 4), torch.arange(3), backend="cpu")
+    except RuntimeError as error:
+        print(error)
+"""
+
+
+def test_a_library_that_cannot_be_used_is_passed_over_with_the_reason(tmp_path):
+    """It is missing; it is no library; it is one without the kernels, here that of C's mathematics."""
+    import ctypes.util
+
+    name = ctypes.util.find_library("m")
+    found = [p for p in Path("/").glob(f"usr/lib/*/{name}")] + [p for p in Path("/").glob(f"lib*/*/{name}")]
+    paths = [tmp_path / name for name in ("missing.so", "corrupt.so", "other.so")]
+    paths[1].write_bytes(b"not a library")
+    if found:
+        paths[2].write_bytes(found[0].read_bytes())
+    else:
+        paths.pop()
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}  # not what this machine has built before
+    command = [sys.executable, "-c", LIBRARY, *map(str, paths)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    assert result.returncode == 0, result.stderr
+    said = result.stdout.splitlines()
+    assert len(said) == len(paths)
+    for line, reason in zip(said, ("not built", "does not load", "rebuild"), strict=False):
+        assert "backend='cpu' cannot run here" in line and reason in line and "auto" in line

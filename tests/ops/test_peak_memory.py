@@ -1,0 +1,68 @@
+"""Peak resident memory of one forward and backward, each in a process of its own."""
+
+import subprocess
+import sys
+
+import grids
+import pytest
+
+MEMORY = r"""
+import re, sys, torch, torch.nn.functional as F, fused_losses as fl
+what, gradient, n, d, v = *sys.argv[1:3], *map(int, sys.argv[3:]), 49152
+torch.set_num_threads(1)
+torch.manual_seed(0)
+# Logits of standard deviation 1 are flat, of 4.5 they have about as many large entries as on hard text.
+hidden = (torch.randn(n, d) * (4.5 if gradient == "sparse" else 1)).requires_grad_()
+weight = torch.randn(v, d).div_(d**0.5).requires_grad_()
+labels = torch.randint(v, (n,))
+gradients = 4 * (hidden.numel() + weight.numel()) >> 20
+(torch.randn(256, 256) @ torch.randn(256, 256)).sum()  # the libraries' own buffers
+memory = lambda key: int(re.search(key + r":\s*(\d+) kB", open("/proc/self/status").read())[1]) / 1024
+before = memory("VmRSS")
+if what == "dense":
+    loss = F.cross_entropy(hidden @ weight.T, labels)
+elif what == "per-token":
+    out = fl.token_losses(hidden, weight, labels, gradient=gradient)
+    loss = out.nll.mean()
+elif what == "talr":
+    objective = fl.TALRLoss(gradient=gradient)
+    loss = objective(hidden.view(8, -1, d), weight, labels.view(8, -1))
+elif what == "lawf":
+    reference = fl.Reference(hidden.detach() + 0.01)
+    objective = fl.LAwFLoss(gradient=gradient)
+    loss = objective(hidden, weight, labels, confidence=(labels % 10 == 0).float(), reference=reference)
+else:
+    objective = fl.CrossEntropyLoss(gradient=gradient)
+    loss = objective(hidden, weight, labels)
+loss.backward()
+peak = memory("VmHWM") - before - gradients
+if gradient == "sparse":
+    report = out.gradient_report if what == "per-token" else objective.gradient_report
+    assert report.exact_tokens == 0 and report.entries > 200 * n, report
+assert hidden.grad.isfinite().all() and weight.grad.abs().sum() > 0
+print(peak)
+"""
+
+
+def peak_memory(what, gradient):
+    # What would be as large as the logits shows with half the tokens too; a small D makes the products cheap.
+    size = (8192, 576) if grids.EXHAUSTIVE else (4096, 128)
+    command = [sys.executable, "-c", MEMORY, what, gradient, *map(str, size)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+    assert result.returncode == 0, result.stderr
+    peak = float(result.stdout.split()[-1])
+    print(f"{what}, {gradient}: {peak:.0f} MiB above inputs and gradients")
+    return peak
+
+
+@pytest.mark.slow
+def test_peak_memory_of_full_logits():
+    assert peak_memory("dense", "exact") > (3 if grids.EXHAUSTIVE else 1.5) * 1024
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["cross-entropy", "per-token", "talr", "lawf"])
+def test_peak_memory(what):
+    """V = 49152, float32; peak resident memory above inputs and gradients, in MiB."""
+    exact, sparse = peak_memory(what, "exact"), peak_memory(what, "sparse")
+    assert exact < 256 and sparse < exact + 8
