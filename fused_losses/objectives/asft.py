@@ -13,6 +13,8 @@ from .base import Objective
 class ASFTLoss(Objective):
     """Anchored SFT: Σ (p[label]·nll + kl_weight·KL(p_ref ‖ p)) / n, the probability without a gradient.
 
+    Take it where DFT drifts from the original: the KL holds what the weights do not. Not for facts, as DFT.
+
     Needs `reference`. 4 GEMMs; 3 with a frozen head. Source: arXiv 2509.23753.
     """
 

@@ -16,6 +16,9 @@ from .sequences import sequence_numbers
 class FLOWLoss(Objective):
     """Σ_s w_s Σ_{t in s} nll / n, w_s = exp(−mean nll of s under the initial model / τ).
 
+    Take it where a data set has easy and hard samples, and the hard ones tear at the model. Not where the hard ones are
+    what shall be learned. `fused_losses.initial_losses` makes initial_nll and τ in one pass.
+
     Easy samples count most. Both are fixed before training: `temperature` τ > 0 is the data set's median of the initial
     model's mean nll per sequence.
 

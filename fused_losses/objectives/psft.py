@@ -15,6 +15,9 @@ from .base import Objective
 class PSFTLoss(Objective):
     """Proximal SFT: Σ −min(r, clip(r, 1 − ε, 1 + ε)) / n, r = p[label] / p_old[label].
 
+    Take it where several epochs or large steps on few samples would overfit, and before reinforcement learning: entropy
+    stays. Not for a single pass with small steps, where r is 1 throughout.
+
     No gradient where r is above 1 + ε already. Args of the call: `old_nll` [...]: nll of the same tokens under the
     policy at the start of the step (`token_losses(...).nll` without a gradient), and `num_items`.
 

@@ -21,6 +21,11 @@ from .sequences import numbered, sequence_numbers, sequences
 class TALRLoss(Objective):
     """Token-adaptive loss reweighting: Σ w·nll / n, w = max(exp(−nll/τ), floor).
 
+    Take it to fine-tune on a domain and keep the rest: a few hard tokens do not tear the model apart, and need no
+    reference model. Try a small learning rate first, which does much of the same. Not to teach facts that the model
+    cannot know: those are the tokens it plays down.
+
+
     Args:
         temperature: "median": τ is the median, over the sequences of the call, of their mean nll, at least 1e-6
             (the mean of the middle two for an even number). Or a number > 0, which fixes τ and saves one GEMM.
