@@ -39,12 +39,12 @@ def wrapped(backend: gpu.Gpu, wrap: Wrap) -> Iterator[None]:
         stack.enter_context(mock.patch.object(backend, "kernels", kernels))
         for owner, attribute, name in places:
             stack.enter_context(mock.patch.object(owner, attribute, wrap(name, getattr(owner, attribute))))
-        scan = gpu._Operands.run
+        scan = gpu_scan.Operands.run
 
         def run(self: Any, *args: Any) -> Tensor:
             return wrap(_scan_name(self, *args), scan)(self, *args)
 
-        stack.enter_context(mock.patch.object(gpu._Operands, "run", run))
+        stack.enter_context(mock.patch.object(gpu_scan.Operands, "run", run))
         yield
 
 

@@ -11,8 +11,12 @@ from machine import BACKENDS, DEVICE, DTYPES, ROUNDING, pick
 from torch import Tensor
 
 from fused_losses import backends
+from fused_losses.backends import gpu_scan
+from fused_losses.backends.gpu import _as
 from fused_losses.kernels import measure
 from fused_losses.kernels.schemas import Row
+from fused_losses.kernels.triton import directions
+from fused_losses.kernels.triton import rows as triton_rows
 from fused_losses.kernels.triton.rows import BLOCK
 from fused_losses.problem import Head, Problem, Segments
 
@@ -57,7 +61,7 @@ class World:
         own = None if self.reference_weight is None else Head(self.reference_weight, None, 1.0, None)
         return Problem(
             self.model_hidden, rows.labels, Head(self.weight, self.bias, rows.scale, rows.softcap or None),
-            self.reference_hidden, own, self.weight.dtype, frozenset({"entropy", "reference_entropy"}),
+            self.reference_hidden, own, self.weight.dtype, wanted=frozenset({"entropy", "reference_entropy"}),
         )  # fmt: skip
 
 
@@ -162,14 +166,12 @@ def test_row_statistics(backend, shape, head, reference, within):
 
 @every_case
 def test_logit_bits(shape, head, reference, within):
-    from fused_losses.kernels.triton import rows as kernels
-
     rows = of_float32_logits(world(shape, head, reference, torch.float32))
     z, r, difference, _, *scales = logits_of(rows)
     bounds = torch.stack([rows.z.mean(1) + 1.0, (rows.z if r is None else rows.r).mean(1) + 1.0]).float()
     words = -(-z.shape[1] // BLOCK) * BLOCK // 32
     bits = torch.full((len(z), words), -1, dtype=torch.int32, device=DEVICE)
-    kernels.logit_bits(z, r, difference, bounds, *scales, bits)
+    triton_rows.logit_bits(z, r, difference, bounds, *scales, bits)
     got = oracles.unpacked(bits)
     over = [rows.z - bounds[0, :, None]] + ([] if r is None else [rows.r - bounds[1, :, None]])
     wanted = torch.stack([o > 0 for o in over]).any(0)
@@ -182,9 +184,6 @@ def test_logit_bits(shape, head, reference, within):
 @every_dtype
 @pytest.mark.parametrize("weights", pick(["both", "separate"], ["nll", "kl", "both", "separate"]))
 def test_directions_in_place(shape, head, reference, dtype, weights, within):
-    from fused_losses.backends.gpu import _as
-    from fused_losses.kernels.triton import directions
-
     if reference is None and weights != "nll":
         pytest.skip("without a reference there is no KL")
     rows = of_float32_logits(world(shape, head, reference, torch.float32))
@@ -209,9 +208,6 @@ def test_directions_in_place(shape, head, reference, dtype, weights, within):
 @every_case
 @every_dtype
 def test_extended_statistics_and_directions(shape, head, reference, dtype, within):
-    from fused_losses.backends.gpu import _as
-    from fused_losses.kernels.triton import directions
-
     rows = of_float32_logits(world(shape, head, reference, torch.float32))
     n, beta = len(rows.labels), 0.25
     known, nll, entropy = rows.known.float().contiguous(), rows.nll.float(), rows.entropy.float()
@@ -240,8 +236,6 @@ def test_extended_statistics_and_directions(shape, head, reference, dtype, withi
 
 @every_case
 def test_tail_profile(shape, head, reference, within):
-    from fused_losses.kernels.triton import rows as kernels
-
     w = world(shape, head, None, torch.float32)
     rows = of_float32_logits(w)
     v, kept = rows.z.shape[1], rows.entries(2e-3)
@@ -250,7 +244,7 @@ def test_tail_profile(shape, head, reference, within):
     half = v // 2
     for first, last in ((0, half), (half, v)):
         z = rows.z_raw[:, first:last].contiguous()
-        kernels.tail_profile(
+        triton_rows.tail_profile(
             z, rows.labels, rows.lse.float(), bits, first, rows.scale, rows.softcap, profile
         ) if last > first else None
     wanted = 1 + (rows.p * rows.slope * ~kept).sum(0)
@@ -373,10 +367,8 @@ def test_products_of_entries(backend, dtype, shape, base, within):
 @pytest.mark.parametrize("with_bits", [True, False], ids=["bits", "no-bits"])
 def test_scan(backend, shape, head, reference, dtype, with_bits, within):
     """`scan` and `scan_with_reference` with what joins their parts: statistics, and bits of which no entry is missing."""
-    from fused_losses.backends import gpu
-
     w = world(shape, head, reference, dtype)
-    tile = gpu._tile(w.problem)
+    tile = gpu_scan.choose_tile(w.problem)
     if tile is None:
         pytest.skip("takes chunks of logits: float32, or a soft-cap with a reference")
     module, rows, problem = backends.load(backend), w.rows, w.problem
