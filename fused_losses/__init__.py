@@ -23,6 +23,7 @@ from .objectives import (
 )
 from .op import TokenLosses, token_losses
 from .parameters import l2_to_initial, wise_ft
+from .preference import sequence_logps
 from .sparse.certificate import GradientReport
 
 __version__ = "0.1.0"
@@ -49,6 +50,7 @@ __all__ = [
     "l2_to_initial",
     "patch",
     "patched",
+    "sequence_logps",
     "token_losses",
     "unpatch",
     "wise_ft",

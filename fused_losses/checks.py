@@ -108,7 +108,7 @@ def losses(values: Tensor, name: str, _: int = 0) -> None:
 def indices(values: Tensor, name: str, count: int) -> None:
     if len(values) and not 0 <= int(values.min()) <= int(values.max()) < count:
         raise ValueError(
-            f"{name}: expected 0 ≤ id < {count}, the length of initial_nll, got {int(values.min())} to {int(values.max())}"
+            f"{name}: expected 0 ≤ id < {count}, the number of sequences, got {int(values.min())} to {int(values.max())}"
         )
 
 

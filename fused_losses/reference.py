@@ -169,3 +169,10 @@ def topk_distillation(
 
 def reverse_kl(z: Tensor, z_ref: Tensor, temperature: float = 1.0) -> Tensor:
     return kl(z / temperature, z_ref / temperature)
+
+
+def sequence_logps(z: Tensor, labels: Tensor, sequence: Tensor, count: int, average: bool = False) -> Tensor:
+    """Σ log p of the labels of each sequence, or their mean: [count]."""
+    logp = z.log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
+    parts = [logp[sequence == s] for s in range(count)]
+    return torch.stack([part.sum() / (max(len(part), 1) if average else 1) for part in parts])

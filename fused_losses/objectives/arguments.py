@@ -73,11 +73,11 @@ def item_count(num_items: Any, default: int | Tensor) -> Any:
     return n
 
 
-def checked(values: Tensor, name: str, check: str) -> Tensor:
+def checked(values: Tensor, name: str, check: str, limit: int = 0) -> Tensor:
     """The values of a tensor that is not one per token, after a check of checks.py."""
     if torch.compiler.is_compiling():
-        return torch.ops.fused_losses.checked(values, None, check, name, 0)
-    checks.BY_NAME[check](values, name)
+        return torch.ops.fused_losses.checked(values, None, check, name, limit)
+    checks.BY_NAME[check](values, name, limit)
     return values
 
 
