@@ -3,9 +3,20 @@
 Importing this needs torch only; transformers, peft, trl and safetensors are imported where they are used.
 """
 
+from typing import Any
+
 from .cache import ReferenceCache
 from .collator import AnchorCollator
 from .logits import LogitsNotKept
 from .patching import patch, patched, unpatch
 
-__all__ = ["AnchorCollator", "LogitsNotKept", "ReferenceCache", "patch", "patched", "unpatch"]
+__all__ = ["AnchorCollator", "FinchCallback", "LogitsNotKept", "ReferenceCache", "patch", "patched", "unpatch"]
+
+
+def __getattr__(name: str) -> Any:
+    """What is a subclass of a class of transformers."""
+    if name != "FinchCallback":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .callbacks import FinchCallback
+
+    return FinchCallback

@@ -153,7 +153,14 @@ class Call:
         if self.summed and not self.patch.accepts_num_items:
             loss = loss * valid.sum()
         self._note(logits, loss, target, positions, reduction)
+        self._tell(valid)
         return loss
+
+    def _tell(self, valid: Tensor) -> None:
+        """Whoever wants to know the nll of what is trained on."""
+        if self.patch.listeners and self.model.training and torch.is_grad_enabled():
+            for listen in self.patch.listeners:
+                listen(self.observer.nll, valid)
 
     def _note(self, logits: DeferredLogits, loss: Tensor, target: Tensor, positions: Tensor, reduction: str) -> None:
         value = loss.clone()  # a model adds its router's loss in place

@@ -153,6 +153,7 @@ class Patch:
         self.copied = False  # with what others had wrapped around the forward
         self.entrance: tuple | None = None  # (what lay below, function), the last that was read
         self.turns = Turns()
+        self.listeners: list[Callable[[Tensor, Tensor], None]] = []  # of the nll per token, and which have a label
         self.trained = base.training  # the model has been in training mode since
         self.outer: Callable[[], Any] = _nothing if model is base else weakref.ref(model)
         self.redirected: list[tuple[Any, Any]] = []
@@ -180,7 +181,7 @@ class Patch:
         """Of a copied model: a loss of its own, the same reference."""
         twin = copy.copy(self)
         twin.loss, twin.entrance, twin.turns, twin.copied = copy.copy(self.loss), None, Turns(), True
-        twin.source = copy.deepcopy(self.source, memo)
+        twin.source, twin.listeners = copy.deepcopy(self.source, memo), []
         outer = memo.get(id(self.outer()))
         twin.outer = _nothing if outer is None else weakref.ref(outer)
         twin.redirected = [(memo[id(m)], copy.deepcopy(f, memo)) for m, f in self.redirected if id(m) in memo]

@@ -29,7 +29,7 @@ def loss(confidence: bool, ranks: bool = True) -> fl.Objective:
     return fl.LAwFLoss() if confidence else fl.TALRLoss(process_group=dist.group.WORLD if ranks else None)
 
 
-def trainer(confidence: bool = False, accumulate: int = 1) -> float:
+def trainer(confidence: bool = False, accumulate: int = 1, finch: bool = False) -> float:
     inputs, n = batch(confidence)
     with tempfile.TemporaryDirectory() as directory:
         arguments = TrainingArguments(  # also makes the process group
@@ -42,12 +42,17 @@ def trainer(confidence: bool = False, accumulate: int = 1) -> float:
         model = fl.patch(llama(), loss(confidence), reference=llama(5) if confidence else None)
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         rows = [{name: values[row] for name, values in inputs.items()} for row in range(ROWS)]
-        Trainer(model, arguments, train_dataset=rows).train()
+        callbacks = [fl.huggingface.FinchCallback()] if finch else []
+        Trainer(model, arguments, train_dataset=rows, callbacks=callbacks).train()
     reference = dict(reference=llama(5).double()) if confidence else {}
     _, expected = one_process(llama(), loss(confidence, ranks=False), inputs, n, **reference)
+    factor = 1.0
+    if finch:
+        mean, _ = one_process(llama(), fl.CrossEntropyLoss(), {k: inputs[k] for k in ("input_ids", "labels")}, n)
+        factor = mean**-0.5
     worst = 0.0
     for name, p in model.named_parameters():
-        step = before[name].double() - p.detach().double()
+        step = (before[name].double() - p.detach().double()) / factor
         worst = max(worst, float((step - expected[name]).norm() / expected[name].norm()))
     return worst
 
@@ -80,6 +85,8 @@ def main() -> None:
     results = {
         "Trainer, TALR median": trainer(),
         "Trainer, LAwF, accumulation": trainer(confidence=True, accumulate=2),
+        "Trainer, TALR median, FINCH": trainer(finch=True),
+        "Trainer, LAwF, FINCH, accumulation": trainer(confidence=True, accumulate=2, finch=True),
         "accelerate, FSDP2, TALR median": accelerate_fsdp(),
         "accelerate, FSDP2, TALR median, tied embeddings": accelerate_fsdp(tied=True),
         "accelerate, FSDP2, LAwF": accelerate_fsdp(confidence=True),
