@@ -74,10 +74,11 @@ def topk_entropy(z: Tensor, k: int) -> Tensor:
     return entropy(z.topk(min(k, z.shape[-1]), -1).values)
 
 
-def talr_temperature(nll: Tensor, sequence: Tensor) -> Tensor:
-    """Median over sequences of their mean nll, at least 1e-6."""
-    means = torch.stack([nll[sequence == s].mean() for s in sequence.unique()])
-    return means.detach().quantile(0.5).clamp(min=1e-6)
+def talr_temperature(nll: Tensor, sequence: Tensor, even_median: str = "mean") -> Tensor:
+    """Median over sequences of their mean nll, at least 1e-6; of an even number the mean, or the lower, of the middle two."""
+    means = torch.stack([nll[sequence == s].mean() for s in sequence.unique()]).detach().sort().values
+    lower, upper = means[(len(means) - 1) // 2], means[len(means) // 2]
+    return (lower if even_median == "lower" else (lower + upper) / 2).clamp(min=1e-6)
 
 
 # Each objective returns one loss per token; the reported loss is their sum over n, the number of valid tokens.
@@ -125,14 +126,18 @@ def asft(z: Tensor, z_ref: Tensor, labels: Tensor, kl_weight: float = 0.1) -> Te
     return dft(z, labels) + kl_weight * kl(z_ref, z)
 
 
-def eaft(z: Tensor, labels: Tensor, alpha: float = 1.0, top_k: int = 20) -> Tensor:
+def eaft(
+    z: Tensor, labels: Tensor, alpha: float = 1.0, top_k: int = 20, normaliser: float | None = None
+) -> Tensor:
     k = min(top_k, z.shape[-1])
-    return (topk_entropy(z, k) / math.log(k)).detach() ** alpha * nll(z, labels)
+    return (topk_entropy(z, k) / (normaliser or math.log(k))).detach() ** alpha * nll(z, labels)
 
 
-def psft(z: Tensor, labels: Tensor, old_nll: Tensor, epsilon: float = 0.2) -> Tensor:
+def psft(
+    z: Tensor, labels: Tensor, old_nll: Tensor, epsilon: float = 0.2, epsilon_high: float | None = None
+) -> Tensor:
     ratio = (old_nll - nll(z, labels)).clamp(max=20).exp()  # clipped anyway; exp must not overflow
-    return -torch.minimum(ratio, ratio.clamp(1 - epsilon, 1 + epsilon))
+    return -torch.minimum(ratio, ratio.clamp(1 - epsilon, 1 + (epsilon_high or epsilon)))
 
 
 def jsd(z: Tensor, z_ref: Tensor, labels: Tensor, beta=0.5, temperature=1.0, nll_weight=0.0) -> Tensor:
@@ -169,3 +174,25 @@ def topk_distillation(
 
 def reverse_kl(z: Tensor, z_ref: Tensor, temperature: float = 1.0) -> Tensor:
     return kl(z / temperature, z_ref / temperature)
+
+
+
+def stm(z: Tensor, labels: Tensor, initial_nll: Tensor, threshold: float = 2.5) -> Tensor:
+    return nll(z, labels) * (initial_nll.exp() < threshold)
+
+
+def infosft(z: Tensor, labels: Tensor, max_probability: float = 0.93) -> Tensor:
+    loss = nll(z, labels)
+    p = (-loss).exp().detach()
+    return p * (1 - p.logit() / math.log(max_probability / (1 - max_probability))).relu() * loss
+
+
+def sft_kl(z: Tensor, z_ref: Tensor, labels: Tensor, kl_weight: float) -> Tensor:
+    return nll(z, labels) + kl_weight * kl(z_ref, z)
+
+
+def mask_the_target(z: Tensor, z_ref: Tensor, labels: Tensor, kl_weight: float) -> Tensor:
+    """The KL of both distributions without the label, each made to sum to 1."""
+    label = F.one_hot(labels, z.shape[-1]).bool()
+    others = kl(z_ref.masked_fill(label, -torch.inf), z.masked_fill(label, -torch.inf))
+    return nll(z, labels) + kl_weight * others

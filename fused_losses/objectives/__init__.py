@@ -8,8 +8,12 @@ from .dft import DFTLoss
 from .eaft import EAFTLoss
 from .flow import FLOWLoss
 from .jsd import JSDLoss, ReverseKLLoss
+from .infosft import InfoSFTLoss
 from .lawf import LAwFLoss
+from .mask_the_target import MaskTheTargetLoss
 from .psft import PSFTLoss
+from .sft_kl import SFTKLLoss
+from .stm import STMLoss
 from .talr import TALRLoss
 from .topk_distillation import TopKDistillationLoss
 from .weighted import WeightedLoss
@@ -21,10 +25,14 @@ __all__ = [
     "EAFTLoss",
     "FLOWLoss",
     "JSDLoss",
+    "InfoSFTLoss",
     "LAwFLoss",
+    "MaskTheTargetLoss",
     "Objective",
     "PSFTLoss",
     "ReverseKLLoss",
+    "SFTKLLoss",
+    "STMLoss",
     "TALRLoss",
     "TopKDistillationLoss",
     "WeightedLoss",

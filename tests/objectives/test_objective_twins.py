@@ -32,6 +32,7 @@ class Entry:
     twin: Callable[[Z, Z, Tensor, dict[str, Tensor]], Tensor]
     fields: Callable[[int], dict[str, Tensor]] = lambda n: {}
     total: bool = False  # the twin gives the loss, and not one per token
+    reference: bool = True  # is given where it is taken
 
 
 def signed(n: int) -> Tensor:
@@ -64,6 +65,22 @@ def weighted_mean(z, r, y, f):
     return cross_entropy + 1e-2 * z.logsumexp(-1).square().mean()
 
 
+def kept_mean(z, r, y, f):
+    kept = oracle.nll(r, y).exp() < 40
+    return oracle.nll(z, y)[kept].sum() / kept.sum().clamp(min=1)
+
+
+def kept_mean_of_a_field(z, r, y, f):
+    return oracle.nll(z, y)[f["initial_token_nll"] < math.log(2.5)].sum() / max(
+        int((f["initial_token_nll"] < math.log(2.5)).sum()), 1
+    )
+
+
+def talr_lower(z, r, y, f):
+    tau = oracle.talr_temperature(oracle.nll(z, y), f["sequence_ids"], "lower")
+    return oracle.talr(z, y, tau)
+
+
 TABLE = {
     "cross-entropy": Entry(fl.CrossEntropyLoss, smoothed()),
     "smoothing": Entry(lambda **o: fl.CrossEntropyLoss(0.1, **o), smoothed(0.1)),
@@ -72,6 +89,32 @@ TABLE = {
     "class weights": Entry(PerVocabulary(), smoothed(classes=True)),
     "class weights, smoothing": Entry(PerVocabulary(label_smoothing=0.2), smoothed(0.2, classes=True)),
     "all of cross-entropy": Entry(PerVocabulary(label_smoothing=0.2, z_loss=1e-2), smoothed(0.2, 1e-2, True)),
+    "infosft": Entry(fl.InfoSFTLoss, lambda z, r, y, f: oracle.infosft(z, y)),
+    "infosft, P": Entry(lambda **o: fl.InfoSFTLoss(0.6, **o), lambda z, r, y, f: oracle.infosft(z, y, 0.6)),
+    "mask the target": Entry(
+        lambda **o: fl.MaskTheTargetLoss(0.7, **o), lambda z, r, y, f: oracle.mask_the_target(z, r, y, 0.7)
+    ),
+    "sft + kl": Entry(lambda **o: fl.SFTKLLoss(0.3, **o), lambda z, r, y, f: oracle.sft_kl(z, r, y, 0.3)),
+    "stm": Entry(lambda **o: fl.STMLoss(40.0, **o), lambda z, r, y, f: oracle.stm(z, y, oracle.nll(r, y), 40)),
+    "stm, field": Entry(
+        fl.STMLoss, lambda z, r, y, f: oracle.stm(z, y, f["initial_token_nll"]),
+        lambda n: {"initial_token_nll": torch.arange(n).double() % 7 / 4}, reference=False,
+    ),
+    "stm, kept": Entry(lambda **o: fl.STMLoss(40.0, "kept_mean", **o), kept_mean, total=True),
+    "stm, kept, field": Entry(
+        lambda **o: fl.STMLoss(reduction="kept_mean", **o), kept_mean_of_a_field,
+        lambda n: {"initial_token_nll": torch.arange(n).double() % 7 / 4}, total=True, reference=False,
+    ),
+    "psft, high": Entry(
+        lambda **o: fl.PSFTLoss(0.2, 0.6, **o), lambda z, r, y, f: oracle.psft(z, y, f["old_nll"], 0.2, 0.6),
+        lambda n: {"old_nll": torch.linspace(0.5, 6.0, n, dtype=torch.float64)},
+    ),
+    "eaft, normaliser": Entry(
+        lambda **o: fl.EAFTLoss(1.5, 7, 3.0, **o), lambda z, r, y, f: oracle.eaft(z, y, 1.5, 7, 3.0)
+    ),
+    "talr, lower": Entry(
+        lambda **o: fl.TALRLoss(even_median="lower", **o), talr_lower, lambda n: {"sequence_ids": torch.arange(n) // 6}
+    ),
     "weighted mean": Entry(
         PerVocabulary(label_smoothing=0.1, z_loss=1e-2, reduction="weighted_mean"), weighted_mean, total=True
     ),
@@ -83,7 +126,7 @@ NAMES = sorted(TABLE)
 
 
 def case_of(entry: Entry, *shape: int, reference: str = "shared", **options: Any) -> Case:
-    needs = entry.make().takes_reference
+    needs = entry.make().takes_reference and entry.reference
     return make(*shape, reference=reference if needs else None, **options)
 
 
@@ -217,7 +260,8 @@ def test_what_ignored_tokens_hold_does_not_matter(entry):
     truth = ours(entry, case, torch.float64)
     hidden = case.hidden.masked_fill((case.labels < 0)[:, None], torch.nan)
     garbage = replace(entry, fields=lambda n: {
-        name: values.masked_fill(case.labels < 0, torch.nan) for name, values in entry.fields(n).items()
+        name: values.masked_fill(case.labels < 0, torch.nan if values.is_floating_point() else -7)
+        for name, values in entry.fields(n).items()
     })  # fmt: skip
     got = ours(garbage, replace(case, hidden=hidden), torch.float64)
     assert all(relative(got[output], truth[output]) == 0 for output in ("loss", "hidden", "weight"))
