@@ -113,6 +113,19 @@ def lawf(z: Tensor, z_ref: Tensor, labels: Tensor, confidence: Tensor, anchor_we
     return (anchor * anchor_weight + (1 - anchor) * retain_weight) * loss
 
 
+def lawf_with_target(
+    z: Tensor, z_ref: Tensor, labels: Tensor, anchor: Tensor, target: Tensor, anchor_weight=1.0, retain_weight=1.0
+) -> Tensor:
+    """weight · KL(q ‖ p), q[label] = target and the others in proportion to p_ref where p_ref[label] is below target."""
+    p_ref, at_label = z_ref.softmax(-1), F.one_hot(labels, z.shape[-1]).bool()
+    r, target = p_ref[at_label], target.to(z.dtype)
+    anchor = (anchor & (r < target)).to(z.dtype)
+    raised = torch.where(at_label, target[:, None], p_ref * ((1 - target) / (1 - r))[:, None])
+    q = torch.where(anchor[:, None] > 0, raised, p_ref)
+    loss = (torch.xlogy(q, q) - torch.where(q > 0, q * z.log_softmax(-1), 0)).sum(-1)
+    return (anchor * anchor_weight + (1 - anchor) * retain_weight) * loss
+
+
 def flow(z: Tensor, labels: Tensor, initial_mean_nll: Tensor, temperature: float) -> Tensor:
     return (-initial_mean_nll / temperature).exp() * nll(z, labels)
 
@@ -126,16 +139,12 @@ def asft(z: Tensor, z_ref: Tensor, labels: Tensor, kl_weight: float = 0.1) -> Te
     return dft(z, labels) + kl_weight * kl(z_ref, z)
 
 
-def eaft(
-    z: Tensor, labels: Tensor, alpha: float = 1.0, top_k: int = 20, normaliser: float | None = None
-) -> Tensor:
+def eaft(z: Tensor, labels: Tensor, alpha: float = 1.0, top_k: int = 20, normaliser: float | None = None) -> Tensor:
     k = min(top_k, z.shape[-1])
     return (topk_entropy(z, k) / (normaliser or math.log(k))).detach() ** alpha * nll(z, labels)
 
 
-def psft(
-    z: Tensor, labels: Tensor, old_nll: Tensor, epsilon: float = 0.2, epsilon_high: float | None = None
-) -> Tensor:
+def psft(z: Tensor, labels: Tensor, old_nll: Tensor, epsilon: float = 0.2, epsilon_high: float | None = None) -> Tensor:
     ratio = (old_nll - nll(z, labels)).clamp(max=20).exp()  # clipped anyway; exp must not overflow
     return -torch.minimum(ratio, ratio.clamp(1 - epsilon, 1 + (epsilon_high or epsilon)))
 
@@ -185,6 +194,23 @@ def infosft(z: Tensor, labels: Tensor, max_probability: float = 0.93) -> Tensor:
     loss = nll(z, labels)
     p = (-loss).exp().detach()
     return p * (1 - p.logit() / math.log(max_probability / (1 - max_probability))).relu() * loss
+
+
+def eksft(
+    z: Tensor, z_ref: Tensor, labels: Tensor, fraction=0.2, entropy_weight=0.05, kl_weight=0.05, selection="union",
+    reduction="group_mean",
+) -> Tensor:  # fmt: skip
+    """The loss of all tokens, as which are selected depends on the others."""
+    h, reverse = entropy(z) / math.log(z.shape[-1]), kl(z, z_ref)
+    count = math.floor(fraction * len(labels))
+    uncertain, far = (x.detach().argsort(descending=True, stable=True)[:count] for x in (h, reverse))
+    both = set(uncertain.tolist()) & set(far.tolist())
+    left_out = both if selection == "intersection" else set(uncertain.tolist()) | set(far.tolist())
+    kept = [t for t in range(len(labels)) if t not in left_out]
+    groups = ((nll(z, labels)[kept], 1.0), (h[uncertain], -entropy_weight), (reverse[far], kl_weight))
+    if reduction == "group_mean":
+        return sum(weight * values.sum() / max(1, len(values)) for values, weight in groups)
+    return sum(weight * values.sum() for values, weight in groups) / len(labels)
 
 
 def sft_kl(z: Tensor, z_ref: Tensor, labels: Tensor, kl_weight: float) -> Tensor:

@@ -6,6 +6,7 @@ from .base import Objective
 from .cross_entropy import CrossEntropyLoss
 from .dft import DFTLoss
 from .eaft import EAFTLoss
+from .eksft import EKSFTLoss
 from .flow import FLOWLoss
 from .jsd import JSDLoss, ReverseKLLoss
 from .infosft import InfoSFTLoss
@@ -23,6 +24,7 @@ __all__ = [
     "CrossEntropyLoss",
     "DFTLoss",
     "EAFTLoss",
+    "EKSFTLoss",
     "FLOWLoss",
     "JSDLoss",
     "InfoSFTLoss",

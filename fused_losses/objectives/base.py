@@ -114,7 +114,9 @@ class Objective(nn.Module):
             raise MissingAttribute(not_made(type(self)))
         bounds = type(self).bounds.get(name)
         if bounds is not None and not _instead_of_a_number(value, bounds):
-            value = check_number(value, name, **{key: b for key, b in bounds.items() if key not in ("word", "optional")})
+            value = check_number(
+                value, name, **{key: b for key, b in bounds.items() if key not in ("word", "optional")}
+            )
         super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:

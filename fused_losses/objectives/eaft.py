@@ -36,9 +36,7 @@ class EAFTLoss(Objective):
 
     bounds: ClassVar = {"alpha": dict(least=0), "normaliser": dict(above=0, optional=True)}
 
-    def __init__(
-        self, alpha: float = 1.0, top_k: int = 20, normaliser: float | None = None, **options: Any
-    ) -> None:
+    def __init__(self, alpha: float = 1.0, top_k: int = 20, normaliser: float | None = None, **options: Any) -> None:
         super().__init__(**options)
         self.alpha, self.normaliser = alpha, normaliser
         _, self.top_k = check_wanted(self.wanted, top_k)
