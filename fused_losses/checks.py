@@ -94,6 +94,12 @@ def fractions(values: Tensor, name: str, _: int = 0) -> None:
         raise ValueError(f"{name}: expected numbers in [0, 1] at every token with a label, got {wrong}")
 
 
+def open_fractions(values: Tensor, name: str, _: int = 0) -> None:
+    wrong = ~((values > 0) & (values < 1))
+    if bool(wrong.any()):
+        raise ValueError(f"{name}: expected numbers above 0 and below 1 at every anchor, got {values[wrong][0].item()}")
+
+
 def finite(values: Tensor, name: str, _: int = 0) -> None:
     if not bool(values.isfinite().all()):
         raise ValueError(f"{name}: expected finite numbers at tokens with a label, got NaN or infinity")
@@ -131,5 +137,8 @@ def unlabelled(values: Tensor, name: str, length: int, valid: Tensor) -> None:
 
 
 WITH_MASK = ("unlabelled",)  # these see all values, and which are valid
-_CHECKS = (labels, ids, distinct, log_weights, log_probabilities, fractions, finite, losses, indices, items, unlabelled)
+_CHECKS = (
+    labels, ids, distinct, log_weights, log_probabilities, fractions, open_fractions, finite, losses, indices, items,
+    unlabelled,
+)  # fmt: skip
 BY_NAME: dict[str, Callable] = {check.__name__: check for check in _CHECKS}

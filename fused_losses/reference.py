@@ -74,10 +74,11 @@ def topk_entropy(z: Tensor, k: int) -> Tensor:
     return entropy(z.topk(min(k, z.shape[-1]), -1).values)
 
 
-def talr_temperature(nll: Tensor, sequence: Tensor) -> Tensor:
-    """Median over sequences of their mean nll, at least 1e-6."""
-    means = torch.stack([nll[sequence == s].mean() for s in sequence.unique()])
-    return means.detach().quantile(0.5).clamp(min=1e-6)
+def talr_temperature(nll: Tensor, sequence: Tensor, even_median: str = "mean") -> Tensor:
+    """Median over sequences of their mean nll, at least 1e-6; of an even number the mean, or the lower, of the middle two."""
+    means = torch.stack([nll[sequence == s].mean() for s in sequence.unique()]).detach().sort().values
+    lower, upper = means[(len(means) - 1) // 2], means[len(means) // 2]
+    return (lower if even_median == "lower" else (lower + upper) / 2).clamp(min=1e-6)
 
 
 # Each objective returns one loss per token; the reported loss is their sum over n, the number of valid tokens.
@@ -112,6 +113,19 @@ def lawf(z: Tensor, z_ref: Tensor, labels: Tensor, confidence: Tensor, anchor_we
     return (anchor * anchor_weight + (1 - anchor) * retain_weight) * loss
 
 
+def lawf_with_target(
+    z: Tensor, z_ref: Tensor, labels: Tensor, anchor: Tensor, target: Tensor, anchor_weight=1.0, retain_weight=1.0
+) -> Tensor:
+    """weight · KL(q ‖ p), q[label] = target and the others in proportion to p_ref where p_ref[label] is below target."""
+    p_ref, at_label = z_ref.softmax(-1), F.one_hot(labels, z.shape[-1]).bool()
+    r, target = p_ref[at_label], target.to(z.dtype)
+    anchor = (anchor & (r < target)).to(z.dtype)
+    raised = torch.where(at_label, target[:, None], p_ref * ((1 - target) / (1 - r))[:, None])
+    q = torch.where(anchor[:, None] > 0, raised, p_ref)
+    loss = (torch.xlogy(q, q) - torch.where(q > 0, q * z.log_softmax(-1), 0)).sum(-1)
+    return (anchor * anchor_weight + (1 - anchor) * retain_weight) * loss
+
+
 def flow(z: Tensor, labels: Tensor, initial_mean_nll: Tensor, temperature: float) -> Tensor:
     return (-initial_mean_nll / temperature).exp() * nll(z, labels)
 
@@ -125,14 +139,14 @@ def asft(z: Tensor, z_ref: Tensor, labels: Tensor, kl_weight: float = 0.1) -> Te
     return dft(z, labels) + kl_weight * kl(z_ref, z)
 
 
-def eaft(z: Tensor, labels: Tensor, alpha: float = 1.0, top_k: int = 20) -> Tensor:
+def eaft(z: Tensor, labels: Tensor, alpha: float = 1.0, top_k: int = 20, normaliser: float | None = None) -> Tensor:
     k = min(top_k, z.shape[-1])
-    return (topk_entropy(z, k) / math.log(k)).detach() ** alpha * nll(z, labels)
+    return (topk_entropy(z, k) / (normaliser or math.log(k))).detach() ** alpha * nll(z, labels)
 
 
-def psft(z: Tensor, labels: Tensor, old_nll: Tensor, epsilon: float = 0.2) -> Tensor:
+def psft(z: Tensor, labels: Tensor, old_nll: Tensor, epsilon: float = 0.2, epsilon_high: float | None = None) -> Tensor:
     ratio = (old_nll - nll(z, labels)).clamp(max=20).exp()  # clipped anyway; exp must not overflow
-    return -torch.minimum(ratio, ratio.clamp(1 - epsilon, 1 + epsilon))
+    return -torch.minimum(ratio, ratio.clamp(1 - epsilon, 1 + (epsilon_high or epsilon)))
 
 
 def jsd(z: Tensor, z_ref: Tensor, labels: Tensor, beta=0.5, temperature=1.0, nll_weight=0.0) -> Tensor:
@@ -176,3 +190,41 @@ def sequence_logps(z: Tensor, labels: Tensor, sequence: Tensor, count: int, aver
     logp = z.log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
     parts = [logp[sequence == s] for s in range(count)]
     return torch.stack([part.sum() / (max(len(part), 1) if average else 1) for part in parts])
+
+
+def stm(z: Tensor, labels: Tensor, initial_nll: Tensor, threshold: float = 2.5) -> Tensor:
+    return nll(z, labels) * (initial_nll.exp() < threshold)
+
+
+def infosft(z: Tensor, labels: Tensor, max_probability: float = 0.93) -> Tensor:
+    loss = nll(z, labels)
+    p = (-loss).exp().detach()
+    return p * (1 - p.logit() / math.log(max_probability / (1 - max_probability))).relu() * loss
+
+
+def eksft(
+    z: Tensor, z_ref: Tensor, labels: Tensor, fraction=0.2, entropy_weight=0.05, kl_weight=0.05, selection="union",
+    reduction="group_mean",
+) -> Tensor:  # fmt: skip
+    """The loss of all tokens, as which are selected depends on the others."""
+    h, reverse = entropy(z) / math.log(z.shape[-1]), kl(z, z_ref)
+    count = math.floor(fraction * len(labels))
+    uncertain, far = (x.detach().argsort(descending=True, stable=True)[:count] for x in (h, reverse))
+    both = set(uncertain.tolist()) & set(far.tolist())
+    left_out = both if selection == "intersection" else set(uncertain.tolist()) | set(far.tolist())
+    kept = [t for t in range(len(labels)) if t not in left_out]
+    groups = ((nll(z, labels)[kept], 1.0), (h[uncertain], -entropy_weight), (reverse[far], kl_weight))
+    if reduction == "group_mean":
+        return sum(weight * values.sum() / max(1, len(values)) for values, weight in groups)
+    return sum(weight * values.sum() for values, weight in groups) / len(labels)
+
+
+def sft_kl(z: Tensor, z_ref: Tensor, labels: Tensor, kl_weight: float) -> Tensor:
+    return nll(z, labels) + kl_weight * kl(z_ref, z)
+
+
+def mask_the_target(z: Tensor, z_ref: Tensor, labels: Tensor, kl_weight: float) -> Tensor:
+    """The KL of both distributions without the label, each made to sum to 1."""
+    label = F.one_hot(labels, z.shape[-1]).bool()
+    others = kl(z_ref.masked_fill(label, -torch.inf), z.masked_fill(label, -torch.inf))
+    return nll(z, labels) + kl_weight * others

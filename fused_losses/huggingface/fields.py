@@ -25,7 +25,7 @@ OF_TOKENS = frozenset(
      "cross_attention_mask", "inputs_embeds"}
 )  # fmt: skip
 # Of tokens too, and never integers in the batch: what objectives take, as numbers.
-NUMBERS_OF_TOKENS = frozenset({"weights", "old_nll", "teacher_logprobs"})
+NUMBERS_OF_TOKENS = frozenset({"weights", "old_nll", "initial_token_nll", "target_probability", "teacher_logprobs"})
 # Of tokens too, with a number of entries that may differ, and what stands where there is none.
 ENTRIES_OF_TOKENS = {"teacher_ids": -100, "teacher_logprobs": 0}
 # Of images, videos and sounds, by how their names begin, and with the dimensions of one item: one more are several

@@ -6,10 +6,15 @@ from .base import Objective
 from .cross_entropy import CrossEntropyLoss
 from .dft import DFTLoss
 from .eaft import EAFTLoss
+from .eksft import EKSFTLoss
 from .flow import FLOWLoss
 from .jsd import JSDLoss, ReverseKLLoss
+from .infosft import InfoSFTLoss
 from .lawf import LAwFLoss
+from .mask_the_target import MaskTheTargetLoss
 from .psft import PSFTLoss
+from .sft_kl import SFTKLLoss
+from .stm import STMLoss
 from .talr import TALRLoss
 from .topk_distillation import TopKDistillationLoss
 from .weighted import WeightedLoss
@@ -19,12 +24,17 @@ __all__ = [
     "CrossEntropyLoss",
     "DFTLoss",
     "EAFTLoss",
+    "EKSFTLoss",
     "FLOWLoss",
     "JSDLoss",
+    "InfoSFTLoss",
     "LAwFLoss",
+    "MaskTheTargetLoss",
     "Objective",
     "PSFTLoss",
     "ReverseKLLoss",
+    "SFTKLLoss",
+    "STMLoss",
     "TALRLoss",
     "TopKDistillationLoss",
     "WeightedLoss",

@@ -113,8 +113,10 @@ class Objective(nn.Module):
         if isinstance(value, (nn.Module, nn.Parameter)) and "_parameters" not in self.__dict__:
             raise MissingAttribute(not_made(type(self)))
         bounds = type(self).bounds.get(name)
-        if bounds is not None and not (isinstance(value, str) and value == bounds.get("word")):
-            value = check_number(value, name, **{key: b for key, b in bounds.items() if key != "word"})
+        if bounds is not None and not _instead_of_a_number(value, bounds):
+            value = check_number(
+                value, name, **{key: b for key, b in bounds.items() if key not in ("word", "optional")}
+            )
         super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
@@ -276,6 +278,13 @@ class Objective(nn.Module):
         if self.is_own:
             return fields_of(type(self).token_loss, type(self).__name__)
         return type(self).fields
+
+
+def _instead_of_a_number(value: Any, bounds: dict[str, Any]) -> bool:
+    """A word, or None, that the option may be."""
+    if value is None:
+        return bounds.get("optional", False)
+    return isinstance(value, str) and value == bounds.get("word")
 
 
 def _of_this_package(cls: type) -> bool:

@@ -24,6 +24,8 @@ OTHER_NAMES = {
     "kd_temperature": "temperature", "kd_beta": "beta", "jsd_beta": "beta",
     "kd_ce_alpha": "nll_weight", "weight_hard_loss": "nll_weight",
     "normalize": "normalise", "kd_normalize_topk": "normalise", "add_tail": "rest", "loss_add_tail": "rest",
+    "p": "max_probability", "tau_ppl": "threshold", "clip_ratio_high": "epsilon_high", "eps_high": "epsilon_high",
+    "clip_ratio_low": "epsilon", "clip_ratio": "epsilon", "lambda_kl": "kl_weight", "eaft_alpha": "alpha",
 }  # fmt: skip
 
 
@@ -75,15 +77,17 @@ def not_made(cls: type) -> str:
 
 
 def check_number(
-    value: Any, name: str, above: float = -math.inf, least: float = -math.inf, most: float = math.inf, instead: str = ""
-) -> int | float:
+    value: Any, name: str, above: float = -math.inf, least: float = -math.inf, most: float = math.inf,
+    below: float = math.inf, instead: str = "",
+) -> int | float:  # fmt: skip
     """The Python number that it is."""
     number = checks.number(value)
-    if number is None or not (above < number < math.inf and least <= number <= most):
+    if number is None or not (above < number < below and least <= number <= most):
         bounds = (
             [f"> {above}"] * (above > -math.inf)
             + [f"≥ {least}"] * (least > -math.inf)
             + [f"≤ {most}"] * (most < math.inf)
+            + [f"< {below}"] * (below < math.inf)
         )
         trained = ", which requires a gradient that would be lost" if getattr(value, "requires_grad", False) else ""
         raise ValueError(

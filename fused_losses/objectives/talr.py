@@ -18,6 +18,10 @@ from .base import HeadLike, Objective
 from .sequences import numbered, sequence_numbers, sequences
 
 
+# What the median of an even number is, in the words of torch.quantile.
+INTERPOLATION = {"mean": "linear", "lower": "lower"}
+
+
 class TALRLoss(Objective):
     """Token-adaptive loss reweighting: Σ w·nll / n, w = max(exp(−nll/τ), floor).
 
@@ -27,9 +31,11 @@ class TALRLoss(Objective):
 
 
     Args:
-        temperature: "median": τ is the median, over the sequences of the call, of their mean nll, at least 1e-6
-            (the mean of the middle two for an even number). Or a number > 0, which fixes τ and saves one GEMM.
+        temperature: "median": τ is the median, over the sequences of the call, of their mean nll, at least 1e-6. Or a
+            number > 0, which fixes τ and saves one GEMM.
         floor: smallest weight, in [0, 1].
+        even_median: of an even number of sequences: "mean" of the middle two, or the "lower" of them, which
+            torch.median and the public implementation take.
         process_group: a torch.distributed group; the median is then taken over the sequences of all its ranks, and
             every rank must call.
 
@@ -48,15 +54,28 @@ class TALRLoss(Objective):
     }
 
     def __init__(
-        self, temperature: float | str = "median", floor: float = 0.01, *, process_group: Any = None, **options: Any
+        self,
+        temperature: float | str = "median",
+        floor: float = 0.01,
+        *,
+        even_median: str = "mean",
+        process_group: Any = None,
+        **options: Any,
     ) -> None:
         super().__init__(**options)
         if process_group is not None:
             shards.check_group(process_group)
         self.temperature, self.floor, self.process_group = temperature, floor, process_group
+        self.even_median = even_median
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "even_median" and value not in INTERPOLATION:
+            raise ValueError(f"even_median: expected {' or '.join(INTERPOLATION)}, got {value!r}")
+        super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
-        return f"temperature={self.temperature!r}, floor={self.floor}"
+        lower = f", even_median={self.even_median!r}" if self.even_median != "mean" else ""
+        return f"temperature={self.temperature!r}, floor={self.floor}{lower}"
 
     @property
     def by_sequence(self) -> bool:
@@ -85,16 +104,22 @@ class TALRLoss(Objective):
         if isinstance(tokens, TracedTokens):
             ids = sequence_numbers(tokens, labels, sequence_ids)
             out = tokens.losses(wanted, k)
-            tau = torch.ops.fused_losses.median_temperature(out.nll.detach(), ids, tokens.valid)
+            tau = torch.ops.fused_losses.median_temperature(
+                out.nll.detach(), ids, tokens.valid, INTERPOLATION[self.even_median]
+            )
         else:
             sequence, count = sequences(tokens, labels, sequence_ids)
             out = tokens.losses(wanted, k)
-            tau = median_temperature(out.nll.detach(), sequence, count, self.process_group)
+            tau = median_temperature(
+                out.nll.detach(), sequence, count, INTERPOLATION[self.even_median], self.process_group
+            )
         weighted = loss_of_chunk(functools.partial(self.token_loss, temperature=tau), {}, wanted, tokens.problem)
         return tokens.total(weighted(out, slice(None))) / n
 
 
-def median_temperature(nll: Tensor, sequence: Tensor, count: int, process_group: Any = None) -> Tensor:
+def median_temperature(
+    nll: Tensor, sequence: Tensor, count: int, interpolation: str = "linear", process_group: Any = None
+) -> Tensor:
     """The median over sequences of their mean nll."""
     # index_put_ and not index_add_, which on a GPU adds in any order.
     sums = nll.new_zeros(count).index_put_((sequence,), nll, accumulate=True)
@@ -102,7 +127,9 @@ def median_temperature(nll: Tensor, sequence: Tensor, count: int, process_group:
     means = (sums / sizes)[sizes > 0]
     if process_group is not None:
         means = _gather(means, process_group)
-    return means.quantile(0.5).clamp(min=1e-6) if len(means) else nll.new_tensor(1e-6)
+    if not len(means):
+        return nll.new_tensor(1e-6)
+    return means.quantile(0.5, interpolation=interpolation).clamp(min=1e-6)
 
 
 def _gather(values: Tensor, group: Any) -> Tensor:
@@ -120,7 +147,7 @@ def _gather(values: Tensor, group: Any) -> Tensor:
 
 compiled.register(
     "median_temperature",
-    "(Tensor nll, Tensor ids, Tensor valid) -> Tensor",
-    lambda nll, ids, valid: median_temperature(nll[valid], *numbered(ids[valid])),
-    lambda nll, ids, valid: nll.new_empty(()),
+    "(Tensor nll, Tensor ids, Tensor valid, str interpolation) -> Tensor",
+    lambda nll, ids, valid, interpolation: median_temperature(nll[valid], *numbered(ids[valid]), interpolation),
+    lambda nll, *_: nll.new_empty(()),
 )

@@ -580,9 +580,7 @@ def test_attributes_may_be_set_before_the_base_is_made():
 
 ALL = (
     fl.CrossEntropyLoss, fl.TALRLoss, fl.LAwFLoss, fl.FLOWLoss, fl.DFTLoss, fl.ASFTLoss, fl.EAFTLoss, fl.PSFTLoss,
-    fl.WeightedLoss,
-    fl.JSDLoss, fl.ReverseKLLoss,
-    fl.JSDLoss, fl.ReverseKLLoss, fl.TopKDistillationLoss,
+    fl.WeightedLoss, fl.JSDLoss, fl.ReverseKLLoss, fl.TopKDistillationLoss, fl.STMLoss, fl.InfoSFTLoss, fl.EKSFTLoss,
 )  # fmt: skip
 
 
@@ -649,9 +647,13 @@ OPTIONS = [
     (fl.TALRLoss, "temperature", 0.5), (fl.TALRLoss, "floor", 0.25), (fl.LAwFLoss, "anchor_weight", 2),
     (fl.LAwFLoss, "retain_weight", 0.5), (fl.FLOWLoss, "temperature", 1.5), (fl.ASFTLoss, "kl_weight", 0.25),
     (fl.EAFTLoss, "alpha", 1.5), (fl.EAFTLoss, "top_k", 7), (fl.PSFTLoss, "epsilon", 0.25),
+    (fl.PSFTLoss, "epsilon_high", 0.25), (fl.EAFTLoss, "normaliser", 3), (fl.CrossEntropyLoss, "label_smoothing", 0.25),
+    (fl.CrossEntropyLoss, "z_loss", 0.5), (fl.STMLoss, "threshold", 2.5), (fl.InfoSFTLoss, "max_probability", 0.75),
+    (fl.LAwFLoss, "target_probability", 0.5), (fl.EKSFTLoss, "fraction", 0.25), (fl.EKSFTLoss, "entropy_weight", 2),
     (fl.JSDLoss, "beta", 0.25), (fl.JSDLoss, "temperature", 2), (fl.JSDLoss, "nll_weight", 0.5),
     (fl.ReverseKLLoss, "temperature", 0.5), (fl.TopKDistillationLoss, "beta", 0.25),
-    (fl.TopKDistillationLoss, "temperature", 2), (fl.TopKDistillationLoss, "nll_weight", 0.5), (fl.CrossEntropyLoss, "tolerance", 0.125), (fl.CrossEntropyLoss, "ignore_index", 3),
+    (fl.TopKDistillationLoss, "temperature", 2), (fl.TopKDistillationLoss, "nll_weight", 0.5),
+    (fl.CrossEntropyLoss, "tolerance", 0.125), (fl.CrossEntropyLoss, "ignore_index", 3),
 ]  # fmt: skip
 
 
@@ -673,6 +675,9 @@ def test_options_take_numbers_of_numpy_and_tensors(cls, option, value):
 )  # fmt: skip
 def test_options_refuse_what_is_no_number(cls, option, value, wrong):
     required = {"temperature": 1.0} if cls is fl.FLOWLoss else {}
+    if wrong is None and option in ("epsilon_high", "normaliser", "target_probability"):
+        assert getattr(cls(**{option: None}), option) is None
+        return
     with pytest.raises((ValueError, TypeError), match=rf"^{option}: expected .*got "):
         cls(**required | {option: wrong})
 
