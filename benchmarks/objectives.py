@@ -81,7 +81,7 @@ CURVES: dict[str, Callable[[], list[Curve]]] = {
     "STMLoss": lambda: with_references(lambda: fl.STMLoss(threshold=5.0, **EXACT)),
     "InfoSFTLoss": lambda: [("", fl.InfoSFTLoss(**EXACT), {})],
     "MaskTheTargetLoss": lambda: with_references(lambda: fl.MaskTheTargetLoss(kl_weight=1.0, **EXACT)),
-    "EKSFTLoss": lambda: with_references(lambda: fl.EKSFTLoss(**EXACT)),
+    "EKSFTLoss": lambda: with_references(lambda: fl.EKSFTLoss(reduction="token_mean", **EXACT)),
     "SFTKLLoss": lambda: with_references(lambda: fl.SFTKLLoss(kl_weight=1.0, **EXACT)),
     "JSDLoss": lambda: [
         (f"β = {b}, r = 0.5", fl.JSDLoss(beta=b, **EXACT), of_reference(0.5)) for b in (0.0, 0.5, 0.9)

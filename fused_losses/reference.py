@@ -213,10 +213,11 @@ def eksft(
     both = set(uncertain.tolist()) & set(far.tolist())
     left_out = both if selection == "intersection" else set(uncertain.tolist()) | set(far.tolist())
     kept = [t for t in range(len(labels)) if t not in left_out]
-    groups = ((nll(z, labels)[kept], 1.0), (h[uncertain], -entropy_weight), (reverse[far], kl_weight))
-    if reduction == "group_mean":
-        return sum(weight * values.sum() / max(1, len(values)) for values, weight in groups)
-    return sum(weight * values.sum() for values, weight in groups) / len(labels)
+    loss = z.new_zeros(())
+    for values, weight in ((nll(z, labels)[kept], 1.0), (h[uncertain], -entropy_weight), (reverse[far], kl_weight)):
+        n = max(1, len(values)) if reduction == "group_mean" else len(labels)
+        loss = loss + weight * values.sum() / n
+    return loss
 
 
 def sft_kl(z: Tensor, z_ref: Tensor, labels: Tensor, kl_weight: float) -> Tensor:

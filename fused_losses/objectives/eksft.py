@@ -115,7 +115,11 @@ class EKSFTLoss(Objective):
         far = largest(tokens, out.divergence.detach(), self.fraction)
         left_out = uncertain | far if self.selection == "union" else uncertain & far
         of_entropy = self.entropy_weight / math.log(max(2, tokens.problem.head.vocabulary))
-        pairs = {"weight": (~left_out, 1.0), "entropy_weight": (uncertain, of_entropy), "kl_weight": (far, self.kl_weight)}
+        pairs = {
+            "weight": (~left_out, 1.0),
+            "entropy_weight": (uncertain, of_entropy),
+            "kl_weight": (far, self.kl_weight),
+        }
         weights = {}
         for name, (group, factor) in pairs.items():
             divisor = tokens.total(group).clamp(min=1) if self.reduction == "group_mean" else n

@@ -17,7 +17,6 @@ from .arguments import Field, item_count
 from .base import HeadLike, Objective
 from .sequences import numbered, sequence_numbers, sequences
 
-
 # What the median of an even number is, in the words of torch.quantile.
 INTERPOLATION = {"mean": "linear", "lower": "lower"}
 

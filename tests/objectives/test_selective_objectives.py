@@ -62,7 +62,7 @@ def test_stm_drops_tokens_as_labels_of_minus_100_do():
 
 @pytest.mark.parametrize("reduction", ["token_mean", "kept_mean"])
 def test_stm_that_keeps_nothing_or_everything(reduction):
-    call, _, _, _, keep = inputs()
+    call, *_ = inputs()
     loss = fl.STMLoss(reduction=reduction)
     nothing = loss(*call, initial_token_nll=torch.full((33,), math.log(2.5)))
     nothing.backward()
@@ -106,7 +106,10 @@ def test_stm_in_a_patched_model():
 
 
 def test_the_start_models_losses_may_be_a_column_of_a_data_set():
-    rows = [{"input_ids": [5, 6, 7], "initial_token_nll": [0, 1, 2]}, {"input_ids": [5, 6], "initial_token_nll": [0, 3]}]
+    rows = [
+        {"input_ids": [5, 6, 7], "initial_token_nll": [0, 1, 2]},
+        {"input_ids": [5, 6], "initial_token_nll": [0, 3]},
+    ]
     batch = fl.huggingface.AnchorCollator(0)(rows)
     assert batch["initial_token_nll"].tolist() == [[0.0, 1.0, 2.0], [0.0, 3.0, 0.0]] and "confidence" not in batch
 
@@ -290,7 +293,9 @@ def test_a_target_is_a_probability_at_every_anchor(wrong):
     targets = torch.full((33,), 0.5)
     fl.LAwFLoss()(*call, confidence=mark, reference=ref, target_probability=targets.masked_fill(mark == 0, wrong))
     targets[int(mark.nonzero()[-1])] = wrong
-    with pytest.raises(ValueError, match="target_probability: expected numbers above 0 and below 1 at every anchor, got"):
+    with pytest.raises(
+        ValueError, match="target_probability: expected numbers above 0 and below 1 at every anchor, got"
+    ):
         fl.LAwFLoss()(*call, confidence=mark, reference=ref, target_probability=targets)
     if not math.isnan(wrong):
         with pytest.raises(ValueError, match="target_probability: expected a finite number > 0 and < 1, got"):
@@ -365,7 +370,7 @@ def test_eksft_takes_the_first_of_equals():
 
 
 def test_eksft_raises_the_entropy_and_lowers_the_divergence():
-    call, ref, z, _, _ = inputs()
+    call, ref, *_ = inputs()
     hidden, head, labels = call
     loss = fl.EKSFTLoss(1.0, 1.0, 0.0)(hidden, head, labels, reference=ref)
     step = hidden.detach() - 0.1 * torch.autograd.grad(loss, hidden)[0]
@@ -373,7 +378,9 @@ def test_eksft_raises_the_entropy_and_lowers_the_divergence():
     assert after > before
     loss = fl.EKSFTLoss(1.0, 0.0, 1.0)(hidden, head, labels, reference=ref)
     step = hidden.detach() - 0.1 * torch.autograd.grad(loss, hidden)[0]
-    before, after = (fl.token_losses(h, head, labels, reference=ref, beta=1.0).divergence.mean() for h in (hidden, step))
+    before, after = (
+        fl.token_losses(h, head, labels, reference=ref, beta=1.0).divergence.mean() for h in (hidden, step)
+    )
     assert after < before
 
 
