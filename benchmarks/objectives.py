@@ -71,7 +71,7 @@ CURVES: dict[str, Callable[[], list[Curve]]] = {
     "PSFTLoss": lambda: [(f"p_old = {r}", fl.PSFTLoss(**EXACT), {"old_nll": -per_token(r).log()}) for r in REFERENCES],
     "FLOWLoss": lambda: [
         (f"initial {x}", fl.FLOWLoss(temperature=1.0, **EXACT),
-         {"initial_nll": torch.tensor([x], dtype=torch.float64), "sequence_ids": torch.zeros(POINTS, dtype=torch.int64)})
+         {"initial_nll": torch.tensor([x]).double(), "sequence_ids": torch.zeros(POINTS, dtype=torch.int64)})
         for x in (0.5, 1.0, 2.0)
     ],
     "LAwFLoss": lambda: [
@@ -138,32 +138,42 @@ def draw(path: Path) -> None:
     beside.replace(path)
 
 
+WHICH = (
+    ("train as everyone does, without logits in memory", "`CrossEntropyLoss`",
+     "label smoothing, z-loss and class weights are options"),
+    ("fine-tune on a domain and keep the rest, with one line changed", "`TALRLoss`",
+     "tokens with a large loss count less; a small learning rate helps as much, so try that first"),
+    ("correct single tokens of the model's own answers", "`LAwFLoss`",
+     "cross-entropy on the corrections, KL to the original elsewhere"),
+    ("keep close to the original while training on full answers",
+     "`SFTKLLoss`, `MaskTheTargetLoss`, `ASFTLoss`, `EKSFTLoss`",
+     "a KL to the original, of all tokens, of all but the label, or of some tokens"),
+    ("leave out what the model would have to be torn for", "`STMLoss`, `InfoSFTLoss`, `EAFTLoss`, `DFTLoss`",
+     "weights from the probability of the label or from the entropy"),
+    ("teach facts that the model cannot know", "`CrossEntropyLoss`, perhaps with `huggingface.FinchCallback`",
+     "down-weighting suppresses exactly what is new"),
+    ("weight messages, samples or rewards yourself", "`WeightedLoss`", "the weight is a column of the data set"),
+    ("count easy sequences most", "`FLOWLoss`", "weights from the initial model, fixed before training"),
+    ("distil from a teacher in memory", "`JSDLoss`, `ReverseKLLoss`", "the whole vocabulary, at a temperature"),
+    ("distil from a data set of top-k log-probabilities, a server or an API", "`TopKDistillationLoss`",
+     "k ids a token are enough"),
+    ("make no step beyond a ratio of the old policy", "`PSFTLoss`", "clips as PPO does"),
+    ("train DPO, KTO, ORPO or SimPO in a loop of your own", "`sequence_logps`", "Σ log p of each sequence"),
+)  # fmt: skip
 INTRO = """# Objectives: which loss when
 
 Written by `python benchmarks/objectives.py` from the docstrings.
 
 | you want to | take | because |
 |---|---|---|
-| train as everyone does, without logits in memory | `CrossEntropyLoss` | label smoothing, z-loss and class weights are
-options | | fine-tune on a domain and keep the rest, with one line changed | `TALRLoss` | tokens with a large loss count
-less; a small learning rate helps as much, try it first | | correct single tokens of the model's own answers |
-`LAwFLoss` | cross-entropy on the corrections, KL to the original elsewhere | | keep close to the original while
-training on full answers | `SFTKLLoss`, `MaskTheTargetLoss`, `ASFTLoss` | a KL to the original; the second leaves the
-label out of it | | leave out what the model would have to be torn for | `STMLoss`, `InfoSFTLoss`, `EAFTLoss`, `DFTLoss`
-| weights from the probability of the label or from the entropy | | teach facts that the model cannot know |
-`CrossEntropyLoss`, perhaps with `FinchCallback` | down-weighting suppresses exactly what is new | | weight messages,
-samples or rewards yourself | `WeightedLoss` | the weight is a column of the data set | | count easy sequences most |
-`FLOWLoss` | weights from the initial model, fixed before training | | distil from a teacher in memory | `JSDLoss`,
-`ReverseKLLoss` | the whole vocabulary, at a temperature | | distil from a data set of top-k log-probabilities, a server
-or an API | `TopKDistillationLoss` | k ids a token are enough | | make no step beyond a ratio of the old policy |
-`PSFTLoss` | clips as PPO does | | train DPO, KTO, ORPO or SimPO in a loop of your own | `sequence_logps` | Σ log p of
-each sequence |
+{rows}
 
 ![The pull of each loss on the label's logit](objectives.png)
 
 The pull of each loss on the label's logit against the probability p of the label; dashed: cross-entropy, 1 − p. r is
 the reference's (or the teacher's) probability of the label. Above 0 a step makes the label likelier, below 0 less
-likely. 32 tokens in all, the rest shared as 1/rank^1.5, that of the reference as 1/rank.
+likely. 32 tokens in all, the rest shared as 1/rank^1.5, that of the reference as 1/rank. EKSFT chooses its tokens among
+those of the panel.
 """
 
 
@@ -191,7 +201,8 @@ def section(name: str) -> str:
 
 
 def page() -> str:
-    return INTRO + "\n" + "\n".join(section(name) for name in names())
+    rows = "\n".join(f"| {want} | {take} | {because} |" for want, take, because in WHICH)
+    return INTRO.format(rows=rows) + "\n" + "\n".join(section(name) for name in names())
 
 
 def main() -> None:

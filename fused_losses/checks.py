@@ -16,7 +16,8 @@ class MissingAttribute(TypeError, AttributeError):
 
 
 def number(value: Any) -> int | float | None:
-    """A Python number of one of Python's, of numpy's or a 0-d tensor; None where it is none or would lose a gradient."""
+    """A Python number of one of Python's, of numpy's or a 0-d tensor; None where it is none or would lose a
+    gradient."""
     if type(value) in (int, float):
         return value
     if isinstance(value, Tensor):
@@ -62,8 +63,8 @@ def distinct(values: Tensor, name: str, _: int = 0) -> None:
     twice = (found[:, 1:] == found[:, :-1]) & (found[:, 1:] >= 0)
     if bool(twice.any()):
         raise ValueError(
-            f"{name}: expected no id twice at a token, got {found[:, 1:][twice][0].item()} twice; it would count twice: "
-            "put -100 in place of one"
+            f"{name}: expected no id twice at a token, got {found[:, 1:][twice][0].item()} twice; it would count "
+            "twice: put -100 in place of one"
         )
 
 
@@ -114,7 +115,8 @@ def losses(values: Tensor, name: str, _: int = 0) -> None:
 def indices(values: Tensor, name: str, count: int) -> None:
     if len(values) and not 0 <= int(values.min()) <= int(values.max()) < count:
         raise ValueError(
-            f"{name}: expected 0 ≤ id < {count}, the number of sequences, got {int(values.min())} to {int(values.max())}"
+            f"{name}: expected 0 ≤ id < {count}, the number of sequences, got {int(values.min())} to "
+            f"{int(values.max())}"
         )
 
 

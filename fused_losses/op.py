@@ -54,7 +54,7 @@ class TokenLosses:
             raise AttributeError(f"{type(self).__name__} has no {name}")
         if later is None:
             raise MissingAttribute(
-                f"out.{name}: was not asked for, and in a compiled graph or of a copy it cannot be computed later; call "
+                f"out.{name}: was not asked for, and in a compiled graph or of a copy it cannot be had later; call "
                 f'token_losses(..., wanted={{"{name}"}})'
             )
         value = later(name)

@@ -44,7 +44,8 @@ def kl(z_ref: Tensor, z: Tensor) -> Tensor:
 
 
 def divergence(z_ref: Tensor, z: Tensor, beta: float) -> Tensor:
-    """β KL(p_ref ‖ m) + (1 − β) KL(p ‖ m) per token, m = β p_ref + (1 − β) p; β = 0: KL(p_ref ‖ p), β = 1: KL(p ‖ p_ref)."""
+    """β KL(p_ref ‖ m) + (1 − β) KL(p ‖ m) per token, m = β p_ref + (1 − β) p; β = 0: KL(p_ref ‖ p), β = 1: KL(p ‖
+    p_ref)."""
     if beta == 0:
         return kl(z_ref, z)
     if beta == 1:
@@ -75,7 +76,8 @@ def topk_entropy(z: Tensor, k: int) -> Tensor:
 
 
 def talr_temperature(nll: Tensor, sequence: Tensor, even_median: str = "mean") -> Tensor:
-    """Median over sequences of their mean nll, at least 1e-6; of an even number the mean, or the lower, of the middle two."""
+    """Median over sequences of their mean nll, at least 1e-6; of an even number the mean, or the lower, of the middle
+    two."""
     means = torch.stack([nll[sequence == s].mean() for s in sequence.unique()]).detach().sort().values
     lower, upper = means[(len(means) - 1) // 2], means[len(means) // 2]
     return (lower if even_median == "lower" else (lower + upper) / 2).clamp(min=1e-6)
@@ -116,7 +118,8 @@ def lawf(z: Tensor, z_ref: Tensor, labels: Tensor, confidence: Tensor, anchor_we
 def lawf_with_target(
     z: Tensor, z_ref: Tensor, labels: Tensor, anchor: Tensor, target: Tensor, anchor_weight=1.0, retain_weight=1.0
 ) -> Tensor:
-    """weight · KL(q ‖ p), q[label] = target and the others in proportion to p_ref where p_ref[label] is below target."""
+    """weight · KL(q ‖ p), q[label] = target and the others in proportion to p_ref where p_ref[label] is below
+    target."""
     p_ref, at_label = z_ref.softmax(-1), F.one_hot(labels, z.shape[-1]).bool()
     r, target = p_ref[at_label], target.to(z.dtype)
     anchor = (anchor & (r < target)).to(z.dtype)
@@ -154,8 +157,8 @@ def jsd(z: Tensor, z_ref: Tensor, labels: Tensor, beta=0.5, temperature=1.0, nll
 
 
 def topk_distillation(
-    z: Tensor, labels: Tensor, teacher_ids: Tensor, teacher_logprobs: Tensor, divergence="forward", beta=0.5, rest="none",
-    temperature=1.0, nll_weight=0.0, normalise=False,
+    z: Tensor, labels: Tensor, teacher_ids: Tensor, teacher_logprobs: Tensor, divergence="forward", beta=0.5,
+    rest="none", temperature=1.0, nll_weight=0.0, normalise=False,
 ) -> Tensor:  # fmt: skip
     """Of the classes that the teacher names and, with rest="bucket", one that holds all others; see the objective."""
     named = (teacher_ids >= 0) & (teacher_logprobs > -torch.inf)

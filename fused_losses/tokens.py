@@ -305,7 +305,7 @@ class TokenStatistics:
 
 # Statistics that depend on more than a name in `wanted`.
 REMEDIES = {
-    "logits_at": "is there where ids are given: token_losses(..., ids=ids), or self.prepare(..., ids=ids) of an objective",
+    "logits_at": "is there where ids are given: token_losses(..., ids=ids), self.prepare(..., ids=ids) of an objective",
     "divergence": "is there where beta is given: token_losses(..., beta=0.5), or the class attribute beta = 0.5 of an "
     "objective; the call needs reference=fused_losses.Reference(hidden states) too",
 }

@@ -162,8 +162,8 @@ def logit_chunks(
         weight = weight.contiguous()
         ref_weight = None if ref_weight is None else ref_weight.contiguous()
     # On a CPU no product of bf16 matrices in PyTorch comes out in fp32. Without a reference, bf16 logits are then
-    # taken, as plain PyTorch does: 2–3 times as fast as fp32. But p − p_ref cancels near the reference, so there fp32 operands
-    # are worth their time.
+    # taken, as plain PyTorch does: 2–3 times as fast as fp32. But p − p_ref cancels near the reference, so there fp32
+    # operands are worth their time.
     halves = dtype == torch.bfloat16 and device.type == "cpu" and not problem.has_reference
     round_logits = halves and product is None
 

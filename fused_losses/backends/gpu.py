@@ -313,8 +313,8 @@ class Gpu:
                 entry_reference.div_(own.softcap).tanh_().mul_(own.softcap)
         kernels.attention(
             hidden.contiguous(), difference, entry_reference, weight, gpu_scan.bias_of(head), labels, offsets, columns,
-            facts, out.nll[tokens].contiguous(), head.logit_scale, head.softcap or 0.0, values, kl_values, kept, nll_rows,
-            kl_rows,
+            facts, out.nll[tokens].contiguous(), head.logit_scale, head.softcap or 0.0, values, kl_values, kept,
+            nll_rows, kl_rows,
         )  # fmt: skip
         entries = Entries(
             counts, columns, values, kl_values, gpu_scan.tails_of(problem, out.nll[tokens], labels, facts, kept)

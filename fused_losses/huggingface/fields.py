@@ -169,7 +169,8 @@ def padding(name: str) -> int:
 
 
 def _rectangular(value: Any, fill: int) -> Any:
-    """Lists of entries with as many at each token; None and [] are none, as a first token has, which nobody predicts."""
+    """Lists of entries with as many at each token; None and [] are none, as a first token has, which nobody
+    predicts."""
     if not isinstance(value, (list, tuple)) and str(getattr(value, "dtype", "")) != "object":
         return value
     parts = [() if part is None else part for part in value]

@@ -55,13 +55,14 @@ class Objective(nn.Module):
     trainable parameters and other tensors with a gradient in `token_loss`; ValueError for unknown names in `wanted`,
     and a loss that is not one number per token or has no gradient where one is needed.
 
-    Options of every objective: `ignore_index`, `gradient`, `tolerance` and `backend`, as in `token_losses`. `gradient_report` says how
-    gradients are formed: of the last call, and after a backward with sparse gradients, of the call that this was of.
+    Options of every objective: `ignore_index`, `gradient`, `tolerance` and `backend`, as in `token_losses`.
+    `gradient_report` says how gradients are formed: of the last call, and after a backward with sparse gradients, of
+    the call that this was of.
 
-    Under `torch.compile(fullgraph=True)` the call is part of the graph. There `token_loss` sees all tokens, with zeros for those
-    without a label, and is followed by the backward of `token_losses`: exact gradients then cost as many GEMMs as there, so 4
-    instead of 3, with a reference 6 instead of 4, and 4 instead of 3 if the head is frozen; sparse ones cost the same. Without
-    fullgraph a call is a graph break and runs as in eager mode.
+    Under `torch.compile(fullgraph=True)` the call is part of the graph. There `token_loss` sees all tokens, with zeros
+    for those without a label, and is followed by the backward of `token_losses`: exact gradients then cost as many
+    GEMMs as there, so 4 instead of 3, with a reference 6 instead of 4, and 4 instead of 3 if the head is frozen; sparse
+    ones cost the same. Without fullgraph a call is a graph break and runs as in eager mode.
     """
 
     bounds: ClassVar[dict[str, dict[str, Any]]] = {}  # of options that are numbers, checked whenever one is set
@@ -81,8 +82,8 @@ class Objective(nn.Module):
         if any(belongs_to_a_call(value) for value in args) and not takes_tensors(cls, args, kwargs):
             raise TypeError(
                 f"{cls.__name__}: tensors are arguments of the call, not of the constructor; write "
-                f"{cls.__name__}()(hidden, head, labels), with the options ({', '.join(option_names(cls))}) between the "
-                f"first brackets"
+                f"{cls.__name__}()(hidden, head, labels), with the options ({', '.join(option_names(cls))}) between "
+                "the first brackets"
             )
         return super().__new__(cls)
 
@@ -154,16 +155,18 @@ class Objective(nn.Module):
         return Outputs(ids, self.beta, self.temperature_of_logits, self.entropy_gradient)
 
     def sparse_errors(self, hidden: Tensor, head: HeadLike, labels: Tensor, **call: Any) -> dict[str, float]:
-        """What sparse gradients would get wrong here: ‖g − g_exact‖₂ / ‖g_exact‖₂ for the gradient g of each trained tensor.
+        """What sparse gradients would get wrong here: ‖g − g_exact‖₂ / ‖g_exact‖₂ for the gradient g of each trained
+        tensor.
 
-        `tolerance` bounds the gradient of the logits; what that means for the gradients of hidden and weight depends on the head and
-        the data (docs/method.md), so it is worth looking at once for a model. Arguments are those of the call. Runs it twice, with
-        gradient="sparse" at this objective's tolerance and with "exact", whatever its own `gradient` is; no `.grad` is touched and
-        no report. Keys: "hidden" (also where it does not require a gradient), and of "weight", "bias", "low_rank.b", "low_rank.a"
-        those that require one; 0 where both are 0.
+        `tolerance` bounds the gradient of the logits; what that means for the gradients of hidden and weight depends on
+        the head and the data (docs/method.md), so it is worth looking at once for a model. Arguments are those of the
+        call. Runs it twice, with gradient="sparse" at this objective's tolerance and with "exact", whatever its own
+        `gradient` is; no `.grad` is touched and no report. Keys: "hidden" (also where it does not require a gradient),
+        and of "weight", "bias", "low_rank.b", "low_rank.a" those that require one; 0 where both are 0.
 
-        Raises what the call with gradient="sparse" raises: ValueError with backend="reference" or a head spread over ranks. Cost: that
-        of one step with sparse and one with exact gradients, and the memory of two gradients of everything.
+        Raises what the call with gradient="sparse" raises: ValueError with backend="reference" or a head spread over
+        ranks. Cost: that of one step with sparse and one with exact gradients, and the memory of two gradients of
+        everything.
         """
         if not isinstance(hidden, Tensor):
             raise TypeError(f"hidden: expected a tensor [..., D], got {type(hidden).__name__}")
@@ -239,8 +242,8 @@ class Objective(nn.Module):
         name, declared = type(self).__name__, type(self).fields
         if reference is None and self.needs_reference:
             raise ValueError(
-                f"{name} needs reference=fused_losses.Reference(hidden states of the frozen original model); under PEFT "
-                "these are the hidden states with the adapter disabled"
+                f"{name} needs reference=fused_losses.Reference(hidden states of the frozen original model); under "
+                "PEFT these are the hidden states with the adapter disabled"
             )
         if reference is not None and not self.takes_reference:
             raise TypeError(f"reference: {name} has no use for one; leave it out")

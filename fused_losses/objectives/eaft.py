@@ -16,8 +16,8 @@ from .base import HeadLike, Objective
 class EAFTLoss(Objective):
     """Entropy-adaptive fine-tuning: Σ w·nll / n, w = (H_k / ln k)^alpha.
 
-    Take it where labels contradict what the model is sure of: those tokens pull least, while tokens it does not know, with
-    much entropy, pull as they do in cross-entropy. Not to correct the model where it is confidently wrong.
+    Take it where labels contradict what the model is sure of: those tokens pull least, while tokens it does not know,
+    with much entropy, pull as they do in cross-entropy. Not to correct the model where it is confidently wrong.
 
 
     H_k is the entropy of the k largest probabilities, renormalised; k = min(top_k, V). A confident token that is wrong

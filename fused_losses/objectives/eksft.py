@@ -22,14 +22,14 @@ REDUCTIONS = ("group_mean", "token_mean")
 class EKSFTLoss(Objective):
     """Entropy-KL selective fine-tuning: nll where neither H nor KL is of the largest; there −λ_h·H / ln V and +λ_k·KL.
 
-    Of the N tokens of a call E are the ⌊fraction·N⌋ of largest entropy H(p), K as many of largest KL(p ‖ p_ref); of equals
-    the first. M is their union, or their intersection.
+    Of the N tokens of a call E are the ⌊fraction·N⌋ of largest entropy H(p), K as many of largest KL(p ‖ p_ref); of
+    equals the first. M is their union, or their intersection.
 
         group_mean: mean of nll off M − entropy_weight · mean of H / ln V over E + kl_weight · mean of KL over K
         token_mean: (Σ nll off M − entropy_weight · Σ H / ln V over E + kl_weight · Σ KL over K) / n
 
-    Take it to prepare a model for reinforcement learning with little data: it learns what fits it, and keeps its doubts.
-    Not to teach facts: the tokens that carry them are the ones left out.
+    Take it to prepare a model for reinforcement learning with little data: it learns what fits it, and keeps its
+    doubts. Not to teach facts: the tokens that carry them are the ones left out.
 
     Args:
         fraction: in (0, 1], of the tokens of a call, so of a batch, whose rows are mixed.
@@ -37,15 +37,16 @@ class EKSFTLoss(Objective):
         kl_weight: λ_k ≥ 0.
         selection: M, "union" or "intersection".
         reduction: "group_mean" as the authors' code has it; an empty group adds 0, and `num_items` is an error.
-            "token_mean": n is the number of tokens with a label, or `num_items`; λ_h and λ_k then weigh 1 / fraction less.
+            "token_mean": n is the number of tokens with a label, or `num_items`; λ_h and λ_k then weigh 1 / fraction
+            less.
 
-    Args of the call: hidden [..., D], head, labels int64 [...], `reference`, `num_items`. Under gradient accumulation each
-    batch selects its own.
+    Args of the call: hidden [..., D], head, labels int64 [...], `reference`, `num_items`. Under gradient accumulation
+    each batch selects its own.
 
-    Gradients are exact, as those of the entropy and of KL(p ‖ p_ref) have no sparse form. GEMMs: 6; with a frozen head 6, and
-    4 rows [N, D] kept for backward. Source: arXiv 2605.29303 and MINE-USTC/EKSFT: fraction, weights and union as in its readme.
-    Not as there: selections and losses are of aligned labels, the KL is one of log-probabilities, and λ is not multiplied by
-    1.05 or 0.95 in each step.
+    Gradients are exact, as those of the entropy and of KL(p ‖ p_ref) have no sparse form. GEMMs: 6; with a frozen head
+    6, and 4 rows [N, D] kept for backward. Source: arXiv 2605.29303 and MINE-USTC/EKSFT: fraction, weights and union as
+    in its readme. Not as there: selections and losses are of aligned labels, the KL is one of log-probabilities, and λ
+    is not multiplied by 1.05 or 0.95 in each step.
     """
 
     needs_reference = True
@@ -100,8 +101,8 @@ class EKSFTLoss(Objective):
         self.check_call(reference, {})
         if num_items is not None and self.reduction == "group_mean":
             raise ValueError(
-                f"num_items: reduction='group_mean' takes means within the call, got {num_items!r}; leave it out, or take "
-                "reduction='token_mean'"
+                f"num_items: reduction='group_mean' takes means within the call, got {num_items!r}; leave it out, or "
+                "take reduction='token_mean'"
             )
         tokens = self.prepare(hidden, head, labels, reference)
         n = item_count(num_items, tokens.count)

@@ -18,8 +18,8 @@ from .base import HeadLike, Objective
 class LAwFLoss(Objective):
     """Cross-entropy on anchors, KL to the frozen reference elsewhere: KL(q ‖ p), q = c·onehot(label) + (1 − c)·p_ref.
 
-    Take it to correct single tokens of the model's own answers, and to train until it is right, as little else moves. Not
-    for answers that others wrote: there every token is a correction, which is `SFTKLLoss`.
+    Take it to correct single tokens of the model's own answers, and to train until it is right, as little else moves.
+    Not for answers that others wrote: there every token is a correction, which is `SFTKLLoss`.
 
 
     c, the confidence, is 0 off the anchors (pure KL to the reference), 1 for an anchor that is certain (pure
@@ -42,11 +42,12 @@ class LAwFLoss(Objective):
 
     Args of the call: hidden [..., D], head, labels int64 [...] (also off the anchors every token that shall be retained
     needs a label, any valid id: only ignored tokens are left out), `confidence` [...] in [0, 1], and not above 0 where
-    the label is ignored, `target_probability` [...]: p* of each anchor in (0, 1), anything elsewhere, in the place of the
-    option; `reference`, `num_items`: n; for group_mean a pair (anchors, others), where anchors are those with c > 0.
+    the label is ignored, `target_probability` [...]: p* of each anchor in (0, 1), anything elsewhere, in the place of
+    the option; `reference`, `num_items`: n; for group_mean a pair (anchors, others), where anchors are those with c >
+    0.
 
-    GEMMs: 4, 3 with a frozen head; 6 (4) for group_mean with a target probability without num_items, as which tokens are
-    anchors must be known first. Source: longern/LAwF.
+    GEMMs: 4, 3 with a frozen head; 6 (4) for group_mean with a target probability without num_items, as which tokens
+    are anchors must be known first. Source: longern/LAwF.
     """
 
     needs_reference = True
@@ -55,8 +56,8 @@ class LAwFLoss(Objective):
             "1 at anchors, 0 at tokens to retain, of the labels' shape",
             "fractions",
             labelled=True,
-            in_a_batch="fused_losses.huggingface.AnchorCollator makes it of a column anchors or confidence, which SFTTrainer "
-            "drops unless remove_unused_columns=False",
+            in_a_batch="fused_losses.huggingface.AnchorCollator makes it of a column anchors or confidence, which "
+            "SFTTrainer drops unless remove_unused_columns=False",
         ),
         "target_probability": Field("what the label of each anchor shall get, in (0, 1)", "fractions", optional=True),
     }

@@ -24,17 +24,18 @@ class MaskTheTargetLoss(Objective):
 
     With r and p the label's probabilities, KL(p_ref' ‖ p') is
     [KL(p_ref ‖ p) − r·(nll − nll_ref) − (1 − r)·(ln(1 − r) − ln(1 − p))] / (1 − r). That magnifies rounding by
-    1 / (1 − r). So where the reference is all but certain, in float32 where 1 − r < 3.5e-4 (float64: 1.5e-8, the root of
-    its unit), the division is by that number instead: the term fades to 0 with 1 − r, and so does its gradient. Where
-    1 − p < 1e-30 its logarithm is that of 1e-30 and has no gradient. Neither value nor gradient is ever infinite or NaN.
+    1 / (1 − r). So where the reference is all but certain, in float32 where 1 − r < 3.5e-4 (float64: 1.5e-8, the root
+    of its unit), the division is by that number instead: the term fades to 0 with 1 − r, and so does its gradient.
+    Where 1 − p < 1e-30 its logarithm is that of 1e-30 and has no gradient. Neither value nor gradient is ever infinite
+    or NaN.
 
     Args:
         kl_weight: λ ≥ 0.
 
     Args of the call: hidden [..., D], head, labels int64 [...], `reference`, `num_items`.
 
-    GEMMs: 4; 3 with a frozen head. Sparse gradients: tokens of which either model is nearly certain have a gradient made
-    of small probabilities, so many of them are exact, as the report says. Source: arXiv 2605.29498.
+    GEMMs: 4; 3 with a frozen head. Sparse gradients: tokens of which either model is nearly certain have a gradient
+    made of small probabilities, so many of them are exact, as the report says. Source: arXiv 2605.29498.
     """
 
     needs_reference = True

@@ -20,7 +20,8 @@ class SFTKLLoss(Objective):
     Args:
         kl_weight: ≥ 0; what helps lies between 0.1 and 1.
 
-    Args of the call: hidden [..., D], head, labels int64 [...], `reference`, `num_items`. GEMMs: 4; 3 with a frozen head.
+    Args of the call: hidden [..., D], head, labels int64 [...], `reference`, `num_items`. GEMMs: 4; 3 with a frozen
+    head.
     """
 
     needs_reference = True

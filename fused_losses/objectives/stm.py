@@ -22,8 +22,8 @@ class STMLoss(Objective):
     """Selective token masking: Σ nll / n over the tokens whose perplexity under the start model is below `threshold`.
 
     That perplexity is exp(nll) of the label under the model as it was before training: 1 / its probability. Take it
-    where the data's style is far from the model's own and general ability must stay: what is dropped is what changes the
-    model most. Not where new facts are to be learned: the tokens that carry them are hard, and the ones dropped.
+    where the data's style is far from the model's own and general ability must stay: what is dropped is what changes
+    the model most. Not where new facts are to be learned: the tokens that carry them are hard, and the ones dropped.
 
     Args:
         threshold: of the perplexity, > 1.

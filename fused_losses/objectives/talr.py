@@ -42,7 +42,8 @@ class TALRLoss(Objective):
     equal `sequence_ids` (integers of the labels' shape; over the whole call, so packed rows need ids that differ from
     row to row). A sequence without any label does not count. `num_items` replaces n.
 
-    GEMMs: 4 (fixed τ: 3), 2 with a frozen head. Source: arXiv 2509.20758; floor 0.01 and the normaliser as in the public
+    GEMMs: 4 (fixed τ: 3), 2 with a frozen head. Source: arXiv 2509.20758; floor 0.01 and the normaliser as in the
+    public
     implementation: the sum is divided by the number of tokens, never by Σw.
     """
 

@@ -1,4 +1,5 @@
-"""Kernels over rows of a chunk's logits [C, V]: the gradient by the logits in place, and what the divergence adds to the statistics.
+"""Kernels over rows of a chunk's logits [C, V]: the gradient by the logits in place, and what the divergence adds to
+the statistics.
 
 Logits arrive as in rows.py, and so does what `row_statistics` has left.
 """
