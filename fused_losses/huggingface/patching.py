@@ -51,9 +51,9 @@ def patch(
 
     `labels` are in Hugging Face's layout, as long as the inputs: the model shifts them as it always does, or takes
     `shift_labels`. `num_items_in_batch` divides the sum of the token losses; Trainer gives it. Further fields of the
-    batch go to the loss: `confidence` (LAwF), `old_nll` (PSFT), those of `token_loss` of your own, each in the layout
-    of the labels and shifted with them; `sequence_ids` (TALR, FLOW), else cu_seq_lens_q, seq_idx or position_ids tell
-    packed sequences apart, else rows do.
+    batch go to the loss: `confidence` (LAwF), `weights` (WeightedLoss), `old_nll` (PSFT), `initial_token_nll` (STM),
+    those of `token_loss` of your own, each in the layout of the labels and shifted with them; `sequence_ids` (TALR,
+    FLOW), else cu_seq_lens_q, seq_idx or position_ids tell packed sequences apart, else rows do.
 
     `outputs.logits` is a stand-in: `argmax(-1)` gives the predictions, −1 where no label was; anything else raises
     `LogitsNotKept`.
@@ -62,7 +62,8 @@ def patch(
         model: a transformers model with a linear LM head, or a PEFT model around one. Patch before torch.compile and
             before DDP or FSDP wraps it; before or after PEFT.
         loss: an `Objective`, such as `fl.TALRLoss()`; cross-entropy by default. Its options (gradient, ...) hold.
-        reference: of LAwFLoss and ASFTLoss, which model is the frozen original:
+        reference: of objectives that compare with a frozen original (LAwFLoss, SFTKLLoss, ...; STMLoss may), which
+            model that is:
             "base": the model without its PEFT adapters, always; PEFT may come after the patch. "adapter-off" is its
             older name;
             "start": the model as it is now. Without PEFT a frozen copy of all of it, with PEFT of the adapters only;
@@ -72,7 +73,7 @@ def patch(
         keep_logits: True: also make real logits, of full size, for `outputs.logits` and for whatever the model does
             with them; "eval": where the model is not in training (compute_metrics of a Trainer).
         eval_loss: of a model in `eval()`: "nll", the mean nll, which can be compared between objectives; "objective":
-            the objective's own loss. Objectives with a reference (LAwF, ASFT) report their own in any case.
+            the objective's own loss. Objectives with a reference (LAwF, ...) report their own in any case.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.

@@ -1,4 +1,4 @@
-"""The frozen original model of LAwF and ASFT: which one it is, and where its hidden states come from."""
+"""The frozen original model of LAwF, SFT + KL and others: which one it is, and where its hidden states come from."""
 
 from __future__ import annotations
 
