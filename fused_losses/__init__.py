@@ -5,7 +5,7 @@
 
 from . import importing  # noqa: F401  # first: it imports torch
 from .head import LMHead, LowRank, Reference
-from .huggingface import patch, patched, unpatch
+from .huggingface import initial_losses, patch, patched, unpatch
 from .objectives import (
     ASFTLoss,
     CrossEntropyLoss,
@@ -57,6 +57,7 @@ __all__ = [
     "TokenLosses",
     "TopKDistillationLoss",
     "WeightedLoss",
+    "initial_losses",
     "l2_to_initial",
     "patch",
     "patched",

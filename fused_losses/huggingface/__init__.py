@@ -7,10 +7,20 @@ from typing import Any
 
 from .cache import ReferenceCache
 from .collator import AnchorCollator
+from .initial import initial_losses
 from .logits import LogitsNotKept
 from .patching import patch, patched, unpatch
 
-__all__ = ["AnchorCollator", "FinchCallback", "LogitsNotKept", "ReferenceCache", "patch", "patched", "unpatch"]
+__all__ = [
+    "AnchorCollator",
+    "FinchCallback",
+    "LogitsNotKept",
+    "ReferenceCache",
+    "initial_losses",
+    "patch",
+    "patched",
+    "unpatch",
+]
 
 
 def __getattr__(name: str) -> Any:
