@@ -12,9 +12,10 @@ torch.set_num_threads(1)
 FAST = frozenset(
     f"test_{name}.py"
     for name in (
-        "token_losses", "sparse_softmax", "certificate", "gradient_report", "cpu_kernels", "low_rank", "objectives", "validation", "mistakes",
-        "training_loop", "peak_memory", "l2_and_wise_ft",
-        "collator", "labels", "reference_cache", "references", "cached_reference", "patch", "patched_layouts", "stand_ins",
+        "token_losses", "low_rank", "validation", "mistakes", "training_loop", "peak_memory", "l2_and_wise_ft",
+        "sparse_softmax", "certificate", "gradient_report", "cpu_kernels", "objectives",
+        "collator", "labels", "references", "cached_reference", "reference_cache", "model_digest", "stand_ins",
+        "patch", "patch_logits", "patch_refused", "patched_layouts",
     )
 )  # fmt: skip
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from accelerate.hooks import remove_hook_from_module
-from test_patch_matrix import BATCH, IDS, autocast, base_of, device_hooks, llama, lora, nll_of
+from wrapped_models import BATCH, IDS, autocast, base_of, device_hooks, llama, lora, nll_of
 
 import fused_losses as fl
 
