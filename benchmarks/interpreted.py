@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from compiled import put_between
-from sparse import load_states, save
+from sparse_states import load_states, save
 from tqdm import tqdm
 
 import fused_losses as fl
