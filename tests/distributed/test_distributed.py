@@ -3,28 +3,26 @@
 import importlib.util
 import json
 import multiprocessing
-import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import distributed_cases
 import pytest
+from distributed_ranks import CASES, ROUNDING
+from processes import ROOT, SUPPORT, pythonpath
 
-ROOT = Path(__file__).parents[2]
-SUPPORT = ROOT / "tests" / "support"
 LIMIT = 1800  # seconds; a hang ends earlier, by gloo's own limit of 600
 
 
 @pytest.fixture
 def environment(monkeypatch):
-    """For processes that import from here."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(SUPPORT), str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    """For processes that import what this file does."""
+    monkeypatch.setenv("PYTHONPATH", pythonpath())
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
-@pytest.mark.parametrize("world", distributed_cases.CASES)
+@pytest.mark.parametrize("world", CASES)
 def test_as_one_process(world, tmp_path, environment):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["distributed_cases"])  # transformers takes seconds to import
@@ -42,7 +40,7 @@ def test_as_one_process(world, tmp_path, environment):
     for rank in range(world):
         path = tmp_path / f"{rank}.json"
         results = json.loads(path.read_text()) if path.exists() else {}
-        for name, (_, bound) in distributed_cases.CASES[world].items():
+        for name, (_, bound) in CASES[world].items():
             result = results.get(name, {"error": "not run: another case failed before, or this rank died"})
             if "error" in result:
                 failed.append(f"rank {rank} of {world}, {name}: {result['error']}")
@@ -77,4 +75,4 @@ def test_trainer(command, tmp_path, environment):
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 def test_zero(tmp_path, environment):
     differences = launch(TORCHRUN, "distributed_zero.py", tmp_path)
-    assert max(differences.values()) <= distributed_cases.ROUNDING, differences
+    assert max(differences.values()) <= ROUNDING, differences

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, DistributedType, PartialState
-from distributed_cases import ROWS, Ranks, batch, llama, one_process
+from distributed_ranks import ROWS, Ranks, batch, llama, one_process
 from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainingArguments
 
