@@ -1,4 +1,4 @@
-"""How far sparse gradients are from float64: on real text, against the number of entries, and where one profile is bad."""
+"""How far sparse gradients are from float64: on real text, by the number of entries, and where one profile is bad."""
 
 from __future__ import annotations
 
@@ -195,10 +195,11 @@ def curve(states: dict) -> list[dict]:
 
 
 def groups() -> list[dict]:
-    """Made up to be bad for one profile: two halves of the vocabulary that no token mixes, told apart by one direction of the head.
+    """Synthetic, and bad for one profile: two halves of the vocabulary that no token mixes.
 
-    A token of either half has a tail in its half only, the profile is the mean of both, and `distance` is how far apart the halves'
-    rows of the head are, in standard deviations of a row's norm. The logits are the same for every distance.
+    One direction of the head tells them apart. A token of either half has a tail in its half only, and the profile is
+    the mean of both. `distance` is how far apart the halves' rows of the head are, in standard deviations of a row's
+    norm. The logits are the same for every distance.
     """
     n, d, v = 512, 64, 32000
     rows = []

@@ -100,9 +100,8 @@ def tables() -> None:
     print("|---|---|---|---|---|---|---|---|")
     for row in record["rows"]:
         print(accuracy_line(row))
-    print(
-        "\n| distance | halves in the call | tolerance, % | bound, % | exact tokens | dx / dW, % |\n|---|---|---|---|---|---|"
-    )
+    print("\n| distance | halves in the call | tolerance, % | bound, % | exact tokens | dx / dW, % |")
+    print("|---|---|---|---|---|---|")
     for row in record["groups"]:
         print(groups_line(row))
     kinds = {kind: [r for r in record["rows"] if r["text"] == kind] for kind in texts.TUNED}
@@ -116,9 +115,8 @@ def tables() -> None:
         parts = " | ".join(f"{100 * seconds / row['seconds']:.0f} %" for seconds in row["parts"].values())
         print(f"| {row['D']} | {row['dtype']} | {row['seconds']:.2f} | {row['gemm_seconds']:.2f} | {parts} |")
     for dtype in ("float32", "bfloat16"):
-        print(
-            f"\n{dtype}\n\n| distribution | loss | D | | s | in forward GEMMs | time / ours |\n|---|---|---|---|---|---|---|"
-        )
+        print(f"\n{dtype}\n\n| distribution | loss | D | | s | in forward GEMMs | time / ours |")
+        print("|---|---|---|---|---|---|---|")
         for row in split["rows"]:
             if row["dtype"] == dtype:
                 print(speed_line(row).replace(f" {dtype} |", ""))

@@ -113,8 +113,8 @@ def speed(runs: int) -> None:
 
 def speed_line(row: dict) -> str:
     return (
-        f"| {row['distribution']} | {row['loss']} | {row['D']} | {row['dtype']} | {row['name']} | {row['seconds']:.2f} | "
-        f"{row['gemms']:.2f} | {row['speed_of_ours']:.2f} |"
+        f"| {row['distribution']} | {row['loss']} | {row['D']} | {row['dtype']} | {row['name']} | "
+        f"{row['seconds']:.2f} | {row['gemms']:.2f} | {row['speed_of_ours']:.2f} |"
     )
 
 

@@ -38,7 +38,7 @@ def pytest_ignore_collect(collection_path, config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Fast files first. Of a test marked `pairwise` or `each_value` the cases of `covering`; of one marked `exhaustive` none."""
+    """Fast files first; without --exhaustive the cases of `covering`, and none of a test marked `exhaustive`."""
     items.sort(key=lambda item: item.path.name not in FAST)
     if grids.EXHAUSTIVE:
         return

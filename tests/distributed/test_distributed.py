@@ -1,4 +1,7 @@
-"""Patched models on several ranks (gloo, CPU) do what one process does with the whole batch; the cases are in distributed_cases.py."""
+"""Patched models on several ranks (gloo, CPU) do what one process does with the whole batch.
+
+The cases are those of tests/support/distributed_cases.py.
+"""
 
 import importlib.util
 import json
@@ -61,8 +64,9 @@ def launch(command, script, tmp_path):
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", "2",
-              "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1",
+              "--num_processes", "2", "--mixed_precision", "no", "--dynamo_backend", "no",
+              "--main_process_port", "0"]  # fmt: skip
 
 
 @pytest.mark.parametrize("command", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])

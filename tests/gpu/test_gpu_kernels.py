@@ -365,7 +365,7 @@ def test_products_of_entries(backend, dtype, shape, base, within):
 @every_dtype
 @pytest.mark.parametrize("with_bits", [True, False], ids=["bits", "no-bits"])
 def test_scan(backend, shape, head, reference, dtype, with_bits, within):
-    """`scan` and `scan_with_reference` with what joins their parts: statistics, and bits of which no entry is missing."""
+    """`scan` and `scan_with_reference` with what joins their parts: statistics, and bits that miss no entry."""
     w = world(shape, head, reference, dtype)
     tile = gpu_scan.choose_tile(w.problem)
     if tile is None:

@@ -40,7 +40,10 @@ GRID = pick(
 @pytest.mark.parametrize("case", GRID, ids=labelled)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 def test_against_the_oracle(backend, gradient, case, dtype, within):
-    """float32: nothing but rounding. Halves: no further from the truth than plain PyTorch of that dtype; ε as on the CPU."""
+    """float32: nothing but rounding. Halves: no further from the truth than plain PyTorch of that dtype.
+
+    ε as on the CPU.
+    """
     (shape, frozen), head, reference = case
     inputs = make(*shape, **head, reference=reference, frozen=frozen, spread=2.0 if dtype == torch.float32 else 4.0)
     with coarse(1e-30 if dtype == torch.float32 else 1e-6, capacity=shape[2]):

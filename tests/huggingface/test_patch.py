@@ -1,4 +1,4 @@
-"""`patch` on tiny models: what it computes and what it leaves alone. The sweep over all classes is test_causal_models.py."""
+"""`patch` on tiny models: what it computes and what it leaves alone. All classes of models: test_causal_models.py."""
 
 import copy
 import functools
@@ -308,7 +308,11 @@ class TestObjectives:
         hidden = model.model(input_ids=inputs["input_ids"]).last_hidden_state
         return hidden[:, :-1], model.lm_head.weight, inputs["labels"][:, 1:]
 
-    @pytest.mark.parametrize("loss", [fl.TALRLoss(), fl.TALRLoss(1.5), fl.DFTLoss(), fl.EAFTLoss(), fl.CrossEntropyLoss(gradient="sparse")], ids=str)  # fmt: skip
+    @pytest.mark.parametrize(
+        "loss",
+        [fl.TALRLoss(), fl.TALRLoss(1.5), fl.DFTLoss(), fl.EAFTLoss(), fl.CrossEntropyLoss(gradient="sparse")],
+        ids=str,
+    )
     def test_loss(self, loss):
         model, inputs = llama(), batch()
         want = type(loss)(**{**vars_of(loss), "backend": "reference"})(*self.rows(model, inputs))

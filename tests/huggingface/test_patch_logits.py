@@ -26,10 +26,11 @@ class TestLogits:
     @pytest.mark.parametrize(
         "use",
         [
-            lambda z: z.softmax(-1), lambda z: z + 1, lambda z: torch.logsumexp(z, -1), lambda z: z[..., 3], lambda z: z[..., 2:],
-            lambda z: list(z), lambda z: z.argmax(1), lambda z: z.sum(), lambda z: z.softmax, lambda z: z.view(-1), lambda z: z == z,
-            lambda z: torch.stack([z, z]), lambda z: z.tanh().tanh(), lambda z: z * torch.ones(VOCABULARY), lambda z: bool(z),
-            lambda z: z.numpy(), lambda z: torch.cat([z, z]), lambda z: z.unsqueeze(0), lambda z: z[None],
+            lambda z: z.softmax(-1), lambda z: z + 1, lambda z: torch.logsumexp(z, -1), lambda z: z[..., 3],
+            lambda z: z[..., 2:], lambda z: list(z), lambda z: z.argmax(1), lambda z: z.sum(), lambda z: z.softmax,
+            lambda z: z.view(-1), lambda z: z == z, lambda z: torch.stack([z, z]), lambda z: z.tanh().tanh(),
+            lambda z: z * torch.ones(VOCABULARY), lambda z: bool(z), lambda z: z.numpy(), lambda z: torch.cat([z, z]),
+            lambda z: z.unsqueeze(0), lambda z: z[None],
         ],
     )  # fmt: skip
     def test_anything_else(self, use):

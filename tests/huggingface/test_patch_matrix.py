@@ -1,4 +1,7 @@
-"""What docs/patch.md promises: whoever wraps a model, before or after it is patched, what is done with it comes out as without the patch."""
+"""What docs/patch.md promises: whatever is done with a patched model comes out as without the patch.
+
+Whoever wraps it, before or after it is patched.
+"""
 
 import copy
 import pickle
@@ -219,8 +222,8 @@ def evaluation_in_between(case):
 
 
 WHAT = (
-    a_step, another_objective, a_reference, a_copy, pickling, unpatching, unwrapping, scoring_and_generation, another_thread,
-    an_error_in_between, evaluation_in_between,
+    a_step, another_objective, a_reference, a_copy, pickling, unpatching, unwrapping, scoring_and_generation,
+    another_thread, an_error_in_between, evaluation_in_between,
 )  # fmt: skip
 
 

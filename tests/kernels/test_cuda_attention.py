@@ -92,8 +92,8 @@ def attention_truth(rows: Rows, known: Tensor, weight: Tensor, t: Tensor, at: Te
 
     kl, of_totals = gap(Row.SHIFT), gap(Row.TOTALS_SHIFT)
     return truth | {
-        "kl_values": kl, "KEPT_GAP": summed(kl), "KEPT_GAP_L1": summed(kl.abs()), "KEPT_OF_TOTALS": summed(of_totals.abs()),
-        "kl_rows": product(kl),
+        "kl_values": kl, "KEPT_GAP": summed(kl), "KEPT_GAP_L1": summed(kl.abs()),
+        "KEPT_OF_TOTALS": summed(of_totals.abs()), "kl_rows": product(kl),
     }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The outputs that are asked for, lse, logits_at, divergence, rank, log_p2 and the entropy's gradient, against full logits."""
+"""Outputs that are asked for, against full logits: lse, logits_at, divergence, rank, log_p2, the entropy's gradient."""
 
 from dataclasses import replace
 

@@ -279,7 +279,10 @@ def test_threads_do_not_change_results():
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("vocabulary", [16, 17, 300])
 def test_tokens_that_are_certain(backend, vocabulary):
-    """p[label] is 1 in float32: nothing but the label is kept, and nothing needs exact gradients. Logits below −1e30 too."""
+    """p[label] is 1 in float32: nothing but the label is kept, and nothing needs exact gradients.
+
+    Logits below −1e30 too.
+    """
     weight = torch.zeros(vocabulary, 2)
     weight[:, 0], weight[5, 0] = -torch.arange(vocabulary), 200.0
     hidden = torch.ones(6, 2).requires_grad_()

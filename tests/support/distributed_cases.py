@@ -18,7 +18,10 @@ from distributed_ranks import CASES, Ranks
 
 
 def work(rank: int, world: int, directory: str) -> None:
-    """All cases of a world size on one rank; results are written to `directory`. Nothing runs after a failure: ranks are out of step then."""
+    """All cases of a world size on one rank; results are written to `directory`.
+
+    Nothing runs after a failure: ranks are out of step then.
+    """
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers the old way

@@ -110,7 +110,10 @@ def lora(head: bool = False) -> Any:
 
 
 def batch(confidence: bool = False, silent: int = 0) -> tuple[dict, int]:
-    """Rows with different numbers of labels, the last `silent` of them with none; and the number of labels that the model shifts to."""
+    """Rows with different numbers of labels, and the number of labels that the model shifts to.
+
+    The last `silent` rows have no labels.
+    """
     g = torch.Generator().manual_seed(1)
     ids = torch.randint(V, (ROWS, LENGTH), generator=g)
     labels = ids.clone()

@@ -39,7 +39,10 @@ def difference(a, b):
 
 
 def assert_same(model, loss=None, tolerance=1.5e-6, options=None, **inputs):
-    """Loss and gradients of the patched model are those of the model as it was; afterwards it is that again, bit for bit."""
+    """Loss and gradients of the patched model are those of the model as it was.
+
+    Afterwards it is that again, bit for bit.
+    """
     before, gradients = step(model, **inputs)
     with fl.patched(model, loss, **(options or {})):
         out, own = step(model, **inputs)

@@ -12,8 +12,8 @@ from trl.trainer.utils import add_fused_lm_head
 
 V, T = 61, 9
 SIZES = dict(
-    vocab_size=V, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-    head_dim=8, pad_token_id=0, bos_token_id=None, eos_token_id=None, initializer_range=0.3,
+    vocab_size=V, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+    num_key_value_heads=1, head_dim=8, pad_token_id=0, bos_token_id=None, eos_token_id=None, initializer_range=0.3,
 )  # fmt: skip
 IDS = torch.randint(1, V, (3, T), generator=torch.Generator().manual_seed(1))
 LABELS = IDS.masked_fill(torch.arange(T) < torch.tensor([[3], [0], [1]]), -100)
