@@ -21,6 +21,7 @@ from fused_losses.problem import Head, Problem, Segments
 
 ALL = dict(bias=True, scale=-1.7, softcap=4.0)
 LARGE = pick((9, 16, 130), (300, 2048, 128256))
+# The least; odd sizes; rows of whole 16-byte words and not; one token and one id more than whole tiles; a real model's.
 CASES = pick(
     [((5, 17, 70), ALL, "own")],
     [

@@ -13,7 +13,7 @@ import fused_losses as fl
 from fused_losses import backends
 from fused_losses.kernels import measure
 
-# (shape, head frozen)
+# (shape, head frozen): sizes that tensor cores like, and such that leave a tail of one in every tile.
 SHAPES = pick(
 [((9, 16, 70), False)], [((64, 96, 1000), False), ((64, 96, 1000), True), ((129, 65, 507), False)]
 )  # fmt: skip

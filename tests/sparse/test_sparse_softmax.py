@@ -10,9 +10,13 @@ from fused_losses import reference as oracle
 from fused_losses.kernels import schemas
 
 
+# The least; sizes that neither a chunk of 16 tokens nor a vector of 4 ids divides, D even as micro-kernels want it.
+SHAPES = [(1, 1, 2), (33, 18, 123), (130, 66, 507)]
+
+
 @pytest.mark.pairwise
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape", [(1, 1, 2), (33, 18, 123), (130, 66, 507)], ids=lambda s: "N{}-D{}-V{}".format(*s))
+@pytest.mark.parametrize("shape", SHAPES, ids=name)
 @pytest.mark.parametrize("head", HEADS, ids=name)
 @pytest.mark.parametrize("reference", REFERENCES, ids=name)
 @pytest.mark.parametrize("frozen", [False, True], ids=name)
