@@ -1,6 +1,8 @@
 """What the kernels take of registers and shared memory, by compiling them ahead of time: no GPU needed, but nvcc.
 
-python benchmarks/compiled.py      # prints the tables, puts them into docs/kernels.md, writes results/compiled-kernels.json
+python benchmarks/compiled.py
+
+It prints the tables, puts them into docs/kernels.md, and writes results/compiled-kernels.json.
 """
 
 from __future__ import annotations

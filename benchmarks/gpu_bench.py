@@ -2,11 +2,13 @@
 
     python benchmarks/gpu_bench.py [--quick] [--dry] [--sections ceilings losses split kernels] [--out FOLDER]
 
-First the ceilings: memory and cache bandwidth by copies, matrix products of the losses' shapes on random data. Then forward + backward
-of the losses in interleaved rounds, with peak memory, the gradient report and errors against float64; where the time of sparse
-gradients goes; and each kernel, with the arguments that a call gives it, against its floor: the larger of FLOP / measured product
-rate and bytes / measured bandwidth. Inputs are `measure.language_like`: logits like a fine-tuned language model's, whose entries per
-token and mean nll are measured and kept; and `measure.flat`, random initialisation.
+First the ceilings: memory and cache bandwidth by copies, matrix products of the losses' shapes on random data.
+Then forward + backward of the losses in interleaved rounds, with peak memory, the gradient report and errors against
+float64; where the time of sparse gradients goes; and each kernel, with the arguments that a call gives it, against its
+floor: the larger of FLOP / measured product rate and bytes / measured bandwidth.
+
+Inputs are `measure.language_like`: logits like a fine-tuned language model's, whose entries per token and mean nll are
+measured and kept; and `measure.flat`, random initialisation.
 
 Writes benchmarks/results/gpu-bench-<device>.json after every part, so that a run that is stopped keeps what it has.
 """
@@ -59,9 +61,10 @@ SOME = [("cross-entropy", False), ("TALR", False), ("LAwF", True)]
 # Kernels that do more with a reference.
 KERNELS_OF_LAWF = ("attention", "row_statistics", "directions", "logit_bits")
 GEMM = "x Wᵀ, one product"
-# Of (objective, frozen, contestant) at MAIN: what is at most so many times the one product, or uses at most so many MiB.
+# Of (objective, frozen, contestant) at MAIN: what takes at most so many times the one product, or at most so many MiB.
 TARGETS = [
-    ("TALR", False, "sparse", "gemms", 1.5), ("TALR", True, "sparse", "gemms", 1.25), ("LAwF", True, "sparse", "gemms", 2.5),
+    ("TALR", False, "sparse", "gemms", 1.5), ("TALR", True, "sparse", "gemms", 1.25),
+    ("LAwF", True, "sparse", "gemms", 2.5),
     # Exact: within 10 % of its products; 3 of cross-entropy, 2 with a frozen head.
     ("cross-entropy", False, "exact", "gemms", 3.3), ("cross-entropy", True, "exact", "gemms", 2.2),
     ("TALR", False, "sparse", "extra_mib", 64), ("LAwF", True, "sparse", "extra_mib", 64),
@@ -96,7 +99,7 @@ class Bench:
         print(text, flush=True)
         self.content["notes"].append(text)
 
-    # --- ceilings ------------------------------------------------------------------------------------------------------
+    # --- ceilings
 
     def ceilings(self) -> None:
         def typical(function: Callable[[], object]) -> float:
@@ -146,7 +149,7 @@ class Bench:
                 return product["flop_per_s"][str(DTYPE)]
         return None
 
-    # --- losses --------------------------------------------------------------------------------------------------------
+    # --- losses
 
     def inputs(self, distribution: str, shape: Shape) -> measure.Inputs:
         given = measure.DISTRIBUTIONS[distribution](*shape, DTYPE, DEVICE)
@@ -243,8 +246,8 @@ class Bench:
         report = getattr(getattr(loss, "module", None), "gradient_report", None)
         if report is not None:
             row["report"] = {
-                "mode": report.mode, "bound": report.bound, "exact_tokens": report.exact_tokens, "entries": report.entries,
-                "saved_bytes": report.saved_bytes,
+                "mode": report.mode, "bound": report.bound, "exact_tokens": report.exact_tokens,
+                "entries": report.entries, "saved_bytes": report.saved_bytes,
             }  # fmt: skip
         return row
 
@@ -257,7 +260,7 @@ class Bench:
                     times[name].append(self.clock.once(step))
         return times
 
-    # --- where the time goes -------------------------------------------------------------------------------------------
+    # --- where the time goes
 
     def splits(self) -> None:
         for backend in self.backends():
@@ -290,7 +293,7 @@ class Bench:
             self.note(f"cuda: {'dry run' if DRY else backends.unavailable('cuda')}")
         return found
 
-    # --- kernels -------------------------------------------------------------------------------------------------------
+    # --- kernels
 
     def kernels(self) -> None:
         print(f"\n{'kernel':34} {'backend':8} {'ms':>8} {'floor':>8} {'ratio':>6}", flush=True)
@@ -332,7 +335,7 @@ class Bench:
         ratio = f"{floor:8.3f} {row['ms'] / floor:6.2f}" if floor else ""
         print(f"{name:34} {backend:8} {row['ms']:8.3f} {ratio}", flush=True)
 
-    # --- targets -------------------------------------------------------------------------------------------------------
+    # --- targets
 
     def targets(self) -> None:
         found = []
@@ -355,7 +358,10 @@ class Bench:
         self.save()
 
 
-LINE = f"{'':36} {'ms':>8} {'products':>8} {'extra MiB':>9} {'dx, %':>7} {'dW, %':>7} {'bound, %':>8} {'entries':>7} {'exact':>6}"
+LINE = (
+    f"{'':36} {'ms':>8} {'products':>8} {'extra MiB':>9} {'dx, %':>7} {'dW, %':>7} {'bound, %':>8} {'entries':>7} "
+    f"{'exact':>6}"
+)
 
 
 def line_of(row: dict) -> str:

@@ -1,5 +1,8 @@
-"""The calls of kernels inside the GPU backend, noted or timed where they are made: a kernel is measured with the arguments that a
-real call of the loss gives it, and a call of the loss is split into its parts."""
+"""The calls of kernels inside the GPU backend, noted or timed where they are made.
+
+A kernel is measured with the arguments that a real call of the loss gives it, and a call of the loss is split into its
+parts.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +35,9 @@ def wrapped(backend: gpu.Gpu, wrap: Wrap) -> Iterator[None]:
     places = [
         (gpu.row_kernels, "logit_bits", "logit_bits"), (gpu.direction_kernels, "directions", "directions"),
         (gpu.row_kernels, "tail_profile", "tail_profile"), (gpu, "weighted_sum_kernel", "weighted_sum"),
-        (gpu, "_tail_profile", "tail profile"), (gpu, "_times", "product dz W"), (chunks, "add_product", "product dzᵀ x"),
-        (gpu_scan, "bounds", "probe"), (gpu_scan, "join", "join"), (chunks, "project", "logits"), (chunks, "by_column", "by column"),
+        (gpu, "_tail_profile", "tail profile"), (gpu, "_times", "product dz W"),
+        (chunks, "add_product", "product dzᵀ x"), (gpu_scan, "bounds", "probe"), (gpu_scan, "join", "join"),
+        (chunks, "project", "logits"), (chunks, "by_column", "by column"),
     ]  # fmt: skip
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(backend, "kernels", kernels))
@@ -109,7 +113,7 @@ def split(backend: gpu.Gpu, function: Callable[[], object], cuda: bool) -> dict[
 
 
 def work(name: str, args: tuple) -> dict[str, float]:
-    """What a call must do at least: "flop" of products, "bytes" of memory, "cached" bytes that the L2 cache may give."""
+    """The least that a call must do: "flop" of products, "bytes" of memory, "cached" bytes that L2 may give."""
     if name.startswith(("scan", "probe ")):
         operands, tokens, _, _, vocabulary = args
         widths = operands.weight.shape[1] + (

@@ -1,10 +1,12 @@
-"""Whether the kernels are right on this GPU: `make gpu-check`. The checks are tests/gpu; this runs them and keeps the results.
+"""Whether the kernels are right on this GPU: `make gpu-check`.
+
+The checks are tests/gpu; this runs them and keeps the results.
 
     python benchmarks/gpu_check.py [--dry] [--jobs 4] [--only NAME ...] [--out FOLDER]
 
-Each group of checks is a process of its own, so that neither a failure nor a crash ends the run, and several run at a time, as most
-of the time goes into compiling. Writes benchmarks/results/gpu-check-<device>.json after each group: for every check its name,
-seconds, whether it passed, and of its outputs the one nearest its bound, with error and bound.
+Each group of checks is a process of its own, so that neither a failure nor a crash ends the run. Several run at a time,
+as most of the time goes into compiling. Writes benchmarks/results/gpu-check-<device>.json after each group: for every
+check its name, seconds, whether it passed, and of its outputs the one nearest its bound, with error and bound.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What the commands for a GPU share: what is known of the machine, results that survive a kill, and the dry mode.
 
-Dry: the same code on CPU tensors in Triton's interpreter, tiny shapes, times of no meaning; so that every line has run before
-there is a GPU. By `--dry` or FUSED_LOSSES_GPU_DRY=1.
+Dry: the same code on CPU tensors in Triton's interpreter, tiny shapes, times of no meaning; so that every line has run
+before there is a GPU. By `--dry` or FUSED_LOSSES_GPU_DRY=1.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def facts() -> dict[str, str | None]:
         "python": platform.python_version(), "fused_losses": fused_losses.__version__,
         "cuda kernels": schemas.load_cuda() or "built",
         # A copy of the tree without its history is told by the environment.
-        "commit": os.environ.get("FUSED_LOSSES_COMMIT") or _output("git", "-C", str(ROOT), "describe", "--always", "--dirty"),
+        "commit": os.environ.get("FUSED_LOSSES_COMMIT")
+        or _output("git", "-C", str(ROOT), "describe", "--always", "--dirty"),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Who is measured on a GPU: this package, plain PyTorch, and other packages where they are installed; and float64 truth for all."""
+"""Who is measured on a GPU: this package, plain PyTorch, other packages where installed; and float64 truth for all."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ def _reporting(function: Loss, module: fl.Objective) -> Loss:
     return function
 
 
-# --- truth -------------------------------------------------------------------------------------------------------------
+# --- truth
 
 
 @dataclass

@@ -1,9 +1,11 @@
-"""A patched model in Trainer and SFTTrainer, beside the same training unpatched: seconds a step, peak memory, loss of each step.
+"""A patched model in Trainer and SFTTrainer, beside the same training unpatched: time, peak memory, losses.
 
     python benchmarks/huggingface.py [--rounds 2]
 
-SmolLM2-135M-Instruct in float32 on the CPU, 2 rows of 512 tokens a step. Each contestant trains in a process of its own; rounds are interleaved. Unpatched means what one
-writes without this package: the model's own full logits, and for LAwF those of the model without its adapter too. Writes benchmarks/results/huggingface.json; after an interruption it goes on where it stopped.
+SmolLM2-135M-Instruct in float32 on the CPU, 2 rows of 512 tokens a step. Each contestant trains in a process of its
+own; rounds are interleaved. Unpatched means what one writes without this package: the model's own full logits, and for
+LAwF those of the model without its adapter too. Writes benchmarks/results/huggingface.json; after an interruption it
+goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -106,7 +108,8 @@ def table(record: dict) -> str:
     for c in record["contestants"]:
         losses = " ".join(f"{x:.4f}" for x in c["losses"])
         lines.append(
-            f"| {c['trainer']} | {c['loss']} | {c['seconds']:.1f} | {c['first_epoch_seconds']:.1f} | {c['peak_mib'] - c['before_mib']:.0f} | {losses} |"
+            f"| {c['trainer']} | {c['loss']} | {c['seconds']:.1f} | {c['first_epoch_seconds']:.1f} | "
+            f"{c['peak_mib'] - c['before_mib']:.0f} | {losses} |"
         )
     return "\n".join(lines)
 
@@ -164,9 +167,9 @@ class Clock:
 
 def arguments() -> dict:
     return dict(
-        output_dir="/tmp/unused", per_device_train_batch_size=ROWS, max_steps=2 * STEPS_OF_EPOCH, learning_rate=1e-5, report_to=[], use_cpu=True,
-        save_strategy="no", logging_steps=1, disable_tqdm=True, remove_unused_columns=False, seed=0, bf16=False,
-        gradient_checkpointing=False,
+        output_dir="/tmp/unused", per_device_train_batch_size=ROWS, max_steps=2 * STEPS_OF_EPOCH, learning_rate=1e-5,
+        report_to=[], use_cpu=True, save_strategy="no", logging_steps=1, disable_tqdm=True, remove_unused_columns=False,
+        seed=0, bf16=False, gradient_checkpointing=False,
     )  # fmt: skip
 
 

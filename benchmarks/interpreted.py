@@ -1,9 +1,9 @@
-"""The whole Triton path on real hidden states, in Triton's interpreter: how many entries the scan's bound keeps, and how exact it is.
+"""The whole Triton path on real hidden states, in Triton's interpreter: how many entries are kept, and how exact it is.
 
     TRITON_INTERPRET=1 python benchmarks/interpreted.py     # about 5 minutes; results/interpreted.json, docs/kernels.md
 
-Beside it the backend "torch", whose entries are those of the exact threshold. Float32, so that only the method differs; truth
-is float64. No time is measured here: the interpreter's says nothing.
+Beside it the backend "torch", whose entries are those of the exact threshold; the scan keeps those above a lower bound.
+Float32, so that only the method differs; truth is float64. No time is measured here: the interpreter's says nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from compiled import put_between
-from sparse import load_states, save
+from sparse_states import load_states, save
 from tqdm import tqdm
 
 import fused_losses as fl
@@ -38,10 +38,10 @@ def measure(text: str, hidden, labels, weight, reference) -> list[dict]:
         x, w, out = run(torch.float32, backend=backend, gradient="sparse")
         report = out.gradient_report
         rows.append({
-            "text": text, "loss": "cross-entropy" if reference is None else f"KL {truth.kl.mean():.4f}", "backend": backend,
-            "entries": report.entries / report.tokens, "exact_tokens": report.exact_tokens, "bound": report.bound,
-            "dx": ((x - dx).norm() / dx.norm()).item(), "dW": ((w - dw).norm() / dw.norm()).item(),
-            "nll": ((out.nll - truth.nll).norm() / truth.nll.norm()).item(),
+            "text": text, "loss": "cross-entropy" if reference is None else f"KL {truth.kl.mean():.4f}",
+            "backend": backend, "entries": report.entries / report.tokens, "exact_tokens": report.exact_tokens,
+            "bound": report.bound, "dx": ((x - dx).norm() / dx.norm()).item(),
+            "dW": ((w - dw).norm() / dw.norm()).item(), "nll": ((out.nll - truth.nll).norm() / truth.nll.norm()).item(),
         })  # fmt: skip
     return rows
 
@@ -63,8 +63,8 @@ def main() -> None:
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     for r in rows:
         lines.append(
-            f"| {r['text']} | {r['loss']} | {r['backend']} | {r['entries']:.0f} | {r['exact_tokens']} | {r['bound']:.3f} | "
-            f"{r['dx']:.2%} | {r['dW']:.2%} |"
+            f"| {r['text']} | {r['loss']} | {r['backend']} | {r['entries']:.0f} | {r['exact_tokens']} | "
+            f"{r['bound']:.3f} | {r['dx']:.2%} | {r['dW']:.2%} |"
         )
     put_between(Path(__file__).parents[1] / "docs" / "kernels.md", "interpreted", "\n".join(lines))
     print("\n".join(lines))

@@ -2,8 +2,8 @@
 
     python benchmarks/training.py [--steps 60]
 
-Both runs of a pair start from the same weights and see the same batches in float32, AdamW with a learning rate that falls linearly to 0 (the default of
-transformers' Trainer); only `gradient=` differs. Writes
+Both runs of a pair start from the same weights and see the same batches in float32, AdamW with a learning rate that
+falls linearly to 0 (the default of transformers' Trainer); only `gradient=` differs. Writes
 benchmarks/results/training.json after every finished run, and goes on from there when started again.
 """
 

@@ -2,8 +2,8 @@
 
     python examples/own_loop.py
 
-A small GRU learns to count. What matters is between the dashed lines: the model's body gives hidden states, the loss takes
-them with the head, and `num_items` divides every micro-batch by the tokens of the whole batch.
+A small GRU learns to count. What matters is between the dashed lines: the model's body gives hidden states, the loss
+takes them with the head, and `num_items` divides every micro-batch by the tokens of the whole batch.
 """
 
 import torch

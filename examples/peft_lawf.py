@@ -1,8 +1,9 @@
 """LAwF with PEFT: a LoRA adapter learns corrected words, the anchors, and keeps to the original model everywhere else.
 
     python examples/peft_lawf.py
-    python examples/peft_lawf.py --model HuggingFaceTB/SmolLM2-135M --data rows.jsonl    # {"text": ..., "anchor": what was corrected}
+    python examples/peft_lawf.py --model HuggingFaceTB/SmolLM2-135M --data rows.jsonl
 
+Lines of rows.jsonl are {"text": ..., "anchor": what was corrected}.
 The original is the same model without its adapter. Rows without an anchor are there to be retained.
 """
 
@@ -27,7 +28,7 @@ collate = fl.huggingface.AnchorCollator(pad_token_id=0)
 
 @torch.no_grad()
 def measure(model, features):
-    """The probability of the anchors, and the KL to the original off them: LAwF's loss at a confidence of 1 and of 0."""
+    """The probability of the anchors, and the KL to the original elsewhere: LAwF at confidence 1 and 0."""
     batch = {name: values.to(model.device) for name, values in collate(features).items()}
     labels, c = batch.pop("labels"), batch.pop("confidence")
     nll = model(**batch, labels=labels.masked_fill(c == 0, -100), confidence=c).loss

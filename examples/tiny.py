@@ -1,4 +1,4 @@
-"""What the examples share: a corpus, a tiny model and tokenizer made for it, an ordinary Trainer, and the command line."""
+"""What the examples share: a corpus, a tiny model and tokenizer for it, an ordinary Trainer, and the command line."""
 
 import argparse
 import json
@@ -17,8 +17,8 @@ from transformers import (
     TrainingArguments,
 )
 
-FOOD = dict(cat="fish", dog="meat", cow="grass", hen="corn", bear="honey", panda="bamboo", mouse="cheese", rabbit="carrots",
-            monkey="bananas", bee="nectar", owl="mice", horse="oats")  # fmt: skip
+FOOD = dict(cat="fish", dog="meat", cow="grass", hen="corn", bear="honey", panda="bamboo", mouse="cheese",
+            rabbit="carrots", monkey="bananas", bee="nectar", owl="mice", horse="oats")  # fmt: skip
 TIMES = ("in the morning", "at night", "every day", "now and then")
 CORPUS = [f"the {animal} eats {food} {time}" for animal, food in FOOD.items() for time in TIMES]
 CORRECTED = [{"text": f"the cat eats grass {time}", "anchor": "grass"} for time in TIMES]
@@ -59,8 +59,9 @@ def train(model, rows, collator, steps, rate):
     """The losses that an ordinary Trainer logs; it knows nothing of fused losses."""
     with TemporaryDirectory() as directory:
         arguments = TrainingArguments(
-            directory, max_steps=steps, learning_rate=rate, per_device_train_batch_size=8, gradient_accumulation_steps=2,
-            logging_steps=max(1, steps // 6), report_to=[], disable_tqdm=True, save_strategy="no", dataloader_pin_memory=False,
+            directory, max_steps=steps, learning_rate=rate, per_device_train_batch_size=8,
+            gradient_accumulation_steps=2, logging_steps=max(1, steps // 6), report_to=[], disable_tqdm=True,
+            save_strategy="no", dataloader_pin_memory=False,
         )  # fmt: skip
         trainer = Trainer(model, arguments, train_dataset=rows, data_collator=collator)
         trainer.train()

@@ -12,9 +12,11 @@ torch.set_num_threads(1)
 FAST = frozenset(
     f"test_{name}.py"
     for name in (
-        "token_losses", "outputs", "orders", "sparse_softmax", "certificate", "gradient_report", "cpu_kernels", "low_rank",
-        "objectives", "validation", "mistakes", "training_loop", "peak_memory", "l2_and_wise_ft", "collator", "labels",
-        "reference_cache", "references", "cached_reference", "patch", "patched_layouts", "stand_ins",
+        "token_losses", "outputs", "orders", "low_rank", "validation", "mistakes", "training_loop", "peak_memory",
+        "l2_and_wise_ft",
+        "sparse_softmax", "certificate", "gradient_report", "cpu_kernels", "objectives",
+        "collator", "labels", "references", "cached_reference", "reference_cache", "model_digest", "stand_ins",
+        "patch", "patch_logits", "patch_refused", "patched_layouts",
     )
 )  # fmt: skip
 
@@ -37,7 +39,7 @@ def pytest_ignore_collect(collection_path, config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Fast files first. Of a test marked `pairwise` or `each_value` the cases of `covering`; of one marked `exhaustive` none."""
+    """Fast files first; without --exhaustive the cases of `covering`, and none of a test marked `exhaustive`."""
     items.sort(key=lambda item: item.path.name not in FAST)
     if grids.EXHAUSTIVE:
         return

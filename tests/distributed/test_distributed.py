@@ -1,30 +1,31 @@
-"""Patched models on several ranks (gloo, CPU) do what one process does with the whole batch; the cases are in distributed_cases.py."""
+"""Patched models on several ranks (gloo, CPU) do what one process does with the whole batch.
+
+The cases are those of tests/support/distributed_cases.py.
+"""
 
 import importlib.util
 import json
 import multiprocessing
-import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import distributed_cases
 import pytest
+from distributed_ranks import CASES, ROUNDING
+from processes import ROOT, SUPPORT, pythonpath
 
-ROOT = Path(__file__).parents[2]
-SUPPORT = ROOT / "tests" / "support"
 LIMIT = 1800  # seconds; a hang ends earlier, by gloo's own limit of 600
 
 
 @pytest.fixture
 def environment(monkeypatch):
-    """For processes that import from here."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(SUPPORT), str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    """For processes that import what this file does."""
+    monkeypatch.setenv("PYTHONPATH", pythonpath())
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
-@pytest.mark.parametrize("world", distributed_cases.CASES)
+@pytest.mark.parametrize("world", CASES)
 def test_as_one_process(world, tmp_path, environment):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["distributed_cases"])  # transformers takes seconds to import
@@ -42,7 +43,7 @@ def test_as_one_process(world, tmp_path, environment):
     for rank in range(world):
         path = tmp_path / f"{rank}.json"
         results = json.loads(path.read_text()) if path.exists() else {}
-        for name, (_, bound) in distributed_cases.CASES[world].items():
+        for name, (_, bound) in CASES[world].items():
             result = results.get(name, {"error": "not run: another case failed before, or this rank died"})
             if "error" in result:
                 failed.append(f"rank {rank} of {world}, {name}: {result['error']}")
@@ -63,8 +64,9 @@ def launch(command, script, tmp_path):
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", "2",
-              "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1",
+              "--num_processes", "2", "--mixed_precision", "no", "--dynamo_backend", "no",
+              "--main_process_port", "0"]  # fmt: skip
 
 
 @pytest.mark.parametrize("command", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
@@ -77,4 +79,4 @@ def test_trainer(command, tmp_path, environment):
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 def test_zero(tmp_path, environment):
     differences = launch(TORCHRUN, "distributed_zero.py", tmp_path)
-    assert max(differences.values()) <= distributed_cases.ROUNDING, differences
+    assert max(differences.values()) <= ROUNDING, differences

@@ -1,5 +1,8 @@
-"""Checks of the kernels on a GPU: `make gpu-check`. Without one they are skipped; FUSED_LOSSES_GPU_DRY=1 runs the same code on CPU
-tensors in Triton's interpreter, on tiny shapes, so that nothing runs for the first time on the day there is a GPU."""
+"""Checks of the kernels on a GPU: `make gpu-check`. Without one they are skipped.
+
+FUSED_LOSSES_GPU_DRY=1 runs the same code on CPU tensors in Triton's interpreter, on tiny shapes, so that nothing runs
+for the first time on the day there is a GPU.
+"""
 
 import json
 import os
@@ -27,7 +30,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_runtest_logreport(report):
-    """A line of JSON for each result where gpu_check.py wants them: a crash of this process loses none of those before."""
+    """A line of JSON for each result where gpu_check.py wants them: a crash of this process loses none before it."""
     path = os.environ.get("FUSED_LOSSES_GPU_LOG")
     if path is None or not (report.when == "call" or report.outcome != "passed"):
         return

@@ -22,6 +22,7 @@ from fused_losses.problem import Head, Problem, Segments
 
 ALL = dict(bias=True, scale=-1.7, softcap=4.0)
 LARGE = pick((9, 16, 130), (300, 2048, 128256))
+# The least; odd sizes; rows of whole 16-byte words and not; one token and one id more than whole tiles; a real model's.
 CASES = pick(
     [((5, 17, 70), ALL, "own")],
     [
@@ -366,7 +367,7 @@ def test_products_of_entries(backend, dtype, shape, base, within):
 @every_dtype
 @pytest.mark.parametrize("with_bits", [True, False], ids=["bits", "no-bits"])
 def test_scan(backend, shape, head, reference, dtype, with_bits, within):
-    """`scan` and `scan_with_reference` with what joins their parts: statistics, and bits of which no entry is missing."""
+    """`scan` and `scan_with_reference` with what joins their parts: statistics, and bits that miss no entry."""
     w = world(shape, head, reference, dtype)
     tile = gpu_scan.choose_tile(w.problem)
     if tile is None:

@@ -13,7 +13,7 @@ import fused_losses as fl
 from fused_losses import backends
 from fused_losses.kernels import measure
 
-# (shape, head frozen)
+# (shape, head frozen): sizes that tensor cores like, and such that leave a tail of one in every tile.
 SHAPES = pick(
 [((9, 16, 70), False)], [((64, 96, 1000), False), ((64, 96, 1000), True), ((129, 65, 507), False)]
 )  # fmt: skip
@@ -40,7 +40,10 @@ GRID = pick(
 @pytest.mark.parametrize("case", GRID, ids=labelled)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 def test_against_the_oracle(backend, gradient, case, dtype, within):
-    """float32: nothing but rounding. Halves: no further from the truth than plain PyTorch of that dtype; ε as on the CPU."""
+    """float32: nothing but rounding. Halves: no further from the truth than plain PyTorch of that dtype.
+
+    ε as on the CPU.
+    """
     (shape, frozen), head, reference = case
     inputs = make(*shape, **head, reference=reference, frozen=frozen, spread=2.0 if dtype == torch.float32 else 4.0)
     with coarse(1e-30 if dtype == torch.float32 else 1e-6, capacity=shape[2]):

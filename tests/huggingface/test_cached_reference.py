@@ -1,4 +1,4 @@
-"""A patched model whose reference's hidden states are kept on disk: what is computed, what is found again, and what never is."""
+"""A patched model whose reference's hidden states are kept on disk: what is computed, what is found, what never."""
 
 import copy
 from pathlib import Path

@@ -191,7 +191,8 @@ def test_evaluation_and_other_forwards_do_not_count():
     plain, watched = FinchCallback(), FinchCallback()
     run(plain, data, per_device_train_batch_size=2, learning_rate=0.3).train()
     arguments = TrainingArguments(**{
-        **DESCENT, "max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 0.3, "eval_strategy": "steps", "eval_steps": 1,
+        **DESCENT, "max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 0.3, "eval_strategy": "steps",
+        "eval_steps": 1,
     })  # fmt: skip
     model = fl.patch(llama())
     Trainer(

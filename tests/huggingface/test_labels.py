@@ -19,7 +19,10 @@ from fused_losses.huggingface import AnchorCollator
 from fused_losses.labels import AnchorLabels, plain
 
 VALUES = torch.tensor([[1, 2, 3, -100], [2, 2, -100, 1]])
-MESSAGE = r"labels: those of AnchorCollator.*fused_losses\.patch\(model, fused_losses\.LAwFLoss\(\).*as_subclass\(torch\.Tensor\)"
+MESSAGE = (
+    r"labels: those of AnchorCollator.*fused_losses\.patch\(model, fused_losses\.LAwFLoss\(\)"
+    r".*as_subclass\(torch\.Tensor\)"
+)
 
 
 def labels():
@@ -360,8 +363,8 @@ def test_trls_fused_head_is_an_error(options, tmp_path):
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="a", eos_token="b")
     data = datasets.Dataset.from_list([{"input_ids": [5, 6, 7, 8, 9 + i], "anchors": [[2, 1.0]]} for i in range(4)])
     config = trl.SFTConfig(
-        str(tmp_path), max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, remove_unused_columns=False, save_strategy="no",
-        dataset_kwargs={"skip_prepare_dataset": True}, **options,
+        str(tmp_path), max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, remove_unused_columns=False,
+        save_strategy="no", dataset_kwargs={"skip_prepare_dataset": True}, **options,
     )  # fmt: skip
     made = trl.SFTTrainer(
         llama(), config, train_dataset=data, data_collator=AnchorCollator(0), processing_class=tokenizer

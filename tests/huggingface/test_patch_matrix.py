@@ -1,97 +1,39 @@
-"""What docs/patch.md promises: whoever wraps a model, before or after it is patched, what is done with it comes out as without the patch."""
+"""What docs/patch.md promises: whatever is done with a patched model comes out as without the patch.
+
+Whoever wraps it, before or after it is patched.
+"""
 
 import copy
-import functools
 import pickle
 import threading
 import warnings
 
-import peft
 import pytest
 import torch
-from accelerate import Accelerator, dispatch_model
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
-from trl.trainer.utils import add_fused_lm_head
+from transformers import LlamaForCausalLM
+from wrapped_models import (
+    BATCH,
+    IDS,
+    LABELS,
+    autocast,
+    base_of,
+    closure,
+    device_hooks,
+    fused_head,
+    llama,
+    lora,
+    module_hooks,
+    nll_of,
+    nobody,
+)
 
 import fused_losses as fl
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning:transformers"),
 ]
-V, T = 61, 9
-SIZES = dict(
-    vocab_size=V, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-    head_dim=8, pad_token_id=0, bos_token_id=None, eos_token_id=None, initializer_range=0.3,
-)  # fmt: skip
-IDS = torch.randint(1, V, (3, T), generator=torch.Generator().manual_seed(1))
-LABELS = IDS.masked_fill(torch.arange(T) < torch.tensor([[3], [0], [1]]), -100)
-BATCH = dict(input_ids=IDS, labels=LABELS)
-VALID = LABELS[:, 1:] != -100
-
-
-def llama(seed=0):
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(**SIZES))
-
-
-def base_of(model):
-    return model.get_base_model() if isinstance(model, peft.PeftModel) else model
-
-
-# --- who wraps
-
-
-def nobody(model):
-    return model
-
-
-def closure(model):
-    inner = model.forward
-
-    @functools.wraps(inner)
-    def forward(*args, **kwargs):
-        return inner(*args, **kwargs)
-
-    model.forward = forward
-    return model
-
-
-def autocast(model):
-    """As a Trainer with bf16=True does."""
-    AcceleratorState._reset_state(True)
-    try:
-        return Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model, evaluation_mode=True)
-    finally:
-        AcceleratorState._reset_state(True)
-
-
-def device_hooks(model):
-    """As from_pretrained(device_map=...) over several devices does, and bitsandbytes on one."""
-    places = ("model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb", "lm_head")
-    return dispatch_model(model, dict.fromkeys(places, "cpu"), force_hooks=True, main_device="cpu")
-
-
-def lora(model):
-    torch.manual_seed(7)
-    config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-    return peft.get_peft_model(model, config)
-
-
-def fused_head(model):
-    """As SFTTrainer does."""
-    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
-    return model
-
-
-def module_hooks(model):
-    model.register_forward_pre_hook(lambda module, args, kwargs: (args, kwargs), with_kwargs=True)
-    model.register_forward_hook(lambda module, args, output: output)
-    model.lm_head.register_forward_hook(lambda module, args, output: output * 0.7)
-    return model
-
-
 WHO = dict.fromkeys((nobody, closure, autocast, device_hooks, lora, fused_head, module_hooks))
 WHEN = {
     "patched, wrapped": lambda wrap, patch, model: wrap(patch(model)),
@@ -121,12 +63,6 @@ class Case:
 
     def close(self, got, want):
         torch.testing.assert_close(got, want, rtol=self.tolerance, atol=self.tolerance * 0.1)
-
-
-def nll_of(model):
-    """[tokens with a label] float64, of a model that gives logits."""
-    logits = model(input_ids=IDS).logits.double()[:, :-1]
-    return F.cross_entropy(logits[VALID], LABELS[:, 1:][VALID], reduction="none"), logits[VALID]
 
 
 def gradients(model, **inputs):
@@ -286,8 +222,8 @@ def evaluation_in_between(case):
 
 
 WHAT = (
-    a_step, another_objective, a_reference, a_copy, pickling, unpatching, unwrapping, scoring_and_generation, another_thread,
-    an_error_in_between, evaluation_in_between,
+    a_step, another_objective, a_reference, a_copy, pickling, unpatching, unwrapping, scoring_and_generation,
+    another_thread, an_error_in_between, evaluation_in_between,
 )  # fmt: skip
 
 

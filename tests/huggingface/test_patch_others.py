@@ -1,4 +1,7 @@
-"""Patched models beside accelerate's hooks, torch.compile and other threads: cases that the matrix of test_patch_matrix.py has no place for."""
+"""Patched models beside accelerate's hooks, torch.compile and other threads.
+
+These are cases that the matrix of test_patch_matrix.py has no place for.
+"""
 
 import threading
 
@@ -7,7 +10,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from accelerate.hooks import remove_hook_from_module
-from test_patch_matrix import BATCH, IDS, autocast, base_of, device_hooks, llama, lora, nll_of
+from wrapped_models import BATCH, IDS, autocast, base_of, device_hooks, llama, lora, nll_of
 
 import fused_losses as fl
 
@@ -121,7 +124,8 @@ def test_adalora(targets):
 @pytest.mark.parametrize("kind", ["ia3", "loha", "vera"])
 def test_other_adapters_on_the_head_are_refused(kind):
     config = dict(
-        ia3=lambda: peft.IA3Config(target_modules=["lm_head"], feedforward_modules=[]), loha=lambda: peft.LoHaConfig(target_modules=["lm_head"]),
+        ia3=lambda: peft.IA3Config(target_modules=["lm_head"], feedforward_modules=[]),
+        loha=lambda: peft.LoHaConfig(target_modules=["lm_head"]),
         vera=lambda: peft.VeraConfig(target_modules=["lm_head"], r=2),
     )[kind]()  # fmt: skip
     model = peft.get_peft_model(llama(), config)
@@ -185,7 +189,8 @@ def test_two_threads_in_one_model(who):
     hidden = torch.randn(2, 16)
     do = {
         "labels": lambda: model(**BATCH).loss.item(), "no labels": lambda: model(input_ids=IDS).logits,
-        "generate": lambda: model.generate(IDS[:, :4], max_new_tokens=2, do_sample=False), "the head": lambda: model.lm_head(hidden),
+        "generate": lambda: model.generate(IDS[:, :4], max_new_tokens=2, do_sample=False),
+        "the head": lambda: model.lm_head(hidden),
     }[who]  # fmt: skip
     meeting = Meeting(model)
     thread, found = meeting.run(do)

@@ -1,4 +1,7 @@
-"""Patched models that lay hidden states, labels and sequences out in ways of their own: each token keeps its label, its sequence and its fields."""
+"""Patched models that lay hidden states, labels and sequences out in ways of their own.
+
+Each token keeps its label, its sequence and its fields.
+"""
 
 import pytest
 import torch
@@ -17,8 +20,8 @@ import fused_losses as fl
 
 V = 97
 SIZES = dict(
-    vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    head_dim=8, pad_token_id=0, initializer_range=0.3,
+    vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=8, pad_token_id=0, initializer_range=0.3,
 )  # fmt: skip
 IDS = torch.randint(1, V, (3, 11), generator=torch.Generator().manual_seed(1))
 LABELS = IDS.clone()

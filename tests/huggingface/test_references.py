@@ -1,4 +1,7 @@
-"""LAwF with a patched model: which model the frozen original is, step after step, against KL(q ‖ p) of full logits in float64."""
+"""LAwF with a patched model: which model the frozen original is, step after step.
+
+The truth is KL(q ‖ p) of full logits in float64.
+"""
 
 import copy
 
@@ -31,7 +34,7 @@ def adapted(trained=False, base=None, **options):
 
 
 def assert_two_steps(model, reference, data=None, **options):
-    """In the first step the model may still be the reference; in the second it is not, so that the KL has a gradient."""
+    """In the first step the model may still be the reference; in the second it is not, so the KL has a gradient."""
     data = rows(anchors=True) if data is None else data
     run = trainer(model, data, **options)
     for _ in range(2):

@@ -1,4 +1,7 @@
-"""What a patched model hands out in place of tensors answers as an ordinary object would, to libraries that ask; and nothing wrong afterwards."""
+"""What a patched model hands out in place of tensors answers libraries that ask as an ordinary object would.
+
+It answers nothing wrong afterwards.
+"""
 
 import copy
 import pickle
@@ -131,8 +134,9 @@ def test_per_token_log_probabilities_are_refused():
 @pytest.mark.parametrize(
     "change",
     [
-        lambda z: z.__setitem__((slice(None), slice(None), [3, 4]), -1e4), lambda z: z.masked_fill_(z.argmax(-1)[..., None] > 0, 0.0),
-        lambda z: z.mul_(2.0), lambda z: z.__imul__(2.0), lambda z: torch.fill_(z, 0.0), lambda z: z.__iadd__(1.0),
+        lambda z: z.__setitem__((slice(None), slice(None), [3, 4]), -1e4),
+        lambda z: z.masked_fill_(z.argmax(-1)[..., None] > 0, 0.0), lambda z: z.mul_(2.0), lambda z: z.__imul__(2.0),
+        lambda z: torch.fill_(z, 0.0), lambda z: z.__iadd__(1.0),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("keep", [False, True])
@@ -152,7 +156,7 @@ def test_a_model_that_changes_its_logits_in_place(change, keep):
 
 @pytest.mark.parametrize("other", [lambda z: z[..., :50], lambda z: z * -1, lambda z: z / -2.0, lambda z: z * 0])
 def test_the_largest_of_other_logits(other):
-    """The predictions are those of the loss's logits: of a part of the vocabulary, or of others, they would be wrong."""
+    """The predictions are those of the loss's logits: of a part of the vocabulary, or of others, they are wrong."""
     logits = output().logits
     with pytest.raises(LogitsNotKept, match="argmax of other logits than the loss"):
         other(logits).argmax(-1)

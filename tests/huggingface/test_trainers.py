@@ -1,4 +1,4 @@
-"""transformers' Trainer with a patched model: gradients of whole accumulated batches, evaluation, and what its options do."""
+"""transformers' Trainer with a patched model: gradients of accumulated batches, evaluation, and what its options do."""
 
 import copy
 import json
@@ -16,7 +16,8 @@ pytestmark = [
 ]
 
 LOSSES = {
-    "ce": fl.CrossEntropyLoss, "talr2": lambda: fl.TALRLoss(2.0), "talr": fl.TALRLoss, "dft": fl.DFTLoss, "lawf": fl.LAwFLoss
+    "ce": fl.CrossEntropyLoss, "talr2": lambda: fl.TALRLoss(2.0), "talr": fl.TALRLoss, "dft": fl.DFTLoss,
+    "lawf": fl.LAwFLoss
 }  # fmt: skip
 SPLITS = [(8, 1), (4, 2), (2, 4), (1, 8)]
 TOLERANCE = 6e-7  # float64, but Llama normalises in float32, and unpatched also its loss: measured 2e-7, mostly 1e-15
@@ -67,7 +68,10 @@ def test_group_means_of_accumulated_batches_are_averaged():
         total = 0
         for anchors in (True, False):
             chosen = [
-                {**r, "labels": [t if t != -100 and (c > 0) == anchors else -100 for t, c in zip(r["labels"], r["confidence"], strict=True)]}
+                {**r, "labels": [
+                    t if t != -100 and (c > 0) == anchors else -100
+                    for t, c in zip(r["labels"], r["confidence"], strict=True)
+                ]}
                 for r in part
             ]  # fmt: skip
             gradients = expected(model, chosen, "lawf", reference)[1]
@@ -133,7 +137,10 @@ def bart():
 
 @pytest.mark.parametrize(("size", "accumulation"), SPLITS)
 def test_models_that_ignore_the_number_of_items(size, accumulation):
-    """BartForCausalLM's forward takes no **kwargs and does not shift labels; unpatched, its batches are averaged, however few labels they have."""
+    """BartForCausalLM's forward takes no **kwargs and does not shift labels.
+
+    Unpatched, its batches are averaged, however few labels they have.
+    """
     data = rows()
     model = bart()
     total, count = 0, 0
@@ -190,7 +197,8 @@ def test_metrics_without_logits_are_told_the_remedy():
 def test_evaluation_in_the_midst_of_training_changes_nothing():
     options = dict(max_steps=2, learning_rate=0.1)
     plain, with_evaluation = trainer(patched("talr2"), **options), trainer(
-        patched("talr2", keep_logits="eval"), eval_strategy="steps", eval_steps=1, compute_metrics=lambda _: {"one": 1}, **options
+        patched("talr2", keep_logits="eval"), eval_strategy="steps", eval_steps=1, compute_metrics=lambda _: {"one": 1},
+        **options
     )  # fmt: skip
     assert error(step(with_evaluation), step(plain)) == 0
     assert sum("eval_loss" in entry for entry in with_evaluation.state.log_history) == 2

@@ -76,9 +76,14 @@ TEMPLATE = (
 
 def test_assistant_only():
     chats = [
-        {"messages": [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["completion"].strip()}]}
+        {
+            "messages": [
+                {"role": "user", "content": r["prompt"]},
+                {"role": "assistant", "content": r["completion"].strip()},
+            ]
+        }
         for r in words(0)
-    ]  # fmt: skip
+    ]
 
     def run(model):
         made = tokenizer()

@@ -44,7 +44,7 @@ every_reference = pytest.mark.parametrize("case", WITH_REFERENCE, ids=lambda c: 
 
 @dataclass
 class Truth:
-    """All of `Rows` in float64, with a graph to `scaled`: the logits before the soft-cap, to which directions belong."""
+    """All of `Rows` in float64, with a graph to `scaled`, the logits before the soft-cap: directions are theirs."""
 
     scaled: Tensor
     nll: Tensor

@@ -29,6 +29,7 @@ def test_bf16_output_is_rounded_to_nearest_even_and_keeps_nan():
     check_rounding_of_bf16()
 
 
+# The least; one token more than a block of 64; D a little more than one and two blocks of 512, V between blocks.
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(1, 2, 1), (65, 64, 64), (70, 1030, 130), (3, 514, 1000)], ids=str)

@@ -92,8 +92,8 @@ def attention_truth(rows: Rows, known: Tensor, weight: Tensor, t: Tensor, at: Te
 
     kl, of_totals = gap(Row.SHIFT), gap(Row.TOTALS_SHIFT)
     return truth | {
-        "kl_values": kl, "KEPT_GAP": summed(kl), "KEPT_GAP_L1": summed(kl.abs()), "KEPT_OF_TOTALS": summed(of_totals.abs()),
-        "kl_rows": product(kl),
+        "kl_values": kl, "KEPT_GAP": summed(kl), "KEPT_GAP_L1": summed(kl.abs()),
+        "KEPT_OF_TOTALS": summed(of_totals.abs()), "kl_rows": product(kl),
     }  # fmt: skip
 
 
@@ -167,6 +167,7 @@ def attention(shim, arguments, offset=0, rows_dtype=torch.float32, want=(True, T
     return results | dict(zip(("KEPT", "KEPT_GAP", "KEPT_GAP_L1", "KEPT_OF_TOTALS"), kept, strict=True))
 
 
+# Rows of no whole word of 16 bytes, of some words of a warp, and of more than 1,024 elements, where blocks are larger.
 @needs_compiler
 @pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -95,6 +95,7 @@ def row_case(mode: str, n: int, v: int):
     return z.float(), None if r is None else r.float(), labels, kind == "shared", options
 
 
+# Fewer ids than a block's 512 threads, as many, and several rounds of them; a multiple of a load's 4 ids and not.
 @needs_compiler
 @pytest.mark.pairwise
 @pytest.mark.parametrize("v", [2, 33, 123, 507, 512, 4097, 4100])

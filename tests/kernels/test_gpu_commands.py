@@ -97,8 +97,8 @@ def test_bench(tmp_path):
     names = {row["name"] for row in found["kernels"]}
     assert names >= {
         "attention", "attention, LAwF", "columns_of_bits", "count_bits", "directions", "entry_logits", "logit_bits",
-        "row_statistics", "row_statistics, LAwF", "scan alone", "scan with a reference", "segment_product", "tail_profile",
-        "weighted_sum",
+        "row_statistics", "row_statistics, LAwF", "scan alone", "scan with a reference", "segment_product",
+        "tail_profile", "weighted_sum",
     }  # fmt: skip
     assert {s["objective"] for s in found["splits"]} == {"TALR", "LAwF"} and "attention" in found["splits"][0]["ms"]
     assert found["ceilings"]["memory_bytes_per_s"] > 0 and found["targets"] and "failed" not in " ".join(found["notes"])

@@ -1,4 +1,4 @@
-"""nvcc and g++ on the real sources of csrc/cuda, where there are both: warnings, registers, what the library registers."""
+"""nvcc and g++ on the real sources of csrc/cuda, where there are both: warnings, registers, registered operators."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Callers compiled into one graph, `torch.compile(fullgraph=True)`: the same numbers as in eager mode, however they call."""
+"""Callers compiled into one graph, `torch.compile(fullgraph=True)`: the same numbers as in eager mode."""
 
 import pytest
 import torch

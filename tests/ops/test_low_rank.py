@@ -17,7 +17,8 @@ from fused_losses import backends
 from fused_losses import reference as oracle
 from fused_losses.backends import chunks, row_passes
 
-# Adapter off, also where that is said with a head; a copy of the adapter; another on W; the model's own B; another model.
+# Adapter off, also where that is said with a head; a copy of the adapter; another on W; the model's own B; another
+# model.
 REFERENCES = [None, "off", "off, own LMHead", "copy", "another rank", "same b", "other model"]
 # The forms in turn, so that each meets every head and every reference.
 GRID = [
@@ -385,24 +386,29 @@ def losses(rows, reference=None):
 BAD = {
     "neither a nor rows": (lambda: head(B), ValueError, "low_rank: expected either a.*or rows.*got neither"),
     "a and rows": (lambda: head(B, A, torch.randn(3, 2)), ValueError, "low_rank: expected either.*got both"),
-    "b: a module": (lambda: head(torch.nn.Linear(2, 7), A), TypeError, r"low_rank b.*tensor.*Linear; give its \.weight"),
+    "b: a module": (lambda: head(torch.nn.Linear(2, 7), A), TypeError,
+        r"low_rank b.*tensor.*Linear; give its \.weight"),
     "b: r = 0": (lambda: head(B[:, :0], A[:0]), ValueError, r"low_rank b.*\[V, r\] with r ≥ 1.*\[7, 0\]"),
     "b: a vector": (lambda: head(B[:, 0], A), ValueError, r"low_rank b.*\[V, r\].*\[7\]"),
     "b: another vocabulary": (lambda: head(B[:6], A), ValueError, r"low_rank b.*\[7, r\].*\[6, 2\]"),
     "b: integers": (lambda: head(B.long(), A), TypeError, "low_rank b.*float64.*int64"),
-    "b: on another device": (lambda: head(B.to("meta"), A.to("meta")), ValueError, "low_rank b is on meta, head weight on cpu"),
-    "b: float64": (lambda: head(B.double(), A.double()), TypeError, "low_rank b is torch.float64, head weight torch.float32"),
+    "b: on another device": (lambda: head(B.to("meta"), A.to("meta")), ValueError,
+        "low_rank b is on meta, head weight on cpu"),
+    "b: float64": (lambda: head(B.double(), A.double()), TypeError,
+        "low_rank b is torch.float64, head weight torch.float32"),
     "a: transposed": (lambda: head(B, A.T), ValueError, r"low_rank a.*r = 2.*\[4, 2\].*transposed, give a\.T"),
     "a: another width": (lambda: head(B, A[:, :3]), ValueError, r"low_rank a.*\[r, 4\].*\[2, 3\]"),
     "a: on another device": (lambda: head(B, A.to("meta")), ValueError, "low_rank a is on meta, b on cpu"),
     "a: float64": (lambda: head(B, A.double()), TypeError, "low_rank a is torch.float64, b torch.float32"),
     "rows: another rank": (lambda: losses(torch.randn(3, 3)), ValueError, r"low_rank rows.*r = 2.*\[3, 3\]"),
-    "rows: other tokens": (lambda: losses(torch.randn(2, 2)), ValueError, r"low_rank rows.*\[3\] as hidden.*\[2, 2\].*slice"),
+    "rows: other tokens": (lambda: losses(torch.randn(2, 2)), ValueError,
+        r"low_rank rows.*\[3\] as hidden.*\[2, 2\].*slice"),
     "rows of the reference: other tokens": (
         lambda: losses(torch.randn(3, 2), fl.Reference(torch.randn(3, 4), head(B, rows=torch.randn(2, 2)))),
         ValueError, r"reference low_rank rows.*\[3\] as hidden.*\[2, 2\]",
     ),
-    "low_rank: a tensor": (lambda: fl.LMHead(WEIGHT, low_rank=B), TypeError, r"low_rank.*fused_losses\.LowRank.*Tensor"),
+    "low_rank: a tensor": (lambda: fl.LMHead(WEIGHT, low_rank=B), TypeError,
+        r"low_rank.*fused_losses\.LowRank.*Tensor"),
 }  # fmt: skip
 
 

@@ -233,7 +233,7 @@ def test_padding_tokens_counted_as_a_sequences_tokens():
 
 
 def test_scalar_argument_in_another_precision():
-    """A scale, a soft-cap, α or τ given in float64 must not change the dtype of anything, nor be rounded for float64."""
+    """A scale, a soft-cap, α or τ given in float64 must change no dtype, nor be rounded for float64."""
     case = make(20, 6, 30, scale=1 / 3, softcap=10 / 3, reference="own")
     assert max(errors(case, torch.float64).values()) < 1e-12
     hidden, head, ref = case.inputs(torch.float32)

@@ -1,4 +1,4 @@
-"""The outputs that are asked for, lse, logits_at, divergence, rank, log_p2 and the entropy's gradient, against full logits."""
+"""Outputs that are asked for, against full logits: lse, logits_at, divergence, rank, log_p2, the entropy's gradient."""
 
 from dataclasses import replace
 
@@ -15,6 +15,7 @@ BACKENDS = [
     "torch",
     pytest.param("cpu", marks=pytest.mark.skipif(backends.unavailable("cpu") is not None, reason="no kernels")),
 ]
+# One token of fewer ids than any tile; odd sizes that no chunk or vector divides; a tail of one in every tile.
 SHAPES = [(1, 3, 5), (33, 17, 123), (129, 65, 507)]
 BETAS = [0.0, 0.3, 1.0]
 

@@ -11,6 +11,8 @@ from fused_losses import backends
 from fused_losses import reference as oracle
 from fused_losses.backends import chunks, row_passes
 
+# The least; one token of a real model's width; odd sizes that no chunk or vector divides; one more than a power of two,
+# so that every tile has a tail of one; a V larger than 4,096 and than the other sizes by far.
 SHAPES = [(1, 1, 2), (1, 576, 252), (33, 17, 123), (129, 65, 507), (64, 64, 4097)]
 
 

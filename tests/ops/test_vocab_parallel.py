@@ -1,7 +1,7 @@
 """Heads whose vocabulary is spread over the ranks of a process group, against the float64 oracle of one process.
 
-For each world size the ranks are started once, go through everything in vocab_ranks.py's `work`, and save what came out;
-the tests look at that.
+For each world size the ranks are started once, go through everything in `work` of tests/support/vocab_ranks.py, and
+save what came out; the tests look at that.
 """
 
 from __future__ import annotations
@@ -148,12 +148,14 @@ def test_one_collective_per_chunk_and_one_of_the_gradient(two_ranks, name, froze
 
 
 MESSAGES = {
-    "labels": "ValueError: process_group: .*all 2 ranks, got different labels; .*data parallelism, FSDP.*gather the weight",
+    "labels": "ValueError: process_group: .*all 2 ranks, got different labels; .*data parallelism, FSDP.*"
+              "gather the weight",
     "tokens": r"ValueError: process_group: .*different number of tokens with a label, by rank: \[27, 24\]",
     "frozen": r"ValueError: process_group: .*gradients wanted .* by rank: \[3, 1\]",
     "reference missing": r"ValueError: process_group: .*reference.*\[1, 0\]",
     "reference rows": r"ValueError: reference head: .*\[100, 23\], got \[20, 21\].*pad",
-    "reference whole": r"ValueError: reference head: .*same ranks.*weight=\[123, 16\].*weight=\[(100|23), 16\].*ranks \[0, 1\]",
+    "reference whole": r"ValueError: reference head: .*same ranks.*weight=\[123, 16\].*weight=\[(100|23), 16\].*"
+                       r"ranks \[0, 1\]",
     "only the reference spread": r"ValueError: reference head: .*same ranks.*process_group=group",
     "no rows": "ValueError: head weight: .*no rows on any",
     "class weights": r"ValueError: class_weights: expected \[V\] with V = 123.*got \[122\]",
@@ -194,7 +196,8 @@ def test_dtensors_as_heads_and_those_that_are_none(four_ranks):
     case = make(12, D, 9, bias=True, reference="shared")
     hidden, head, _ = case.inputs(torch.float64)
     messages = {
-        "columns": r"head weight: .*Shard\(dim=1\).*Shard\(0\) or Replicate on a mesh of one dimension.*full local tensor",
+        "columns": r"head weight: .*Shard\(dim=1\).*Shard\(0\) or Replicate on a mesh of one dimension.*"
+        r"full local tensor",
         "two dimensions": r"head weight: .*mesh of shape \[1, 4\]",
         "bias": "head weight, bias: expected both to be DTensors or none.*'Tensor'",
         "bias replicated": r"head bias: .*Shard\(dim=0\).*Replicate",

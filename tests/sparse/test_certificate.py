@@ -83,7 +83,10 @@ def test_rank_one_tail_is_worth_having():
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("weights", ["nll", "kl", "both", "opposite"])
 def test_rounding_of_kept_entries_is_in_the_certificate(backend, weights):
-    """With a KL and upstream weights that come late an entry is two float16 numbers. Here nothing is left out but their rounding."""
+    """With a KL and upstream weights that come late an entry is two float16 numbers.
+
+    Here nothing is left out but their rounding.
+    """
     g = torch.Generator().manual_seed(0)
     x = 2 * torch.randn(30, V, generator=g)
     ref = x + 0.01 * torch.randn(30, V, generator=g)
@@ -107,8 +110,10 @@ def test_rounding_of_kept_entries_is_in_the_certificate(backend, weights):
 
 @pytest.mark.parametrize("halves", [1, 2])
 def test_what_sparse_gradients_get_wrong_here(halves):
-    """Two halves of the vocabulary that no token mixes and one direction of the head tells apart: one profile serves neither, and
-    dx is off by more than the bound, which is one of the logits' gradient."""
+    """Two halves of the vocabulary that no token mixes and one direction of the head tells apart.
+
+    One profile serves neither, and dx is off by more than the bound, which is one of the logits' gradient.
+    """
     n, d, v = 64, 12, 4000
     g = torch.Generator().manual_seed(0)
     weight = torch.randn(v, d, generator=g) / d**0.5

@@ -73,7 +73,7 @@ class Case:
 def make(
     n=33, d=17, v=123, *, bias=False, reference=None, ignored=0.2, near=0.3, spread=2.0, seed=0, **options
 ) -> Case:
-    """Random inputs: logits of standard deviation `spread`, a few planted high ones, upstream gradients of both signs."""
+    """Random inputs: logits of standard deviation `spread`, a planted high one, upstream gradients of both signs."""
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape):

@@ -1,4 +1,7 @@
-"""Products of sparse entries by the compiled kernels for CPUs, against float64; also for processes of other instruction sets."""
+"""Products of sparse entries by the compiled kernels for CPUs, against float64.
+
+A process that takes other instruction sets imports them too.
+"""
 
 import torch
 from cases import relative

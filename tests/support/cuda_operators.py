@@ -79,7 +79,7 @@ def check(results: dict[str, Tensor], truth: dict[str, Tensor], tolerances: dict
         if expected.dtype == torch.int64:
             assert torch.equal(results[name], expected), name
             continue
-        # Sums in which terms cancel are measured against the sum of absolute values, differences against what they are of.
+        # Sums in which terms cancel are measured against the sum of absolute values, differences against operands.
         size = truth[SIZE_OF.get(name, name)].norm().clamp(min=1e-30)
         if "SHIFT" in name:
             size = torch.hypot(truth["TOP"], truth["LOG_SUM"]).norm()

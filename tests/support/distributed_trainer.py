@@ -1,4 +1,4 @@
-"""One step of SGD by transformers.Trainer on as many ranks as a launcher starts, against one process that has the whole batch.
+"""One step of SGD by transformers.Trainer on as many ranks as a launcher starts, against one process with the batch.
 
     torchrun --standalone --nproc-per-node 2 tests/support/distributed_trainer.py differences.json
     accelerate launch --cpu --num_processes 2 tests/support/distributed_trainer.py differences.json
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, DistributedType, PartialState
-from distributed_cases import ROWS, Ranks, batch, llama, one_process
+from distributed_ranks import ROWS, Ranks, batch, llama, one_process
 from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainingArguments
 
@@ -33,8 +33,9 @@ def trainer(confidence: bool = False, accumulate: int = 1, finch: bool = False) 
     inputs, n = batch(confidence)
     with tempfile.TemporaryDirectory() as directory:
         arguments = TrainingArguments(  # also makes the process group
-            output_dir=directory, use_cpu=True, max_steps=1, optim="sgd", learning_rate=1.0, lr_scheduler_type="constant",
-            max_grad_norm=0.0, per_device_train_batch_size=ROWS // int(os.environ["WORLD_SIZE"]) // accumulate,
+            output_dir=directory, use_cpu=True, max_steps=1, optim="sgd", learning_rate=1.0,
+            lr_scheduler_type="constant", max_grad_norm=0.0,
+            per_device_train_batch_size=ROWS // int(os.environ["WORLD_SIZE"]) // accumulate,
             gradient_accumulation_steps=accumulate, report_to="none", save_strategy="no", disable_tqdm=True,
             logging_strategy="no", dataloader_pin_memory=False,
         )  # fmt: skip

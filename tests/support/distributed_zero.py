@@ -18,7 +18,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
-from distributed_cases import LOSSES, ROWS, Ranks, batch, llama, lora, make, one_process
+from distributed_ranks import LOSSES, ROWS, Ranks, batch, llama, lora, make, one_process
 from torch import nn
 
 import fused_losses as fl

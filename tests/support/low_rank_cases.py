@@ -88,8 +88,10 @@ class Inputs:
         return outputs | {f"d_{k}": v.grad for k, v in self.leaves.items() if v.requires_grad}
 
 
-def inputs(form="a", reference=None, frozen=True, bias=False, scale=1.0, softcap=None, shape=(N, D, V), rank=R, near=0.3,
-           spread=2.0) -> Inputs:  # fmt: skip
+def inputs(
+    form="a", reference=None, frozen=True, bias=False, scale=1.0, softcap=None, shape=(N, D, V), rank=R, near=0.3,
+    spread=2.0,
+) -> Inputs:  # fmt: skip
     n, d, v = shape
     case = make(n, d, v, reference="own", bias=bias, near=near, spread=spread)
     g = torch.Generator().manual_seed(1)

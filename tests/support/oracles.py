@@ -107,8 +107,8 @@ def segments_of(offsets: Tensor) -> Tensor:
 
 
 def segment_product(
-    offsets: Tensor, columns: Tensor, values: Tensor, matrix: Tensor, scale: Tensor, vector: Tensor, base: Tensor | None,
-    base_scale: float,
+    offsets: Tensor, columns: Tensor, values: Tensor, matrix: Tensor, scale: Tensor, vector: Tensor,
+    base: Tensor | None, base_scale: float,
 ) -> Tensor:  # fmt: skip
     rows = segments_of(offsets)
     out = scale.double()[:, None] * vector.double()

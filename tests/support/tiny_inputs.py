@@ -114,9 +114,9 @@ WITH_IMAGE = " + image"
 
 
 def with_image(model: Any, inputs: dict[str, Tensor], images: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The images of each row after its first token, as many places as the model makes features of them, no labels there.
+    """The images of each row after its first token, in as many places as the model makes features of them.
 
-    A model that gives images no places among the tokens gets them beside.
+    There are no labels at these places. A model that gives images no places among the tokens gets them beside.
     """
     if not hasattr(model, "get_image_features"):
         return inputs | images

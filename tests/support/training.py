@@ -1,4 +1,7 @@
-"""Tiny models, ragged rows, one step of a Trainer, and what that step should have been: float64, full logits, row by row."""
+"""Tiny models, ragged rows, one step of a Trainer, and what that step should have been.
+
+The latter is in float64 with full logits, row by row.
+"""
 
 from __future__ import annotations
 
@@ -29,16 +32,16 @@ logging.set_verbosity_error()
 DIRECTORY = tempfile.TemporaryDirectory()
 atexit.register(DIRECTORY.cleanup)
 
-# Each training ends with a garbage collection, which takes longer than all else while it goes through what was imported.
+# Each training ends with a garbage collection, which takes longer than all else where it goes through the imports.
 gc.freeze()
 
 V = 97
 # Gradients are the change of the parameters in one step of plain gradient descent.
 DESCENT = dict(
     output_dir=DIRECTORY.name,
-    per_device_train_batch_size=8, per_device_eval_batch_size=4, max_steps=1, learning_rate=1.0, optim="sgd", lr_scheduler_type="constant",
-    max_grad_norm=0, use_cpu=True, dataloader_pin_memory=False, report_to=[], disable_tqdm=True, save_strategy="no", logging_steps=1,
-    log_level="error", train_sampling_strategy="sequential",
+    per_device_train_batch_size=8, per_device_eval_batch_size=4, max_steps=1, learning_rate=1.0, optim="sgd",
+    lr_scheduler_type="constant", max_grad_norm=0, use_cpu=True, dataloader_pin_memory=False, report_to=[],
+    disable_tqdm=True, save_strategy="no", logging_steps=1, log_level="error", train_sampling_strategy="sequential",
 )  # fmt: skip
 
 
@@ -92,7 +95,8 @@ def trainer(model: Any, data: list[dict] | None = None, eval_data: list[dict] | 
     arguments = TrainingArguments(**{**DESCENT, **options})
     own.setdefault("data_collator", collate)
     return Trainer(
-        model, arguments, train_dataset=Dataset.from_list(data or rows()), eval_dataset=Dataset.from_list(eval_data or rows(10, 5)), **own
+        model, arguments, train_dataset=Dataset.from_list(data or rows()),
+        eval_dataset=Dataset.from_list(eval_data or rows(10, 5)), **own
     )  # fmt: skip
 
 
@@ -115,8 +119,8 @@ def sft_trainer(model: Any, data: list[dict] | None = None, eval_data: list[dict
     plain = dict(bf16=False, gradient_checkpointing=False, shuffle_dataset=False, max_length=64)
     arguments = SFTConfig(**{**DESCENT, **plain, **options})
     return SFTTrainer(
-        model, arguments, train_dataset=Dataset.from_list(data or rows()), eval_dataset=Dataset.from_list(eval_data or rows(10, 5)),
-        **own,
+        model, arguments, train_dataset=Dataset.from_list(data or rows()),
+        eval_dataset=Dataset.from_list(eval_data or rows(10, 5)), **own,
     )  # fmt: skip
 
 
@@ -145,7 +149,10 @@ def log_probs(model: Any, ids: list[int]) -> Tensor:
 
 
 def expected(model: Any, data: list[dict], objective: str, reference: Any = None) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradients of all rows as one batch; the objective is "ce", "dft", "talr" (τ median), "talr2" (τ = 2) or "lawf"."""
+    """Loss and gradients of all rows as one batch.
+
+    The objective is "ce", "dft", "talr" (τ median), "talr2" (τ = 2) or "lawf".
+    """
     parts = []
     for row in data:
         labels = torch.tensor(row["labels"][1:])

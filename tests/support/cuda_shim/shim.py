@@ -27,7 +27,7 @@ class Shim:
 
     @contextmanager
     def setting(self, cluster_limit: int = 0, backwards: bool = False) -> Iterator[None]:
-        """Bytes of shared memory a block of a cluster may have, 0: no clusters; blocks, warps, lanes in reverse order."""
+        """Bytes of shared memory a block of a cluster may have (0: no clusters); everything in reverse order."""
         self.functions.shim_set(cluster_limit, backwards)
         try:
             yield

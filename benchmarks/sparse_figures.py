@@ -1,0 +1,137 @@
+"""The figures and tables of docs/method.md and docs/benchmarks.md, from the results kept in benchmarks/results."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import texts
+from sparse_accuracy import accuracy_line, groups_line
+from sparse_speed import speed_line
+from sparse_states import PICTURES, RESULTS
+
+
+def figures() -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    error_figure(json.loads((RESULTS / "sparse-accuracy.json").read_text()))
+    time_figure(json.loads((RESULTS / "sparse-speed-cpu.json").read_text())["split"])
+    training = RESULTS / "training.json"
+    if training.is_file():
+        training_figure(json.loads(training.read_text())["runs"])
+
+
+def error_figure(record: dict) -> None:
+    """Error of dx and dW against entries kept."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4.4), sharey=True)
+    for axis, what, gradient in zip(axes, (0, 1), ("dx", "dW"), strict=True):
+        for kind, color in zip(texts.TUNED, ("tab:blue", "tab:orange"), strict=True):
+            points = [p for p in record["curve"] if p["text"] == kind]
+            entries = [p["entries"] for p in points]
+            axis.plot(entries, [100 * p["ours"][what] for p in points], "o-", color=color, label=f"{kind}: S + m qᵀ")
+            axis.plot(entries, [100 * p["dropped"][what] for p in points], "o--", color=color, alpha=0.5,
+                      label=f"{kind}: tail dropped")  # fmt: skip
+            default = next(p for p in points if p["threshold"] == record["threshold"])
+            axis.plot(default["entries"], 100 * default["ours"][what], "o", color=color, markersize=11)
+            plain = next(r for r in record["rows"] if r["text"] == kind and r["loss"] == "cross-entropy")["plain bf16"]
+            axis.axhline(
+                100 * plain[what], color=color, linewidth=1, linestyle=":", label=f"{kind}: plain bf16, all entries"
+            )
+        axis.set(xscale="log", yscale="log", xlabel="entries kept per token", title=gradient)
+        axis.set_xticks([25, 50, 100, 200, 400, 800], ["25", "50", "100", "200", "400", "800"])
+        axis.set_yticks([0.01, 0.03, 0.1, 0.3, 1, 3, 10], ["0.01", "0.03", "0.1", "0.3", "1", "3", "10"])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("relative L2 error, %")
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, ncols=2, loc="upper center")
+    _write(figure, "sparse-error.png", top=0.86)
+
+
+def time_figure(split: list[dict]) -> None:
+    """Shares of one call's time."""
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(9, 3.2))
+    labels = [f"D = {s['D']}, {s['dtype']}" for s in split]
+    left = [0.0] * len(labels)
+    colors = ("tab:gray", "tab:green", "tab:olive", "tab:blue", "tab:orange", "tab:red")
+    for (part, _), color in zip(split[0]["parts"].items(), colors, strict=True):
+        share = [s["parts"][part] / s["seconds"] * 100 for s in split]
+        axis.barh(labels, share, left=left, label=part, color=color)
+        left = [a + b for a, b in zip(left, share, strict=True)]
+    alone = [s["gemm_seconds"] / s["seconds"] * 100 for s in split]
+    axis.plot(alone, labels, "k|", markersize=24, markeredgewidth=2, label="torch.mm alone")
+    axis.set(xlabel="% of forward + backward, cross-entropy, N = 2048, V = 49,152", xlim=(0, 5 + max([100, *alone])))
+    axis.invert_yaxis()
+    handles, names = axis.get_legend_handles_labels()
+    figure.legend(handles, names, fontsize=8, ncols=3, loc="upper center", markerscale=0.4)
+    _write(figure, "sparse-time.png", top=0.82)
+
+
+def training_figure(runs: dict) -> None:
+    """Losses with exact and with sparse gradients, and their difference."""
+    import matplotlib.pyplot as plt
+
+    names = sorted({key.rsplit(" ", 1)[0] for key in runs}, reverse=True)
+    figure, axes = plt.subplots(2, len(names), figsize=(3 * len(names), 4.6), sharex=True, squeeze=False)
+    for column, name in enumerate(names):
+        exact, sparse = (runs[f"{name} {g}"]["losses"] for g in ("exact", "sparse"))
+        axes[0][column].plot(exact, color="black", label="exact")
+        axes[0][column].plot(sparse, "--", color="tab:red", label="sparse")
+        axes[0][column].set(title=name)
+        difference = [100 * abs(a - b) / abs(a) for a, b in zip(exact, sparse, strict=True)]
+        axes[1][column].plot(difference, color="tab:red")
+        axes[1][column].axhline(0.5, color="black", linewidth=1, linestyle=":")
+        axes[1][column].set(xlabel="step", ylim=(0, 0.6))
+    axes[0][0].set_ylabel("loss")
+    axes[1][0].set_ylabel("difference of the losses, %")
+    axes[1][0].text(0, 0.51, "0.5 %", fontsize=9)
+    axes[0][0].legend()
+    _write(figure, "sparse-training.png")
+
+
+def tables() -> None:
+    """The tables of docs/method.md and docs/benchmarks.md, from the committed results."""
+    record = json.loads((RESULTS / "sparse-accuracy.json").read_text())
+    print("| text | loss | entries | bound, % | ours | ours, bf16 | tail dropped | plain bf16 |")
+    print("|---|---|---|---|---|---|---|---|")
+    for row in record["rows"]:
+        print(accuracy_line(row))
+    print("\n| distance | halves in the call | tolerance, % | bound, % | exact tokens | dx / dW, % |")
+    print("|---|---|---|---|---|---|")
+    for row in record["groups"]:
+        print(groups_line(row))
+    kinds = {kind: [r for r in record["rows"] if r["text"] == kind] for kind in texts.TUNED}
+    for kind, rows in kinds.items():
+        saved = ", ".join(f"{r['loss']} {r['saved_MB_per_8192']:.1f} MB" for r in rows)
+        print(f"saved for backward, N = 8192, {kind}: {saved}")
+    split = json.loads((RESULTS / "sparse-speed-cpu.json").read_text())
+    print("\n| D | dtype | s | torch.mm, s |", " | ".join(split["split"][0]["parts"]), "|")
+    print("|---|---|---|---|" + "---|" * len(split["split"][0]["parts"]))
+    for row in split["split"]:
+        parts = " | ".join(f"{100 * seconds / row['seconds']:.0f} %" for seconds in row["parts"].values())
+        print(f"| {row['D']} | {row['dtype']} | {row['seconds']:.2f} | {row['gemm_seconds']:.2f} | {parts} |")
+    for dtype in ("float32", "bfloat16"):
+        print(f"\n{dtype}\n\n| distribution | loss | D | | s | in forward GEMMs | time / ours |")
+        print("|---|---|---|---|---|---|---|")
+        for row in split["rows"]:
+            if row["dtype"] == dtype:
+                print(speed_line(row).replace(f" {dtype} |", ""))
+    training = json.loads((RESULTS / "training.json").read_text())["runs"]
+    print("\n| | loss, first and last step | largest difference at any step | largest bound |\n|---|---|---|---|")
+    for name in dict.fromkeys(key.rsplit(" ", 1)[0] for key in training):
+        exact, sparse = (training[f"{name} {g}"]["losses"] for g in ("exact", "sparse"))
+        worst = max(abs(a - b) / abs(a) for a, b in zip(exact, sparse, strict=True))
+        bound = max(training[f"{name} sparse"]["bounds"])
+        print(f"| {name} | {exact[0]:.3f}, {exact[-1]:.3f} | {100 * worst:.2f} % | {100 * bound:.1f} % |")
+
+
+def _write(figure, name: str, top: float | None = None) -> None:
+    figure.tight_layout(rect=(0, 0, 1, top or 1))
+    temporary = PICTURES / f".{name}.tmp"
+    figure.savefig(temporary, dpi=130, format="png")
+    os.replace(temporary, PICTURES / name)
+    print(f"written to docs/{name}")
