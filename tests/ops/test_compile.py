@@ -87,7 +87,8 @@ OBJECTIVES = {
     "top k": (fl.TopKDistillationLoss, {"nll_weight": 0.5}, NAMED),
     "top k, jsd, rest": (fl.TopKDistillationLoss, {"divergence": "jsd", "rest": "bucket", "temperature": 2.0}, NAMED),
     "top k, reverse, two softmaxes": (
-        fl.TopKDistillationLoss, {"divergence": "reverse", "temperature": 2.0, "nll_weight": 0.5}, NAMED | {"num_items": 9},
+        fl.TopKDistillationLoss, {"divergence": "reverse", "temperature": 2.0, "nll_weight": 0.5},
+        NAMED | {"num_items": 9},
     ),
     "own": (Own, {}, {"w": TIMES - 4.0}),
 }  # fmt: skip
