@@ -236,6 +236,28 @@ def test_flow_in_a_trainer_takes_both(tmp_path):
     assert error(step(run), gradients) < TOLERANCE
 
 
+def test_stm_in_a_trainer_takes_the_tokens(tmp_path):
+    """Those that the model finds hard before training are not learned, in rows of several lengths."""
+    model, threshold = llama(), 120.0
+    found = read(tmp_path / "initial.pt", model=model, per="token")
+    kept = total = count = 0
+    for row in DATA:
+        nll = nll_of(model, row)[1:]
+        labels = torch.tensor(row["labels"])[1:]
+        valid = labels != -100
+        easy = valid & (nll.exp() < threshold)
+        total = total - log_probs(model, row["input_ids"])[easy].gather(1, labels[easy, None]).sum()
+        kept, count = kept + int(easy.sum()), count + int(valid.sum())
+    assert 0.2 * count < kept < 0.8 * count
+    named = dict(model.named_parameters())
+    gradients = dict(zip(named, torch.autograd.grad(total / count, list(named.values())), strict=True))
+    run = trainer(
+        fl.patch(llama(), fl.STMLoss(threshold)), found.added_to(DATA), per_device_train_batch_size=11,
+        data_collator=fl.huggingface.AnchorCollator(0),
+    )  # fmt: skip
+    assert error(step(run), gradients) < TOLERANCE
+
+
 class Endless(IterableDataset):
     def __iter__(self):
         yield from DATA
