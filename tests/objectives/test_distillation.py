@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from cases import HEADS, coarse, make, name, relative
-from test_patch import VOCABULARY, batch, llama
+from patched_llama import VOCABULARY, batch, llama
 
 import fused_losses as fl
 from fused_losses import reference as oracle

@@ -65,7 +65,8 @@ def test_operators_of_the_objectives():
     opcheck(OPS.checked.default, (torch.rand(3, 2).t(), torch.rand(2, 3) > 0, "fractions", "x", 0))
     for factors in (None, torch.rand(3)):
         opcheck(OPS.combined_rows.default, (torch.randn(3, 2, requires_grad=True), factors, torch.float32))
-    opcheck(OPS.median_temperature.default, (torch.rand(4), torch.arange(4) // 2, torch.arange(4) > 0))
+    for way in ("linear", "lower"):
+        opcheck(OPS.median_temperature.default, (torch.rand(4), torch.arange(4) // 2, torch.arange(4) > 0, way))
 
 
 def test_saved_bytes_are_the_tensors():
