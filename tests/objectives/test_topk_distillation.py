@@ -14,7 +14,8 @@ import fused_losses as fl
 from fused_losses import backends
 from fused_losses import reference as oracle
 
-SHAPES = [(3, 3, 9), (33, 17, 123), (129, 65, 507)]
+# Not smaller: of nine ids one may hold all, and what is left of the renormalised gradient is rounding in float32.
+SHAPES = [(7, 5, 23), (33, 17, 123), (129, 65, 507)]
 KINDS = [
     dict(divergence=divergence, rest=rest, beta=0.3)
     for divergence, rest in itertools.product(("forward", "reverse", "jsd"), ("none", "bucket"))
