@@ -85,6 +85,12 @@ def test_gradcheck(reference, frozen):
     assert torch.autograd.gradcheck(outputs, leaves, eps=1e-6, atol=1e-7, rtol=1e-5)
 
 
+def entries(n):
+    """Of a teacher."""
+    logprobs = torch.tensor([0.5, 0.2, 0.1], dtype=torch.float64).log()
+    return {"teacher_ids": torch.tensor([1, 7, 30]).expand(n, 3), "teacher_logprobs": logprobs.expand(n, 3)}
+
+
 OBJECTIVES = {
     "CrossEntropy": (fl.CrossEntropyLoss, lambda z, r, y, c: oracle.cross_entropy(z, y)),
     "TALR": (fl.TALRLoss, lambda z, r, y, c: oracle.talr(z, y, oracle.talr_temperature(oracle.nll(z, y), y * 0))),
@@ -92,6 +98,14 @@ OBJECTIVES = {
     "DFT": (fl.DFTLoss, lambda z, r, y, c: oracle.dft(z, y)),
     "ASFT": (fl.ASFTLoss, lambda z, r, y, c: oracle.asft(z, r, y)),
     "EAFT": (fl.EAFTLoss, lambda z, r, y, c: oracle.eaft(z, y)),
+    "JSD": (
+        lambda **o: fl.JSDLoss(0.3, 2.0, 0.5, **o),
+        lambda z, r, y, c: oracle.jsd(z, r, y, 0.3, 2.0, 0.5),
+    ),
+    "TopK": (
+        lambda **o: fl.TopKDistillationLoss("jsd", rest="bucket", **o),
+        lambda z, r, y, c: oracle.topk_distillation(z, y, *entries(len(y)).values(), "jsd", rest="bucket"),
+    ),
 }
 
 
@@ -109,7 +123,9 @@ def test_objectives(objective, reference, gradient, small_chunks):
     mine = inputs("a", reference).cast(torch.float64)
     hidden, head, labels, ref = mine.arguments()
     more = {"confidence": confidence[None]} if objective == "LAwF" else {}
-    if objective in ("LAwF", "ASFT"):
+    if objective == "TopK":  # the same for all tokens, as those without a label are left out above
+        more = {name: values[None] for name, values in entries(len(given.labels)).items()}
+    if objective in ("LAwF", "ASFT", "JSD"):
         more["reference"] = fl.Reference(ref.hidden[None], _batched(ref.head))
     with coarse(1e-30, capacity=V, chunk_bytes=1):
         value = make_loss(gradient=gradient)(hidden[None], head, labels[None], **more)

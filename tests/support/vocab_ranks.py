@@ -67,6 +67,9 @@ OBJECTIVES = {
     "MaskTheTarget": (lambda **o: fl.MaskTheTargetLoss(0.5, **o), "own"),
     "STM-kept": (lambda **o: fl.STMLoss(40.0, "kept_mean", **o), "shared"),
     "LAwF-target": (lambda **o: fl.LAwFLoss(reduction="group_mean", target_probability=0.1, **o), "shared"),
+    "JSD": (lambda **o: fl.JSDLoss(0.3, 2.0, 0.5, **o), "own"),
+    "TopK": (lambda **o: fl.TopKDistillationLoss(temperature=2.0, nll_weight=0.5, **o), None),
+    "TopK-jsd-bucket": (lambda **o: fl.TopKDistillationLoss("jsd", rest="bucket", **o), None),
     "EAFT": (fl.EAFTLoss, None),
     "EAFT-top-2": (lambda **o: fl.EAFTLoss(top_k=2, **o), None),
     "EAFT-top-all": (lambda **o: fl.EAFTLoss(top_k=1000, **o), None),
@@ -141,6 +144,10 @@ def objective(name: str, case: Case, inputs, **options) -> dict[str, Tensor]:
         given["reference"] = replace(reference, hidden=reference.hidden.reshape(3, -1, D))
     elif reference is not None:
         given["reference"] = replace(reference, hidden=reference.hidden.reshape(3, -1, D))
+    if name.startswith("TopK"):
+        ids = (torch.arange(len(case.labels))[:, None] + torch.tensor([0, 31, 60, 92])) % V  # on all ranks
+        given["teacher_ids"] = ids.reshape(3, -1, 4)
+        given["teacher_logprobs"] = torch.tensor([0.4, 0.2, 0.1, 0.05]).log().expand(ids.shape).reshape(3, -1, 4)
     loss = make_objective(**options)(hidden.reshape(3, -1, D), head, case.labels.reshape(3, -1), **given)
     return {"loss": loss.detach()} | gradients(2.5 * loss, hidden, head)
 
