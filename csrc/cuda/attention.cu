@@ -1,9 +1,9 @@
 // Vocabulary attention: decode attention with query hidden[t] and keys = values = the entries' rows of the weight.
 //
-// attention gathers entries·D·itemsize bytes of the weight, once for both the dot products and the sums, reads (1 or 2)·N·D
-// of hidden states and 4 bytes an entry, writes 4 or 8 bytes an entry and (0, 1 or 2)·N·D. 4·entries·D FLOP, 8 with a
-// reference. Floor: entries·D·itemsize / bandwidth, that of L2 for rows that recur: for 8,192 tokens of 200 entries at
-// D = 4096 in bf16 13.4 GB, 2.4 ms at 5.5 TB/s (estimated, not measured).
+// attention gathers entries·D·itemsize bytes of the weight, once for both the dot products and the sums, reads
+// (1 or 2)·N·D of hidden states and 4 bytes an entry, writes 4 or 8 bytes an entry and (0, 1 or 2)·N·D.
+// 4·entries·D FLOP, 8 with a reference. Floor: entries·D·itemsize / bandwidth, that of L2 for rows that recur: for
+// 8,192 tokens of 200 entries at D = 4096 in bf16 13.4 GB, 2.4 ms at 5.5 TB/s (estimated, not measured).
 // entry_logits gathers the same and writes 4 bytes an entry; 2·entries·D FLOP; the same floor.
 #include "common.cuh"
 
@@ -28,9 +28,9 @@ struct Token {
   }
 };
 
-// Of one thread's or one token's entries: see `kept` in fused_losses/kernels/schemas.py.
+// The sums of one thread's or one token's entries, by the names of the rows of `kept`.
 struct Kept {
-  float x[4];
+  float x[KEPTS];
 };
 
 struct Values {
@@ -63,13 +63,13 @@ __device__ __forceinline__ Values values_of(const Attention& a, const Token& tok
   const float slope = a.softcap > 0 ? cap.slope(z) : 1;
   const float log_p = (z - token.top) - token.log_sum, p = expf(log_p);
   Values values = {(is_label ? token.label_value : p) * slope, 0};
-  kept.x[0] += is_label ? 0 : p * slope;
+  kept.x[KEPT] += is_label ? 0 : p * slope;
   if constexpr (REFERENCE) {
     const float log_p_ref = (r - token.ref_top) - token.ref_log_sum, x = d - token.totals_shift;
     values.kl = Gap(log_p, log_p_ref, d - token.shift).gap * slope;
-    kept.x[1] += values.kl;
-    kept.x[2] += fabsf(values.kl);
-    kept.x[3] += fabsf(Gap(log_p_ref + x, log_p_ref, x).gap * slope);
+    kept.x[KEPT_GAP] += values.kl;
+    kept.x[KEPT_GAP_L1] += fabsf(values.kl);
+    kept.x[KEPT_GAP_L1_OF_TOTALS] += fabsf(Gap(log_p_ref + x, log_p_ref, x).gap * slope);
   }
   return values;
 }
@@ -92,12 +92,59 @@ struct Division {
   static constexpr int64_t LARGEST = WARPS * ELEMENTS_OF_WARP;  // D: 1,024 and 8,192
 };
 
-// One block a token. Word k of thread i is number k · threads + i of a row; a thread sees only its own part of hidden and
-// difference, which stay in shared memory to save registers. GROUP entries at a time: every thread loads its part of GROUP
-// rows of the weight and multiplies; the dot products meet in shared memory; every warp then forms the GROUP values itself,
-// lane g that of entry g, and adds its part of the rows, still in registers, to its sums.
+// A warp's part of the dot products of x, whose words are in shared memory, with GROUP rows: to its GROUP of `partial`.
+template <class T, int GROUP, int WORDS>
+__device__ __forceinline__ void dot_products(const uint4* x_words, const uint4 (&words)[GROUP][WORDS],
+                                             int threads, int thread, float* partial) {
+  constexpr int E = ELEMENTS<T>;
+  const int lane = thread % 32, warp = thread / 32;
+  float dot[GROUP] = {};
+#pragma unroll
+  for (int k = 0; k < WORDS; k++) {
+    float x[E], w[E];
+    unpack<T>(x_words[k * threads + thread], x);
+#pragma unroll
+    for (int g = 0; g < GROUP; g++) {
+      unpack<T>(words[g][k], w);
+#pragma unroll
+      for (int e = 0; e < E; e++) dot[g] = fmaf(x[e], w[e], dot[g]);
+    }
+  }
+  const float sum = warp_sums<GROUP>(dot, lane);
+  if (lane % (32 / GROUP) == 0) partial[warp * GROUP + lane / (32 / GROUP)] = sum;
+}
+
+// Adds value · row for GROUP rows, still in registers; lane g has the values of row g.
+template <class T, bool REFERENCE, int GROUP, int WORDS, int KL_WORDS>
+__device__ __forceinline__ void add_products(const Values& values, uint4 (&words)[GROUP][WORDS],
+                                             float (&nll_sum)[WORDS][ELEMENTS<T>],
+                                             float (&kl_sum)[KL_WORDS][ELEMENTS<T>]) {
+  constexpr int E = ELEMENTS<T>;
+#pragma unroll
+  for (int g = 0; g < GROUP; g++) {
+    const float nll_value = __shfl_sync(ALL_LANES, values.nll, g);
+    const float kl_value = REFERENCE ? __shfl_sync(ALL_LANES, values.kl, g) : 0;
+#pragma unroll
+    for (int k = 0; k < WORDS; k++) {
+      float w[E];
+      keep_packed(words[g][k]);
+      unpack<T>(words[g][k], w);
+#pragma unroll
+      for (int e = 0; e < E; e++) {
+        nll_sum[k][e] = fmaf(nll_value, w[e], nll_sum[k][e]);
+        if constexpr (REFERENCE) kl_sum[k][e] = fmaf(kl_value, w[e], kl_sum[k][e]);
+      }
+    }
+  }
+}
+
+// One block a token. Word k of thread i is number k · threads + i of a row; a thread sees only its own part of hidden
+// and difference, which stay in shared memory to save registers. GROUP entries at a time: every thread loads its part
+// of GROUP rows of the weight and multiplies; the dot products meet in shared memory; every warp then forms the GROUP
+// values itself, lane g that of entry g, and adds its part of the rows, still in registers, to its sums.
 template <class T, int SIZE, bool REFERENCE>
-__global__ __launch_bounds__(32 * Division<T, SIZE>::WARPS, SIZE == 0 ? 5 : 1) void attention_kernel(const Attention a) {
+__global__ __launch_bounds__(32 * Division<T, SIZE>::WARPS, SIZE == 0 ? 5 : 1) void attention_kernel(
+    const Attention a) {
   constexpr int E = ELEMENTS<T>, WORDS = Division<T, SIZE>::WORDS;
   constexpr int GROUP = (REFERENCE && sizeof(T) == 2 ? 4 : 8) / WORDS;  // more would spill registers
   FL_DYNAMIC_SHARED(shared);
@@ -110,6 +157,7 @@ __global__ __launch_bounds__(32 * Division<T, SIZE>::WARPS, SIZE == 0 ? 5 : 1) v
   const T* weight = static_cast<const T*>(a.weight);
   const bool shared_head = REFERENCE && a.difference;
 
+  // Load x
   uint4* hidden = reinterpret_cast<uint4*>(shared);
   uint4* difference = hidden + WORDS * threads;
 #pragma unroll
@@ -126,6 +174,8 @@ __global__ __launch_bounds__(32 * Division<T, SIZE>::WARPS, SIZE == 0 ? 5 : 1) v
   int parity = 0;
   for (int64_t j = begin; j < end; j += GROUP, parity ^= 1) {
     const int count = end - j < GROUP ? static_cast<int>(end - j) : GROUP;
+
+    // Read the group
     const int column = next;  // lane g: of entry j + g
     uint4 words[GROUP][WORDS];
 #pragma unroll
@@ -137,26 +187,12 @@ __global__ __launch_bounds__(32 * Division<T, SIZE>::WARPS, SIZE == 0 ? 5 : 1) v
     }
     next = lane < GROUP && j + GROUP + lane < end ? a.columns[j + GROUP + lane] : 0;
 
-    const auto dots = [&](const uint4* factor, float* out) {
-      float dot[GROUP] = {};
-#pragma unroll
-      for (int k = 0; k < WORDS; k++) {
-        float x[E], w[E];
-        unpack<T>(factor[k * threads + thread], x);
-#pragma unroll
-        for (int g = 0; g < GROUP; g++) {
-          unpack<T>(words[g][k], w);
-#pragma unroll
-          for (int e = 0; e < E; e++) dot[g] = fmaf(x[e], w[e], dot[g]);
-        }
-      }
-      const float sum = warp_sums<GROUP>(dot, lane);
-      if (lane % (32 / GROUP) == 0) out[warp * GROUP + lane / (32 / GROUP)] = sum;
-    };
-    dots(hidden, partial[parity][0][0]);
-    if (shared_head) dots(difference, partial[parity][1][0]);
+    // Dot products
+    dot_products<T>(hidden, words, threads, thread, partial[parity][0][0]);
+    if (shared_head) dot_products<T>(difference, words, threads, thread, partial[parity][1][0]);
     __syncthreads();  // the only one: the next group writes to the other half of `partial`
 
+    // Values
     Values values = {0, 0};
     if (lane < count) {
       float product = 0, product_difference = 0;
@@ -170,28 +206,15 @@ __global__ __launch_bounds__(32 * Division<T, SIZE>::WARPS, SIZE == 0 ? 5 : 1) v
       }
     }
 
+    // Sums
     if (a.nll_rows == nullptr && (!REFERENCE || a.kl_rows == nullptr)) continue;
-#pragma unroll
-    for (int g = 0; g < GROUP; g++) {
-      const float nll_value = __shfl_sync(ALL_LANES, values.nll, g);
-      const float kl_value = REFERENCE ? __shfl_sync(ALL_LANES, values.kl, g) : 0;
-#pragma unroll
-      for (int k = 0; k < WORDS; k++) {
-        float w[E];
-        keep_packed(words[g][k]);
-        unpack<T>(words[g][k], w);
-#pragma unroll
-        for (int e = 0; e < E; e++) {
-          nll_sum[k][e] = fmaf(nll_value, w[e], nll_sum[k][e]);
-          if constexpr (REFERENCE) kl_sum[k][e] = fmaf(kl_value, w[e], kl_sum[k][e]);
-        }
-      }
-    }
+    add_products<T, REFERENCE>(values, words, nll_sum, kl_sum);
   }
 
+  // Store
   if (warp == 0) {
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < KEPTS; i++) {
       const float sum = warp_sum(kept.x[i]);
       if (lane == 0) a.kept[i * a.tokens + t] = sum;
     }
@@ -228,8 +251,8 @@ __device__ __forceinline__ float warp_dot(const T* x, const T* row, int64_t D, i
 
 constexpr int PART_THREADS = 256, PART_WARPS = PART_THREADS / 32;
 
-// The same for any D and any alignment, one block a token, in two steps that gather the weight once each: the values, one
-// warp an entry; then the sums, part of D by part.
+// The same for any D and any alignment, one block a token, in two steps that gather the weight once each: the values,
+// one warp an entry; then the sums, part of D by part.
 template <class T, bool REFERENCE, bool VECTOR>
 __global__ __launch_bounds__(PART_THREADS) void attention_parts_kernel(const Attention a) {
   constexpr int E = ELEMENTS<T>, GROUP = 4;
@@ -257,7 +280,7 @@ __global__ __launch_bounds__(PART_THREADS) void attention_parts_kernel(const Att
   }
   if (lane == 0) of_warp[warp] = kept;
   __syncthreads();  // also for the values in global memory
-  if (thread < 4) {
+  if (thread < KEPTS) {
     float sum = 0;
     for (int w = 0; w < PART_WARPS; w++) sum += of_warp[w].x[thread];
     a.kept[thread * a.tokens + t] = sum;

@@ -1,4 +1,5 @@
-// What ops.cpp (checks, registration) and the .cu files (kernels, launches) have in common. Plain C++, no torch, no CUDA.
+// What ops.cpp (checks, registration) and the .cu files (kernels, launches) have in common. Plain C++ without torch and
+// CUDA.
 //
 // Tensors are contiguous; N tokens, D hidden, V vocabulary. Each function queues its kernels on a stream of the current
 // device and throws std::runtime_error, with the kernel's name, where a launch is refused.
@@ -19,6 +20,9 @@ constexpr int64_t SPLIT = 512;
 
 // The rows of the tensor `rows` [9, N], as in fused_losses/kernels/schemas.py.
 enum Row { TOP, LOG_SUM, REF_TOP, REF_LOG_SUM, SHIFT, REST, GAP, GAP_L1, TOTALS_SHIFT, ROWS };
+
+// The rows of the tensor `kept` [4, N], likewise.
+enum KeptRow { KEPT, KEPT_GAP, KEPT_GAP_L1, KEPT_GAP_L1_OF_TOTALS, KEPTS };
 
 struct RowStatistics {
   int64_t tokens, vocabulary;

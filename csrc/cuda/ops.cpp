@@ -1,6 +1,6 @@
-// The CUDA implementations of the operators GPU_SCHEMAS of fused_losses/kernels/schemas.py: checks, then the launch. Built on
-// PyTorch's stable ABI, and without libtorch_cuda, so that one library serves CPU and CUDA builds of torch 2.11 and later.
-// Labels, columns and offsets are trusted: looking at them would wait for the device.
+// The CUDA implementations of the operators GPU_SCHEMAS of fused_losses/kernels/schemas.py: checks, then the launch.
+// Built on PyTorch's stable ABI, and without libtorch_cuda, so that one library serves CPU and CUDA builds of torch
+// 2.11 and later. Labels, columns and offsets are trusted: looking at them would wait for the device.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -116,7 +116,8 @@ class OnDevice {
       void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
       return reinterpret_cast<Function>(library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr);
     }();
-    STD_TORCH_CHECK(current, "the current CUDA stream: expected torch to be a CUDA build, got one without libtorch_cuda");
+    STD_TORCH_CHECK(current,
+                    "the current CUDA stream: expected torch to be a CUDA build, got one without libtorch_cuda");
     void* stream = nullptr;
     STD_TORCH_CHECK(current(index_, &stream) == 0, "the current CUDA stream of device ", index_, " cannot be had");
     return static_cast<Stream>(stream);
@@ -207,7 +208,8 @@ void entry_logits_op(const Tensor& hidden, const Tensor& weight, const Optional&
 }
 
 // hidden, difference [N, D], weight [V, D] of one dtype; bias [V]; labels, nll [N]; offsets [N + 1]; columns,
-// entry_reference, nll_values, kl_values [entries]; rows [9, N]; kept [4, N]; nll_rows, kl_rows [N, D] float32 or that dtype
+// entry_reference, nll_values, kl_values [entries]; rows [9, N]; kept [4, N]; nll_rows, kl_rows [N, D] float32 or that
+// dtype
 void attention_op(const Tensor& hidden, const Optional& difference, const Optional& entry_reference,
                   const Tensor& weight, const Optional& bias, const Tensor& labels, const Tensor& offsets,
                   const Tensor& columns, const Tensor& rows, const Tensor& nll, double scale, double softcap,
@@ -238,7 +240,7 @@ void attention_op(const Tensor& hidden, const Optional& difference, const Option
   a.scale = static_cast<float>(scale), a.softcap = static_cast<float>(softcap);
   a.nll_values = check.floats(nll_values, "nll_values", {entries});
   a.kl_values = check.floats(kl_values, "kl_values", {entries});
-  a.kept = check.floats(kept, "kept", {4, N});
+  a.kept = check.floats(kept, "kept", {KEPTS, N});
   const Optional& some_rows = nll_rows ? nll_rows : kl_rows;
   a.rows_in_float = some_rows && some_rows->scalar_type() == ScalarType::Float;
   const ScalarType rows_type = a.rows_in_float ? ScalarType::Float : type;
@@ -248,8 +250,8 @@ void attention_op(const Tensor& hidden, const Optional& difference, const Option
   attention(a, element, device.stream());
 }
 
-// offsets [I + 1]; columns, values [entries]; matrix [M, D]; scale [I]; vector [D]; base [I, D]; hot [H]; hot_first [H + 1];
-// partial [slots, D]; out [I, D]
+// offsets [I + 1]; columns, values [entries]; matrix [M, D]; scale [I]; vector [D]; base [I, D]; hot [H];
+// hot_first [H + 1]; partial [slots, D]; out [I, D]
 void segment_product_op(const Tensor& offsets, const Tensor& columns, const Tensor& values, const Tensor& matrix,
                         const Tensor& scale, const Tensor& vector, const Optional& base, double base_scale,
                         const Tensor& hot, const Tensor& hot_first, Tensor partial, Tensor out) {
@@ -286,7 +288,9 @@ void segment_product_op(const Tensor& offsets, const Tensor& columns, const Tens
 #ifdef FUSED_LOSSES_ON_CPU
 STABLE_TORCH_LIBRARY_IMPL(fused_losses, CPU, m) {
 #else
-STABLE_TORCH_LIBRARY_IMPL(fused_losses, CompositeExplicitAutograd, m) { m.impl("cuda_interface", TORCH_BOX(&interface_op)); }
+STABLE_TORCH_LIBRARY_IMPL(fused_losses, CompositeExplicitAutograd, m) {
+  m.impl("cuda_interface", TORCH_BOX(&interface_op));
+}
 STABLE_TORCH_LIBRARY_IMPL(fused_losses, CUDA, m) {
 #endif
   m.impl("row_statistics", TORCH_BOX(&row_statistics_op));

@@ -1,17 +1,18 @@
 // row_statistics: everything that is known of a token from its row of logits, with and without a reference.
 //
 // Reads 4·V bytes a row, 8·V with a reference; writes some 60 bytes. About 25 operations a logit, 90 with a reference.
-// Floor: 4·N·V (8·N·V) / HBM bandwidth: 0.16 ms (0.31 ms) per 1,024 tokens at V = 128,256 and 3.35 TB/s (data sheet of the
-// H100; estimated, not measured).
-// Without a reference one pass is enough. With one a second pass needs the totals of the first: a cluster of blocks holds
-// the row in its shared memory and reads it once (sm_90 and later); elsewhere the row is read twice, 16·V bytes.
+// Floor: 4·N·V (8·N·V) / HBM bandwidth: 0.16 ms (0.31 ms) per 1,024 tokens at V = 128,256 and 3.35 TB/s (data sheet of
+// the H100; estimated, not measured).
+// Without a reference one pass is enough. With one a second pass needs the totals of the first: a cluster of blocks
+// holds the row in its shared memory and reads it once (sm_90 and later); elsewhere the row is read twice, 16·V bytes.
 #include "common.cuh"
 
 namespace fused_losses::cuda {
 namespace {
 
 constexpr int THREADS = 512, WARPS = THREADS / 32;
-// A block with less than this leaves room for a second one on the same multiprocessor: one loads while the other computes.
+// A block with less than this leaves room for a second one on the same multiprocessor: one loads while the other
+// computes.
 constexpr int64_t SHARED_FOR_TWO = 100 << 10, SHARED_AT_MOST = 200 << 10;
 
 // The sum over logits but the label's, kept so that nothing cancels: the largest apart, the others relative to it.
@@ -180,8 +181,9 @@ __device__ __forceinline__ Floats<WIDTH> load(const float* p, int64_t piece, int
   return out;
 }
 
-// One row a cluster (of one block where not HELD). HELD: the finished row stays in shared memory between the passes; each
-// thread reads what it wrote itself. WIDTH: floats a load.
+// One row a cluster (of one block where not HELD). HELD: the finished row stays in shared memory between the passes;
+// each thread reads what it wrote itself. WIDTH: floats a load. Not divided into functions, which changes its machine
+// code.
 template <bool REFERENCE, bool HELD, int WIDTH>
 __device__ __forceinline__ void row(const RowStatistics& a, unsigned char* shared, unsigned rank, unsigned blocks) {
   constexpr int BATCH = REFERENCE ? 2 : 4;  // loads in flight, of each of z and r
@@ -196,6 +198,7 @@ __device__ __forceinline__ void row(const RowStatistics& a, unsigned char* share
   const int label = static_cast<int>(a.labels[t]);
   const Finish finish(a);
 
+  // First pass: sums over logits but the label's
   SumsOfBoth sums;
   sums.z.clear(), sums.r.clear();
   for (int64_t batch = begin + thread; batch < end; batch += BATCH * THREADS) {
@@ -237,6 +240,7 @@ __device__ __forceinline__ void row(const RowStatistics& a, unsigned char* share
     }
   }
 
+  // Sums of the cluster, in every thread
   sums.z.merge_warp();
   if constexpr (REFERENCE) sums.r.merge_warp();
   if (lane == 0) exchange.warps[warp] = sums;
@@ -265,6 +269,7 @@ __device__ __forceinline__ void row(const RowStatistics& a, unsigned char* share
   __syncthreads();
   sums = exchange.all;
 
+  // Results of the first pass
   const bool writes = thread == 0 && rank == 0;
   const Logits at_label = REFERENCE ? finish(z_row[label], r_row[label]) : Logits{finish.alone(z_row[label]), 0, 0};
   const Totals total(sums.z, at_label.z, label, finish.cap.cap > 0);
@@ -282,6 +287,7 @@ __device__ __forceinline__ void row(const RowStatistics& a, unsigned char* share
     if (writes)
       for (const Row row : {REF_TOP, REF_LOG_SUM, SHIFT, GAP, GAP_L1, TOTALS_SHIFT}) rows[row * N] = 0;
   } else {
+    // Second pass: p − p_ref
     const Totals reference(sums.r, at_label.r, label, false);
     const float shift = (total.top - reference.top) + (total.log_sum - reference.log_sum);
     GapSums gaps = {0, 0, 0};
@@ -311,6 +317,8 @@ __device__ __forceinline__ void row(const RowStatistics& a, unsigned char* share
         }
       }
     }
+
+    // Sums of the cluster, in the thread that writes
     gaps = {warp_sum(gaps.excess), warp_sum(gaps.sloped), warp_sum(gaps.l1)};
     if (lane == 0) exchange.gap_warps[warp] = gaps;
     __syncthreads();
@@ -329,6 +337,8 @@ __device__ __forceinline__ void row(const RowStatistics& a, unsigned char* share
         }
     }
 #endif
+
+    // Results of the second pass
     if (writes) {
       if (a.kl) a.kl[t] = gaps.excess < 0 ? 0 : gaps.excess;
       if (a.reference_nll) a.reference_nll[t] = reference.nll;

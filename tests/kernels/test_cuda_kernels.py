@@ -166,10 +166,16 @@ def test_no_tokens(shim):
     ops.entry_logits(empty, empty, None, torch.zeros(1, dtype=torch.int64), ids.int(), empty[:, 0])
 
 
+def _enumerators(header: str, enum: str) -> list[str]:
+    """All but the last, which is their number."""
+    return header.partition(f"enum {enum} {{")[2].partition("}")[0].strip().split(", ")[:-1]
+
+
 def test_numbers_that_stand_twice():
-    """SPLIT, the rows' names and the interface, in schemas.py and in csrc/cuda."""
+    """SPLIT, the names of the rows of `rows` and `kept`, and the interface, in schemas.py and in csrc/cuda."""
     header, registration = ((build.sources() / name).read_text() for name in ("kernels.h", "ops.cpp"))
     assert f"SPLIT = {schemas.SPLIT};" in header
-    names = header.partition("enum Row {")[2].partition("}")[0].split(", ")
-    assert [name.strip() for name in names[:-1]] == [row.name for row in schemas.Row]
+    assert _enumerators(header, "Row") == [row.name for row in schemas.Row]
+    kept = {name: row for name, row in vars(schemas).items() if name.startswith("KEPT")}
+    assert _enumerators(header, "KeptRow") == sorted(kept, key=kept.get)
     assert f"interface_op() {{ return {schemas.CUDA_INTERFACE}; }}" in registration
