@@ -92,8 +92,10 @@ int threads();
 
 template <class F>
 void parallel(int64_t count, const F& f) {
-  parallel(count, [](int64_t begin, int64_t end, const void* context) { (*static_cast<const F*>(context))(begin, end); },
-           &f);
+  const auto range = [](int64_t begin, int64_t end, const void* context) {
+    (*static_cast<const F*>(context))(begin, end);
+  };
+  parallel(count, range, &f);
 }
 
 }  // namespace fused_losses

@@ -72,7 +72,8 @@ bool product(const T* hidden, const T* weight, const float* bias, float* out, in
         const int64_t depth = std::min(DEPTH, D - k);
         for (int64_t p = 0; p < panels; p++)
           brgemm(rows, TOKENS, depth, D, TOKENS, TOKENS, k > 0, (const Argument*)(weight + first * D + k),
-                 (const Argument*)(packed.data + p * TOKENS * D + k * TOKENS), tile.data + p * TOKENS * VOCABULARY, vnni);
+                 (const Argument*)(packed.data + p * TOKENS * D + k * TOKENS), tile.data + p * TOKENS * VOCABULARY,
+                 vnni);
       }
       for (int64_t t = 0; t < N; t++) {
         const float* from = tile.data + t / TOKENS * TOKENS * VOCABULARY + t % TOKENS;

@@ -1,5 +1,5 @@
-// The CPU implementations of the operators whose schemas are in fused_losses/kernels/schemas.py. Shapes and dtypes are checked
-// there; here they are trusted. Built on PyTorch's stable ABI: one binary serves 2.11 and later.
+// The CPU implementations of the operators whose schemas are in fused_losses/kernels/schemas.py. Shapes and dtypes are
+// checked there; here they are trusted. Built on PyTorch's stable ABI: one binary serves 2.11 and later.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -59,9 +59,10 @@ Chunk chunk_of(const Tensor& z, const std::optional<Tensor>& r, bool difference,
 }
 
 void compact_op(const Tensor& z, const std::optional<Tensor>& r, bool difference, const Tensor& labels, double softcap,
-                double threshold, Tensor nll, Tensor prediction, std::optional<Tensor> kl, std::optional<Tensor> entropy,
-                std::optional<Tensor> reference_nll, std::optional<Tensor> reference_entropy, Tensor rows, Tensor counts,
-                Tensor columns, Tensor nll_values, std::optional<Tensor> kl_values) {
+                double threshold, Tensor nll, Tensor prediction, std::optional<Tensor> kl,
+                std::optional<Tensor> entropy, std::optional<Tensor> reference_nll,
+                std::optional<Tensor> reference_entropy, Tensor rows, Tensor counts, Tensor columns, Tensor nll_values,
+                std::optional<Tensor> kl_values) {
   const Chunk chunk = chunk_of(z, r, difference, labels, softcap);
   const int64_t n = z.size(0), stride = rows.size(1);
   float* v = data<float>(rows);  // [8, rows]: see fused_losses/kernels/schemas.py
@@ -108,7 +109,9 @@ void exact_statistics_op(const Tensor& z, const std::optional<Tensor>& r, bool d
       data<float>(nll), data<int64_t>(prediction), data<float>(lse), data<float>(kl), data<float>(entropy),
       data<float>(reference_nll), data<float>(reference_entropy), data<float>(log_p2), data<int64_t>(rank),
       data<float>(divergence), data<float>(rows), rows.size(1)};
-  parallel(z.size(0), [&](int64_t begin, int64_t end) { kernels().exact_statistics(chunk, beta, results, begin, end); });
+  parallel(z.size(0), [&](int64_t begin, int64_t end) {
+    kernels().exact_statistics(chunk, beta, results, begin, end);
+  });
 }
 
 void exact_directions_op(const Tensor& z, const std::optional<Tensor>& r, bool difference, const Tensor& labels,

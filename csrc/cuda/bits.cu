@@ -1,8 +1,8 @@
 // From one bit per logit (32 MB for 2,048 tokens and 128,256 ids) to entries row by row, in order.
 //
-// count_bits reads 4·words bytes a row and writes 8; columns_of_bits reads the same once more and writes 4 bytes an entry.
-// Integer work only, some 10 operations a word. Floor of each: 4·N·words / bandwidth, by the data sheet of the H100 10 µs for 33 MB; the second
-// reading comes from L2 where the bits fit.
+// count_bits reads 4·words bytes a row and writes 8; columns_of_bits reads the same once more and writes 4 bytes an
+// entry. Integer work only, some 10 operations a word. Floor of each: 4·N·words / bandwidth, by the data sheet of the
+// H100 10 µs for 33 MB; the second reading comes from L2 where the bits fit.
 #include "common.cuh"
 
 namespace fused_losses::cuda {

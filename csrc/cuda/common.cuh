@@ -1,6 +1,6 @@
-// What the kernels share: 16-byte words of elements, sums over a warp, the formulas of a logit and of p − p_ref, and how
-// kernels are launched. Where FUSED_LOSSES_ON_CPU is defined, tests/support/cuda_shim/cuda_on_cpu.h stands in for CUDA's
-// own headers.
+// What the kernels share: 16-byte words of elements, sums over a warp, the formulas of a logit and of p − p_ref, and
+// how kernels are launched. Where FUSED_LOSSES_ON_CPU is defined, tests/support/cuda_shim/cuda_on_cpu.h stands in for
+// CUDA's own headers.
 #pragma once
 
 #include "kernels.h"
@@ -161,8 +161,8 @@ __device__ __forceinline__ void keep_packed(uint4& word) {
   asm volatile("" : "+r"(word.x), "+r"(word.y), "+r"(word.z), "+r"(word.w));
 }
 
-// The bits of elements [first, first + 16 bytes) of a row of `size` elements, zeros beyond its end. VECTOR: the row starts
-// at a multiple of 16 bytes and so does its end.
+// The bits of elements [first, first + 16 bytes) of a row of `size` elements, zeros beyond its end. VECTOR: the row
+// starts at a multiple of 16 bytes and so does its end.
 template <class T, bool VECTOR>
 __device__ __forceinline__ uint4 load_word(const T* row, int64_t first, int64_t size) {
   if constexpr (VECTOR) {

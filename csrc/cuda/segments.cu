@@ -1,9 +1,9 @@
-// segment_product: out[i] = base_scale · base[i] + Σ_j values[j] · matrix[columns[j]] + scale[i] · vector, j over segment i.
-// With segments = tokens that is dx = S'W + m'(qᵀW), with segments = vocabulary dW = S'ᵀx + q(m'ᵀx).
+// segment_product: out[i] = base_scale · base[i] + Σ_j values[j] · matrix[columns[j]] + scale[i] · vector, j over
+// segment i. With segments = tokens that is dx = S'W + m'(qᵀW), with segments = vocabulary dW = S'ᵀx + q(m'ᵀx).
 //
 // Gathers entries·D·itemsize bytes of the matrix, reads 8 bytes an entry and 4·I·D of the base, writes I·D·itemsize.
-// 2·(entries + I)·D FLOP. Floor: entries·D·itemsize / L2 bandwidth + I·D·itemsize / HBM bandwidth: for 1.6 million entries,
-// I = 128,256 and D = 4096 in bf16 2.4 ms at 5.5 TB/s + 0.3 ms at 3.35 TB/s (estimated, not measured).
+// 2·(entries + I)·D FLOP. Floor: entries·D·itemsize / L2 bandwidth + I·D·itemsize / HBM bandwidth: for 1.6 million
+// entries, I = 128,256 and D = 4096 in bf16 2.4 ms at 5.5 TB/s + 0.3 ms at 3.35 TB/s (estimated, not measured).
 #include "common.cuh"
 
 namespace fused_losses::cuda {
@@ -95,9 +95,9 @@ __device__ __forceinline__ void write(const SegmentProduct& a, Element out, int6
     store_elements<__half, VECTOR, E>(static_cast<__half*>(a.out) + i * D, first, D, sum);
 }
 
-// Blocks [0, slots) each sum one slot of a hot segment, which take longest and so start first; the others each write some
-// segments, far apart because hot ones are often neighbours. blockIdx.y is a part of D. Word k of thread i is number
-// k · threads + i of the part.
+// Blocks [0, slots) each sum one slot of a hot segment, which take longest and so start first; the others each write
+// some segments, far apart because hot ones are often neighbours. blockIdx.y is a part of D. Word k of thread i is
+// number k · threads + i of the part.
 template <class T, int WORDS, bool VECTOR>
 __global__ __launch_bounds__(THREADS) void segment_kernel(const SegmentProduct a, Element out, int64_t stride) {
   constexpr int E = ELEMENTS<T>;
@@ -164,7 +164,8 @@ template <class T, int WORDS, bool VECTOR>
 void launch(const SegmentProduct& a, Element out, Stream stream) {
   constexpr int64_t elements = WORDS * ELEMENTS<T>;
   const int64_t threads = threads_for(a.width, elements), stride = ceil_div(a.segments, SEGMENTS_OF_BLOCK);
-  const dim3 grid(static_cast<unsigned>(a.slots + stride), static_cast<unsigned>(ceil_div(a.width, threads * elements)));
+  const dim3 grid(static_cast<unsigned>(a.slots + stride),
+                  static_cast<unsigned>(ceil_div(a.width, threads * elements)));
   const auto kernel = segment_kernel<T, WORDS, VECTOR>;
   FL_LAUNCH("segment_kernel", kernel, grid, static_cast<unsigned>(threads), 0, stream, a, out, stride);
   if (a.hot_segments == 0) return;
