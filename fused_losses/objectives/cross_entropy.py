@@ -30,16 +30,18 @@ class CrossEntropyLoss(Objective):
     Args:
         label_smoothing: ε in [0, 1], exactly as of torch.nn.functional.cross_entropy: ε / V on every class.
         z_loss: ≥ 0; times lse², of each token, whatever its class weight.
-        class_weights: [V] finite numbers ≥ 0, not all 0, that multiply each class's term; PyTorch's `weight`. No
-            parameter and in no state dict. It moves with `.to(device)`, and where the call is elsewhere it is copied
-            there each time.
+        class_weights: [V] finite numbers, not all 0, that multiply each class's term; PyTorch's `weight`. Below 0 a
+            class is unlearned, without a floor to its loss; smoothing under a soft-cap takes none below 0. No parameter
+            and in no state dict. It moves with `.to(device)`, and where the call is elsewhere it is copied there each
+            time.
         reduction: "token_mean": all is divided by n. "weighted_mean": as PyTorch's and Liger's mean, which divide by
             Σ w[label] (by 1 where that is 0), the z-loss by n. No difference without class_weights.
 
     Args of the call: hidden [..., D], head, labels [...] int64, `num_items` (a number or a tensor of one; default: the
     tokens with a label; for weighted_mean a pair: Σ w[label], and n). Returns a scalar, float32 (float64 for float64).
 
-    Raises, besides what every objective raises: ValueError for class_weights of another length than V.
+    Raises, besides what every objective raises: ValueError for class_weights of another length than V, and for some
+    below 0 with smoothing under a soft-cap.
 
     3 GEMMs; 2 with a frozen head. All off: nothing is added. z_loss: a gather of N rows of the head. Smoothing costs a
     pass over the head's weight, and for a trained head a gradient of its size while backward adds it up; it is exact,
@@ -62,12 +64,16 @@ class CrossEntropyLoss(Objective):
     ) -> None:
         super().__init__(**options)
         self.label_smoothing, self.z_loss, self.reduction = label_smoothing, z_loss, reduction
-        self.register_buffer("class_weights", _checked_weights(class_weights), persistent=False)
+        self.register_buffer("class_weights", None, persistent=False)
+        self.class_weights = class_weights
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "reduction" and value not in REDUCTIONS:
             raise ValueError(f"reduction: expected {' or '.join(REDUCTIONS)}, got {value!r}")
-        super().__setattr__(name, _checked_weights(value) if name == "class_weights" else value)
+        if name == "class_weights":
+            value = _checked_weights(value)
+            self._least_class_weight = 0.0 if value is None else value.min().item()
+        super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
         given = [f"{name}={getattr(self, name)}" for name in ("label_smoothing", "z_loss") if getattr(self, name)]
@@ -119,6 +125,11 @@ class CrossEntropyLoss(Objective):
         if not self.label_smoothing or whole.softcap is None or not isinstance(hidden, Tensor):
             return self._of_tokens(self.prepare(hidden, whole, labels), num_items)
         self._check_length(whole)
+        if self._least_class_weight < 0:
+            raise ValueError(
+                "class_weights: expected numbers ≥ 0 with label_smoothing under a soft-cap, got "
+                f"{self._least_class_weight}; take label_smoothing=0, or a head without softcap"
+            )
         classes = reference_of_classes(hidden, whole, self.class_weights, self.temperature_of_logits)
         tokens = self.prepare(hidden, whole, labels, classes)
         if tokens.problem.tolerance is not None:  # all of that distribution is in what the entries leave out
@@ -175,7 +186,7 @@ def _sum_of_weights(num_items: Any, weight: Tensor) -> tuple[Any, Any]:
     """Σ w[label], and what is left of `num_items`."""
     if num_items is None:
         total = weight.sum()
-        return torch.where(total > 0, total, 1), None
+        return torch.where(total != 0, total, 1), None
     if not isinstance(num_items, (tuple, list)) or len(num_items) != 2 or any(x is None for x in num_items):
         raise ValueError(
             "num_items: for reduction='weighted_mean' expected a pair (the sum of the labels' class weights, the "
@@ -192,7 +203,7 @@ def _checked_weights(weights: Any) -> Tensor | None:
             "class_weights: expected numbers, got a tensor that requires a gradient, which would be lost; give it "
             "detached"
         )
-    expected = "class_weights: expected [V] finite numbers ≥ 0, not all 0"
+    expected = "class_weights: expected [V] finite numbers, not all 0"
     try:
         found = torch.as_tensor(weights)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -202,7 +213,7 @@ def _checked_weights(weights: Any) -> Tensor | None:
     if found.dim() != 1:
         raise ValueError(f"{expected}, got shape {list(found.shape)}; one for each class, whatever the token")
     found = found if found.is_floating_point() else found.float()
-    if not bool((found.isfinite() & (found >= 0)).all()) or not bool((found > 0).any()):
-        wrong = found[~(found.isfinite() & (found >= 0))].tolist() or [0]
+    if not bool(found.isfinite().all()) or not bool((found != 0).any()):
+        wrong = found[~found.isfinite()].tolist() or [0]
         raise ValueError(f"{expected}, got {wrong[0]}")
     return found.detach()

@@ -276,7 +276,6 @@ def test_class_weights_are_no_state_and_move_with_the_objective():
 
 
 WRONG = {
-    "negative": ([1.0, -1.0], ValueError, "got -1.0"),
     "infinite": ([1.0, float("inf")], ValueError, "got inf"),
     "not a number": ([1.0, float("nan")], ValueError, "got nan"),
     "all 0": ([0.0, 0.0], ValueError, "not all 0, got 0"),
@@ -297,6 +296,28 @@ def test_class_weights_are_checked_whenever_they_are_set(name):
     with pytest.raises(kind, match=f"class_weights: expected .*{message}"):
         loss.class_weights = wrong
     assert loss.class_weights.tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("smoothing, softcap", [(0.0, None), (0.2, None), (0.0, 4.0)])
+def test_class_weights_below_0(smoothing, softcap):
+    case = make(33, 17, V, bias=True, softcap=softcap)
+    hidden, head, _ = case.inputs(torch.float64)
+    classes = positive(V) - 1.0
+    assert (classes < 0).any()
+    truth = F.cross_entropy(oracle.logits(hidden, head), case.labels, classes, label_smoothing=smoothing)
+    got = fl.CrossEntropyLoss(smoothing, class_weights=classes, reduction="weighted_mean")(hidden, head, case.labels)
+    assert got.item() == pytest.approx(truth.item(), rel=1e-12)
+    for ours, theirs in zip(gradients(got, hidden, head), gradients(truth, hidden, head), strict=True):
+        assert relative(ours, theirs) < 1e-12
+
+
+def test_class_weights_below_0_have_no_smoothing_under_a_softcap():
+    loss = fl.CrossEntropyLoss(0.1, class_weights=[1.0, -2.0, 1.0])
+    head = fl.LMHead(torch.randn(3, 8), softcap=4.0)
+    with pytest.raises(ValueError, match=r"class_weights: expected numbers ≥ 0 .* got -2.0; take label_smoothing=0"):
+        loss(torch.randn(4, 8), head, torch.zeros(4, dtype=torch.int64))
+    loss.class_weights = [1.0, 2.0, 1.0]
+    assert loss(torch.randn(4, 8), head, torch.zeros(4, dtype=torch.int64)).isfinite()
 
 
 @pytest.mark.parametrize("softcap", [None, 4.0])
