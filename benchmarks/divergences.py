@@ -6,19 +6,21 @@ without.
 Forward and backward on a CPU, V = 49,152, a teacher with a head of its own. Times are medians of interleaved rounds in
 one process; peak memory, above inputs and gradients, is that of a process of its own for each contestant; errors of the
 gradient of the hidden states are against float64 on 64 of the tokens. Writes benchmarks/results/divergences-cpu.json
-and prints the tables of docs/benchmarks.md.
+after every D and dtype, goes on from there when started again with the same settings, and prints the tables of
+docs/benchmarks.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +29,7 @@ from torch import Tensor
 
 import fused_losses as fl
 from fused_losses import reference as oracle
+from fused_losses.kernels import measure
 
 RESULTS = Path(__file__).parent / "results" / "divergences-cpu.json"
 VOCABULARY, IDS = 49152, 32
@@ -43,8 +46,7 @@ class Inputs(NamedTuple):
 
 
 def inputs(tokens: int, dim: int, dtype: torch.dtype, vocabulary: int = VOCABULARY) -> Inputs:
-    """Logits of deviation 1 with a few that stand out, so that some 200 entries a token matter; a teacher not far
-    away."""
+    """Logits of deviation 2.5, of which the label's stands out; a teacher not far away."""
     g = torch.Generator().manual_seed(0)
     weight = torch.randn(vocabulary, dim, generator=g) * 2.5 / dim**0.5
     labels = torch.randint(vocabulary, (tokens,), generator=g)
@@ -56,6 +58,14 @@ def inputs(tokens: int, dim: int, dtype: torch.dtype, vocabulary: int = VOCABULA
         hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), labels, teacher.to(dtype),
         teacher_weight.to(dtype), ids,
     )  # fmt: skip
+
+
+def language_like(tokens: int, dim: int, dtype: torch.dtype, vocabulary: int = VOCABULARY) -> Inputs:
+    """Logits of which 150 to 300 a token matter to sparse gradients, as on text; no teacher."""
+    given = measure.language_like(tokens, dim, vocabulary, dtype, "cpu")
+    ids = torch.randint(vocabulary, (tokens, IDS), generator=torch.Generator().manual_seed(1))
+    hidden, weight = given.hidden.requires_grad_(), given.weight.requires_grad_()
+    return Inputs(hidden, weight, given.labels, given.reference_hidden, weight.detach(), ids)
 
 
 def ours(beta: float, objective: bool) -> Callable[[Inputs], Tensor]:
@@ -103,19 +113,25 @@ def single(gradient: str, lse: bool, ids: bool) -> Callable[[Inputs], Tensor]:
 
 
 NAMES = {0.0: "KL(p_ref‖p)", 0.5: "JSD, β = 0.5", 1.0: "KL(p‖p_ref)"}
-CONTESTANTS: dict[str, Callable[[Inputs], Tensor]] = {
+Contestants = dict[str, Callable[[Inputs], Tensor]]
+DIVERGENCES: Contestants = {
     **{f"{name}; objective": ours(beta, True) for beta, name in NAMES.items()},
     **{f"{name}; token_losses": ours(beta, False) for beta, name in NAMES.items()},
     **{f"{name}; TRL": trl(beta) for beta, name in NAMES.items()},
     **{f"{name}; full logits": eager(beta) for beta, name in NAMES.items()},
-    **{
-        f"{gradient}; {what}": single(gradient, *wanted)
-        for gradient in ("exact", "sparse")
-        for what, wanted in {
-            "nll": (False, False), "nll, lse": (True, False), f"nll, lse, logits_at of {IDS}": (True, True)
-        }.items()
-    },
+}
+SINGLE: Contestants = {
+    f"{gradient}; {what}": single(gradient, *wanted)
+    for gradient in ("exact", "sparse")
+    for what, wanted in {
+        "nll": (False, False), "nll, lse": (True, False), f"nll, lse, logits_at of {IDS}": (True, True)
+    }.items()
 }  # fmt: skip
+CONTESTANTS = DIVERGENCES | SINGLE
+
+
+def made_for(name: str) -> Callable[..., Inputs]:
+    return inputs if name in DIVERGENCES else language_like
 
 
 def step(name: str, x: Inputs) -> float:
@@ -138,8 +154,9 @@ def measure_peak(name: str, tokens: int, dim: int, dtype: str) -> None:
     def memory(field: str) -> int:
         return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0])
 
-    step(name, inputs(8, dim, DTYPES[dtype], 2048))  # what is loaded on first use
-    x = inputs(tokens, dim, DTYPES[dtype])
+    make = made_for(name)
+    step(name, make(8, dim, DTYPES[dtype], 2048))  # what is loaded on first use
+    x = make(tokens, dim, DTYPES[dtype])
     before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     step(name, x)
@@ -164,17 +181,22 @@ def error(name: str, x: Inputs) -> float | None:
     return ((small.hidden.grad.double() - truth.grad).norm() / truth.grad.norm()).item()
 
 
-def measure(tokens: int, dims: list[int], rounds: int) -> dict[str, Any]:
+def measured(settings: dict[str, Any], dims: list[int], rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """`rows`, and those of one more case each time."""
     from tqdm import tqdm
 
-    rows = []
-    cases = [(dim, dtype) for dim in dims for dtype in DTYPES]
-    bar = tqdm(total=len(cases) * len(CONTESTANTS) * (rounds + 1))
-    for dim, dtype in cases:
-        x = inputs(tokens, dim, DTYPES[dtype])
-        times: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
+    rounds, known = settings["rounds"], {(row["D"], row["dtype"], row["contestant"]) for row in rows}
+    cases = [
+        case
+        for case in itertools.product((SINGLE, DIVERGENCES), dims, DTYPES)
+        if (*case[1:], [*case[0]][-1]) not in known
+    ]
+    bar = tqdm(total=sum(len(contestants) for contestants, *_ in cases) * (rounds + 1))
+    for contestants, dim, dtype in cases:
+        x = made_for(next(iter(contestants)))(settings["tokens"], dim, DTYPES[dtype])
+        times: dict[str, list[float]] = {name: [] for name in contestants}
         for number in range(rounds + 1):
-            for name in CONTESTANTS:
+            for name in contestants:
                 seconds = step(name, x)
                 if number:
                     times[name].append(seconds)
@@ -184,18 +206,12 @@ def measure(tokens: int, dims: list[int], rounds: int) -> dict[str, Any]:
             rows.append(
                 {
                     "contestant": name, "D": dim, "dtype": dtype, "seconds": statistics.median(found),
-                    "products": statistics.median(found) / product, "peak_mib": peak(name, tokens, dim, dtype),
-                    "hidden_error": error(name, x),
+                    "products": statistics.median(found) / product,
+                    "peak_mib": peak(name, settings["tokens"], dim, dtype), "hidden_error": error(name, x),
                 }
             )  # fmt: skip
+        yield rows
     bar.close()
-    return {
-        "tokens": tokens,
-        "vocabulary": VOCABULARY,
-        "rounds": rounds,
-        "threads": torch.get_num_threads(),
-        "rows": rows,
-    }
 
 
 def _product(x: Inputs) -> float:
@@ -206,14 +222,27 @@ def _product(x: Inputs) -> float:
     return time.perf_counter() - start
 
 
+WAYS = ("objective", "token_losses", "TRL", "full logits")
+
+
 def tables(content: dict[str, Any]) -> str:
-    lines = ["| | D | dtype | s | forward products | peak MiB | error of dx |", "|---|---|---|---|---|---|---|"]
-    for row in content["rows"]:
-        wrong = "" if row["hidden_error"] is None else f"{row['hidden_error']:.1e}"
-        lines.append(
-            f"| {row['contestant']} | {row['D']} | {row['dtype']} | {row['seconds']:.2f} | {row['products']:.1f} | "
-            f"{row['peak_mib']:.0f} | {wrong} |"
-        )
+    """Divergences: seconds, peak MiB and error of dx of each contestant. Single values: what they add."""
+    rows = {(row["D"], row["dtype"], row["contestant"]): row for row in content["rows"]}
+    cases = list(dict.fromkeys((row["D"], row["dtype"]) for row in content["rows"]))
+    ours = [f"fused_losses, {WAYS[0]}", f"`{WAYS[1]}`"]
+    lines = [f"| D, dtype | | {' | '.join([*ours, *WAYS[2:]])} |", "|---|---|---|---|---|---|"]
+    for case in cases:
+        for name in NAMES.values():
+            found = [rows[(*case, f"{name}; {way}")] for way in WAYS]
+            cells = [f"{x['seconds']:.2f} s, {x['peak_mib']:.0f} MiB, {x['hidden_error']:.0e}" for x in found]
+            lines.append(f"| {case[0]}, {case[1]} | {name} | {' | '.join(cells)} |")
+    lines += ["", "| D, dtype | gradients | nll | with lse | with lse and logits_at |", "|---|---|---|---|---|"]
+    for case in cases:
+        for gradient in ("exact", "sparse"):
+            names = [name for name in SINGLE if name.startswith(gradient)]
+            alone, *more = (rows[(*case, name)]["seconds"] for name in names)
+            cells = [f"{alone:.2f} s", *(f"{seconds / alone - 1:+.1%}" for seconds in more)]
+            lines.append(f"| {case[0]}, {case[1]} | {gradient} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -223,11 +252,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dims", type=int, nargs="+", default=[576, 2048])
     arguments = parser.parse_args()
-    content = measure(arguments.tokens, arguments.dims, arguments.rounds)
-    content["versions"] = {"torch": torch.__version__, "fused_losses": fl.__version__}
-    beside = RESULTS.with_suffix(f".{os.getpid()}")
-    beside.write_text(json.dumps(content, indent=1))
-    beside.replace(RESULTS)
+    settings = {
+        "tokens": arguments.tokens, "vocabulary": VOCABULARY, "rounds": arguments.rounds,
+        "threads": torch.get_num_threads(), "versions": {"torch": torch.__version__, "fused_losses": fl.__version__},
+    }  # fmt: skip
+    content = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    if any(content.get(key) != value for key, value in settings.items()):
+        content = {**settings, "rows": []}
+    for rows in measured(settings, arguments.dims, content["rows"]):
+        beside = RESULTS.with_suffix(f".{os.getpid()}")
+        beside.write_text(json.dumps({**settings, "rows": rows}, indent=1))
+        beside.replace(RESULTS)
     print(tables(content))
 
 

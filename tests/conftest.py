@@ -1,5 +1,7 @@
+import importlib
 import itertools
 import random
+from pathlib import Path
 
 import grids
 import pytest
@@ -99,3 +101,11 @@ def pytest_terminal_summary(terminalreporter):
     for table in TABLES:
         terminalreporter.write_line("")
         terminalreporter.write(table + "\n")
+
+
+@pytest.fixture(scope="module")
+def from_benchmarks():
+    """Imports a file of benchmarks/ by its name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+        yield importlib.import_module

@@ -138,6 +138,15 @@ __device__ __forceinline__ void add_products(const Values& values, uint4 (&words
   }
 }
 
+// The sums over a warp's lanes.
+__device__ __forceinline__ void store_kept(const Attention& a, const Kept& kept, int64_t t, int lane) {
+#pragma unroll
+  for (int i = 0; i < KEPTS; i++) {
+    const float sum = warp_sum(kept.x[i]);
+    if (lane == 0) a.kept[i * a.tokens + t] = sum;
+  }
+}
+
 // One block a token. Word k of thread i is number k · threads + i of a row; a thread sees only its own part of hidden
 // and difference, which stay in shared memory to save registers. GROUP entries at a time: every thread loads its part
 // of GROUP rows of the weight and multiplies; the dot products meet in shared memory; every warp then forms the GROUP
@@ -211,14 +220,7 @@ __global__ __launch_bounds__(32 * Division<T, SIZE>::WARPS, SIZE == 0 ? 5 : 1) v
     add_products<T, REFERENCE>(values, words, nll_sum, kl_sum);
   }
 
-  // Store
-  if (warp == 0) {
-#pragma unroll
-    for (int i = 0; i < KEPTS; i++) {
-      const float sum = warp_sum(kept.x[i]);
-      if (lane == 0) a.kept[i * a.tokens + t] = sum;
-    }
-  }
+  if (warp == 0) store_kept(a, kept, t, lane);
 #pragma unroll
   for (int k = 0; k < WORDS; k++) {
     const int first = (k * threads + thread) * E;

@@ -181,37 +181,54 @@ __device__ __forceinline__ Floats<WIDTH> load(const float* p, int64_t piece, int
   return out;
 }
 
-// One row a cluster (of one block where not HELD). HELD: the finished row stays in shared memory between the passes;
-// each thread reads what it wrote itself. WIDTH: floats a load. Not divided into functions, which changes its machine
-// code.
-template <bool REFERENCE, bool HELD, int WIDTH>
-__device__ __forceinline__ void row(const RowStatistics& a, unsigned char* shared, unsigned rank, unsigned blocks) {
-  constexpr int BATCH = REFERENCE ? 2 : 4;  // loads in flight, of each of z and r
-  Exchange& exchange = *reinterpret_cast<Exchange*>(shared);
-  Floats<WIDTH>* held = reinterpret_cast<Floats<WIDTH>*>(shared + EXCHANGE_BYTES);
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
-  const int64_t t = blockIdx.x / blocks, V = a.vocabulary, pieces = V / WIDTH;
-  const int64_t per_block = (pieces + blocks - 1) / blocks, begin = rank * per_block;
-  const int64_t end = begin + per_block < pieces ? begin + per_block : pieces;
-  const float* z_row = a.z + t * V;
-  const float* r_row = REFERENCE ? a.r + t * V : nullptr;
-  const int label = static_cast<int>(a.labels[t]);
-  const Finish finish(a);
+// A thread's place: its row, and the block's part [begin, end) of it in pieces of WIDTH floats.
+template <int WIDTH>
+struct Place {
+  const float *z, *r;  // r: null without a reference
+  int label, thread, lane, warp;
+  int64_t begin, end, per_block;
+  Floats<WIDTH>* held;  // the part in shared memory: per_block pieces of what is kept beside r, and as many of r
 
-  // First pass: sums over logits but the label's
+  __device__ __forceinline__ Place(const RowStatistics& a, unsigned char* shared, int64_t t, unsigned rank,
+                                   unsigned blocks)
+      : z(a.z + t * a.vocabulary),
+        r(a.r ? a.r + t * a.vocabulary : nullptr),
+        label(static_cast<int>(a.labels[t])),
+        thread(static_cast<int>(threadIdx.x)),
+        lane(thread % 32),
+        warp(thread / 32),
+        held(reinterpret_cast<Floats<WIDTH>*>(shared + EXCHANGE_BYTES)) {
+    const int64_t pieces = a.vocabulary / WIDTH;
+    per_block = (pieces + blocks - 1) / blocks;
+    begin = rank * per_block;
+    end = begin + per_block < pieces ? begin + per_block : pieces;
+  }
+
+  // Without the label's logit, if it is among those of columns [first, first + WIDTH).
+  __device__ __forceinline__ void leave_out_label(Floats<WIDTH>& logits, int first) const {
+#pragma unroll
+    for (int i = 0; i < WIDTH; i++)
+      if (first + i == label) logits.x[i] = minus_infinity();
+  }
+};
+
+// First pass: a thread's sums over logits but the label's. HELD: the finished part stays in shared memory.
+template <bool REFERENCE, bool HELD, int WIDTH>
+__device__ __forceinline__ SumsOfBoth sums_of_logits(const Place<WIDTH>& place, const Finish& finish) {
+  constexpr int BATCH = REFERENCE ? 2 : 4;  // loads in flight, of each of z and r
   SumsOfBoth sums;
   sums.z.clear(), sums.r.clear();
-  for (int64_t batch = begin + thread; batch < end; batch += BATCH * THREADS) {
+  for (int64_t batch = place.begin + place.thread; batch < place.end; batch += BATCH * THREADS) {
     Floats<WIDTH> z[BATCH], r[BATCH];
 #pragma unroll
     for (int k = 0; k < BATCH; k++) {
-      z[k] = load<WIDTH>(z_row, batch + k * THREADS, end);
-      if constexpr (REFERENCE) r[k] = load<WIDTH>(r_row, batch + k * THREADS, end);
+      z[k] = load<WIDTH>(place.z, batch + k * THREADS, place.end);
+      if constexpr (REFERENCE) r[k] = load<WIDTH>(place.r, batch + k * THREADS, place.end);
     }
 #pragma unroll
     for (int k = 0; k < BATCH; k++) {
       const int64_t piece = batch + k * THREADS;
-      if (piece >= end) continue;
+      if (piece >= place.end) continue;
       const int first = static_cast<int>(piece * WIDTH);
       Floats<WIDTH> kept;
 #pragma unroll
@@ -224,38 +241,39 @@ __device__ __forceinline__ void row(const RowStatistics& a, unsigned char* share
         }
       }
       if constexpr (HELD) {
-        held[piece - begin] = kept;
-        held[per_block + piece - begin] = r[k];
+        place.held[piece - place.begin] = kept;
+        place.held[place.per_block + piece - place.begin] = r[k];
       }
-#pragma unroll
-      for (int i = 0; i < WIDTH; i++)
-        if (first + i == label) z[k].x[i] = minus_infinity();
+      place.leave_out_label(z[k], first);
       sums.z.add(z[k].x, first, finish.cap);
       if constexpr (REFERENCE) {
-#pragma unroll
-        for (int i = 0; i < WIDTH; i++)
-          if (first + i == label) r[k].x[i] = minus_infinity();
+        place.leave_out_label(r[k], first);
         sums.r.add(r[k].x, first, Softcap(0));
       }
     }
   }
+  return sums;
+}
 
-  // Sums of the cluster, in every thread
+// The sums of the cluster, in every thread.
+template <bool REFERENCE, bool HELD, int WIDTH>
+__device__ __forceinline__ SumsOfBoth merged(SumsOfBoth sums, Exchange& exchange, const Place<WIDTH>& place,
+                                             unsigned blocks) {
   sums.z.merge_warp();
   if constexpr (REFERENCE) sums.r.merge_warp();
-  if (lane == 0) exchange.warps[warp] = sums;
+  if (place.lane == 0) exchange.warps[place.warp] = sums;
   __syncthreads();
-  if (warp == 0) {
-    if (lane < WARPS) sums = exchange.warps[lane];
+  if (place.warp == 0) {
+    if (place.lane < WARPS) sums = exchange.warps[place.lane];
     else sums.z.clear(), sums.r.clear();
     sums.z.merge_warp();
     if constexpr (REFERENCE) sums.r.merge_warp();
-    if (lane == 0) (HELD ? exchange.block : exchange.all) = sums;
+    if (place.lane == 0) (HELD ? exchange.block : exchange.all) = sums;
   }
 #if FL_CLUSTERS
   if constexpr (HELD) {
     cluster_sync();
-    if (thread == 0) {
+    if (place.thread == 0) {
       sums = *of_rank(&exchange.block, 0);
       for (unsigned other = 1; other < blocks; other++) {
         const SumsOfBoth theirs = *of_rank(&exchange.block, other);
@@ -265,19 +283,95 @@ __device__ __forceinline__ void row(const RowStatistics& a, unsigned char* share
       exchange.all = sums;
     }
   }
+#else
+  (void)blocks;
 #endif
   __syncthreads();
-  sums = exchange.all;
+  return exchange.all;
+}
 
-  // Results of the first pass
-  const bool writes = thread == 0 && rank == 0;
-  const Logits at_label = REFERENCE ? finish(z_row[label], r_row[label]) : Logits{finish.alone(z_row[label]), 0, 0};
-  const Totals total(sums.z, at_label.z, label, finish.cap.cap > 0);
+// Second pass: a thread's sums over p − p_ref.
+template <bool HELD, int WIDTH>
+__device__ __forceinline__ GapSums sums_of_gaps(const Place<WIDTH>& place, const Finish& finish, const Totals& total,
+                                                const Totals& reference, float shift) {
+  constexpr int BATCH = 2;
+  GapSums gaps = {0, 0, 0};
+  for (int64_t batch = place.begin + place.thread; batch < place.end; batch += BATCH * THREADS) {
+    Floats<WIDTH> z[BATCH], r[BATCH];
+#pragma unroll
+    for (int k = 0; k < BATCH; k++) {
+      const int64_t piece = batch + k * THREADS;
+      if constexpr (HELD) {
+        if (piece < place.end)
+          z[k] = place.held[piece - place.begin], r[k] = place.held[place.per_block + piece - place.begin];
+      } else {
+        z[k] = load<WIDTH>(place.z, piece, place.end);
+        r[k] = load<WIDTH>(place.r, piece, place.end);
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < BATCH; k++) {
+      if (batch + k * THREADS >= place.end) continue;
+#pragma unroll
+      for (int i = 0; i < WIDTH; i++) {
+        const Logits x = HELD ? finish.of_held(z[k].x[i], r[k].x[i]) : finish(z[k].x[i], r[k].x[i]);
+        const Gap gap((x.z - total.top) - total.log_sum, (x.r - reference.top) - reference.log_sum, x.d - shift);
+        const float sloped = finish.cap.cap > 0 ? gap.gap * finish.cap.slope(x.z) : gap.gap;
+        gaps.excess += gap.excess;
+        gaps.sloped += sloped;
+        gaps.l1 += fabsf(sloped);
+      }
+    }
+  }
+  return gaps;
+}
+
+// The sums of the cluster, in the first thread of its first block.
+template <bool HELD, int WIDTH>
+__device__ __forceinline__ GapSums merged(GapSums gaps, Exchange& exchange, const Place<WIDTH>& place, unsigned rank,
+                                          unsigned blocks) {
+  gaps = {warp_sum(gaps.excess), warp_sum(gaps.sloped), warp_sum(gaps.l1)};
+  if (place.lane == 0) exchange.gap_warps[place.warp] = gaps;
+  __syncthreads();
+  if (place.warp == 0) {
+    gaps = place.lane < WARPS ? exchange.gap_warps[place.lane] : GapSums{0, 0, 0};
+    gaps = {warp_sum(gaps.excess), warp_sum(gaps.sloped), warp_sum(gaps.l1)};
+    if (place.lane == 0) exchange.gap_block = gaps;
+  }
+#if FL_CLUSTERS
+  if constexpr (HELD) {
+    cluster_sync();
+    if (place.thread == 0 && rank == 0)
+      for (unsigned other = 1; other < blocks; other++) {
+        const GapSums theirs = *of_rank(&exchange.gap_block, other);
+        gaps = {gaps.excess + theirs.excess, gaps.sloped + theirs.sloped, gaps.l1 + theirs.l1};
+      }
+  }
+#else
+  (void)rank, (void)blocks;
+#endif
+  return gaps;
+}
+
+// One row a cluster (of one block where not HELD). HELD: the finished row stays in shared memory between the passes;
+// each thread reads what it wrote itself. WIDTH: floats a load.
+template <bool REFERENCE, bool HELD, int WIDTH>
+__device__ __forceinline__ void row(const RowStatistics& a, unsigned char* shared, unsigned rank, unsigned blocks) {
+  Exchange& exchange = *reinterpret_cast<Exchange*>(shared);
+  const int64_t t = blockIdx.x / blocks, N = a.tokens;
+  const Place<WIDTH> place(a, shared, t, rank, blocks);
+  const Finish finish(a);
+  const bool writes = place.thread == 0 && rank == 0;
   float* rows = a.rows + t;
-  const int64_t N = a.tokens;
+
+  const SumsOfBoth sums =
+      merged<REFERENCE, HELD>(sums_of_logits<REFERENCE, HELD>(place, finish), exchange, place, blocks);
+  const float label_z = place.z[place.label];
+  const Logits at_label = REFERENCE ? finish(label_z, place.r[place.label]) : Logits{finish.alone(label_z), 0, 0};
+  const Totals total(sums.z, at_label.z, place.label, finish.cap.cap > 0);
   if (writes) {
     a.nll[t] = total.nll;
-    a.prediction[t] = total.index < V ? total.index : 0;  // NaN everywhere: still an id
+    a.prediction[t] = total.index < a.vocabulary ? total.index : 0;  // NaN everywhere: still an id
     if (a.entropy) a.entropy[t] = total.entropy;
     rows[TOP * N] = total.top;
     rows[LOG_SUM * N] = total.log_sum;
@@ -287,58 +381,10 @@ __device__ __forceinline__ void row(const RowStatistics& a, unsigned char* share
     if (writes)
       for (const Row row : {REF_TOP, REF_LOG_SUM, SHIFT, GAP, GAP_L1, TOTALS_SHIFT}) rows[row * N] = 0;
   } else {
-    // Second pass: p − p_ref
-    const Totals reference(sums.r, at_label.r, label, false);
+    const Totals reference(sums.r, at_label.r, place.label, false);
     const float shift = (total.top - reference.top) + (total.log_sum - reference.log_sum);
-    GapSums gaps = {0, 0, 0};
-    for (int64_t batch = begin + thread; batch < end; batch += BATCH * THREADS) {
-      Floats<WIDTH> z[BATCH], r[BATCH];
-#pragma unroll
-      for (int k = 0; k < BATCH; k++) {
-        const int64_t piece = batch + k * THREADS;
-        if constexpr (HELD) {
-          if (piece < end) z[k] = held[piece - begin], r[k] = held[per_block + piece - begin];
-        } else {
-          z[k] = load<WIDTH>(z_row, piece, end);
-          r[k] = load<WIDTH>(r_row, piece, end);
-        }
-      }
-#pragma unroll
-      for (int k = 0; k < BATCH; k++) {
-        if (batch + k * THREADS >= end) continue;
-#pragma unroll
-        for (int i = 0; i < WIDTH; i++) {
-          const Logits x = HELD ? finish.of_held(z[k].x[i], r[k].x[i]) : finish(z[k].x[i], r[k].x[i]);
-          const Gap gap((x.z - total.top) - total.log_sum, (x.r - reference.top) - reference.log_sum, x.d - shift);
-          const float sloped = finish.cap.cap > 0 ? gap.gap * finish.cap.slope(x.z) : gap.gap;
-          gaps.excess += gap.excess;
-          gaps.sloped += sloped;
-          gaps.l1 += fabsf(sloped);
-        }
-      }
-    }
-
-    // Sums of the cluster, in the thread that writes
-    gaps = {warp_sum(gaps.excess), warp_sum(gaps.sloped), warp_sum(gaps.l1)};
-    if (lane == 0) exchange.gap_warps[warp] = gaps;
-    __syncthreads();
-    if (warp == 0) {
-      gaps = lane < WARPS ? exchange.gap_warps[lane] : GapSums{0, 0, 0};
-      gaps = {warp_sum(gaps.excess), warp_sum(gaps.sloped), warp_sum(gaps.l1)};
-      if (lane == 0) exchange.gap_block = gaps;
-    }
-#if FL_CLUSTERS
-    if constexpr (HELD) {
-      cluster_sync();
-      if (writes)
-        for (unsigned other = 1; other < blocks; other++) {
-          const GapSums theirs = *of_rank(&exchange.gap_block, other);
-          gaps = {gaps.excess + theirs.excess, gaps.sloped + theirs.sloped, gaps.l1 + theirs.l1};
-        }
-    }
-#endif
-
-    // Results of the second pass
+    const GapSums own = sums_of_gaps<HELD>(place, finish, total, reference, shift);
+    const GapSums gaps = merged<HELD>(own, exchange, place, rank, blocks);
     if (writes) {
       if (a.kl) a.kl[t] = gaps.excess < 0 ? 0 : gaps.excess;
       if (a.reference_nll) a.reference_nll[t] = reference.nll;

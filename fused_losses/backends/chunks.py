@@ -150,17 +150,9 @@ def logit_chunks(
     count, columns = len(problem.labels), len(problem.head.weight)
     if count == 0:
         return
-    head, reference = problem.head, problem.reference_head
     dtype, acc, device = problem.dtype, problem.accumulator, problem.hidden.device
-    weight = head.weight.to(dtype)
-    ref_weight = None if reference is None else reference.weight.to(dtype)
-    low_rank_dtype = dtype if device.type == "cuda" else acc
-    low_rank, ref_low_rank = (
-        None if h is None or h.low_rank is None else h.low_rank.to(low_rank_dtype) for h in (head, reference)
-    )
-    if product is not None:
-        weight = weight.contiguous()
-        ref_weight = None if ref_weight is None else ref_weight.contiguous()
+    model = _Operands.of(problem, problem.head, product)
+    reference = None if problem.reference_head is None else _Operands.of(problem, problem.reference_head, product)
     # On a CPU no product of bf16 matrices in PyTorch comes out in fp32. Without a reference, bf16 logits are then
     # taken, as plain PyTorch does: 2–3 times as fast as fp32. But p − p_ref cancels near the reference, so there fp32
     # operands are worth their time.
@@ -170,55 +162,92 @@ def logit_chunks(
     separate &= narrow
     others = separate * (problem.entropy_gradient + (problem.beta is not None))
     numbers = acc.itemsize * (1 + problem.has_reference + others) + 2 * (dtype != acc and narrow)
-    per_token = head.most_rows * numbers + extra
+    per_token = problem.head.most_rows * numbers + extra
     size = _balanced(count, max(1, (budget or CHUNK_BYTES) // per_token))
     z_buffer = torch.empty(size, columns, dtype=acc, device=device)
     r_buffer = torch.empty_like(z_buffer) if problem.has_reference else None
     entropy_buffer = torch.empty_like(z_buffer) if separate and problem.entropy_gradient else None
     divergence_buffer = torch.empty_like(z_buffer) if separate and problem.beta is not None else None
     half = torch.empty(size, columns, dtype=dtype, device=device) if round_logits or (halves and narrow) else None
-    multiply = project if product is None else product
 
     for tokens in slices(count, size):
-        rows = problem.hidden[tokens]
-        hidden, low_rank_rows = _split(rows, weight, low_rank)
-        z = z_buffer[: len(hidden)]
-        r, is_difference = None, False
-        if r_buffer is not None:
-            r = r_buffer[: len(hidden)]
-            ref_rows = problem.reference_hidden[tokens]
-            if problem.shared_head:
-                ref_hidden, ref_low_rank_rows = _split(ref_rows, weight, low_rank)
-                multiply(r, ref_hidden, weight, head.bias)
-                _add_low_rank(r, ref_low_rank_rows, low_rank)
-                difference = rows.to(acc) - widened(ref_rows, rows.shape[1]).to(acc)
-                difference, low_rank_difference = difference[:, : weight.shape[1]], difference[:, weight.shape[1] :]
-                narrow_difference = difference if product is None else difference.to(dtype)
-                is_difference = narrow_difference.dtype == acc or _holds(narrow_difference, difference)
-                if is_difference:
-                    multiply(z, narrow_difference, weight, None)
-                    _add_low_rank(z, low_rank_difference, low_rank)
-                else:
-                    multiply(z, hidden, weight, head.bias)
-                    _add_low_rank(z, low_rank_rows, low_rank)
-            else:
-                multiply(z, hidden, weight, head.bias)
-                _add_low_rank(z, low_rank_rows, low_rank)
-                ref_hidden, ref_low_rank_rows = _split(ref_rows, ref_weight, ref_low_rank)
-                multiply(r, ref_hidden, ref_weight, reference.bias)
-                _add_low_rank(r, ref_low_rank_rows, ref_low_rank)
-        else:
-            if round_logits:
-                z.copy_(project(half[: len(hidden)], hidden, weight, head.bias))
-            else:
-                multiply(z, hidden, weight, head.bias)
-            _add_low_rank(z, low_rank_rows, low_rank)
-        entropy, divergence = (
-            None if buffer is None else buffer[: len(hidden)] for buffer in (entropy_buffer, divergence_buffer)
+        here = tokens.stop - tokens.start
+        z, r, entropy, divergence = (
+            None if buffer is None else buffer[:here]
+            for buffer in (z_buffer, r_buffer, entropy_buffer, divergence_buffer)
         )
+        hidden, low_rank_rows = model.split(problem.hidden[tokens])
+        is_difference = False
+        if r is not None and problem.shared_head:
+            is_difference = _shared_logits(problem, model, tokens, z, r)
+        else:
+            model.fill(z, hidden, low_rank_rows, rounded=half[:here] if round_logits else None)
+            if r is not None:
+                reference.fill(r, *reference.split(problem.reference_hidden[tokens]))
         yield Chunk(
-            tokens, hidden, weight, z, r, half, low_rank, low_rank_rows, is_difference, entropy, divergence
+            tokens, hidden, model.weight, z, r, half, model.low_rank, low_rank_rows, is_difference, entropy, divergence
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Operands:
+    """A head as the products of a chunk take it."""
+
+    weight: Tensor
+    low_rank: Tensor | None
+    bias: Tensor | None
+    multiply: Product
+
+    @classmethod
+    def of(cls, problem: Problem, head: Head, product: Product | None) -> _Operands:
+        dtype = problem.dtype
+        low_rank_dtype = dtype if problem.hidden.device.type == "cuda" else problem.accumulator
+        weight = head.weight.to(dtype)
+        return cls(
+            weight if product is None else weight.contiguous(),
+            None if head.low_rank is None else head.low_rank.to(low_rank_dtype), head.bias, product or project,
+        )  # fmt: skip
+
+    def split(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[x, u] in the dtypes of their factors; u is None where there are no such columns."""
+        dim = self.weight.shape[1]
+        hidden = rows[:, :dim].to(self.weight.dtype).contiguous()
+        no_low_rank = self.low_rank is None or rows.shape[1] == dim
+        return hidden, None if no_low_rank else rows[:, dim:].to(self.low_rank.dtype)
+
+    def fill(self, out: Tensor, hidden: Tensor, low_rank_rows: Tensor | None, rounded: Tensor | None = None) -> None:
+        """out = x Wᵀ + u Bᵀ + b; with `rounded` by way of that buffer."""
+        if rounded is None:
+            self.multiply(out, hidden, self.weight, self.bias)
+        else:
+            out.copy_(project(rounded, hidden, self.weight, self.bias))
+        self._add_low_rank(out, low_rank_rows)
+
+    def fill_difference(self, out: Tensor, difference: Tensor) -> bool:
+        """Without the bias, of a difference of hidden states in fp32; False: not done, as its dtype would round it."""
+        dim = self.weight.shape[1]
+        wide = difference[:, :dim]
+        narrow = wide if self.multiply is project else wide.to(self.weight.dtype)
+        if narrow.dtype != wide.dtype and not _holds(narrow, wide):
+            return False
+        self.multiply(out, narrow, self.weight, None)
+        self._add_low_rank(out, difference[:, dim:])
+        return True
+
+    def _add_low_rank(self, out: Tensor, rows: Tensor | None) -> None:
+        if rows is not None and self.low_rank is not None:
+            add_product(out, rows.to(self.low_rank.dtype), self.low_rank.t())
+
+
+def _shared_logits(problem: Problem, model: _Operands, tokens: slice, z: Tensor, r: Tensor) -> bool:
+    """r, and z or, where x − x_ref is not rounded, z − r; which."""
+    rows, ref_rows = problem.hidden[tokens], problem.reference_hidden[tokens]
+    model.fill(r, *model.split(ref_rows))
+    difference = rows.to(problem.accumulator) - widened(ref_rows, rows.shape[1]).to(problem.accumulator)
+    if model.fill_difference(z, difference):
+        return True
+    model.fill(z, *model.split(rows))
+    return False
 
 
 def _holds(narrow: Tensor, wide: Tensor) -> bool:
@@ -226,21 +255,9 @@ def _holds(narrow: Tensor, wide: Tensor) -> bool:
     return not bool(((narrow.to(wide.dtype) != wide) & (wide == wide)).any())
 
 
-def _split(rows: Tensor, weight: Tensor, low_rank: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """[x, u] in the dtypes of their factors; u is None where there are no such columns."""
-    dim = weight.shape[1]
-    hidden = rows[:, :dim].to(weight.dtype).contiguous()
-    return hidden, None if low_rank is None or rows.shape[1] == dim else rows[:, dim:].to(low_rank.dtype)
-
-
 def widened(rows: Tensor, width: int) -> Tensor:
     """[x] as [x, 0]."""
     return rows if rows.shape[1] == width else nn.functional.pad(rows, (0, width - rows.shape[1]))
-
-
-def _add_low_rank(z: Tensor, rows: Tensor | None, low_rank: Tensor | None) -> None:
-    if rows is not None and low_rank is not None:
-        add_product(z, rows.to(low_rank.dtype), low_rank.t())
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor, factor: float = 1.0) -> None:

@@ -19,17 +19,14 @@ class LAwFLoss(Objective):
     """Cross-entropy on anchors, KL to the frozen reference elsewhere: KL(q ‖ p), q = c·onehot(label) + (1 − c)·p_ref.
 
     Take it to correct single tokens of the model's own answers, and to train until it is right, as little else moves.
-    Not for answers that others wrote: there every token is a correction, which is `SFTKLLoss`.
-
+    Not for answers that others wrote: there every token is a correction, which is `SFTKLLoss`; with every token an
+    anchor LAwF is cross-entropy.
 
     c, the confidence, is 0 off the anchors (pure KL to the reference), 1 for an anchor that is certain (pure
     cross-entropy), between for a softer one. The value is the true KL(q ‖ p), its gradient that of c·nll + (1 − c)·kl.
 
         token_mean: (anchor_weight · Σ_{c>0} + retain_weight · Σ_{c=0}) / n
         group_mean: anchor_weight · mean over c > 0 + retain_weight · mean over c = 0    (an empty group adds 0)
-
-    Take it to correct single tokens of the model's own answers. Not to teach text that the model would not write: with
-    every token an anchor it is cross-entropy.
 
     With a **target probability** p* an anchor asks for an absolute probability of the label in place of a step from the
     reference's r: c = (p* − r) / (1 − r), which makes q[label] = p* and leaves the others in proportion to p_ref. Where

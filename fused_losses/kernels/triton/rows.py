@@ -13,11 +13,10 @@ from torch import Tensor
 from ..schemas import Row
 from . import launcher
 from .math import at_least, expm1, log1p, soft_cap
-from .scan import _store_bits, _update
+from .scan import _no_sums, _store_bits, _update
 from .tiles import FUSED
 
 TOP, LOG_SUM, REF_TOP, REF_LOG_SUM, SHIFT, REST, GAP, GAP_L1, TOTALS_SHIFT = (tl.constexpr(int(row)) for row in Row)
-LOWEST = tl.constexpr(-3e38)
 BLOCK = 2048
 OPTIONS = dict(num_warps=16, **FUSED)
 
@@ -95,6 +94,38 @@ def _sums(label_logit, top, total):
 
 
 @triton.jit
+def _row_sums(
+    z_ptr, r_ptr, V, label, scale, softcap, reference_scale, reference_softcap,
+    BLOCK: tl.constexpr, REFERENCE: tl.constexpr, DIFFERENCE: tl.constexpr, SOFTCAP: tl.constexpr,
+    REFERENCE_SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, REFERENCE_ENTROPY: tl.constexpr,
+):  # fmt: skip
+    """The sums of `_update` over a row's logits but the label's, Σ e·slope, and the sums of the reference."""
+    top, total, weighted, index = _no_sums(1)
+    ref_top, ref_total, ref_weighted, ref_index = _no_sums(1)
+    sloped = weighted
+    for start in range(0, V, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        z, _, r = _logits(
+            z_ptr, r_ptr, columns, V, scale, softcap, reference_scale, reference_softcap,
+            REFERENCE, DIFFERENCE, SOFTCAP, REFERENCE_SOFTCAP,
+        )  # fmt: skip
+        other = (columns < V) & (columns != label)
+        before = top
+        top, total, weighted, index, e = _update(
+            tl.where(other, z, -float("inf"))[None, :], start, top, total, weighted, index, ENTROPY
+        )
+        if SOFTCAP:
+            u = z / softcap
+            sloped = sloped * tl.exp(before - top) + tl.sum(e * (1 - u * u)[None, :], 1)
+        if REFERENCE:
+            ref_top, ref_total, ref_weighted, ref_index, e = _update(
+                tl.where(other, r, -float("inf"))[None, :], start, ref_top, ref_total, ref_weighted, ref_index,
+                REFERENCE_ENTROPY,
+            )  # fmt: skip
+    return top, total, weighted, index, sloped, ref_top, ref_total, ref_weighted
+
+
+@triton.jit
 def _gap_sums(
     z_ptr, r_ptr, V, scale, softcap, reference_scale, reference_softcap, top, log_sum, ref_top, ref_log_sum, shift,
     BLOCK: tl.constexpr, REFERENCE: tl.constexpr, DIFFERENCE: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -140,35 +171,10 @@ def row_statistics_kernel(
     if REFERENCE:
         r_ptr += t.to(tl.int64) * V
     label = tl.load(labels_ptr + t).to(tl.int32)
-    top = tl.full((1,), LOWEST, tl.float32)
-    total = tl.zeros((1,), tl.float32)
-    weighted = tl.zeros((1,), tl.float32)
-    index = tl.zeros((1,), tl.int32)
-    ref_top = tl.full((1,), LOWEST, tl.float32)
-    ref_total = tl.zeros((1,), tl.float32)
-    ref_weighted = tl.zeros((1,), tl.float32)
-    ref_index = tl.zeros((1,), tl.int32)
-    sloped = tl.zeros((1,), tl.float32)
-    for start in range(0, V, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        z, _, r = _logits(
-            z_ptr, r_ptr, columns, V, scale, softcap, reference_scale, reference_softcap,
-            REFERENCE, DIFFERENCE, SOFTCAP, REFERENCE_SOFTCAP,
-        )  # fmt: skip
-        other = (columns < V) & (columns != label)
-        before = top
-        top, total, weighted, index, e = _update(
-            tl.where(other, z, -float("inf"))[None, :], start, top, total, weighted, index, ENTROPY
-        )
-        if SOFTCAP:
-            u = z / softcap
-            sloped = sloped * tl.exp(before - top) + tl.sum(e * (1 - u * u)[None, :], 1)
-        if REFERENCE:
-            ref_top, ref_total, ref_weighted, ref_index, e = _update(
-                tl.where(other, r, -float("inf"))[None, :], start, ref_top, ref_total, ref_weighted, ref_index,
-                REFERENCE_ENTROPY,
-            )  # fmt: skip
-
+    top, total, weighted, index, sloped, ref_top, ref_total, ref_weighted = _row_sums(
+        z_ptr, r_ptr, V, label, scale, softcap, reference_scale, reference_softcap,
+        BLOCK, REFERENCE, DIFFERENCE, SOFTCAP, REFERENCE_SOFTCAP, ENTROPY, REFERENCE_ENTROPY,
+    )  # fmt: skip
     at_label = label + tl.zeros((1,), tl.int32)
     label_z, _, label_r = _logits(
         z_ptr, r_ptr, at_label, V, scale, softcap, reference_scale, reference_softcap,

@@ -75,11 +75,8 @@ def scan(
     rows = row + tl.arange(0, BLOCK_N)
     valid = rows < N
     label = tl.load(labels_ptr + rows, mask=valid, other=-1).to(tl.int32)
-    top = tl.full((BLOCK_N,), LOWEST, tl.float32)
-    total = tl.zeros((BLOCK_N,), tl.float32)
-    weighted = tl.zeros((BLOCK_N,), tl.float32)
-    sloped = tl.zeros((BLOCK_N,), tl.float32)
-    index = tl.zeros((BLOCK_N,), tl.int32)
+    top, total, weighted, index = _no_sums(BLOCK_N)
+    sloped = weighted
     bound = top
     if BITS:
         bound = tl.load(known_ptr + BOUND * N + rows, mask=valid, other=0.0)
@@ -110,9 +107,7 @@ def scan(
                 sloped = sloped * tl.exp(before - top) + tl.sum(e * (1.0 - u * u), 1)
 
     out = partial_ptr + part.to(tl.int64) * SUMS * N + rows
-    tl.store(out + TOP * N, top, mask=valid)
-    tl.store(out + SUM * N, total, mask=valid)
-    tl.store(out + INDEX * N, index.to(tl.float32, bitcast=True), mask=valid)
+    _store_sums(out, N, valid, top, total, index)
     if ENTROPY:
         tl.store(out + WEIGHTED * N, weighted, mask=valid)
     if SOFTCAP:
@@ -143,14 +138,8 @@ def scan_with_reference(
     rows = row + tl.arange(0, BLOCK_N)
     valid = rows < N
     label = tl.load(labels_ptr + rows, mask=valid, other=-1).to(tl.int32)
-    top = tl.full((BLOCK_N,), LOWEST, tl.float32)
-    total = tl.zeros((BLOCK_N,), tl.float32)
-    weighted = tl.zeros((BLOCK_N,), tl.float32)
-    index = tl.zeros((BLOCK_N,), tl.int32)
-    ref_top = tl.full((BLOCK_N,), LOWEST, tl.float32)
-    ref_total = tl.zeros((BLOCK_N,), tl.float32)
-    ref_weighted = tl.zeros((BLOCK_N,), tl.float32)
-    ref_index = tl.zeros((BLOCK_N,), tl.int32)
+    top, total, weighted, index = _no_sums(BLOCK_N)
+    ref_top, ref_total, ref_weighted, ref_index = _no_sums(BLOCK_N)
     shifted_sum, growth_sum, gap_sum = ref_weighted, ref_weighted, ref_weighted
     shift = tl.load(known_ptr + SHIFT * N + rows, mask=valid, other=0.0)
     bound, ref_bound = top, top
@@ -199,11 +188,7 @@ def scan_with_reference(
 
     out = partial_ptr + part.to(tl.int64) * SUMS * N + rows
     _store_sums(out, N, valid, top, total, index)
-    tl.store(out + REF_TOP * N, ref_top, mask=valid)
-    tl.store(out + REF_SUM * N, ref_total, mask=valid)
-    tl.store(out + SHIFTED * N, shifted_sum, mask=valid)
-    tl.store(out + GROWTH * N, growth_sum, mask=valid)
-    tl.store(out + GAP_L1 * N, gap_sum, mask=valid)
+    _store_reference_sums(out, N, valid, ref_top, ref_total, shifted_sum, growth_sum, gap_sum)
     if ENTROPY:
         tl.store(out + WEIGHTED * N, weighted, mask=valid)
     if REFERENCE_ENTROPY:
@@ -215,6 +200,15 @@ def _store_sums(out, N, valid, top, total, index):
     tl.store(out + TOP * N, top, mask=valid)
     tl.store(out + SUM * N, total, mask=valid)
     tl.store(out + INDEX * N, index.to(tl.float32, bitcast=True), mask=valid)
+
+
+@triton.jit
+def _store_reference_sums(out, N, valid, ref_top, ref_total, shifted_sum, growth_sum, gap_sum):
+    tl.store(out + REF_TOP * N, ref_top, mask=valid)
+    tl.store(out + REF_SUM * N, ref_total, mask=valid)
+    tl.store(out + SHIFTED * N, shifted_sum, mask=valid)
+    tl.store(out + GROWTH * N, growth_sum, mask=valid)
+    tl.store(out + GAP_L1 * N, gap_sum, mask=valid)
 
 
 @triton.jit
@@ -272,6 +266,13 @@ def _finish(z, bias_ptr, columns, V, scale, HAS_BIAS: tl.constexpr, SCALED: tl.c
     if SCALED:
         z *= scale
     return z
+
+
+@triton.jit
+def _no_sums(SIZE: tl.constexpr):
+    """top, total, weighted and index of `_update` before any logit, [SIZE]."""
+    zeros = tl.zeros((SIZE,), tl.float32)
+    return tl.full((SIZE,), LOWEST, tl.float32), zeros, zeros, tl.zeros((SIZE,), tl.int32)
 
 
 @triton.jit

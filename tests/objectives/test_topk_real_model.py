@@ -1,0 +1,31 @@
+"""Distillation of a real model from its own top 32: the training curve of the whole vocabulary's KL."""
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
+
+
+@pytest.fixture(scope="module")
+def curves(from_benchmarks):
+    """Each loss's KL of the whole vocabulary at each of 6 steps, all from the same student."""
+    torch.use_deterministic_algorithms(False)
+    benchmark = from_benchmarks("topk_distillation")
+    base, tokenizer = benchmark.texts.model_and_tokenizer()
+    batches = benchmark.batches_of(base, tokenizer, "documentation", 6)
+    states = benchmark.states_of(base, batches)
+    model = benchmark.student(base)
+    return {
+        name: torch.tensor(benchmark.train(model, loss, batches, states, 1e-4, 32)["kl"])
+        for name, loss in benchmark.LOSSES.items()
+    }
+
+
+def test_top_32_with_the_rest_as_a_class_trains_as_the_whole_vocabulary(curves):
+    """Over 60 steps too: docs/benchmarks.md."""
+    whole = curves["whole vocabulary"]
+    for name in ("top k, bucket", "top k, bucket, sparse gradients"):
+        assert (curves[name] / whole - 1).abs().max() < 0.01, name
