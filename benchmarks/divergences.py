@@ -181,11 +181,11 @@ def error(name: str, x: Inputs) -> float | None:
     return ((small.hidden.grad.double() - truth.grad).norm() / truth.grad.norm()).item()
 
 
-def measured(settings: dict[str, Any], dims: list[int], rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+def measured(tokens: int, dims: list[int], rounds: int, rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
     """`rows`, and those of one more case each time."""
     from tqdm import tqdm
 
-    rounds, known = settings["rounds"], {(row["D"], row["dtype"], row["contestant"]) for row in rows}
+    known = {(row["D"], row["dtype"], row["contestant"]) for row in rows}
     cases = [
         case
         for case in itertools.product((SINGLE, DIVERGENCES), dims, DTYPES)
@@ -193,7 +193,7 @@ def measured(settings: dict[str, Any], dims: list[int], rows: list[dict[str, Any
     ]
     bar = tqdm(total=sum(len(contestants) for contestants, *_ in cases) * (rounds + 1))
     for contestants, dim, dtype in cases:
-        x = made_for(next(iter(contestants)))(settings["tokens"], dim, DTYPES[dtype])
+        x = made_for(next(iter(contestants)))(tokens, dim, DTYPES[dtype])
         times: dict[str, list[float]] = {name: [] for name in contestants}
         for number in range(rounds + 1):
             for name in contestants:
@@ -205,9 +205,9 @@ def measured(settings: dict[str, Any], dims: list[int], rows: list[dict[str, Any
         for name, found in times.items():
             rows.append(
                 {
-                    "contestant": name, "D": dim, "dtype": dtype, "seconds": statistics.median(found),
+                    "contestant": name, "D": dim, "dtype": dtype, "rounds": rounds, "seconds": statistics.median(found),
                     "products": statistics.median(found) / product,
-                    "peak_mib": peak(name, settings["tokens"], dim, dtype), "hidden_error": error(name, x),
+                    "peak_mib": peak(name, tokens, dim, dtype), "hidden_error": error(name, x),
                 }
             )  # fmt: skip
         yield rows
@@ -253,13 +253,13 @@ def main() -> None:
     parser.add_argument("--dims", type=int, nargs="+", default=[576, 2048])
     arguments = parser.parse_args()
     settings = {
-        "tokens": arguments.tokens, "vocabulary": VOCABULARY, "rounds": arguments.rounds,
+        "tokens": arguments.tokens, "vocabulary": VOCABULARY,
         "threads": torch.get_num_threads(), "versions": {"torch": torch.__version__, "fused_losses": fl.__version__},
     }  # fmt: skip
     content = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     if any(content.get(key) != value for key, value in settings.items()):
         content = {**settings, "rows": []}
-    for rows in measured(settings, arguments.dims, content["rows"]):
+    for rows in measured(arguments.tokens, arguments.dims, arguments.rounds, content["rows"]):
         beside = RESULTS.with_suffix(f".{os.getpid()}")
         beside.write_text(json.dumps({**settings, "rows": rows}, indent=1))
         beside.replace(RESULTS)
