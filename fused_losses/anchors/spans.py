@@ -102,8 +102,11 @@ def common(one: str, other: str) -> int:
 
 def text_after(tokenizer: Any, before: Sequence[int], token: int) -> str:
     """What `token` reads as after the ids `before`: the characters that it is a part of."""
-    start = max(0, len(before) - CONTEXT)
-    text, spans = spell(tokenizer, [*before[start:], token])
+    text, spans = "", [(0, 0)]
+    for start in (max(0, len(before) - CONTEXT), 0):
+        text, spans = spell(tokenizer, [*before[start:], token])
+        if not text.startswith(UNFINISHED):  # in the middle of a character
+            break
     return text[slice(*spans[-1])]
 
 
