@@ -17,10 +17,9 @@ from fused_losses.anchors.spans import text_of
 def spaced():
     raw = Tokenizer(BPE(unk_token="<unk>"))
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    raw.train_from_iterator(
-        CORPUS, trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>"], initial_alphabet=["\n"],
-        show_progress=False)
-    )  # fmt: skip
+    special = dict(special_tokens=["<unk>"], initial_alphabet=["\n"])
+    trainer = trainers.BpeTrainer(vocab_size=300, show_progress=False, **special)
+    raw.train_from_iterator([*CORPUS, *["I\n\nlike"] * 40], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>")
 
 
@@ -31,6 +30,7 @@ def ids(text):
 @pytest.mark.parametrize("before, text", [
     ("My name is", " Aurora"), ("My name is", "Aurora"), ("My", "name"), ("My name", "s"), ("I like", "\ntea"),
     ("I like tea", " and tea."), ("I live in", " in"),
+    ("I like tea", "\n"),  # alone with a space before it, and after a line break one token with that
 ])  # fmt: skip
 def test_a_space_stands_where_the_text_has_one(before, text):
     found = ids_after(spaced(), ids(before), text)
