@@ -103,15 +103,16 @@ def _place(
 ) -> int | None:
     """Where `text` stands in what the template makes of the answer: what is left without it is an empty answer's."""
     places = list(_occurrences(text, whole))
-    if len(places) < 2:
-        return places[0] if places else None
+    if not places or places == [0]:
+        return 0 if places else None
     try:
         empty = _template(known, [*messages, {"role": "assistant", "content": ""}], tools)
     except Fault:
         return places[0]
     around = known.spell(empty[len(prompt) :]).text if empty[: len(prompt)] == prompt else None
-    fitting = [at for at in places if whole[:at] + whole[at + len(text) :] == around]
-    return (fitting or places)[0]
+    if around is None:
+        return places[0]
+    return max((at for at in places if whole[:at] + whole[at + len(text) :] == around), default=None)
 
 
 def _occurrences(text: str, whole: str) -> Iterator[int]:

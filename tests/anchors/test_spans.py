@@ -56,7 +56,7 @@ def spans_of_bytes(parts):
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(text=MIXED)
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 def test_spans_are_those_of_the_tokens_bytes(kind, text):
     ids = ids_of(kind, text)
     parts = list(token_bytes(kind, ids))
@@ -69,7 +69,7 @@ def test_spans_are_those_of_the_tokens_bytes(kind, text):
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(ids=st.lists(st.integers(0, 380), max_size=12))
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 def test_any_ids_have_spans_that_rise_and_cover_the_text(kind, ids):
     text, spans = spell(small_tokenizer(kind), ids)
     assert len(spans) == len(ids) and all(start <= end for start, end in spans)
