@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .jsonl import Fault, show
+from .jsonl import Fault, printable, show
 from .spans import KnownTokenizer, Spelling, common
 
 
@@ -85,7 +85,7 @@ def _template(
     try:
         found = tokenizer.apply_chat_template(chat, tools=list(tools) if tools else None, return_dict=True, **options)
     except Exception as error:  # a template is a program of its own
-        reason = " ".join(str(error).split())[:200]
+        reason = printable(" ".join(str(error).split())[:200])
         raise Fault(
             f"messages: the tokenizer's chat template refuses them ({type(error).__name__}: {reason}); see which roles "
             "and fields it takes"

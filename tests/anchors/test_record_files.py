@@ -209,6 +209,14 @@ def test_a_closed_file_and_copies_are_refused(tmp_path):
     assert "closed" in repr(file)
 
 
+def test_a_process_forked_from_it_does_not_keep_the_lock(tmp_path):
+    file = RecordFile(tmp_path / "anchors.jsonl")
+    inherited = os.dup(file._descriptor)  # as in a fork
+    file.close()
+    RecordFile(tmp_path / "anchors.jsonl").close()
+    os.close(inherited)
+
+
 def test_another_process_may_not_use_the_file_of_its_parent(tmp_path, monkeypatch):
     with RecordFile(tmp_path / "anchors.jsonl") as file:
         monkeypatch.setattr(os, "getpid", lambda: -1)

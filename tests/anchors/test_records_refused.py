@@ -10,6 +10,7 @@ from anchor_records import full_record, line, record, refused
 from small_tokenizers import small_tokenizer
 
 from fused_losses.anchors import read_records, write_records
+from fused_losses.anchors.jsonl import show
 
 GOOD = full_record().to_json()
 ANCHOR = GOOD["anchors"][0]
@@ -199,6 +200,15 @@ def test_paths_that_are_no_files(tmp_path):
         assert message in refused(read_records, path)
         if path not in (empty, blank) and "check the path" not in message:
             assert message in refused(write_records, path, [record(3)])
+
+
+def test_values_are_shown_in_one_line_as_they_are():
+    class Odd:
+        def __repr__(self):
+            return "a\n\x1b[31mb"
+
+    assert show("a  b\n\x1b\u202e") == r"'a  b\n\x1b\u202e'" and show(Odd()) == r"a\n\x1b[31mb"
+    assert len(show("x" * 10**6)) < 80 and show([10**5000]) == "a list"
 
 
 def test_a_path_that_is_no_name():
