@@ -109,6 +109,12 @@ def test_the_end_of_the_turn():
     assert from_marked(BYTES, QUESTION, "I am", finished=False).completion.text == "I am"
 
 
+def test_a_token_that_reaches_beyond_the_text_stays_whole(monkeypatch):
+    monkeypatch.setattr(BYTES, "chat_template", BYTES.chat_template.replace("m['content'] }}", "m['content'] }}me"))
+    one = from_marked(BYTES, QUESTION, "My [[na]]", finished=False)
+    assert one.completion.text == "My name" and [anchor.text for anchor in one.anchors] == [" name"]
+
+
 def test_the_answer_is_found_where_the_template_puts_it(monkeypatch):
     """Text before the answer that reads like it, and a template that takes spaces off."""
     monkeypatch.setattr(
