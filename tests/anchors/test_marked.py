@@ -5,7 +5,7 @@ import re
 
 import pytest
 from anchor_records import QUESTION, ids, record, refused
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from small_tokenizers import KINDS, small_tokenizer
 
@@ -59,6 +59,7 @@ def test_marks_that_are_wrong(text, message):
         parse_marked(text)
 
 
+@example(parts=[("", "|1|1")])
 @given(
     parts=st.lists(
         st.tuples(st.text("p=1[]|\\ 中", max_size=5), st.text("p=1[]|\\ 中", min_size=1, max_size=5)), max_size=3
