@@ -4,6 +4,9 @@
 """
 
 from . import importing  # noqa: F401  # first: it imports torch
+
+# isort: split
+from . import anchors  # noqa: F401
 from .head import LMHead, LowRank, Reference
 from .huggingface import initial_losses, patch, patched, unpatch
 from .objectives import (
