@@ -116,6 +116,16 @@ def test_packages_that_are_missing_are_said(monkeypatch, capsys):
     assert said == "train needs peft; install with: pip install 'fused_losses[train]'"
 
 
+def test_an_interruption_is_said(saved, tmp_path, capsys, monkeypatch):
+    def interrupted(given, trainable):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(models, "load_model", interrupted)
+    data = files(tmp_path)["anchors"]
+    said = fails(capsys, "train", "--model", saved, "--data", data, "--output", tmp_path / "out")
+    assert said == "interrupted; the same command goes on from the last checkpoint\n"
+
+
 # --- loading
 
 
