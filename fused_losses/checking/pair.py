@@ -80,6 +80,13 @@ class Pair:
                 "model: has no PEFT adapter that could be switched off, so there is nothing to compare with; give the "
                 "model that it was made of as original (--original)"
             )
+        elif any(getattr(layer, "merged", False) for layer in adapters.layers(self.base)):
+            raise ValueError(
+                "model: its adapter is merged into the weights, so it cannot be switched off; call "
+                "model.unmerge_adapter() first, or give the model that it was made of as original (--original)"
+            )
+        elif adapters.switched_off(self.base):
+            raise ValueError("model: its adapter is switched off, so it is its own original; switch it on first")
 
     @property
     def _learns_prompts(self) -> bool:

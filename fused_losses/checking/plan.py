@@ -43,7 +43,7 @@ def make_plan(
     asked = as_prompts(PROMPTS if prompts is None else prompts, "prompts")
     questions = questions_of(tokenizer, records, probes, asked, known)
     rows, windows = _windows(tokenizer, general_texts() if texts is None else texts, pair, text_tokens)
-    _check_ids(pair, questions, answer_tokens)
+    _check_ids(pair, questions, rows, answer_tokens)
     settings = {
         "answer_tokens": answer_tokens, "text_tokens": text_tokens, "facts": list(known),
         "prompts": "built in" if prompts is None else "given", "texts": "built in" if texts is None else "given",
@@ -104,9 +104,15 @@ def _check_records(records: list[Any], tokenizer: Any) -> None:
             raise ValueError(f"anchors[{at}]: {fault}") from None
 
 
-def _check_ids(pair: Pair, questions: list[Question], answer_tokens: int) -> None:
+def _check_ids(pair: Pair, questions: list[Question], rows: list[Row], answer_tokens: int) -> None:
     """Before any work: ids that the model knows, and no more than it can read."""
     vocabulary, room = pair.base.get_output_embeddings().weight.shape[0], _room(pair)
+    most = max((max(row.before + row.measured) for row in rows), default=0)
+    if most >= vocabulary:
+        raise ValueError(
+            f"tokenizer: expected that of the model, of {vocabulary} tokens, got the id {most} in texts; give the "
+            "model's own tokenizer"
+        )
     for question in questions:
         more = len(question.forced().measured) if question.has_anchors else 0
         used = [*question.ids, *(question.record.completion.token_ids if question.has_anchors else ())]

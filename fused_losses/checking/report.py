@@ -191,14 +191,14 @@ class Report:
         shown = [a for a in self.answers if a.kind != "general"]
         general = [a for a in self.answers if a.kind == "general"]
         shown += sorted(general, key=lambda a: -a.original.kl)[:3]
-        answers = [[a.kind, visible(a.prompt), brief(a.original), brief(a.tuned)] for a in shown]
+        answers = [[a.kind, a.prompt, brief(a.original), brief(a.tuned)] for a in shown]
         found.append(("Answers; of the general prompts the three that moved most",
                       ["kind", "prompt", "original", "tuned"], answers))  # fmt: skip
-        return found
+        return [(title, header, [[visible(cell) for cell in row] for row in rows]) for title, header, rows in found]
 
 
 def brief(spoken: Spoken) -> str:
-    return visible(spoken.text.strip()) + ("" if spoken.finished else " …")
+    return spoken.text.strip() + ("" if spoken.finished else " …")
 
 
 def visible(text: str) -> str:

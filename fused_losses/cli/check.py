@@ -7,7 +7,7 @@ import contextlib
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ def run(given: argparse.Namespace) -> None:
 
 
 def _refuse(message: str) -> None:
-    print(f"fused-losses check: {message}", file=sys.stderr)
+    print("fused-losses check:", " ".join(message.split()), file=sys.stderr)
     raise SystemExit(WRONG) from None
 
 
@@ -115,6 +115,8 @@ def _report(given: argparse.Namespace) -> Any:
 
     for name in ("json", "html"):
         _check_output(name, getattr(given, name))
+    models.check(given)
+    _of_original(given, models.check)
     if given.original is None and given.adapter is None:
         raise ValueError("--adapter: give the adapter that was trained, or with --original the model before training")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -130,18 +132,13 @@ def _report(given: argparse.Namespace) -> Any:
     model, tokenizer = models.load(given)
     if given.anchors is not None:
         read["anchors"] = read_records(given.anchors, tokenizer)
-    original = None
-    if given.original is not None:
-        original, _ = models.load(
-            argparse.Namespace(**{**vars(given), "model": given.original, "adapter": None, "demo": False})
-        )
-    names = _names(given)
+    original = _of_original(given, models.load_model)
     with _progress() as progress:
         report = checking.check(
             model, tokenizer, original=original, **read, facts=given.facts, max_kl=given.max_kl,
             min_recall=given.min_recall, answer_tokens=given.answer_tokens, text_tokens=given.text_tokens,
-            seed=given.seed, cache=None if given.no_cache else given.cache or _default_cache(), names=names,
-            progress=progress,
+            seed=given.seed, cache=None if given.no_cache else given.cache or _default_cache(),
+            names=_names(given), progress=progress,
         )  # fmt: skip
     if given.json is not None:
         report.save_json(given.json)
@@ -157,9 +154,19 @@ def _texts(paths: list[Path]) -> dict[str, str]:
 
 
 def _names(given: argparse.Namespace) -> tuple[str, str]:
-    model = "SmolLM2-135M-Instruct" if given.demo else given.model
+    model = models.name_of(given)
     tuned = model if given.adapter is None else f"{model} + {given.adapter}"
     return tuned, model if given.original is None else given.original
+
+
+def _of_original(given: argparse.Namespace, what: Callable[[argparse.Namespace], Any]) -> Any:
+    """What a function of models.py says of the original; None where there is no other model."""
+    if given.original is None:
+        return None
+    try:
+        return what(argparse.Namespace(**{**vars(given), "model": given.original, "adapter": None, "demo": False}))
+    except (OSError, ValueError) as error:
+        raise ValueError(str(error).replace("--model:", "--original:", 1)) from None
 
 
 def _check_output(name: str, path: Path | None) -> None:
