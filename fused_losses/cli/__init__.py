@@ -1,5 +1,5 @@
-"""The command `fused-losses`: what runs here (`info`), fine-tuning (`train`), what it changed (`check`), a demonstration
-(`demo`), tiles (`tune`).
+"""The command `fused-losses`: what runs here (`info`), fine-tuning (`train`), what it changed (`check`), a
+demonstration (`demo`), tiles (`tune`).
 
 One file a command: `add` declares it and its options, `run` does it. Needs nothing but torch; what a single command
 needs besides, that command asks for.
