@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..head import LMHead, Reference
 from ..huggingface import adapters
 from ..huggingface.digest import model_digest, model_facts
+from ..huggingface.exchange import in_force, other_patch
 from ..huggingface.patching import _base_model, _check_model, patched
 from ..huggingface.reference_forward import evaluating
 from ..huggingface.wrappers import STATE
@@ -64,6 +65,10 @@ class Pair:
         self.base = _checked(tuned, "model")
         self.inner = self.base if original is None else _checked(original, "original")
         if original is not None:
+            if _is_patched(self.inner):
+                raise ValueError(
+                    f"original: {type(self.inner).__name__} is patched; call fused_losses.unpatch(original) first"
+                )
             if self.inner is self.base:
                 raise ValueError(
                     "original: is the tuned model itself; leave it out where the tuned one has an adapter, which is "
@@ -126,8 +131,11 @@ class Pair:
         """A function (rows, ranks=False, advance=...) -> list[Measured], one of each row, in the order given."""
         recorder = _Recorder()
         reference: Any = "base" if self.original is None else self.original
-        measured = patched(self.tuned, recorder, reference=reference, eval_loss="objective")
-        with torch.no_grad(), evaluating(self.tuned), measured:
+        if _is_patched(self.base):
+            patch: Any = in_force(self.tuned, other_patch(self.tuned, recorder, reference))
+        else:
+            patch = patched(self.tuned, recorder, reference=reference, eval_loss="objective")
+        with torch.no_grad(), evaluating(self.tuned), patch:
             state = vars(self.base)[STATE]
             options = {"use_cache": False} if state.takes_any or "use_cache" in state.accepted else {}
 
@@ -201,13 +209,12 @@ def _checked(model: Any, name: str) -> Any:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{name}: expected a model of transformers, got {type(model).__name__}")
     base: Any = _base_model(model)
-    if STATE in vars(base) and vars(base)[STATE].loss is not None:
-        raise ValueError(
-            f"{name}: {type(base).__name__} is patched; call fused_losses.unpatch(model) before the check, and "
-            "patch it afterwards if training goes on"
-        )
     _check_model(base, model)
     return base
+
+
+def _is_patched(base: Any) -> bool:
+    return STATE in vars(base) and vars(base)[STATE].loss is not None
 
 
 def _vocabulary(base: Any) -> int:

@@ -79,8 +79,8 @@ def check(
         `Report`; the same for the same arguments on the same machine.
 
     Raises:
-        TypeError, ValueError: naming the argument: no adapter and no original, a merged adapter, a patched model, a
-            tokenizer or vocabulary that does not fit, a prompt longer than the model can read.
+        TypeError, ValueError: naming the argument: no adapter and no original, a merged adapter, a tokenizer or
+            vocabulary that does not fit, a prompt longer than the model can read.
 
     Cost: generation of all answers by both models; a forward of both over all answers twice and over the texts, with 2
     GEMMs of the head. With a cache a digest of the model, a second or two per GB. The model is left as it was.

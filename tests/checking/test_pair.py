@@ -69,6 +69,22 @@ def test_adapter_that_changes_nothing_has_no_kl_at_all():
             assert not found.kl.any() and torch.equal(found.nll, found.original_nll)
 
 
+def test_patched_model_in_training_is_measured_and_stays_patched():
+    model, some = tuned.with_adapter(tuned.original()), rows(*RAGGED)
+    with Pair(model).measuring() as measure:
+        before = measure(some)
+    digest = Pair(model).digest(tuned=False), Pair(model).digest(tuned=True)
+    loss = fl.TALRLoss()
+    fl.patch(model.train(), loss)
+    ids = torch.randint(VOCABULARY, (2, 9))
+    value = model(input_ids=ids, labels=ids).loss
+    with Pair(model).measuring() as measure:
+        assert all(torch.equal(a.kl, b.kl) for a, b in zip(measure(some), before, strict=True))
+    assert (Pair(model).digest(tuned=False), Pair(model).digest(tuned=True)) == digest
+    assert torch.equal(model(input_ids=ids, labels=ids).loss, value) and model.training
+    fl.unpatch(model)
+
+
 def test_model_is_left_as_it_was():
     model = tuned.with_adapter(tuned.original()).train()
     state = {name: (p.clone(), p.requires_grad) for name, p in model.named_parameters()}
@@ -120,7 +136,7 @@ def other_vocabulary():
         (lambda: Pair(tuned.original()), ValueError, "has no PEFT adapter .* original"),
         (lambda: Pair("gpt2"), TypeError, "model: expected a model of transformers, got str"),
         (lambda: Pair(tuned.original(), "gpt2"), TypeError, "original: expected a model of transformers, got str"),
-        (lambda: Pair(fl.patch(tuned.original()), tuned.original()), ValueError, "model: LlamaForCausalLM is patched"),
+        (lambda: Pair(tuned.original(), fl.patch(tuned.original())), ValueError, "original: Llama.* is patched"),
         (lambda: Pair(tuned.original(), other_vocabulary()), ValueError, "vocabulary of [0-9]+ tokens, got one of 50"),
     ],
 )  # fmt: skip
