@@ -24,10 +24,14 @@ def prompt_ids(tokenizer: Any, prompt: Prompt) -> Ids:
     """What the model sees: the chat template up to where the answer begins; plain text where there is no template."""
     if getattr(tokenizer, "chat_template", None):
         tools = None if prompt.tools is None else list(prompt.tools)
-        made = tokenizer.apply_chat_template(
-            list(prompt.messages), tools=tools, add_generation_prompt=True, return_dict=True, tokenize=True
-        )
-        ids = made["input_ids"]
+        options: dict[str, Any] = {"add_generation_prompt": True, "return_dict": True, "tokenize": True}
+        try:
+            ids = tokenizer.apply_chat_template(list(prompt.messages), tools=tools, **options)["input_ids"]
+        except Exception as error:  # templates raise what they like
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(
+                f"prompts: the chat template refuses {prompt.text[:60]!r} ({reason[:200]}); change its messages"
+            ) from error
         return tuple(ids[0] if ids and isinstance(ids[0], list) else ids)
     if len(prompt.messages) > 1 or not isinstance(prompt.messages[0]["content"], str):
         raise ValueError("prompts: the tokenizer has no chat template, so only prompts of plain text can be asked")
@@ -85,8 +89,9 @@ class Asker:
         """The tokens of each answer, its end token included where it came to an end."""
         with self.pair.asked(tuned) as model:
             file, settings = None, self._settings(model)
-            if self.cache is not None:
-                file = AnswerFile(self.cache, self.pair.digest(tuned), model.get_output_embeddings().weight.shape[0])
+            digest = None if self.cache is None else self._digest(tuned)
+            if digest is not None:
+                file = AnswerFile(self.cache, digest, model.get_output_embeddings().weight.shape[0])
             keys = [_key(prompt, self.length, settings) for prompt in prompts]
             found = {} if file is None else {key: file.known[key] for key in keys if key in file.known}
             advance(sum(key in found for key in keys))
@@ -98,6 +103,15 @@ class Asker:
                         file.put(key, ids)
                 advance(sum(keys.count(key) for key, _ in some))
             return [found[key] for key in keys]
+
+    def _digest(self, tuned: bool) -> str | None:
+        try:
+            return self.pair.digest(tuned)
+        except (TypeError, ValueError) as error:  # quantised or sharded
+            warnings.warn(
+                f"answers are not kept, as the model cannot be told from others: {error}", RuntimeWarning, stacklevel=5
+            )
+            return None
 
     @staticmethod
     def _batches(asked: list[tuple[str, Ids]]) -> Iterator[list[tuple[str, Ids]]]:

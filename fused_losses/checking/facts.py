@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..anchors.spans import text_of
 from .answers import Ids, prompt_ids
 from .inputs import Probe, Prompt
 from .pair import Row
@@ -64,7 +65,7 @@ def questions_of(
     found = []
     for record in records:
         if record.anchors:
-            asked = Prompt(tuple(record.messages)).text or "(a prompt of plain text)"
+            asked = Prompt(tuple(record.messages)).text or text_of(tokenizer, record.prompt_ids)
             found.append(Question("corrected", asked, tuple(record.prompt_ids), words_of(record), record))
     for at, probe in enumerate(probes):
         record = None if probe.anchor is None else _record(records, probe.anchor, at)

@@ -13,7 +13,7 @@ from ..anchors.jsonl import Fault
 from .words import normal
 
 KINDS = ("paraphrase", "reverse", "unrelated")
-LIMIT = 1 << 26  # bytes of a text file
+LIMIT = 1 << 24  # bytes of a text file
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def read_prompts(path: str | os.PathLike) -> list[Prompt]:
 
 
 def read_text(path: str | os.PathLike) -> str:
-    """A UTF-8 text file, of at most 64 MiB.
+    """A UTF-8 text file, of at most 16 MiB.
 
     Raises:
         ValueError: it is empty, too large or no text.

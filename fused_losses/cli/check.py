@@ -137,7 +137,7 @@ def _report(given: argparse.Namespace) -> Any:
         report = checking.check(
             model, tokenizer, original=original, **read, facts=given.facts, max_kl=given.max_kl,
             min_recall=given.min_recall, answer_tokens=given.answer_tokens, text_tokens=given.text_tokens,
-            seed=given.seed, cache=None if given.no_cache else given.cache or _default_cache(),
+            seed=given.seed, cache=_cache(given),
             names=_names(given), progress=progress,
         )  # fmt: skip
     if given.json is not None:
@@ -174,9 +174,17 @@ def _check_output(name: str, path: Path | None) -> None:
         raise ValueError(f"--{name}: expected a file in a folder that exists, got {path}")
 
 
-def _default_cache() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "fused_losses" / "answers"
+def _cache(given: argparse.Namespace) -> Path | None:
+    """None where answers are not to be kept, or the user has no place for them."""
+    if given.no_cache or given.cache is not None:
+        return None if given.no_cache else given.cache
+    try:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(home) / "fused_losses" / "answers"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):
+        return None
+    return folder if os.access(folder, os.W_OK) else None
 
 
 @contextlib.contextmanager

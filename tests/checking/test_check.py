@@ -239,6 +239,22 @@ def test_answers_of_another_vocabulary_or_garbage_are_not_read(model, tmp_path):
     assert json.dumps(checked(model, cache=tmp_path).to_json()) == json.dumps(whole.to_json())
 
 
+def test_model_without_a_digest_is_checked_without_keeping_answers(model, tmp_path, monkeypatch):
+    def refuse(self, tuned):
+        raise TypeError("lm_head.weight: expected a plain strided tensor")
+
+    monkeypatch.setattr("fused_losses.checking.pair.Pair.digest", refuse)
+    with pytest.warns(RuntimeWarning, match="answers are not kept.*lm_head.weight"):
+        assert checked(model, cache=tmp_path).value("kl") > 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_record_of_plain_text_shows_its_prompt(model):
+    record = dataclasses.replace(tuned.record(), messages=(), message_index=0)
+    prompt = checked(model, anchors=[record]).answers[0].prompt
+    assert "What is your name?" in prompt
+
+
 # --- limits
 
 
@@ -312,6 +328,17 @@ def test_ids_that_the_model_does_not_know(model):
         check(model, tokenizer, **SMALL)
     with pytest.raises(ValueError, match="of 384 tokens, got the id 384 in texts"):
         check(model, tokenizer, **{**SMALL, "prompts": [], "texts": {"x": "Hello Hello Hello"}})
+
+
+def test_chat_template_that_refuses_a_conversation(model):
+    tokenizer = copy.deepcopy(tuned.tokenizer())
+    tokenizer.chat_template = "{{ raise_exception('no system\nrole') }}"
+    with pytest.raises(ValueError, match=r"prompts: the chat template refuses 'Hello' .TemplateError: no system role.;"):
+        check(model, tokenizer, **SMALL)
+    tokenizer.chat_template = None
+    assert check(model, tokenizer, **SMALL).value("kl") > 0
+    with pytest.raises(ValueError, match="prompts: the tokenizer has no chat template"):
+        check(model, tokenizer, **{**SMALL, "prompts": [[{"role": "system", "content": "a"}] * 2]})
 
 
 def test_cache_that_cannot_be_written(model, tmp_path):

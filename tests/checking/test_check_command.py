@@ -68,6 +68,12 @@ def test_limit_broken(status, folder):
     assert code == 1 and "limit broken: min_recall: 0 of the anchors" in out
 
 
+def test_user_without_a_cache_folder(status, folder, monkeypatch):
+    (folder / "no-folder").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "no-folder"))
+    assert status()[0] == 0
+
+
 def test_full_fine_tune(status):
     code, out, _ = status("--no-cache", model="other", adapter=None, original="model")
     assert code == 0 and "KL on the original's answers to general prompts" in out
