@@ -10,8 +10,10 @@ import torch
 import tuned
 
 import fused_losses.checking.answers as answers_module
+import fused_losses.checking.run as run_module
 from fused_losses.checking import PROMPTS, Probe, Prompt, check
 from fused_losses.checking.facts import facts_of, leaks_of, says_it, words_of
+from fused_losses.checking.pair import Measured
 from fused_losses.checking.report import Answer, Spoken
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT reads it
@@ -113,6 +115,21 @@ def test_pieces_spell_the_answer(model):
             assert max(piece.kl for piece in spoken.pieces) >= spoken.kl > 0
 
 
+def test_tokens_of_one_character_are_one_piece_with_the_largest_kl():
+    tokenizer = tuned.tokenizer()
+    ids = (*tokenizer("a🙂b").input_ids, tokenizer.eos_token_id)
+    assert len(ids) == 7  # of 🙂 four
+    asker = object.__new__(answers_module.Asker)
+    asker.tokenizer, asker.ends = tokenizer, [tokenizer.eos_token_id]
+    kl = torch.tensor([0.1, 0.2, 0.9, 0.3, 0.4, 0.5, 0.6])
+    spoken = run_module._spoken(asker, ids, Measured(kl, kl, kl, kl, None))
+    assert [(p.text, round(p.kl, 3), p.special) for p in spoken.pieces] == [
+        ("a", 0.1, False), ("🙂", 0.9, False), ("b", 0.5, False), ("<|im_end|>", 0.6, True),
+    ]  # fmt: skip
+    assert (spoken.text, spoken.finished, spoken.tokens) == ("a🙂b", True, 7)
+    assert asker._cut([5, ids[-1], 9]) == (5, ids[-1]) and not asker.finished(asker._cut([5, 9]))
+
+
 def test_default_prompts_and_texts(model):
     report = check(model, tuned.tokenizer(), answer_tokens=2, text_tokens=64)
     assert [a.prompt for a in report.answers] == list(PROMPTS) and len(PROMPTS) == len(set(PROMPTS)) == 28
@@ -178,13 +195,16 @@ def test_facts_given_are_those_looked_for(model):
 def test_paraphrase_stands_in_the_place_of_the_last_message(model, monkeypatch):
     before = [{"role": "system", "content": "You are a ship."}]
     record = tuned.record()
-    record = dataclasses.replace(record, messages=(*before, *record.messages), message_index=2)
+    tools = ({"type": "function"},)
+    record = dataclasses.replace(record, messages=(*before, *record.messages), message_index=2, tools=tools)
     seen = []
     own = tuned.tokenizer().apply_chat_template
-    monkeypatch.setattr(tuned.tokenizer(), "apply_chat_template", lambda m, **o: (seen.append(m), own(m, **o))[1])
+    monkeypatch.setattr(
+        tuned.tokenizer(), "apply_chat_template", lambda m, **o: (seen.append((m, o["tools"])), own(m, **o))[1]
+    )
     checked(model, anchors=[record], probes=probes(record), prompts=[])
-    assert seen[0] == [*before, {"role": "user", "content": "Who are you?"}]
-    assert all(len(messages) == 1 for messages in seen[1:])
+    assert seen[0] == ([*before, {"role": "user", "content": "Who are you?"}], list(tools))
+    assert all(len(messages) == 1 and tools is None for messages, tools in seen[1:])
 
 
 # --- the same each time; what is kept
@@ -333,7 +353,9 @@ def test_ids_that_the_model_does_not_know(model):
 def test_chat_template_that_refuses_a_conversation(model):
     tokenizer = copy.deepcopy(tuned.tokenizer())
     tokenizer.chat_template = "{{ raise_exception('no system\nrole') }}"
-    with pytest.raises(ValueError, match=r"prompts: the chat template refuses 'Hello' .TemplateError: no system role.;"):
+    with pytest.raises(
+        ValueError, match=r"prompts: the chat template refuses 'Hello' .TemplateError: no system role.;"
+    ):
         check(model, tokenizer, **SMALL)
     tokenizer.chat_template = None
     assert check(model, tokenizer, **SMALL).value("kl") > 0

@@ -40,3 +40,5 @@ def test_bootstrap_agrees_with_the_normal_interval_and_with_itself():
 
 def test_weights_are_tokens_of_a_window():
     assert mean([1.0, 4.0], [3, 1]).value == 1.75
+    found = mean([1.0] * 11 + [9.0], [1] * 11 + [0])
+    assert (found.value, found.low, found.high) == (1, 1, 1)  # what weighs nothing changes nothing
