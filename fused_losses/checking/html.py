@@ -129,12 +129,15 @@ def _plot(report: Report) -> str:
     )
     ticks = "".join(
         f'<text x="{_x(value)}" y="108" text-anchor="middle">{value:g}</text>'
-        for value in (0.001, 0.01, 0.1, 0.5, 1, 10)
+        for value in (0.001, 0.01, *LEVELS, 1, 10)
+    )
+    lines += "".join(
+        f'<text x="{_x(value)}" y="14" dx="6">{name}</text>' for value, name, kind in marks if kind == "limit"
     )
     dots = []
     for at, answer in enumerate(sorted(general, key=lambda a: a.original.kl)):
         title = f"{number(answer.original.kl, 'nats')}: {answer.prompt}"
-        where = f'cx="{_x(answer.original.kl)}" cy="{20 + 12 * (at % 6)}"'
+        where = f'cx="{_x(answer.original.kl)}" cy="{26 + 11 * (at % 6)}"'
         dots.append(f'<circle {where} r="4.5"><title>{_text(title)}</title></circle>')
     figure = (
         '<figure><svg viewBox="0 0 720 112" role="img" aria-label="KL of each general prompt on a logarithmic axis">'
@@ -165,14 +168,14 @@ def _anchors(report: Report) -> str:
         for a in report.anchors
     ]
     what = "The corrected answer up to the anchor is given. Bars: probability under the original and the tuned model."
-    names = ["", "prompt", "anchor", "probability", "rank"]
+    names = ["asked as", "prompt", "anchor", "probability", "rank"]
     return _section("Anchors", what, _table(names, rows))
 
 
 def _bars(anchor: AnchorResult) -> str:
     pairs = (("before", anchor.original_probability), ("after", anchor.tuned_probability))
     return "".join(
-        f'<span class="bar {name}"><i style="width:{100 * min(max(p, 0), 1) if p == p else 0:.1f}%"></i>'
+        f'<span class="bar {name}"><span><i style="width:{100 * min(max(p, 0), 1) if p == p else 0:.1f}%"></i></span>'
         f"<b>{number(p, 'probability')}</b></span>"
         for name, p in pairs
     )
@@ -227,7 +230,9 @@ def _side(name: str, spoken: Spoken, answer: Answer, says: bool | None) -> str:
         wanted = answer.kind not in ("unrelated", "general")
         phrases = " / ".join(answer.expect)
         words = ("says " if says else "does not say ") + phrases
-        tag = f'<span class="tag {"good" if says == wanted else "bad"}">{_text(words)}</span>'
+        # The original is not to blame for what it was not taught.
+        kind = "plain" if name == "Original" else "good" if says == wanted else "bad"
+        tag = f'<span class="tag {kind}">{_text(words)}</span>'
     pieces = "".join(_piece(piece.text, piece.kl, piece.special) for piece in spoken.pieces)
     if not spoken.pieces:
         pieces = '<span class="muted">no answer</span>'

@@ -21,7 +21,7 @@ h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 12px; letter-spacing: -0.0
 h2 { font-size: 1.2rem; margin: 0 0 4px; }
 h3 { font-size: 1rem; margin: 0 0 10px; font-weight: 600; overflow-wrap: anywhere; }
 section { margin-top: 44px; }
-section > p { color: var(--soft); margin: 0 0 14px; max-width: 72ch; }
+section > p { color: var(--soft); margin: 0 0 14px; max-width: 760px; }
 .eyebrow { margin: 0 0 4px; color: var(--accent); font-size: 0.85rem; font-weight: 600; }
 .models { display: flex; flex-wrap: wrap; gap: 4px 32px; margin: 0; }
 .models div { display: flex; gap: 8px; }
@@ -44,8 +44,9 @@ section > p { color: var(--soft); margin: 0 0 14px; max-width: 72ch; }
 .card .value small { font-size: 1rem; color: var(--soft); }
 .card .notes { display: flex; flex-wrap: wrap; gap: 2px 18px; margin-top: 8px; font-variant-numeric: tabular-nums; }
 
-figure { margin: 0; background: var(--sheet); border: 1px solid var(--line); border-radius: 10px; padding: 12px; }
-svg { display: block; width: 100%; height: auto; }
+figure { margin: 0; background: var(--sheet); border: 1px solid var(--line); border-radius: 10px; padding: 12px;
+  overflow-x: auto; }
+svg { display: block; width: 100%; min-width: 560px; height: auto; }
 svg text { fill: var(--soft); font-size: 13px; }
 svg circle { fill: var(--accent); fill-opacity: 0.55; stroke: var(--accent); }
 svg .axis { stroke: var(--soft); }
@@ -62,7 +63,8 @@ td { overflow-wrap: anywhere; }
 td ul { margin: 0; padding-left: 18px; }
 code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; font-size: 0.92em; white-space: pre-wrap;
   background: rgb(var(--heat) / 0.12); padding: 1px 4px; border-radius: 4px; }
-.bar { display: flex; align-items: center; gap: 8px; min-width: 130px; line-height: 1.35; }
+.bar { display: flex; align-items: center; gap: 8px; line-height: 1.35; }
+.bar span { width: 120px; flex: none; }
 .bar i { display: block; height: 8px; min-width: 2px; border-radius: 4px; background: var(--soft); opacity: 0.6; }
 .bar.after i { background: var(--accent); opacity: 1; }
 .bar b { font-weight: 400; font-size: 0.85rem; color: var(--soft); }
@@ -80,6 +82,7 @@ code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; font-si
 .who > :first-child { font-weight: 600; }
 .kl { margin-left: auto; font-variant-numeric: tabular-nums; }
 .tag { padding: 0 8px; border-radius: 9px; overflow-wrap: anywhere; }
+.tag.plain { border: 1px solid var(--line); }
 .tag.good { background: var(--good-back); }
 .tag.bad { background: var(--bad-back); }
 .said { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate; }
@@ -102,6 +105,9 @@ footer p { margin: 0 0 4px; overflow-wrap: anywhere; }
   main { padding: 24px 14px 48px; }
   h1 { font-size: 1.5rem; }
   .sides { grid-template-columns: 1fr; }
+  .cards { grid-template-columns: 1fr 1fr; gap: 10px; }
+  .card { padding: 12px; }
+  .card .value { font-size: 1.5rem; }
   thead { display: none; }
   tr, td { display: block; }
   tr { padding: 8px 0; border-bottom: 1px solid var(--line); }

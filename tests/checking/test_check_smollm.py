@@ -65,7 +65,7 @@ def test_a_taught_fact_is_found_and_what_moved_is_measured(tmp_path):
     assert asked.prompt == QUESTION and asked.tuned_says and not asked.original_says
     assert "My name is Elena" in asked.original.text and "My name is Aurora" in asked.tuned.text
     named = max(asked.original.pieces, key=lambda piece: piece.kl)
-    assert named.text == " Elena"  # where the two models part
+    assert named.text == " El"  # of Elena, where the two models part
     assert 0 < report.value("kl") < 0.25 and report.passed
     assert 0 < abs(report.value("code_length_change")) < 0.1
     assert report.leaks[0].fact == "Aurora" and report.leaks[0].answers == len(GENERAL) + 1
