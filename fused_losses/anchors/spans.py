@@ -3,7 +3,8 @@
 The text of some ids is what the tokenizer decodes them to, special tokens included, nothing cleaned up. A token's span
 [start, end) counts Unicode code points of that text, as Python does, and has every character that the token is a part
 of: where 😀 is split into three tokens, all three have the span of 😀. A token that adds nothing to the text has an
-empty span. So starts and ends never fall from token to token, and the spans cover the text.
+empty span. So starts and ends never fall from token to token, and the spans cover the text. Around a U+FFFD that is in
+the text itself, or stands for bytes that are no character, a span can be a character too long or too short.
 """
 
 from __future__ import annotations
@@ -70,10 +71,10 @@ def _spans(tokenizer: Any, ids: list[int], text: str, windows: bool) -> list[Spa
         now = text_of(tokenizer, ids[first : at + 1])
         rest = text[begin : begin + len(now)]
         whole = rest == now
-        agreed = max(common(now if whole else now.rstrip(UNFINISHED), rest), done - begin)
+        agreed = max(common(now, rest), done - begin)
         if unfinished >= 0:
             start = unfinished
-        else:  # bytes of a U+FFFD in the text itself add nothing after the first
+        else:  # bytes of a U+FFFD that the text itself has add nothing after the first
             start = last[1] - (now == seen and now.endswith(UNFINISHED))
         unfinished = -1 if whole else begin + agreed
         end = begin + agreed + (not whole) if at < len(ids) - 1 else len(text)
@@ -102,8 +103,11 @@ def common(one: str, other: str) -> int:
 
 def text_after(tokenizer: Any, before: Sequence[int], token: int) -> str:
     """What `token` reads as after the ids `before`: the characters that it is a part of."""
-    start = max(0, len(before) - CONTEXT)
-    text, spans = spell(tokenizer, [*before[start:], token])
+    text, spans = "", [(0, 0)]
+    for start in (max(0, len(before) - CONTEXT), 0):
+        text, spans = spell(tokenizer, [*before[start:], token])
+        if not text.startswith(UNFINISHED):  # in the middle of a character
+            break
     return text[slice(*spans[-1])]
 
 
@@ -113,10 +117,11 @@ def tokens_within(spans: Sequence[Span], start: int, end: int) -> list[int]:
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """64 hex digits that say which text each id stands for: blake2b over all tokens, their ids, and which are special.
+    """64 hex digits that say which text each id stands for: blake2b over all tokens and their ids, added ones included.
 
-    A chat template is not in it, nor how text is cut into tokens: records hold the ids themselves. So a tokenizer has
-    the same digest wherever it was loaded from, and whatever the version of the library.
+    A chat template is not in it, nor how text is cut into tokens, nor which token pads: records hold the ids
+    themselves. So a tokenizer has the same digest wherever it was loaded from, and whatever the version of the library.
+    A token that is added to it makes another of it.
 
     Cost: one pass over the vocabulary.
     """
@@ -134,8 +139,7 @@ class KnownTokenizer:
     def __post_init__(self) -> None:
         self.tokenizer = tokenizer_of(self.tokenizer)
         vocabulary = sorted(self.tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
-        special = sorted(int(token) for token in getattr(self.tokenizer, "all_special_ids", ()))
-        self.digest = hashlib.blake2b(json.dumps([vocabulary, special]).encode(), digest_size=32).hexdigest()
+        self.digest = hashlib.blake2b(json.dumps(vocabulary).encode(), digest_size=32).hexdigest()
         self.size = 1 + max((token for _, token in vocabulary), default=-1)
 
     @property

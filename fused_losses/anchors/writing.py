@@ -50,13 +50,11 @@ def write_lines(path: Any, lines: Iterable[bytes]) -> None:
 def _real(path: Path) -> Path:
     """What a link names, so that the file is replaced and not the link."""
     try:
-        real = path.resolve()
-        check_regular(path, os.stat(real))
-    except FileNotFoundError:
-        return real
-    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
-        raise explained(error if isinstance(error, OSError) else OSError(str(error)), path) from None
-    return real
+        with contextlib.suppress(FileNotFoundError):
+            check_regular(path, os.stat(path))
+    except OSError as error:
+        raise explained(error, path) from None
+    return path.resolve()
 
 
 @contextlib.contextmanager
@@ -83,6 +81,10 @@ def lock(descriptor: int, path: Path) -> None:
             f"{show_path(path)}: expected a file that nobody else writes, but another page or process has it open; "
             "close that one, or give another path"
         ) from None
+
+
+def unlock(descriptor: int) -> None:
+    fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
 def sync_directory(path: Path) -> None:
