@@ -4,6 +4,9 @@
 """
 
 from . import importing  # noqa: F401  # first: it imports torch
+
+# isort: split
+from . import anchors
 from .head import LMHead, LowRank, Reference
 from .huggingface import initial_losses, patch, patched, unpatch
 from .objectives import (
@@ -57,6 +60,7 @@ __all__ = [
     "TokenLosses",
     "TopKDistillationLoss",
     "WeightedLoss",
+    "anchors",
     "initial_losses",
     "l2_to_initial",
     "patch",

@@ -1,0 +1,94 @@
+"""Files written whole or not at all, and never by two at once."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from .jsonl import as_path, check_regular, explained, open_regular, show_path
+
+
+def write_lines(path: Any, lines: Iterable[bytes]) -> None:
+    """A file of these lines in the place of what was there, which stays where a line cannot be made.
+
+    It is written under a temporary name beside the other, flushed to the disk, and renamed.
+
+    Raises:
+        ValueError: no lines; the path is no ordinary file's; somebody holds its lock.
+        OSError: it cannot be written.
+    """
+    path = _real(as_path(path))
+    temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}.tmp")
+    with _held(path) as mode:
+        try:
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise explained(error, path) from None
+        try:
+            with open(descriptor, "wb") as file:
+                for line in lines:
+                    file.write(line)
+                if not file.tell():
+                    raise ValueError("records: expected at least one, got none; remove the file instead")
+                if mode is not None:
+                    os.fchmod(file.fileno(), mode)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+        sync_directory(path)
+
+
+def _real(path: Path) -> Path:
+    """What a link names, so that the file is replaced and not the link."""
+    try:
+        real = path.resolve()
+        check_regular(path, os.stat(real))
+    except FileNotFoundError:
+        return real
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
+        raise explained(error if isinstance(error, OSError) else OSError(str(error)), path) from None
+    return real
+
+
+@contextlib.contextmanager
+def _held(path: Path) -> Iterator[int | None]:
+    """The mode of the file that is there, locked meanwhile; None where there is none."""
+    try:
+        descriptor = open_regular(path, os.O_RDONLY)
+    except FileNotFoundError:
+        yield None
+        return
+    try:
+        lock(descriptor, path)
+        yield os.fstat(descriptor).st_mode & 0o7777
+    finally:
+        os.close(descriptor)
+
+
+def lock(descriptor: int, path: Path) -> None:
+    """Of the open file, not of the process: a second opening in the same process is refused too."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(
+            f"{show_path(path)}: expected a file that nobody else writes, but another page or process has it open; "
+            "close that one, or give another path"
+        ) from None
+
+
+def sync_directory(path: Path) -> None:
+    with contextlib.suppress(OSError):  # some file systems cannot
+        descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
