@@ -10,14 +10,14 @@ import argparse
 from collections.abc import Sequence
 
 from .. import __version__
-from . import demo, info, tune
+from . import annotate, demo, info, tune
 
 
 def parser() -> argparse.ArgumentParser:
     whole = argparse.ArgumentParser(prog="fused-losses", description="Token-level losses fused with the LM head.")
     whole.add_argument("--version", action="version", version=f"fused_losses {__version__}")
     commands = whole.add_subparsers(title="commands", metavar="COMMAND")
-    for command in (info, demo, tune):
+    for command in (annotate, info, demo, tune):
         command.add(commands).set_defaults(run=command.run)
     return whole
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from ..files import RecordFile, read_records, write_records
 from ..records import Record
-from . import views
+from . import payloads
 from .tasks import Task, shown, typed, with_records
 
 Listener = Callable[[str, dict[str, Any]], None]
@@ -60,6 +60,7 @@ class Desk:
         self.current: int | None = None
         self.messages: tuple[str, ...] = ()  # of the last change, for the user
         self._lock = threading.RLock()
+        self._forward = threading.Lock()  # of the original, during which the adapter is off
         self._listeners: list[Listener] = []
         self._worker: threading.Thread | None = None
         self._next: Iterable[Any] | None = None  # what the next worker shall go through
@@ -110,12 +111,16 @@ class Desk:
         if self.current is not None:
             task = self.tasks[self.current]
             talk = [{"role": message["role"], "text": shown(message)} for message in task.messages]
-            state |= {"messages": talk, "records_here": task.records, **views.answer(self.session, self._kl)}
+            state |= {"messages": talk, "records_here": task.records, **payloads.answer(self.session, self._kl)}
         return state
+
+    @property
+    def unsaved(self) -> bool:
+        return self._dirty
 
     def list_tasks(self) -> list[dict[str, Any]]:
         with self._lock:
-            return [views.task(task) for task in self.tasks]
+            return [payloads.task(task) for task in self.tasks]
 
     # One change after another.
 
@@ -159,15 +164,13 @@ class Desk:
         problem = ""
         try:
             for token in tokens:
-                self._tell("token", {"token": views.token(self.session, token)})
-                if self._leave.is_set():
-                    break
+                self._tell("token", {"token": payloads.token(self.session, token)})
         except Exception as error:
             problem = f"The model failed: {error}"
         if self._generating:
             self._generating = False
             lost = [later.text for later in self.session.later_edits if later.position is None]
-            self.messages += (views.lost(lost),) if lost else ()
+            self.messages += (payloads.lost(lost),) if lost else ()
             self.messages += (problem,) if problem else ()
             self._tell("state", self._state())
         try:
@@ -187,13 +190,16 @@ class Desk:
         if self._before is None or not self._before["whole"]:
             self._before = {"who": "original", "text": "", "whole": False}
             ids: list[int] = []
-            for token in self.original(list(self.session.prompt_ids)):
-                if self._leave.is_set():
-                    return
+            answer = self.original(list(self.session.prompt_ids))
+            while not self._leave.is_set():
+                with self._forward:
+                    token = next(answer, None)
+                if token is None:
+                    break
                 ids.append(token)
-                self._before["text"] = views.text_of(self.session.tokenizer, ids)
+                self._before["text"] = payloads.text_of(self.session.tokenizer, ids)
                 self._tell("before", self._before)
-            self._before["whole"] = True
+            self._before["whole"] = not self._leave.is_set()
             self._tell("before", self._before)
 
     # What may be done.
@@ -224,7 +230,7 @@ class Desk:
     def _check_saved(self, discard: bool) -> None:
         if self._dirty and not discard:
             count = len(self.session.anchors)
-            raise Unsaved(f"{views.count(count, 'correction')} of this answer would be lost; accept the answer first.")
+            raise Unsaved(f"{payloads.count(count, 'correction')} of this answer would be lost; accept the answer first.")
 
     def ask(self, text: Any, version: int | None = None, discard: bool = False, follow: bool = False) -> None:
         """A prompt that was typed; `follow`: as the next of this conversation, after the answer, which is accepted."""
@@ -274,18 +280,31 @@ class Desk:
         """Put a token (id) or a text there, and go on. The session's sentence on what is no anchor, or ""."""
         with self._change(version):
             self._need_answer()
+            before = self.session.text
             done = self.session.replace(position, what, confidence=confidence, target_probability=target_probability)
-            self.messages = (done.message,) if done.message else ()
+            told = done.message if len(done.anchors) < len(done.token_ids) else ""  # else it went as was meant
+            self.messages = (told,) if told else ()
             if done.changed:
+                if self.original is None and self._before is None:
+                    self._before = {"who": "model", "text": before, "whole": True}
                 self._touched()
                 self._work(generate=not self.session.finished)
-            return done.message
+            return told
+
+    def unmark(self, position: int, version: int | None = None) -> None:
+        """The token there stays, and is no anchor any more."""
+        with self._change(version):
+            self._need_answer()
+            if not self.session.unmark(position):
+                raise ValueError("This token is no anchor.")
+            self._touched()
+            self._work(generate=False)
 
     def undo(self, version: int | None = None) -> None:
         self._step(version, self.session.undo, "There is nothing to undo.")
 
     def redo(self, version: int | None = None) -> None:
-        self._step(version, self.session.redo, "There is nothing to do over.")
+        self._step(version, self.session.redo, "There is nothing to redo.")
 
     def _step(self, version: int | None, step: Callable[[], bool], none: str) -> None:
         with self._change(version):
@@ -307,7 +326,9 @@ class Desk:
         if version is not None and version != self.version:
             raise Stale("The answer was changed meanwhile; look at it, and try again.")
         self._need_answer()
-        return [views.candidate(self.session, found) for found in self.session.likeliest(position, k)]
+        with self._forward:
+            found = self.session.likeliest(position, k)
+        return [payloads.candidate(self.session, each) for each in found]
 
     def suspicious(self, after: int) -> int | None:
         self._need_answer()

@@ -31,6 +31,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from ..jsonl import Fault, check_text
 from .desk import Desk, Stale, Unsaved
 from .guard import LIMIT, LOOPBACK, Guard
 
@@ -164,6 +165,7 @@ def _actions() -> list[tuple[str, Callable[..., Any], dict[str, bool]]]:
         ("continue", Desk.go_on, {}),
         ("stop", lambda desk, version=None: desk.stop(), {}),
         ("replace", replace, {"position": True, "token_id": False, "text": False, **strength}),
+        ("unmark", Desk.unmark, {"position": True}),
         ("undo", Desk.undo, {}),
         ("redo", Desk.redo, {}),
         ("accept", lambda desk, **given: {"id": desk.accept(**given).id}, {}),
@@ -208,7 +210,16 @@ async def _fields(request: Request, fields: dict[str, bool]) -> dict[str, Any]:
         kind, words = FIELDS[name]
         if not isinstance(found[name], kind) or (isinstance(found[name], bool) and kind is not bool):
             raise Refusal(400, f"{name}: expected {words}, got {str(found[name])[:40]!r}.")
+        if kind is str:
+            _check_text(name, found[name])
     return found
+
+
+def _check_text(name: str, text: str) -> None:
+    try:
+        check_text(text)
+    except Fault as fault:
+        raise Refusal(400, f"{name}: {fault}.") from None
 
 
 def _number(request: Request, name: str) -> int:
@@ -263,10 +274,9 @@ class _Server(uvicorn.Server):
 
 
 class Page:
-    """A server on a port that is bound when this returns; `run` serves until Ctrl-C.
+    """A server on a port that is bound when this returns; `show` says what it serves, `run` serves until Ctrl-C.
 
     Args:
-        desk: what it shows.
         host: an address of this machine; other than loopback: whoever has the address with its secret gets in.
         port: 0 takes a free one.
 
@@ -274,28 +284,31 @@ class Page:
         OSError: the address is not this machine's, or the port is taken.
     """
 
-    def __init__(self, desk: Desk, host: str = "127.0.0.1", port: int = 0) -> None:
+    def __init__(self, host: str = "127.0.0.1", port: int = 0) -> None:
+        self.host, self.secret = host, secrets.token_urlsafe(24)
+        self.server: _Server | None = None
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.socket = socket.socket(family, socket.SOCK_STREAM)
         try:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             self.socket.bind((host, port))
-            self.port = self.socket.getsockname()[1]
-            secret = secrets.token_urlsafe(24)
-            hosts = LOOPBACK if is_loopback(host) else None
-            app = application(desk, secret, f"fused-losses-{self.port}", hosts)
-            config = uvicorn.Config(
-                app, log_level="warning", access_log=False, timeout_graceful_shutdown=2, server_header=False, lifespan="off"
-            )
-            self.server = _Server(config, app.state.channel)
-        except BaseException:
+        except OSError as error:
             self.socket.close()
-            raise
+            reason = error.strerror or error
+            raise type(error)(f"{host} port {port}: cannot be opened ({reason}); give another --port or --host") from None
+        self.port = self.socket.getsockname()[1]
         name = {"0.0.0.0": socket.gethostname(), "::": socket.gethostname()}.get(host, f"[{host}]" if ":" in host else host)
-        self.address = f"http://{name}:{self.port}/?token={secret}"
+        self.address = f"http://{name}:{self.port}/?token={self.secret}"
+
+    def show(self, desk: Desk) -> None:
+        app = application(desk, self.secret, f"fused-losses-{self.port}", LOOPBACK if is_loopback(self.host) else None)
+        config = uvicorn.Config(
+            app, log_level="warning", access_log=False, timeout_graceful_shutdown=2, server_header=False, lifespan="off"
+        )
+        self.server = _Server(config, app.state.channel)
+        self.socket.listen(128)  # a browser that is early waits
 
     def run(self, browser: bool = False) -> None:
-        self.socket.listen(128)  # a browser that is early waits
         if browser:
             webbrowser.open(self.address)
         with contextlib.suppress(KeyboardInterrupt):

@@ -65,15 +65,15 @@ def candidate(session: Any, found: Any) -> dict[str, Any]:
 
 def answer(session: Any, kl: Sequence[float] | None) -> dict[str, Any]:
     tokens = session.tokens
-    views = [token(session, found) for found in tokens]
+    found = [token(session, each) for each in tokens]
     for first, last in _shared(tokens):
         for at in range(first, last):
-            views[at]["part"] = [at - first + 1, last - first]
-    if kl is not None and len(kl) == len(views):
-        for view, value in zip(views, kl, strict=True):
+            found[at]["part"] = [at - first + 1, last - first]
+    if kl is not None and len(kl) == len(found):
+        for view, value in zip(found, kl, strict=True):
             view["kl"] = round(value, 5)
     return {
-        "tokens": views,
+        "tokens": found,
         "finished": session.finished,
         "ended": session.ended,
         "can_undo": session.can_undo,
