@@ -6,7 +6,7 @@
 from . import importing  # noqa: F401  # first: it imports torch
 
 # isort: split
-from . import anchors
+from . import anchors  # noqa: F401
 from .head import LMHead, LowRank, Reference
 from .huggingface import initial_losses, patch, patched, unpatch
 from .objectives import (
@@ -60,7 +60,6 @@ __all__ = [
     "TokenLosses",
     "TopKDistillationLoss",
     "WeightedLoss",
-    "anchors",
     "initial_losses",
     "l2_to_initial",
     "patch",

@@ -83,7 +83,7 @@ class Answerer:
         state.marks[at] = Mark(
             proposal,
             original.probability,
-            float(log_probabilities(row)[proposal].exp()),
+            math.exp(float(log_probabilities(row)[proposal])),
             said.likeliest(ALTERNATIVES),
             edit.confidence,
             goal,

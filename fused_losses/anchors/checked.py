@@ -342,8 +342,8 @@ def _check_text(value: Any, field: str) -> None:
 
 def _whole(value: Any, field: str, low: int, high: int) -> int:
     if type(value) is not int or not low <= value < high:
-        raise Fault(f"{field}: expected a whole number, {low} ≤ {field.rpartition('.')[2]} < {high}, got {show(value)}; "
-                    "correct it")  # fmt: skip
+        name = field.rpartition(".")[2]
+        raise Fault(f"{field}: expected a whole number, {low} ≤ {name} < {high}, got {show(value)}; correct it")
     return value
 
 

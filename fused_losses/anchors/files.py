@@ -103,7 +103,7 @@ def _checked(records: Iterable[Record]) -> Iterator[bytes]:
 
 
 def _begins_record(rest: bytes) -> bool:
-    """Whether this may be the beginning of a line that was written here; NUL bytes are what a crash of the system left."""
+    """Whether this may be the beginning of a line that was written here. A crash of the system leaves NUL bytes."""
     rest = rest.rstrip(b"\0")
     return rest.startswith(START) or START.startswith(rest)
 

@@ -58,8 +58,7 @@ class Later:
     def agrees(self, ids: Sequence[int], end: int, proposal: int) -> bool:
         """`ids` until now, where the new continuation began at `end`, and what the model is about to say."""
         length = len(self.context)
-        reach = len(ids) - end
-        if reach != self.offset if self.offset is not None else reach < length:
+        if len(ids) < length or (self.offset is not None and len(ids) - end != self.offset):
             return False
         said = proposal in (self.edit.proposal, self.edit.token_ids[0])
         return said and tuple(ids[len(ids) - length :]) == self.context

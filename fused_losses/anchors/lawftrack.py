@@ -12,11 +12,11 @@ write. Three layouts are read, as JSON Lines, as a JSON list of them, or as {"sa
                                                           as its page keeps samples (in "anchors" too): a record of
                                                           every assistant message, without anchors if it has no edits
 
-`token_index` counts the tokens of the answer, from 0 on, as the chat template has them after the generation prompt. Where
-an assistant's content holds the template's own text around it, as in samples that its gateway has imported, that is taken
-off, and the tokens counted with it. A replacement_token that is not the text found there is an error, so files of another
-tokenizer or version do not go through; one of several tokens gives an anchor on each. Confidence is 0.999 where there is
-none, as in lawftrack.
+`token_index` counts the tokens of the answer, from 0 on, as the chat template has them after the generation prompt.
+Where an assistant's content holds the template's own text around it, as in samples that its gateway has imported, that
+is taken off, and the tokens counted with it. A replacement_token that is not the text found there is an error, so files
+of another tokenizer or version do not go through; one of several tokens gives an anchor on each. Confidence is 0.999
+where there is none, as in lawftrack.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from .writing import write_lines
 
 CONFIDENCE = 0.999
 MOST_BYTES = 1 << 28  # of a file that is one JSON value
-NAMES = frozenset(
-    "messages completion_message_index tools anchors edits prompt completion id object title dataset_id created_at "
-    "updated_at".split()
-)
-OF_ANCHORS = frozenset(
-    "token_index position confidence message_index original_token replacement_token regenerated_from_token_index "
-    "created_at".split()
-)
+NAMES = (
+    "messages", "completion_message_index", "tools", "anchors", "edits", "prompt", "completion",
+    "id", "object", "title", "dataset_id", "created_at", "updated_at",
+)  # fmt: skip
+OF_ANCHORS = (
+    "token_index", "position", "confidence", "message_index", "original_token", "replacement_token",
+    "regenerated_from_token_index", "created_at",
+)  # fmt: skip
 
 
 def read_lawftrack(path: str | os.PathLike, tokenizer: Any) -> list[Record]:
@@ -98,7 +98,7 @@ def _records(value: Any, known: KnownTokenizer) -> list[Record]:
         raise Fault(f"format: expected a record of lawftrack's, got {show(value['format'])}; read it with read_records")
     for name in value:
         if name not in NAMES:
-            raise Fault(f"record: expected fields of {', '.join(sorted(NAMES))}, got {show(name)}; this version of "
+            raise Fault(f"record: expected fields of {', '.join(NAMES)}, got {show(name)}; this version of "
                         "lawftrack is not known, remove the field if it means nothing")  # fmt: skip
     tools = value.get("tools")
     if tools is not None and not isinstance(tools, list):
@@ -144,7 +144,7 @@ def _anchor(value: Any, field: str) -> dict[str, Any]:
         raise Fault(f"{field}: expected an object with token_index, got {show(value)}; correct it")
     for name in value:
         if name not in OF_ANCHORS:
-            raise Fault(f"{field}: expected fields of {', '.join(sorted(OF_ANCHORS))}, got {show(name)}; remove it")
+            raise Fault(f"{field}: expected fields of {', '.join(OF_ANCHORS)}, got {show(name)}; remove it")
     found = {name: item for name, item in value.items() if item is not None}
     index = found.pop("position", None) if "token_index" not in found else found.pop("token_index")
     for name, number in (("token_index", index), ("message_index", found.get("message_index", 0))):
@@ -229,8 +229,9 @@ def _record(
         position = anchor["token_index"] - offset
         if not 0 <= position < len(answer.token_ids):
             raise Fault(
-                f"{field}.token_index: expected {offset} ≤ token_index < {offset + len(answer.token_ids)}, the tokens of "
-                f"the answer, got {anchor['token_index']}; was it made with another tokenizer or version of lawftrack?"
+                f"{field}.token_index: expected {offset} ≤ token_index < {offset + len(answer.token_ids)}, the "
+                f"tokens of the answer, got {anchor['token_index']}; was it made with another tokenizer or version of "
+                "lawftrack?"
             )
         count = _tokens_of(anchor, field, position, answer.spelling)
         for at in range(position, position + count):
@@ -265,16 +266,16 @@ def _tokens_of(anchor: Mapping[str, Any], field: str, position: int, spelling: S
             break
     got = spelling.text[slice(*spelling.spans[position])]
     raise Fault(
-        f"{field}.replacement_token: expected {show(got)}, the text of token {anchor['token_index']}, got {show(wanted)}; "
-        "was it made with another tokenizer or version of lawftrack?"
+        f"{field}.replacement_token: expected {show(got)}, the text of token {anchor['token_index']}, got "
+        f"{show(wanted)}; was it made with another tokenizer or version of lawftrack?"
     )
 
 
 def write_lawftrack(path: str | os.PathLike, records: Iterable[Record], tokenizer: Any) -> None:
     """lawftrack's training records, one a line, which its page imports as samples with edits too.
 
-    What it has no field for is left out: ids, probabilities, alternatives, rounds, digests. A target probability becomes
-    the confidence that asks for it, (p* − r) / (1 − r), with the recorded probability r.
+    What it has no field for is left out: ids, probabilities, alternatives, rounds, digests. A target probability
+    becomes the confidence that asks for it, (p* − r) / (1 − r), with the recorded probability r.
 
     Args:
         path: in whose place the file is put, under a temporary name first.
@@ -299,8 +300,8 @@ def _exported(record: Record, number: int, known: KnownTokenizer) -> dict[str, A
         answer = tokenize_answer(known, record.messages, content, record.tools, finished)
         if answer.token_ids != ids or answer.prompt_ids != list(record.prompt_ids):
             raise Fault(
-                "completion.token_ids: expected what the chat template and the tokenizer make of the text, as lawftrack "
-                f"tokenizes it anew, got others for {show(content)}; such an answer cannot be written for it"
+                "completion.token_ids: expected what the chat template and the tokenizer make of the text, as "
+                f"lawftrack tokenizes it anew, got others for {show(content)}; such an answer cannot be written for it"
             )
         created = record.created and datetime.fromisoformat(record.created.replace("Z", "+00:00"))
         at = int((created or datetime.now(timezone.utc)).timestamp())

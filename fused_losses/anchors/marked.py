@@ -8,9 +8,9 @@ r"""Answers as text with marked spans ↔ records.
 "[[" begins a mark and "]]" ends it; outside of marks "]]" is text, and so is a backslash before any other character.
 A mark has no mark inside it. "|" separates the strength; in the text of a mark it is written \|.
 
-A token is learnt as a whole, so **a mark that cuts through a token is widened to the token**: [[Aurora]] takes " Aurora"
-with its space where that is one token, and a mark in the middle of a word takes all of the token. Marks that come to
-share a token must have the same strength. `to_marked` shows what was taken.
+A token is learnt as a whole, so **a mark that cuts through a token is widened to the token**: [[Aurora]] takes
+" Aurora" with its space where that is one token, and a mark in the middle of a word takes all of the token. Marks that
+come to share a token must have the same strength. `to_marked` shows what was taken.
 
 A file of them is JSON Lines of ordinary chats, whose assistant messages are written with marks (a backslash before [[
 and the like counts in all of them):
@@ -67,8 +67,10 @@ def parse_marked(text: str, confidence: float = 1.0) -> tuple[str, list[Mark]]:
         part = match.group()
         inside = start >= 0
         if part == "[[" and inside:
-            raise Fault(f"text: expected ]] before the next [[, at character {match.start()}, got {_near(text, match)}; "
-                        "close the mark, or write \\[[")  # fmt: skip
+            raise Fault(
+                f"text: expected ]] before the next [[, at character {match.start()}, got {_near(text, match)}; close "
+                "the mark, or write \\[["
+            )
         if part == "[[":
             start, bar, opened = len(plain), -1, match.start()
         elif part == "]]" and inside:
@@ -191,8 +193,8 @@ def to_marked(record: Record) -> str:
         last = marks[-1] if marks else Mark(-1, -1, {})
         if start == end:
             raise ValueError(
-                f"record {record.id}: expected anchors on tokens that can be seen, got one without characters at position "
-                f"{anchor.position}; write records to a file instead"
+                f"record {record.id}: expected anchors on tokens that can be seen, got one without characters at "
+                f"position {anchor.position}; write records to a file instead"
             )
         if last.end >= start and last.strength == strength:
             marks[-1] = Mark(last.start, max(last.end, end), strength)

@@ -21,7 +21,7 @@ ROWS = 64  # rows of float32 probabilities in memory at a time
 class Prediction:
     """Of one position: the KEPT likeliest tokens in order, the entropy in nats, and the token that stands there.
 
-    Of tokens equally likely the one with the lower id comes first, as in a greedy choice.
+    Of those equally likely the one with the lower id comes first, as in a greedy choice.
     """
 
     ids: tuple[int, ...]
@@ -68,14 +68,17 @@ def predictions(rows: Tensor, token_ids: Sequence[int]) -> list[Prediction]:
             tokens[:, 0].tolist(),
             own[:, 0].tolist(),
             ahead.sum(1).tolist(),
+            logp.argmax(1).tolist(),
             strict=True,
         )
-        for ids, values, entropy, token, logprob, before in numbers:
+        for ids, values, entropy, token, logprob, before, first_id in numbers:
             if not math.isfinite(entropy):
                 raise ValueError("model: its logits are not finite, so nothing can be said of its tokens")
-            order = sorted(range(len(ids)), key=lambda k: (-values[k], ids[k]))
-            kept = tuple(ids[k] for k in order), tuple(values[k] for k in order)
-            found.append(Prediction(*kept, entropy, token, logprob, before + 1))
+            kept = sorted(zip(ids, values, strict=True), key=lambda pair: (-pair[1], pair[0]))
+            if kept[0][0] != first_id:  # more than KEPT are equally likely
+                kept = [(first_id, kept[0][1]), *kept[:-1]]
+            kept_ids, logprobs = zip(*kept, strict=True)
+            found.append(Prediction(kept_ids, logprobs, entropy, token, logprob, before + 1))
     return found
 
 

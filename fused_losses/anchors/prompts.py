@@ -23,24 +23,30 @@ def check_tokenizer(model: Any, tokenizer: Any) -> int:
     return size
 
 
-def as_messages(messages: str | Sequence[Mapping[str, Any]], given: bool = False) -> list[dict[str, Any]]:
+def as_messages(
+    messages: str | Sequence[Mapping[str, Any]], given: bool = False, name: str = "messages"
+) -> list[dict[str, Any]]:
     """A string is one message of the user. `given`: the prompt's ids are, so that there need be no message."""
     listed: Any = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
     if not isinstance(listed, Sequence) or not (listed or given):
-        raise ValueError(f"messages: expected a string or a list of at least one message, got {messages!r}")
+        raise ValueError(f"{name}: expected a string or a list of at least one message, got {messages!r}")
     for k, message in enumerate(listed):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise ValueError(f"messages[{k}]: expected {{'role': ..., 'content': ...}}, got {message!r}")
+            raise ValueError(f"{name}[{k}]: expected {{'role': ..., 'content': ...}}, got {message!r}")
     if listed and listed[-1]["role"] == "assistant":
         raise ValueError(
-            "messages: the last one is the assistant's, so there is nothing to answer; leave it out, and give it as "
+            f"{name}: the last one is the assistant's, so there is nothing to answer; leave it out, and give it as "
             "the answer"
         )
     return [dict(message) for message in listed]
 
 
 def render(
-    tokenizer: Any, messages: list[dict[str, Any]], tools: list | None = None, options: Mapping[str, Any] | None = None
+    tokenizer: Any,
+    messages: list[dict[str, Any]],
+    tools: list | None = None,
+    options: Mapping[str, Any] | None = None,
+    name: str = "messages",
 ) -> list[int]:
     """The chat template of these messages, up to where the answer begins. `options` go to the template."""
     if not getattr(tokenizer, "chat_template", None):
@@ -55,7 +61,7 @@ def render(
     except Exception as error:
         if type(error).__module__.partition(".")[0] != "jinja2":
             raise
-        raise ValueError(f"messages: the tokenizer's chat template refuses them: {error}") from error
+        raise ValueError(f"{name}: the tokenizer's chat template refuses them: {error}") from error
     return list(ids)
 
 

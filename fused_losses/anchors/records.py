@@ -13,8 +13,8 @@ by "\\n". One line is one answer of a model, corrected token by token:
      "prompt_ids": [1, 9690, ...],        what the model saw: the chat template of messages and tools, with the
                                           generation prompt
      "completion": {"token_ids": [...], "text": "My name is Aurora.<|im_end|>"},
-                                          the corrected answer, with its end-of-turn token if it is finished; the text is
-                                          what the tokenizer decodes the ids to, special tokens included, nothing
+                                          the corrected answer, with its end-of-turn token if it is finished; the text
+                                          is what the tokenizer decodes the ids to, special tokens included, nothing
                                           cleaned up
      "anchors": [{                        the tokens that were put right; [] in a row that only retains
          "position": 3,                   in completion.token_ids, each once

@@ -59,24 +59,27 @@ def spell(tokenizer: Any, ids: Sequence[int]) -> Spelling:
 def _spans(tokenizer: Any, ids: list[int], text: str, windows: bool) -> list[Span] | None:
     """None: windows do not add up to the text.
 
-    ids[first:known] spell text[begin:done] whatever follows. `seen` is the prefix at the token before, from `begin` on.
+    ids[first:known] read as text[begin:done], whatever follows. `seen` is what was decoded at the token before, from
+    `begin` on; `unfinished` the character that it had begun, if any.
     """
     spans: list[Span] = []
     first = known = begin = done = 0
-    seen = ""
+    seen, unfinished = "", -1
+    last = (0, 0)
     for at in range(len(ids)):
         now = text_of(tokenizer, ids[first : at + 1])
         rest = text[begin : begin + len(now)]
-        agreed = max(common(now, rest), done - begin)
         whole = rest == now
-        end = begin + agreed + (0 if whole else 1)
-        start = begin + _start(seen, now, done - begin)
-        if at == len(ids) - 1:
-            end = len(text)
-        last = spans[-1] if spans else (0, 0)
+        agreed = max(common(now if whole else now.rstrip(UNFINISHED), rest), done - begin)
+        if unfinished >= 0:
+            start = unfinished
+        else:  # bytes of a U+FFFD in the text itself add nothing after the first
+            start = last[1] - (now == seen and now.endswith(UNFINISHED))
+        unfinished = -1 if whole else begin + agreed
+        end = begin + agreed + (not whole) if at < len(ids) - 1 else len(text)
         end = min(max(end, last[1]), len(text))
-        start = min(max(start, last[0]), last[1])  # no gap after the token before
-        spans.append((start, end))
+        last = (min(max(start, last[0]), end), end)
+        spans.append(last)
         seen = now
         if windows and whole and not now.endswith(UNFINISHED):
             first, known, begin, done = known, at + 1, done, begin + len(now)
@@ -86,14 +89,7 @@ def _spans(tokenizer: Any, ids: list[int], text: str, windows: bool) -> list[Spa
                 if not text[begin:done].endswith(seen):
                     return None
                 begin = done - len(seen)
-    return spans if not windows or not ids or done == len(text) or not text[done:].strip(UNFINISHED) else None
-
-
-def _start(seen: str, now: str, known: int) -> int:
-    """Where the new token's characters begin: after those that the tokens before it have finished."""
-    if now == seen and seen.endswith(UNFINISHED):
-        return max(len(seen) - 1, known)
-    return max(common(seen, now), known)
+    return spans if not windows or not text[done:].strip(UNFINISHED) else None
 
 
 def common(one: str, other: str) -> int:
@@ -106,8 +102,11 @@ def common(one: str, other: str) -> int:
 
 def text_after(tokenizer: Any, before: Sequence[int], token: int) -> str:
     """What `token` reads as after the ids `before`: the characters that it is a part of."""
-    start = max(0, len(before) - CONTEXT)
-    text, spans = spell(tokenizer, [*before[start:], token])
+    text, spans = "", [(0, 0)]
+    for start in (max(0, len(before) - CONTEXT), 0):
+        text, spans = spell(tokenizer, [*before[start:], token])
+        if not text.startswith(UNFINISHED):  # in the middle of a character
+            break
     return text[slice(*spans[-1])]
 
 

@@ -79,8 +79,8 @@ def confidence_of(anchor: Anchor, index: int) -> float:
         return anchor.confidence
     if anchor.probability is None:
         raise Fault(
-            f"anchors[{index}].target_probability: expected a probability of the token under the original beside it, to "
-            "make a confidence of it, as other anchors have one, got none; give all anchors the one or the other"
+            f"anchors[{index}].target_probability: expected a probability of the token under the original beside it, "
+            "to make a confidence of it, as other anchors have one, got none; give all anchors the one or the other"
         )
     rest = 1 - anchor.target_probability
     return 1 - rest / max(rest, 1 - anchor.probability)

@@ -143,8 +143,10 @@ def retain_rows(
     original = reference_forward(model, reference, size) or Forward(model)
     if isinstance(prompts, (str, Mapping)):
         raise TypeError(f"prompts: expected a list, a prompt each, got {type(prompts).__name__}; put it into a list")
-    conversations = [as_messages(prompt) for prompt in prompts]
-    rendered = [render(tokenizer, messages, None, template_options) for messages in conversations]
+    conversations = [as_messages(prompt, name=f"prompts[{k}]") for k, prompt in enumerate(prompts)]
+    rendered = [
+        render(tokenizer, messages, None, template_options, f"prompts[{k}]") for k, messages in enumerate(conversations)
+    ]
     most = most_positions(model)
     for k, ids in enumerate(rendered):
         check_ids(ids, size, f"prompts[{k}]")

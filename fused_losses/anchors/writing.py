@@ -50,13 +50,11 @@ def write_lines(path: Any, lines: Iterable[bytes]) -> None:
 def _real(path: Path) -> Path:
     """What a link names, so that the file is replaced and not the link."""
     try:
-        real = path.resolve()
-        check_regular(path, os.stat(real))
-    except FileNotFoundError:
-        return real
-    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
-        raise explained(error if isinstance(error, OSError) else OSError(str(error)), path) from None
-    return real
+        with contextlib.suppress(FileNotFoundError):
+            check_regular(path, os.stat(path))
+    except OSError as error:
+        raise explained(error, path) from None
+    return path.resolve()
 
 
 @contextlib.contextmanager

@@ -1,0 +1,259 @@
+"""Files of records: what was accepted is on the disk whatever happens, and nobody writes between."""
+
+import copy
+import os
+import pickle
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+from anchor_records import full_record, line, record, refused
+from small_tokenizers import small_tokenizer
+
+from fused_losses.anchors import Anchor, RecordFile, read_records, write_records
+
+# Long enough that a kill may come in the middle of a write.
+WRITER = """
+import sys
+from fused_losses.anchors import Completion, Record, RecordFile
+path, name = sys.argv[1:]
+with RecordFile(path) as file:
+    for number in range(10**6):
+        completion = Completion((number,), name * 500_000)
+        file.append(Record(f"{name}-{number}", (), 0, (1,), completion))
+        print(f"{name}-{number}", flush=True)
+"""
+
+
+def start_writer(path, name):
+    writer = subprocess.Popen([sys.executable, "-c", WRITER, path, name], stdout=subprocess.PIPE, text=True)
+    assert writer.stdout.readline() == f"{name}-0\n"  # it is at work
+    return writer
+
+
+def kill(writer):
+    os.kill(writer.pid, signal.SIGKILL)
+    rest = writer.communicate()[0].split()
+    assert writer.returncode == -signal.SIGKILL
+    return rest
+
+
+@pytest.mark.filterwarnings("ignore:.*its last line was cut off:RuntimeWarning")
+def test_no_accepted_record_is_lost_when_the_writer_is_killed(tmp_path):
+    path = tmp_path / "anchors.jsonl"
+    accepted = []
+    for name, seconds in (("a", 0.05), ("b", 0.13)):
+        writer = start_writer(path, name)
+        try:
+            assert "another page or process has it open" in refused(RecordFile, path)
+            time.sleep(seconds)
+        finally:
+            accepted += [f"{name}-0", *kill(writer)]
+        with RecordFile(path) as file:
+            written = [found.id for found in file.records]
+            mine = replace(full_record(), id=f"after-{name}")
+            file.append(mine)
+        # The last one may have been written without being reported.
+        assert written[: len(accepted)] == accepted and len(written) <= len(accepted) + 1
+        accepted = [*written, mine.id]
+    found = read_records(path)
+    assert [one.id for one in found] == accepted
+    assert all(set(one.completion.text) == {one.id[0]} for one in found if one.id[1] == "-")
+
+
+def test_a_line_cut_off_is_kept_aside_and_reported(tmp_path):
+    path = tmp_path / "anchors.jsonl"
+    raw = line()
+    second = line(id="b")
+    cuts = (1, len(second) // 2, len(second) - 2)
+    for cut in cuts:
+        path.write_bytes(raw + second[:cut])
+        with pytest.warns(
+            RuntimeWarning, match=rf"its last line was cut off, {cut} bytes .*kept in .*anchors.jsonl.torn"
+        ):
+            file = RecordFile(path)
+        with file:
+            assert [found.id for found in file.records] == [
+                full_record().id
+            ] and file.torn == tmp_path / "anchors.jsonl.torn"
+            file.append(record(3))
+        assert path.read_bytes().startswith(raw) and len(read_records(path)) == 2
+    kept = (tmp_path / "anchors.jsonl.torn").read_bytes().split(b"\n")
+    assert [len(part) for part in kept] == [*cuts, 0]
+
+
+def test_what_a_crash_of_the_system_left_is_cut_off(tmp_path):
+    path = tmp_path / "anchors.jsonl"
+    path.write_bytes(line() + b"\0" * 4096)
+    with pytest.warns(RuntimeWarning, match="4,096 bytes without an end"), RecordFile(path):
+        pass
+    assert path.read_bytes() == line()
+
+
+def test_a_whole_record_without_its_end_gets_it(tmp_path):
+    path = tmp_path / "anchors.jsonl"
+    path.write_bytes(line()[:-1])
+    with RecordFile(path) as file:
+        assert len(file.records) == 1 and file.torn is None
+    assert path.read_bytes() == line()
+
+
+@pytest.mark.parametrize(
+    "raw", [b"Dear diary", b"# Notes\n\nmore", b"[1]\n", line() + b"Dear diary", line()[:-1] + b"x"]
+)
+def test_a_file_of_something_else_stays_as_it_is(raw, tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_bytes(raw)
+    number = raw.count(b"Dear") * raw.count(b"\n") + 1
+    if raw.startswith(b'{"format"') and number == 1:  # it could be the beginning of a record
+        with pytest.warns(RuntimeWarning, match="cut off"), RecordFile(path):
+            assert (tmp_path / "notes.txt.torn").read_bytes() == raw + b"\n"
+        return
+    assert refused(RecordFile, path).startswith(f"{path}:{number}: expected ")
+    assert path.read_bytes() == raw and os.listdir(tmp_path) == ["notes.txt"]
+
+
+def test_records_are_there_when_append_returns(tmp_path):
+    path = tmp_path / "anchors.jsonl"
+    with RecordFile(path) as file:
+        for count in range(1, 4):
+            file.append(record(3))
+            assert len(read_records(path, small_tokenizer("byte-level"))) == count
+        assert read_records(path) == file.records
+    with RecordFile(path, small_tokenizer("byte-level")) as file:
+        assert len(file.records) == 3
+
+
+def test_a_second_one_in_the_same_process_is_refused_until_the_first_is_closed(tmp_path):
+    path, link = tmp_path / "anchors.jsonl", tmp_path / "link"
+    link.symlink_to(path)
+    with RecordFile(path):
+        assert "another page or process has it open; close that one, or give another path" in refused(RecordFile, path)
+        assert "has it open" in refused(RecordFile, link)
+        assert "has it open" in refused(write_records, path, [record(3)])
+    RecordFile(path).close()
+    RecordFile(path)  # nobody holds it: closed when it is collected
+    write_records(path, [record(3)])
+
+
+def test_threads_append_one_after_the_other(tmp_path):
+    path = tmp_path / "anchors.jsonl"
+    with RecordFile(path) as file:
+        records = [replace(full_record(), id=str(number)) for number in range(40)]
+        threads = [
+            threading.Thread(target=lambda own=records[k::4]: [file.append(one) for one in own]) for k in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert {found.id for found in read_records(path)} == {one.id for one in records}
+
+
+def test_a_wrong_record_is_not_written(tmp_path):
+    path = tmp_path / "anchors.jsonl"
+    good = full_record()
+    wrong = Anchor(3, (10, 17), good.anchors[0].token_id, " Aurora", confidence=float("nan"))
+    with RecordFile(path) as file:
+        file.append(good)
+        for one, message in [
+            (replace(good, id="b", anchors=(wrong,)), "got a value it cannot"),
+            (replace(good, id="b", anchors=(replace(wrong, confidence=2.0),)), r"anchors[0].confidence: expected"),
+            (replace(good, id="b", messages=({"role": "user", "content": "\ud83d"},)), "half of a surrogate pair"),
+            (replace(good, id="b", messages=({"role": "user", "content": "x" * (1 << 24)},)), "at most 16 MiB"),
+            (replace(good, id="b", tools=({1},)), "got a value it cannot"),
+            (good, "expected each id once in a file"),
+        ]:
+            with pytest.raises(ValueError) as caught:
+                file.append(one)
+            assert message in str(caught.value)
+        with pytest.raises(TypeError, match="record: expected a Record, got dict; make one with new_record"):
+            file.append(good.to_json())
+    assert path.read_bytes() == line()
+
+
+def test_a_full_disk_takes_back_what_was_written(tmp_path, monkeypatch):
+    path = tmp_path / "anchors.jsonl"
+    write = os.write
+    with RecordFile(path) as file:
+        file.append(record(3))
+        before = path.read_bytes()
+        monkeypatch.setattr(os, "write", lambda descriptor, raw: write(descriptor, raw[:100]))
+        with pytest.raises(OSError, match=r"the record cannot be written \(only 100 of .* is the disk full"):
+            file.append(record(3))
+        assert path.read_bytes() == before
+        monkeypatch.undo()
+        file.append(record(3))
+    assert len(read_records(path)) == 2
+
+
+def test_a_file_that_is_replaced_removed_or_changed_meanwhile(tmp_path):
+    path = tmp_path / "anchors.jsonl"
+    with RecordFile(path) as file:
+        file.append(record(3))
+        with open(path, "ab") as other:
+            other.write(b"half")
+        with pytest.raises(ValueError, match="another program has changed the file"):
+            file.append(record(3))
+        os.replace(path, tmp_path / "moved")
+        with pytest.raises(ValueError, match="the file was removed or replaced since it was opened; open it anew"):
+            file.append(record(3))
+        path.touch()
+        with pytest.raises(ValueError, match="the file was removed or replaced"):
+            file.append(record(3))
+
+
+def test_a_closed_file_and_copies_are_refused(tmp_path):
+    file = RecordFile(tmp_path / "anchors.jsonl")
+    for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="RecordFile: cannot be copied or sent to another process"):
+            copied(file)
+    file.close()
+    file.close()
+    with pytest.raises(ValueError, match="the RecordFile is closed; open it anew"):
+        file.append(record(3))
+    assert "closed" in repr(file)
+
+
+def test_another_process_may_not_use_the_file_of_its_parent(tmp_path, monkeypatch):
+    with RecordFile(tmp_path / "anchors.jsonl") as file:
+        monkeypatch.setattr(os, "getpid", lambda: -1)
+        with pytest.raises(ValueError, match="belongs to process"):
+            file.append(record(3))
+
+
+def test_write_records_replaces_the_file_or_leaves_it(tmp_path):
+    path = tmp_path / "anchors.jsonl"
+    write_records(path, (record(3) for _ in range(2)))
+    os.chmod(path, 0o640)
+    before = path.read_bytes()
+    for records, message in [
+        ([], "records: expected at least one, got none"),
+        ([full_record(), full_record()], r"records\[1\]: id: expected each id once"),
+        ([full_record(), replace(full_record(), id="/")], r"records\[1\]: id: expected 1 to 64"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            write_records(path, records)
+    with pytest.raises(TypeError, match=r"records\[1\]: record: expected a Record, got str"):
+        write_records(path, [full_record(), "x"])
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["anchors.jsonl"]
+    write_records(path, [full_record()])
+    assert path.read_bytes() == line() and stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+def test_a_link_stays_and_its_file_is_replaced(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    write_records(tmp_path / "link", [full_record()])
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_bytes() == line()
+
+
+def test_lines_are_lines_for_other_programs_too(tmp_path):
+    one = record(messages=[{"role": "user", "content": "a\u2028b\x85c\x0bd\ne\x00f"}])
+    write_records(tmp_path / "anchors.jsonl", [one])
+    assert len((tmp_path / "anchors.jsonl").read_text("utf-8").splitlines()) == 1
+    assert read_records(tmp_path / "anchors.jsonl") == [one]
