@@ -23,17 +23,22 @@ class Observer:
     pass.
 
     After the call `nll`, `prediction` and, where wanted, `entropy` have the shape of its labels; 0, for predictions −1,
-    where a label is ignored.
+    where a label is ignored. So have `kl`, where there is a reference, and with `weights`, where a gradient is taken,
+    `weight`: the derivative of a token's loss by its nll, before the sum is divided.
     """
 
-    def __init__(self, wanted: frozenset[str] = frozenset()) -> None:
-        self.wanted = wanted
+    def __init__(self, wanted: frozenset[str] = frozenset(), weights: bool = False) -> None:
+        self.wanted, self.weights = wanted, weights
         self.nll: Tensor | None = None
         self.prediction: Tensor | None = None
         self.entropy: Tensor | None = None
+        self.kl: Tensor | None = None
+        self._weights: list[Tensor] = []
 
     def begin(self, tokens: Tokens) -> None:
-        self._tokens, self._parts = tokens, dict[str, list[Tensor]](nll=[], prediction=[], entropy=[])
+        self._tokens, self._parts = tokens, dict[str, list[Tensor]](nll=[], prediction=[], entropy=[], kl=[])
+        self._place: Any = (tokens.index, tokens.shape)
+        self._weights = []
 
     def add(self, out: Statistics) -> None:
         """The statistics of the next tokens in order."""
@@ -42,14 +47,26 @@ class Observer:
             if values is not None:
                 parts.append(values.detach().clone())
 
+    def add_weights(self, losses: Tensor, nll: Tensor) -> None:
+        """Of the losses of the next tokens in order."""
+        if not self.weights or not losses.requires_grad or not nll.requires_grad:
+            return
+        (found,) = torch.autograd.grad(losses.sum(), nll, retain_graph=True, allow_unused=True)
+        self._weights.append(torch.zeros_like(nll) if found is None else found)
+
     def finish(self) -> None:
         for name, parts in self._parts.items():
             values = torch.cat(parts) if parts else None
-            if values is None and name != "entropy":  # no token has a label
+            if values is None and name not in ("entropy", "kl"):  # no token has a label
                 labels = self._tokens.problem.labels
                 values = labels.new_empty(0, dtype=labels.dtype if name == "prediction" else torch.float32)
             setattr(self, name, self._tokens.in_place(values, fill=-1 if name == "prediction" else 0))
         del self._tokens, self._parts
+
+    @property
+    def weight(self) -> Tensor | None:
+        """None unless it was asked for, and a gradient taken."""
+        return in_place(torch.cat(self._weights), *self._place) if self._weights else None
 
 
 @dataclass(frozen=True)
@@ -117,12 +134,7 @@ class Tokens:
 
     def in_place(self, values: Tensor | None, fill: int = 0) -> Tensor | None:
         """Numbers of the valid tokens, in the caller's shape."""
-        if values is None:
-            return None
-        if self.index is not None:
-            everywhere = (self.shape.numel(), *values.shape[1:])
-            values = values.new_full(everywhere, fill).index_copy(0, self.index, values)
-        return values.reshape((*self.shape, *values.shape[1:]))
+        return None if values is None else in_place(values, self.index, self.shape, fill)
 
     def losses(self, wanted: frozenset[str], top_k: int = 20) -> Statistics:
         """The statistics of the valid tokens, those named in `wanted` among them, some differentiable."""
@@ -160,7 +172,7 @@ class Tokens:
         self, loss: Callable[..., Tensor], wanted: frozenset[str], top_k: int = 20, **per_token: Tensor
     ) -> Tensor:
         """Σ_t loss(statistics, **per_token) for a loss of each token by itself; saves one GEMM over `losses`."""
-        of_chunk = loss_of_chunk(loss, per_token, wanted, self.problem)
+        of_chunk = loss_of_chunk(loss, per_token, wanted, self)
         if self.backend == "reference":
             return of_chunk(self.losses(wanted, top_k), slice(None)).sum()
         if self.observer is None:
@@ -259,7 +271,7 @@ class TracedTokens(Tokens):
     def summed(
         self, loss: Callable[..., Tensor], wanted: frozenset[str], top_k: int = 20, **per_token: Tensor
     ) -> Tensor:
-        of_tokens = loss_of_chunk(loss, per_token, wanted, self.problem)
+        of_tokens = loss_of_chunk(loss, per_token, wanted, self)
         out = self.losses(wanted, top_k)
         with torch.autocast(self.valid.device.type, enabled=False):
             return self.total(of_tokens(out, slice(None)))
@@ -311,6 +323,14 @@ REMEDIES = {
 }
 
 
+def in_place(values: Tensor, index: Tensor | None, shape: torch.Size, fill: int = 0) -> Tensor:
+    """Numbers of the tokens at `index`, None for all, in the shape of all."""
+    if index is not None:
+        everywhere = (shape.numel(), *values.shape[1:])
+        values = values.new_full(everywhere, fill).index_copy(0, index, values)
+    return values.reshape((*shape, *values.shape[1:]))
+
+
 def fill_of(name: str) -> int:
     """What a statistic is where the label is ignored."""
     return -1 if name in ("prediction", "rank") else 0
@@ -331,9 +351,10 @@ def check_wanted(wanted: Any, top_k: Any) -> tuple[frozenset[str], int]:
 
 
 def loss_of_chunk(
-    loss: Callable[..., Tensor], per_token: dict[str, Tensor], wanted: frozenset[str], problem: Problem
+    loss: Callable[..., Tensor], per_token: dict[str, Tensor], wanted: frozenset[str], tokens: Tokens
 ) -> Callable[[Statistics, slice], Tensor]:
     """The loss of some of the tokens, checked."""
+    problem, observer = tokens.problem, tokens.observer
     for name, values in per_token.items():
         if values.requires_grad and torch.is_grad_enabled():
             raise TypeError(f"{name}: requires a gradient, which would be lost here; give {name}.detach()")
@@ -352,6 +373,8 @@ def loss_of_chunk(
             )
         if out.nll.requires_grad and torch.is_grad_enabled():
             _check_gradient(result, out)
+        if observer is not None:
+            observer.add_weights(result, out.nll)
         return result
 
     return of_chunk

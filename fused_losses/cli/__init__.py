@@ -1,4 +1,4 @@
-"""The command `fused-losses`: what runs here (`info`), a demonstration on a model (`demo`), the fastest tiles (`tune`).
+"""The command `fused-losses`: what runs here (`info`), fine-tuning (`train`), a demonstration (`demo`), tiles (`tune`).
 
 One file a command: `add` declares it and its options, `run` does it. Needs nothing but torch; what a single command
 needs besides, that command asks for.
@@ -10,14 +10,14 @@ import argparse
 from collections.abc import Sequence
 
 from .. import __version__
-from . import annotate, demo, info, tune
+from . import annotate, demo, info, train, tune
 
 
 def parser() -> argparse.ArgumentParser:
     whole = argparse.ArgumentParser(prog="fused-losses", description="Token-level losses fused with the LM head.")
     whole.add_argument("--version", action="version", version=f"fused_losses {__version__}")
     commands = whole.add_subparsers(title="commands", metavar="COMMAND")
-    for command in (annotate, info, demo, tune):
+    for command in (annotate, train, info, demo, tune):
         command.add(commands).set_defaults(run=command.run)
     return whole
 

@@ -71,6 +71,7 @@ def _run(given: argparse.Namespace) -> None:
     from ..anchors.files import RecordFile
     from ..anchors.page.tasks import read_prompts
 
+    models.check(given)
     tasks = [] if given.prompts is None else read_prompts(given.prompts)
     with RecordFile(given.output) as file:
         page = None if given.terminal else _page(given)
@@ -120,5 +121,5 @@ def _desk(given: argparse.Namespace, file: Any, tasks: list) -> Any:
 
 
 def _name(given: argparse.Namespace) -> str:
-    model = "SmolLM2-135M-Instruct" if given.demo else Path(str(given.model)).name
+    model = Path(models.name_of(given)).name
     return f"{model} + {given.adapter.name}" if given.adapter else model

@@ -13,6 +13,7 @@ from .patching import patch, patched, unpatch
 
 __all__ = [
     "AnchorCollator",
+    "Callback",
     "FinchCallback",
     "LogitsNotKept",
     "ReferenceCache",
@@ -25,8 +26,12 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """What is a subclass of a class of transformers."""
-    if name != "FinchCallback":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .callbacks import FinchCallback
+    if name == "FinchCallback":
+        from .callbacks import FinchCallback
 
-    return FinchCallback
+        return FinchCallback
+    if name == "Callback":
+        from .metrics import Callback
+
+        return Callback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -60,7 +60,8 @@ class Call:
         self.reference: ReferenceStates | None = None
         self.token_loss: Tensor | None = None
         self.target: Tensor | None = None
-        self.observer = Observer(frozenset({"entropy"}) if self.summed else frozenset())
+        self.is_heard = bool(patch.listeners) and model.training and torch.is_grad_enabled()
+        self.observer = Observer(frozenset({"entropy"}) if self.summed else frozenset(), weights=self.is_heard)
         self._prompt: tuple | None = None
         self._check()
 
@@ -153,14 +154,12 @@ class Call:
         if self.summed and not self.patch.accepts_num_items:
             loss = loss * valid.sum()
         self._note(logits, loss, target, positions, reduction)
-        self._tell(valid)
-        return loss
-
-    def _tell(self, valid: Tensor) -> None:
-        """Whoever wants to know the nll of what is trained on."""
-        if self.patch.listeners and self.model.training and torch.is_grad_enabled():
+        if self.is_heard:
+            seen = self.observer
+            about = {"kl": seen.kl, "weight": seen.weight, "confidence": arguments.get("confidence")}
             for listen in self.patch.listeners:
-                listen(self.observer.nll, valid)
+                listen(seen.nll, valid, **about)
+        return loss
 
     def _note(self, logits: DeferredLogits, loss: Tensor, target: Tensor, positions: Tensor, reduction: str) -> None:
         value = loss.clone()  # a model adds its router's loss in place

@@ -150,7 +150,7 @@ class FinchCallback(TrainerCallback, ExportableState):
                 "one of the two out"
             )
 
-    def _listen(self, nll: Tensor, valid: Tensor) -> None:
+    def _listen(self, nll: Tensor, valid: Tensor, **others: Any) -> None:
         part = torch.stack([nll.sum(), valid.sum().to(nll.dtype)])
         self._total = part if self._total is None else self._total + part.to(self._total)
 

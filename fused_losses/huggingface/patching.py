@@ -154,7 +154,8 @@ class Patch:
         self.copied = False  # with what others had wrapped around the forward
         self.entrance: tuple | None = None  # (what lay below, function), the last that was read
         self.turns = Turns()
-        self.listeners: list[Callable[[Tensor, Tensor], None]] = []  # of the nll per token, and which have a label
+        # Of what is trained on, per token: nll, which have a label, kl, weight, confidence (None: there is none).
+        self.listeners: list[Callable[..., None]] = []
         self.trained = base.training  # the model has been in training mode since
         self.outer: Callable[[], Any] = _nothing if model is base else weakref.ref(model)
         self.redirected: list[tuple[Any, Any]] = []

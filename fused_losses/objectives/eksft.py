@@ -108,7 +108,7 @@ class EKSFTLoss(Objective):
         n = item_count(num_items, tokens.count)
         wanted, k = self._statistics()
         out = tokens.losses(wanted, k)
-        loss = loss_of_chunk(self.token_loss, self._weights(tokens, out, n), wanted, tokens.problem)
+        loss = loss_of_chunk(self.token_loss, self._weights(tokens, out, n), wanted, tokens)
         return tokens.total(loss(out, slice(None)))
 
     def _weights(self, tokens: Tokens, out: Statistics, n: Any) -> dict[str, Tensor]:

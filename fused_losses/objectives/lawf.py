@@ -157,7 +157,7 @@ class LAwFLoss(Objective):
         anchors, others = self._group_counts(None, tokens.total(anchor), tokens.count)
         per_token = {"confidence": targets, "weight": (retain_weight / others).expand_as(targets),
                      "anchor_weight": (anchor_weight / anchors).expand_as(targets)}  # fmt: skip
-        loss = loss_of_chunk(self.token_loss, per_token, wanted, tokens.problem)
+        loss = loss_of_chunk(self.token_loss, per_token, wanted, tokens)
         return tokens.total(loss(out, slice(None)))
 
     @property

@@ -97,5 +97,5 @@ class STMLoss(Objective):
         wanted, k = self._statistics()
         out = tokens.losses(wanted, k)
         kept = tokens.total(out.reference_nll < math.log(self.threshold))
-        masked = loss_of_chunk(self.token_loss, {}, wanted, tokens.problem)
+        masked = loss_of_chunk(self.token_loss, {}, wanted, tokens)
         return tokens.total(masked(out, slice(None))) / item_count(None, kept)

@@ -113,7 +113,7 @@ class TALRLoss(Objective):
             tau = median_temperature(
                 out.nll.detach(), sequence, count, INTERPOLATION[self.even_median], self.process_group
             )
-        weighted = loss_of_chunk(functools.partial(self.token_loss, temperature=tau), {}, wanted, tokens.problem)
+        weighted = loss_of_chunk(functools.partial(self.token_loss, temperature=tau), {}, wanted, tokens)
         return tokens.total(weighted(out, slice(None))) / n
 
 

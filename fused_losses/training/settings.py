@@ -1,0 +1,91 @@
+"""What `fused-losses train` does where nothing else is said: methods, what each needs of the data, and defaults.
+
+The numbers are those of the demo (docs/demo.md), measured on SmolLM2-135M-Instruct with one fact in one sample: LoRA of
+rank 8 on the query and value projections, AdamW, 40 steps, a learning rate of 1e-3 that falls linearly to 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import fused_losses as fl
+
+from ..objectives import Objective
+
+RANK = 8  # of LoRA; its alpha is twice that
+TARGETS = ("q_proj", "v_proj")  # where the model has layers of these names; else what PEFT takes for the model
+LEARNING_RATE, FULL_LEARNING_RATE = 1e-3, 1e-5  # of LoRA, and of all weights
+STEPS = 40  # at least; more where the data are large:
+EPOCHS = 3  # passes over the rows
+BATCH = 8  # rows of a step, or all there are
+MAX_LENGTH = 2048  # tokens of a row
+MEASUREMENTS = 20  # of anchors, KL and held-out text during a training
+CHECKPOINTS = 4
+MEASURED_TOKENS = 8192  # most of each kind
+REPLAY_SHARE = 0.25  # of the rows of a step, where there are rows to replay
+
+# A training stops early where every anchor has this part of the probability it is to get, and, of methods that hold the
+# other tokens to the original, where their mean KL is at most this.
+STOP_PROBABILITY, STOP_KL = 0.9, 0.02
+
+
+@dataclass(frozen=True)
+class Method:
+    """A loss, and what it needs.
+
+    Args:
+        title: one line.
+        make: the objective, from its options and, for FLOW, from the initial losses.
+        options: names and defaults of the numbers that a user may give.
+        needs_reference: whether it compares with the original model.
+        initial: "sequence" or "token" where it weighs by the losses before training.
+        anchors: whether it reads anchors apart from other tokens.
+        learning_rate: of LoRA.
+    """
+
+    title: str
+    make: Callable[..., Objective]
+    options: dict[str, float]
+    needs_reference: bool = False
+    initial: str | None = None
+    anchors: bool = False
+    learning_rate: float = LEARNING_RATE
+
+
+def _flow(initial: Any) -> Objective:
+    return fl.FLOWLoss(initial.temperature)
+
+
+METHODS = {
+    "lawf": Method(
+        "cross-entropy on corrected tokens, KL to the original on all others", fl.LAwFLoss,
+        {"anchor_weight": 1.0, "retain_weight": 1.0}, needs_reference=True, anchors=True,
+    ),
+    "sft": Method("cross-entropy", fl.CrossEntropyLoss, {}),
+    "sft+kl": Method(
+        "cross-entropy, and KL to the original on the same tokens", fl.SFTKLLoss, {"kl_weight": 0.5},
+        needs_reference=True,
+    ),
+    "talr": Method("cross-entropy that counts hard tokens less", fl.TALRLoss, {}),
+    "dft": Method("cross-entropy times the token's probability", fl.DFTLoss, {}),
+    "asft": Method("dft, and KL to the original", fl.ASFTLoss, {"kl_weight": 0.1}, needs_reference=True),
+    "eaft": Method("cross-entropy that counts tokens less of which the model is sure", fl.EAFTLoss, {"alpha": 1.0}),
+    "flow": Method("cross-entropy that counts rows less which are hard at the start", _flow, {}, initial="sequence"),
+    "stm": Method(
+        "cross-entropy without the tokens that are hard at the start", fl.STMLoss, {"threshold": 2.5}, initial="token"
+    ),
+    "infosft": Method("cross-entropy that counts tokens of medium probability most", fl.InfoSFTLoss, {}),
+    "mask-the-target": Method(
+        "cross-entropy, and KL to the original without the label itself", fl.MaskTheTargetLoss, {"kl_weight": 0.5},
+        needs_reference=True,
+    ),
+}  # fmt: skip
+
+
+def method_of(name: str) -> Method:
+    """The method of that name; ValueError with all names."""
+    if not isinstance(name, str) or name not in METHODS:
+        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {name!r}")
+    return METHODS[name]
