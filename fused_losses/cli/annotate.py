@@ -40,7 +40,9 @@ def add(commands: Any) -> argparse.ArgumentParser:
         "--temperature", type=number(float, 0, 100), default=0.0, metavar="T",
         help="0: the likeliest token, the default; above: drawn",
     )  # fmt: skip
-    parser.add_argument("--top-p", type=number(float, 1e-6, 1), default=1.0, metavar="P", help="of the draws; default: 1")
+    parser.add_argument(
+        "--top-p", type=number(float, 1e-6, 1), default=1.0, metavar="P", help="of the draws; default: 1"
+    )
     parser.add_argument("--seed", type=number(int, 0, 2**31 - 1), default=0, help="of the draws; default: 0")
     parser.add_argument(
         "--round", type=number(int, 1, 10_000), metavar="N",
@@ -83,7 +85,8 @@ def _run(given: argparse.Namespace) -> None:
                 Terminal(desk).run()
                 return
             page.show(desk)
-            print(f"Correct answers at\n  {page.address}\nCtrl-C ends; what was accepted is in {given.output}.", flush=True)
+            print(f"Correct answers at\n  {page.address}", flush=True)
+            print(f"Ctrl-C ends; what was accepted is in {given.output}.", flush=True)
             desk.begin()
             page.run(browser=not given.no_browser)
         finally:
@@ -98,8 +101,8 @@ def _page(given: argparse.Namespace) -> Any:
 
     if not is_loopback(given.host) and not given.allow_remote:
         raise ValueError(
-            f"--host: expected a loopback address such as 127.0.0.1, got {given.host}; to let others of the network in, "
-            "who then see and change the answers, add --allow-remote; better: ssh -L"
+            f"--host: expected a loopback address such as 127.0.0.1, got {given.host}; to let others of the network "
+            "in, who then see and change the answers, add --allow-remote; better: ssh -L"
         )
     return Page(given.host, given.port)
 

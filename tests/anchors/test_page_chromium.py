@@ -9,18 +9,20 @@ import pytest
 
 pytest.importorskip("selenium", reason="needs selenium")
 pytest.importorskip("uvicorn", reason="needs the extra annotate")
-BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-if BROWSER is None or DRIVER is None:
-    pytest.skip("needs Chromium: apt-get install chromium chromium-driver", allow_module_level=True)
 
 from pages import AURORA, ELENA, NAME, QUESTIONS, Slow, desk_on, opened, served, settle
-from scripted import tokenizer
+from session_models import tokenizer
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 from fused_losses.anchors.files import read_records
+
+BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(
+    BROWSER is None or DRIVER is None, reason="needs Chromium: apt-get install chromium chromium-driver"
+)
 
 END = "<|end|>"
 
@@ -29,8 +31,8 @@ END = "<|end|>"
 def driver(tmp_path_factory):
     options = webdriver.ChromeOptions()
     options.binary_location = BROWSER
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--window-size=1280,900"):
-        options.add_argument(argument)
+    for argument in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "disable-gpu", "window-size=1280,900"):
+        options.add_argument(f"--{argument}")
     options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     service = webdriver.ChromeService(DRIVER, log_output=os.devnull)
@@ -64,7 +66,7 @@ class Tab:
     def tokens(self):
         """Their own texts, without marks."""
         return self.driver.execute_script(
-            "return [...document.querySelectorAll('.tok:not(.end)')].map(b => b.firstChild ? b.firstChild.textContent : '')"
+            "return [...document.querySelectorAll('.tok:not(.end)')].map(found => found.firstChild?.textContent ?? '')"
         )
 
     def until(self, *tokens):
@@ -104,7 +106,7 @@ def file(tmp_path):
 
 
 def test_by_mouse_from_the_wrong_token_to_the_record(driver, file):
-    with tab_on(driver, file) as (tab, desk):
+    with tab_on(driver, file) as (tab, _):
         tab.until(*tokens_of(ELENA))
         assert tab.one(".turn.user .plain").text == QUESTIONS[0]
         tab.all(".tok")[NAME].click()
@@ -139,7 +141,7 @@ def test_by_mouse_from_the_wrong_token_to_the_record(driver, file):
 
 
 def test_by_keyboard_alone(driver, file):
-    with tab_on(driver, file) as (tab, desk):
+    with tab_on(driver, file) as (tab, _):
         tab.until(*tokens_of(ELENA))
         tab.press(Keys.ARROW_RIGHT)
         assert tab.focused() == "0"
@@ -188,7 +190,8 @@ MARKUP = "My <script>document.title='owned'</script> <img src=x onerror=\"docume
 
 
 def test_markup_in_an_answer_or_a_prompt_is_text(driver, file):
-    with tab_on(driver, file, MARKUP, questions=("<img src=x onerror=\"document.title='owned'\">", "<b>b</b>")) as (tab, desk):
+    image = "<img src=x onerror=\"document.title='owned'\">"
+    with tab_on(driver, file, MARKUP, questions=(image, "<b>b</b>")) as (tab, _):
         tab.settled()
         shown = tab.words().replace("\u00a0", " ")
         assert "<script>" in shown and "<img src=x onerror=" in shown and "&lt;" in shown
@@ -209,17 +212,18 @@ def test_the_policy_stops_what_would_get_through(driver, file):
     with opened(file) as desk, served(desk) as page:
         Tab(driver, page)
         refused = driver.execute_script(
-            "try { document.body.innerHTML = '<img src=x onerror=alert(1)>'; return 'taken' } catch (e) { return e.name }"
+            "try { document.body.innerHTML = '<img src=x onerror=alert(1)>' } catch (problem) { return problem.name }"
         )
         assert refused == "TypeError"
-        driver.execute_script("document.body.setAttribute('onclick', \"document.title='owned'\"); document.body.click()")
+        owned = "document.body.setAttribute('onclick', \"document.title='owned'\"); document.body.click()"
+        driver.execute_script(owned)
         assert driver.title == "fused-losses annotate"
         driver.get("about:blank")
         driver.get_log("browser")
 
 
 def test_what_cannot_be_seen_is_shown(driver, file):
-    with tab_on(driver, file, "My\n\nname\tis \u202e\x1b[2J\u200b 😀") as (tab, desk):
+    with tab_on(driver, file, "My\n\nname\tis \u202e\x1b[2J\u200b 😀") as (tab, _):
         tab.settled()
         faces = tab.tokens()
         assert faces[-1] == END and "↵" in "".join(faces) and "⇥" in "".join(faces) and "␛" in "".join(faces)
@@ -230,7 +234,7 @@ def test_what_cannot_be_seen_is_shown(driver, file):
 
 
 def test_a_second_tab_shows_the_same(driver, file):
-    with tab_on(driver, file) as (tab, desk):
+    with tab_on(driver, file) as (tab, _):
         tab.until(*tokens_of(ELENA))
         first = driver.current_window_handle
         driver.switch_to.new_window("tab")

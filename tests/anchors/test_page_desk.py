@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 from pages import AURORA, ELENA, NAME, QUESTIONS, Slow, desk_on, opened, settle
-from scripted import Scripted, tokenizer
+from session_models import Scripted, tokenizer
 
 from fused_losses.anchors.files import RecordFile, read_records
 from fused_losses.anchors.page.desk import Desk, Stale, Unsaved
@@ -93,7 +93,9 @@ def test_a_record_that_cannot_be_written_loses_nothing(file, monkeypatch):
             with pytest.raises(OSError, match="disk full"):
                 desk.accept()
         state = desk.state()
-        assert state["unsaved"] and not state["accepted"] and text(state) == AURORA + "<|end|>" and state["records"] == 0
+        assert (
+            state["unsaved"] and not state["accepted"] and text(state) == AURORA + "<|end|>" and state["records"] == 0
+        )
         desk.accept()
     assert len(read_records(file)) == 1
 

@@ -16,7 +16,7 @@ pytest.importorskip("uvicorn", reason="needs the extra annotate")
 pytest.importorskip("httpx2", reason="starlette's TestClient needs it")
 
 from pages import AURORA, ELENA, NAME, desk_on, opened, served, settle
-from scripted import tokenizer
+from session_models import tokenizer
 from starlette.testclient import TestClient
 
 from fused_losses import cli
@@ -70,7 +70,9 @@ def test_the_secret_opens_nothing_but_the_page(desk):
     assert client.get(f"/api/state?token={SECRET}").status_code == 401
 
 
-@pytest.mark.parametrize("cookie", ["fused-losses=wrong", "fused-losses", "=;;;", "fused-losses=\xff", "other=" + SECRET])
+@pytest.mark.parametrize(
+    "cookie", ["fused-losses=wrong", "fused-losses", "=;;;", "fused-losses=\xff", "other=" + SECRET]
+)
 def test_a_wrong_cookie(desk, cookie):
     client = client_of(desk, admitted=False)
     assert client.get("/api/state", headers={"Cookie": cookie.encode("latin-1")}).status_code == 401
@@ -129,7 +131,13 @@ def test_files_of_the_page_only(client):
     assert page.headers["content-type"] == "text/html; charset=utf-8"
     for name in ("page.js", "page.css", "parts.css", "icon.svg"):
         assert client.get(f"/static/{name}").status_code == 200
-    for path in ("/static/../server.py", "/static/%2e%2e/server.py", "/static/server.py", "/static//etc/passwd", "/static/"):
+    for path in (
+        "/static/../server.py",
+        "/static/%2e%2e/server.py",
+        "/static/server.py",
+        "/static//etc/passwd",
+        "/static/",
+    ):
         assert client.get(path).status_code == 404
 
 
@@ -146,7 +154,10 @@ def test_the_page_asks_no_other_server_and_writes_no_markup():
 
 def test_from_the_first_answer_to_the_record(client, desk):
     state = client.get("/api/state").json()
-    assert state["tokens"][NAME]["text"] == " Elena" and state["tasks"][0] == {"title": "What is your name?", "records": 0}
+    assert state["tokens"][NAME]["text"] == " Elena" and state["tasks"][0] == {
+        "title": "What is your name?",
+        "records": 0,
+    }
     found = client.get(f"/api/likeliest?position={NAME}&version={state['version']}").json()["candidates"]
     assert [choice["text"] for choice in found[:2]] == [" Elena", " Aurora"] and len(found) == 10
     assert client.get("/api/suspicious?after=-1").json() == {"position": 0}
@@ -183,7 +194,11 @@ def test_from_the_first_answer_to_the_record(client, desk):
         ("replace", b'{"position": 3, "text": "\\ud800"}', "text"),
         ("replace", b'{"position": 3, "text": "a", "confidence": NaN}', "confidence"),
         ("replace", b'{"position": 3, "text": "a", "confidence": 2}', "confidence"),
-        ("replace", b'{"position": 3, "text": "a", "confidence": 0.5, "target_probability": 0.5}', "target_probability"),
+        (
+            "replace",
+            b'{"position": 3, "text": "a", "confidence": 0.5, "target_probability": 0.5}',
+            "target_probability",
+        ),
         ("replace", b'{"position": 3, "text": "a", "\\u001b[2J": 1}', "expected one of version, position"),
         ("open", b'{"index": 99}', "index: expected 0"),
         ("open", b'{"index": -1}', "index: expected 0"),
@@ -350,7 +365,10 @@ def test_a_killed_page_loses_no_record_and_no_correction(tmp_path):
     path = tmp_path / "a.jsonl"
     folders = os.pathsep.join([str(ROOT), str(ROOT / "tests/support"), os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen(
-        [sys.executable, "-c", CRASH, str(path)], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": folders}
+        [sys.executable, "-c", CRASH, str(path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": folders},
     )
     try:
         assert process.stdout.readline() == "ready\n"

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from pages import ELENA, QUESTIONS, opened
-from scripted import tokenizer
+from session_models import tokenizer
 
 from fused_losses.anchors.files import read_records
 from fused_losses.anchors.page.tasks import Task, read_prompts, shown, user, with_records
@@ -19,7 +19,7 @@ def written(tmp_path, name, content):
 
 
 def test_text_has_a_prompt_a_line(tmp_path):
-    path = written(tmp_path, "p.txt", "\ufeffWhat is it?\r\n\n  Wer bist du? 😀 \n{\"prompt\": 1}")
+    path = written(tmp_path, "p.txt", '\ufeffWhat is it?\r\n\n  Wer bist du? 😀 \n{"prompt": 1}')
     assert [task.messages for task in read_prompts(path)] == [
         user("What is it?"), user("Wer bist du? 😀"), user('{"prompt": 1}'),
     ]  # fmt: skip

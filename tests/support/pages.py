@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from scripted import Scripted, tokenizer
+from session_models import Scripted, tokenizer
 
 from fused_losses.anchors.files import RecordFile
 from fused_losses.anchors.page.desk import Desk
@@ -35,7 +35,9 @@ class Slow(Scripted):
         return super().forward(input_ids, past_key_values, use_cache)
 
 
-def desk_on(path: Path, *answers: str, questions: tuple[str, ...] = QUESTIONS, model: Any = None, **options: Any) -> Desk:
+def desk_on(
+    path: Path, *answers: str, questions: tuple[str, ...] = QUESTIONS, model: Any = None, **options: Any
+) -> Desk:
     model = model or Scripted(*(answers or (ELENA, AURORA)), second=" Aurora", unsure=(" is",))
     session = AnchorSession(model, tokenizer(), **options)
     return Desk(session, RecordFile(path), [Task(user(question)) for question in questions], name="scripted")

@@ -38,7 +38,7 @@ class Desk:
         session: an `AnchorSession`.
         file: an open `RecordFile`; accepted answers go there at once.
         tasks: what to answer. Conversations that have a record in the file are done.
-        original: the original model's answer to prompt ids, an id at a time, where the session's model is a trained one.
+        original: the original model's answer to prompt ids, an id at a time, where the session's model is trained.
         name: of the model, as the page shows it.
 
     Events go to every listener, from the thread where they happen: "state" (everything about the answer), "token" (one
@@ -229,8 +229,8 @@ class Desk:
 
     def _check_saved(self, discard: bool) -> None:
         if self._dirty and not discard:
-            count = len(self.session.anchors)
-            raise Unsaved(f"{payloads.count(count, 'correction')} of this answer would be lost; accept the answer first.")
+            corrections = payloads.count(len(self.session.anchors), "correction")
+            raise Unsaved(f"{corrections} of this answer would be lost; accept the answer first.")
 
     def ask(self, text: Any, version: int | None = None, discard: bool = False, follow: bool = False) -> None:
         """A prompt that was typed; `follow`: as the next of this conversation, after the answer, which is accepted."""

@@ -2,9 +2,9 @@
 
 The answer to each request needs the secret of the address that the command printed, as a cookie; on loopback too, since
 other users of the machine reach its ports. Against DNS rebinding the name in `Host` must be the server's own. Against
-requests that another site makes the browser send (CSRF), `Origin` must be the page's own, a change must be JSON, and the
-cookie is SameSite=Strict. What a model writes is text to the page, and should a fault make it markup, the policy below
-lets no script run that is not a file of the page, and no address be asked but the page's own.
+requests that another site makes the browser send (CSRF), `Origin` must be the page's own, a change must be JSON, and
+the cookie is SameSite=Strict. What a model writes is text to the page, and should a fault make it markup, the policy
+below lets no script run that is not a file of the page, and no address be asked but the page's own.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 """The page in a browser: a small server over a `Desk`, and static files without a build step.
 
-Why not Gradio: the page is one text of some hundred tokens, each of which takes the focus, answers to keys and is marked
-in three ways, while more arrive. In Gradio that is `HighlightedText` (no focus of single tokens, no keys), or HTML put
-together in Python, where each piece of a model's output must be escaped by hand and each new token sends all of it anew;
-keys need JavaScript in any case. What is left of Gradio then is a server. It brings 52 packages (@GRADIO_MIB@ MiB) where
-Starlette and uvicorn are 7 (@STARLETTE_MIB@ MiB), and its page asks other servers for fonts. Here every text becomes a
-text node (`textContent`; trusted types forbid anything else), the files come from the package, and nothing is fetched
-from elsewhere: the page works without a network.
+Why not Gradio: the page is one text of some hundred tokens, each of which takes the focus, answers to keys and is
+marked in three ways, while more arrive. In Gradio that is `HighlightedText` (no focus of single tokens, no keys), or
+HTML put together in Python, where each piece of a model's output must be escaped by hand and each new token sends all
+of it anew; keys need JavaScript in any case. What is left of Gradio then is a server. It brings 52 packages,
+@GRADIO_MIB@ MiB, where Starlette and uvicorn are 7, @STARLETTE_MIB@ MiB. Here every text becomes a text node
+(`textContent`; trusted types forbid anything else), the files come from the package, and nothing is fetched from
+elsewhere: the page works without a network.
 
-All tabs see the same: each listens to /events (server-sent events), where "state" has everything and "token" adds to it.
-What they ask for carries the version that they saw, so that two tabs cannot correct one answer without knowing.
+All tabs see the same: each listens to /events (server-sent events), where "state" has everything and "token" adds to
+it. What they ask for carries the version that they saw, so that two tabs cannot correct one answer without knowing.
 """
 
 from __future__ import annotations
@@ -295,9 +295,12 @@ class Page:
         except OSError as error:
             self.socket.close()
             reason = error.strerror or error
-            raise type(error)(f"{host} port {port}: cannot be opened ({reason}); give another --port or --host") from None
+            remedy = "give another --port or --host"
+            raise type(error)(f"{host} port {port}: cannot be opened ({reason}); {remedy}") from None
         self.port = self.socket.getsockname()[1]
-        name = {"0.0.0.0": socket.gethostname(), "::": socket.gethostname()}.get(host, f"[{host}]" if ":" in host else host)
+        name = f"[{host}]" if ":" in host else host
+        if host in ("0.0.0.0", "::"):
+            name = socket.gethostname()
         self.address = f"http://{name}:{self.port}/?token={self.secret}"
 
     def show(self, desk: Desk) -> None:

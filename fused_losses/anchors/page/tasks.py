@@ -57,8 +57,8 @@ def user(text: str) -> list[dict[str, Any]]:
 def read_prompts(path: str | os.PathLike) -> list[Task]:
     """Of a file of JSON Lines (.jsonl, .ndjson, .json), or else of text with one prompt a line.
 
-    A line of JSON is {"prompt": "..."} or {"messages": [...]}, with "tools" or without; other fields are passed over, so
-    that a data set for training serves. An assistant's last message is left out, as it is what the model shall say.
+    A line of JSON is {"prompt": "..."} or {"messages": [...]}, with "tools" or without; other fields are passed over,
+    so that a data set for training serves. An assistant's last message is left out, as it is what the model shall say.
 
     Raises:
         ValueError: `file:line: ...`, what was expected, what came, the remedy.
@@ -89,8 +89,8 @@ def _text(path: Path) -> str:
             ) from None
         if any(ord(letter) < 32 and letter not in "\t\r" for letter in text):
             raise ValueError(
-                f"{show_path(path)}:{number}: expected text, got a control character; remove it, or give the prompts as "
-                'JSON Lines, {"prompt": "..."}'
+                f"{show_path(path)}:{number}: expected text, got a control character; remove it, or give the prompts "
+                'as JSON Lines, {"prompt": "..."}'
             )
     return raw.decode("utf-8-sig")
 

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from . import payloads
 from .desk import Desk, Unsaved
 
 HELP = """\
@@ -119,7 +120,7 @@ class Terminal:
             self._show_choices(position)
             return
         try:
-            given = {} if strength is None else {_STRENGTHS[strength[1]]: float(strength[2])}
+            given: dict[str, Any] = {} if strength is None else {_STRENGTHS[strength[1]]: float(strength[2])}
             what = self._words(text) if choice is None else self._choice(position, int(choice))
         except ValueError as error:
             self._say(str(error), "red")
@@ -205,7 +206,8 @@ class Terminal:
         self.console.print(line)
         anchors = sum("anchor" in token for token in state["tokens"])
         how = "accepted" if state["accepted"] else "finished" if state["finished"] else "not finished"
-        self._say(f"[{state['done']} of {state['total']} done] {len(state['tokens'])} tokens, {anchors} corrected, {how}", "dim")
+        said = f"{payloads.count(len(state['tokens']), 'token')}, {anchors} corrected, {how}"
+        self._say(f"[{state['done']} of {state['total']} done] {said}", "dim")
 
     def _show_choices(self, position: int) -> None:
         try:
@@ -214,8 +216,10 @@ class Terminal:
             self._say(str(error), "red")
             return
         table = Table(box=None, pad_edge=False)
-        for name, justify in (("", "right"), ("token", "left"), ("probability", "right"), ("", "left")):
-            table.add_column(name, justify=justify)
+        table.add_column("", justify="right")
+        table.add_column("token")
+        table.add_column("probability", justify="right")
+        table.add_column("")
         for number, choice in enumerate(found, 1):
             text = visible(choice.get("name") or choice["text"]).replace(" ", "·")
             bar = Text("█" * round(20 * choice["p"]), "blue")
