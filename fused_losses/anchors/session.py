@@ -69,8 +69,8 @@ class AnchorSession:
         TypeError, ValueError: a model without a cache, a tokenizer of another model (more tokens than the head), a
         reference that is not there, options out of range; naming the argument.
 
-    Memory: the KV cache of the longest answer so far, and about 3 KB per token and state of the history for its 32
-    likeliest tokens. [T, V] logits are never kept. `reference` adds its own KV cache.
+    Memory: the KV cache of prompt and answer, and about 2.5 KB for each token that was ever generated, for the 32
+    likeliest ones in its place. [T, V] logits are never kept. `reference` adds its own KV cache.
     """
 
     def __init__(
@@ -87,12 +87,9 @@ class AnchorSession:
         agreement: int = 4,
         template_options: Mapping[str, Any] | None = None,
     ) -> None:
-        for name, value, least in (
-            ("max_new_tokens", max_new_tokens, 1),
-            ("round", round, 1),
-            ("agreement", agreement, 1),
-        ):
-            check_integer(name, value, least)
+        check_integer("max_new_tokens", max_new_tokens, 1)
+        check_integer("round", round, 1)
+        check_integer("agreement", agreement, 1)
         check_sampling(temperature, top_p, seed)
         self._answerer = Answerer(model, tokenizer, reference)
         self.model, self.tokenizer, self.reference = model, tokenizer, reference
@@ -165,10 +162,11 @@ class AnchorSession:
         return KnownTokenizer(self.tokenizer)
 
     def _begin(self, messages: list, tools: list | None, prompt_ids: list[int], state: State) -> None:
-        if self._answerer.most is not None and len(prompt_ids) + len(state.ids) >= self._answerer.most:
+        length, most = len(prompt_ids) + max(1, len(state.ids)), self._answerer.most
+        if most is not None and length > most:
             raise ValueError(
-                f"messages: {len(prompt_ids) + len(state.ids)} tokens leave no room in the model's context of "
-                f"{self._answerer.most}; shorten the conversation"
+                f"messages: {length - 1} tokens leave no room in the model's context of {most}; shorten the "
+                "conversation"
             )
         with self._lock:
             self._run += 1
@@ -213,11 +211,9 @@ class AnchorSession:
         Cost: decoding; the model is not called.
         """
         with self._lock:
-            return self._tokens(self._state)
-
-    def _tokens(self, state: State) -> list[Token]:
-        text, spans = spell(self.tokenizer, state.ids)
-        return [self._token(state, at, text[slice(*span)], span) for at, span in enumerate(spans)]
+            state = self._state
+            text, spans = spell(self.tokenizer, state.ids)
+            return [self._token(state, at, text[slice(*span)], span) for at, span in enumerate(spans)]
 
     def _token(self, state: State, at: int, text: str, span: Span) -> Token:
         said, mark = state.predictions[at], state.marks.get(at)
@@ -317,10 +313,8 @@ class AnchorSession:
             if not state.ids:
                 return []
             ids, start = [*self.prompt_ids, *state.ids[:-1]], len(self.prompt_ids)
-            pairs = zip(
-                self._answerer.original.pieces(ids, start), self._answerer.forward.pieces(ids, start), strict=True
-            )
-            return [kl for original, tuned in pairs for kl in kl_of(original, tuned)]
+            both = (forward.pieces(ids, start) for forward in (self._answerer.original, self._answerer.forward))
+            return [kl for original, tuned in zip(*both, strict=True) for kl in kl_of(original, tuned)]
 
     def record(self) -> Record:
         """The answer with its anchors, for `write_records`, `RecordFile` and `rows`.
@@ -345,6 +339,7 @@ class AnchorSession:
         Ends after an end-of-turn token (of generation_config.eos_token_id, or the tokenizer's), after max_new_tokens,
         where the model's context is full, on `stop`, and when the answer is changed. What was yielded stays. A second
         call goes on from there, unless the turn has ended. The model is first called when the first token is asked for.
+        A token that is a part of a character reads as � until the character is whole; `tokens` then has it.
 
         Cost: a forward of one token each; before the first one, of what the KV cache does not hold (after `undo`).
         """
@@ -433,7 +428,6 @@ class AnchorSession:
             old = self._state
             self._answerer.check_position(position, old)
             ids = self._answerer.replacement_ids(old, position, replacement, exact)
-            self._run += 1
             if old.ids[position : position + len(ids)] == ids:
                 return self._confirm(old, Edit(position, tuple(ids), self._proposal(old, position), *goal, self.round))
             new = old.until(position)
@@ -450,7 +444,6 @@ class AnchorSession:
         with self._lock:
             if position not in self._state.marks:
                 return False
-            self._run += 1
             self._push(self._state.without(position, position + 1))
             return True
 
@@ -482,6 +475,7 @@ class AnchorSession:
             return True
 
     def _push(self, state: State) -> None:
+        self._run += 1
         self._states[self._at + 1 :] = [state]
         self._at += 1
 
@@ -490,6 +484,8 @@ class AnchorSession:
         for edit in state.edits:
             if edit.position == position:
                 return edit.proposal
+            if edit.position < position < edit.stop:
+                return state.predictions[position].ids[0]
         if position < len(state.ids):
             return state.ids[position]
         return self._answerer.proposal(state, self.temperature, self.top_p, self.seed)

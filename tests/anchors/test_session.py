@@ -297,6 +297,16 @@ def test_a_replacement_ends_the_generation_under_way():
     assert list(running) == [] and session.text == "My name is Aurora"
 
 
+def test_what_changes_nothing_leaves_the_generation_under_way():
+    session = AnchorSession(Scripted(ELENA), tokenizer())
+    session.start("Who are you?")
+    running = session.generate()
+    next(running)
+    session.replace(0, "My")
+    list(running)
+    assert session.text == ELENA + "<|end|>"
+
+
 def test_generation_ends_where_the_context_is_full():
     model = Scripted(ELENA)
     session = AnchorSession(model, tokenizer())
@@ -344,6 +354,24 @@ def test_text_within_a_word_and_within_a_character():
     session.undo()
     session.replace(NAME + 4, "z")  # after the first byte of the emoji
     assert session.token_ids == [*ids[: NAME + 4], *ids_of("z")] and session.tokens[-1].text == "z"
+
+
+def test_within_a_replacement_the_original_is_what_the_model_would_have_said():
+    session, _ = answered(ELENA, "My name is Aurora Smith.")
+    session.replace(NAME, " Aurora and")
+    (anchor,) = session.replace(NAME + 1, " tea").anchors
+    assert anchor.original_text == " Smith" and [a.text for a in session.anchors] == [" Aurora", " tea"]
+    session.replace(NAME, " London")
+    assert [(a.text, a.original_text) for a in session.anchors] == [(" London", " Elena")]
+
+
+def test_characters_of_several_tokens_are_streamed():
+    session = AnchorSession(Scripted("Tea 😀 极 tea"), tokenizer())
+    session.start("x")
+    streamed = list(session.generate())
+    assert [token.span[0] for token in streamed] == [token.span[0] for token in session.tokens]
+    assert session.text == "Tea 😀 极 tea<|end|>" and streamed[-2] == session.tokens[-2]
+    assert {"😀", "极"} <= {token.text for token in session.tokens}
 
 
 def test_a_word_is_not_joined_with_what_stands_before():

@@ -9,6 +9,7 @@ import torch
 from session_models import adapted, llama, numbers, probabilities, tiny, tokenizer
 from transformers import T5Config, T5ForConditionalGeneration
 
+import fused_losses as fl
 from fused_losses.anchors import AnchorSession
 from fused_losses.anchors.forwards import Forward
 from fused_losses.anchors.predictions import choose, predictions
@@ -133,6 +134,19 @@ def test_a_model_in_training_mode_answers_without_dropout_and_stays_in_it():
         list(session.generate())
         answers.add(tuple(session.token_ids))
     assert len(answers) == 1 and [module.training for module in model.modules()] == modes
+
+
+def test_a_patched_model_answers_as_before():
+    def answer(model):
+        session = AnchorSession(model, tokenizer(), max_new_tokens=12)
+        session.start("Who are you?")
+        list(session.generate())
+        return session.tokens
+
+    model = llama()
+    before = answer(model)
+    fl.patch(model, fl.TALRLoss())
+    assert answer(model) == before
 
 
 # Sampling.
