@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("uvicorn", reason="needs the extra annotate")
-peft = pytest.importorskip("peft")
-
+import peft
 from session_models import tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fused_losses.anchors.files import read_records
 
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT's
 ROOT = Path(__file__).parents[2]
 
 

@@ -11,11 +11,11 @@ pytest.importorskip("selenium", reason="needs selenium")
 pytest.importorskip("uvicorn", reason="needs the extra annotate")
 
 from pages import AURORA, ELENA, NAME, QUESTIONS, Slow, desk_on, opened, served, settle
-from session_models import tokenizer
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
+from session_models import tokenizer
 
 from fused_losses.anchors.files import read_records
 
@@ -175,7 +175,7 @@ def test_by_keyboard_alone(driver, file):
         tab.wait(lambda: tab.one(".turn.user .plain").text == QUESTIONS[1])
         tab.settled()
         tab.press("n")
-        assert tab.focused() == "0"
+        tab.wait(lambda: tab.focused() == str(NAME))
         tab.wait(lambda: tab.one("#panel").is_displayed())
         tab.press(Keys.ESCAPE)
         assert not tab.one("#panel").is_displayed()

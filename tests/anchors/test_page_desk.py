@@ -215,6 +215,24 @@ def test_a_correction_while_it_writes_takes_effect_at_once(file):
     desk.close()
 
 
+def test_what_is_refused_lets_it_go_on_writing(file):
+    desk = desk_on(file, model=Slow(ELENA, seconds=0.02))
+    came = threading.Semaphore(0)
+    desk.listen(lambda kind, what: came.release() if kind == "token" else None)
+    desk.begin()
+    assert came.acquire(timeout=30)
+    version = desk.version
+    with pytest.raises(ValueError, match="still writing"):
+        desk.accept()
+    with pytest.raises(ValueError, match="position"):
+        desk.replace(99, " Aurora")
+    with pytest.raises(ValueError, match="index"):
+        desk.open(99)
+    assert desk.version == version
+    assert text(settle(desk)) == ELENA + "<|end|>"
+    desk.close()
+
+
 def test_events_add_up_to_the_state(file):
     """Whoever puts them together as the page does has what the desk has."""
     desk = desk_on(file)

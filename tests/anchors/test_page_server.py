@@ -160,7 +160,7 @@ def test_from_the_first_answer_to_the_record(client, desk):
     }
     found = client.get(f"/api/likeliest?position={NAME}&version={state['version']}").json()["candidates"]
     assert [choice["text"] for choice in found[:2]] == [" Elena", " Aurora"] and len(found) == 10
-    assert client.get("/api/suspicious?after=-1").json() == {"position": 0}
+    assert client.get("/api/suspicious?after=-1").json() == {"position": NAME}
     changed = post(client, "replace", version=state["version"], position=NAME, token_id=found[1]["id"], confidence=0.9)
     assert (changed.status_code, changed.json()) == (200, {"message": ""})
     assert "".join(token["text"] for token in settle(desk)["tokens"]) == AURORA + "<|end|>"

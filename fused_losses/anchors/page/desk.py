@@ -66,6 +66,7 @@ class Desk:
         self._next: Iterable[Any] | None = None  # what the next worker shall go through
         self._leave = threading.Event()  # the worker shall end
         self._generating = False
+        self._interrupted = self._altered = False  # by the change under way: a generation, anything
         self._accepted: Record | None = None  # the record of the answer as it stands
         self._dirty = False  # corrections that are in no record
         self._before: dict[str, Any] | None = None
@@ -129,19 +130,25 @@ class Desk:
         with self._lock:
             if version is not None and version != self.version:
                 raise Stale("The answer was changed meanwhile, as by another tab; look at it, and try again.")
+            self._interrupted = self._generating
             self._halt()
-            self.messages, self._next = (), None
+            self.messages, self._next, self._altered = (), None, False
             try:
                 yield
+                self._altered = True
             except BaseException:
-                self._generating, self._next = False, None
+                self._next = None
                 raise
             finally:
-                self.version += 1
-                self._tell("state", self._state())
-            if self._next is not None:  # now, as its first token must come after the state that it adds to
-                self._worker = threading.Thread(target=self._run, args=(self._next,), name="annotate", daemon=True)
-                self._worker.start()
+                if self._next is None and self._interrupted:  # the answer is as it was
+                    self._work(generate=not self.session.finished)
+                if self._altered:
+                    self.version += 1
+                if self._altered or self._interrupted:
+                    self._tell("state", self._state())
+                if self._next is not None:  # now, as its first token must come after the state that it adds to
+                    self._worker = threading.Thread(target=self._run, args=(self._next,), name="annotate", daemon=True)
+                    self._worker.start()
 
     def _halt(self) -> None:
         """The worker has ended when this returns."""
@@ -224,6 +231,7 @@ class Desk:
         else:
             self.session.open(task.last)
         self.current, self._accepted, self._dirty, self._before = index, None if anew else task.last, False, None
+        self._altered = True
         self._forget_draft()
         self._work(generate=self._accepted is None)
 
@@ -298,7 +306,7 @@ class Desk:
             if not self.session.unmark(position):
                 raise ValueError("This token is no anchor.")
             self._touched()
-            self._work(generate=False)
+            self._work(generate=self._interrupted and not self.session.finished)
 
     def undo(self, version: int | None = None) -> None:
         self._step(version, self.session.undo, "There is nothing to undo.")
@@ -341,6 +349,8 @@ class Desk:
             ValueError: no answer, or accepted already.
             OSError: the record could not be written; nothing is lost.
         """
+        if self._generating:
+            raise ValueError("The model is still writing; wait, or interrupt it first.")
         with self._change(version):
             record = self._accept()
             following = self.next_open() if onward else None
@@ -354,7 +364,7 @@ class Desk:
             raise ValueError("This answer has its record already.")
         record = self.session.record()
         self.file.append(record)
-        self._accepted, self._dirty = record, False
+        self._accepted, self._dirty, self._altered = record, False, True
         self._forget_draft()
         task = self.tasks[self.current]
         task.records, task.last = task.records + 1, record

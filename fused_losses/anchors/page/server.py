@@ -120,7 +120,8 @@ def application(desk: Desk, secret: str, cookie: str = "fused-losses", hosts: An
     channel = Channel(desk)
 
     async def likeliest(request: Request) -> Response:
-        position, version = _number(request, "position"), _number(request, "version")
+        position = _number(request, "position")
+        version = _number(request, "version") if "version" in request.query_params else None
         found = await _run(lambda: desk.likeliest(position, version=version))
         return JSONResponse({"position": position, "candidates": found})
 

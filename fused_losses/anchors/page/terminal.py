@@ -251,7 +251,8 @@ def _marked(token: dict[str, Any]) -> Text:
     """A token with its number, in the colour of its probability; one that was put right with the old one struck out."""
     text = visible(token.get("name") if token.get("special") or not token["text"] else token["text"])
     body = text.lstrip(" ")
-    line = Text(" " * (len(text) - len(body)) or "|", "dim")
+    line = Text()
+    line.append(" " * (len(text) - len(body)) or "|", "dim")
     line.append(f"{token['position']}:", "dim")
     anchor = token.get("anchor")
     if anchor is not None:
