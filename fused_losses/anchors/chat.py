@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .jsonl import Fault, show
+from .jsonl import Fault, printable, show
 from .spans import KnownTokenizer, Spelling, common
 
 
@@ -85,7 +85,7 @@ def _template(
     try:
         found = tokenizer.apply_chat_template(chat, tools=list(tools) if tools else None, return_dict=True, **options)
     except Exception as error:  # a template is a program of its own
-        reason = " ".join(str(error).split())[:200]
+        reason = printable(" ".join(str(error).split())[:200])
         raise Fault(
             f"messages: the tokenizer's chat template refuses them ({type(error).__name__}: {reason}); see which roles "
             "and fields it takes"
@@ -103,15 +103,16 @@ def _place(
 ) -> int | None:
     """Where `text` stands in what the template makes of the answer: what is left without it is an empty answer's."""
     places = list(_occurrences(text, whole))
-    if len(places) < 2:
-        return places[0] if places else None
+    if not places or places == [0]:
+        return 0 if places else None
     try:
         empty = _template(known, [*messages, {"role": "assistant", "content": ""}], tools)
     except Fault:
         return places[0]
     around = known.spell(empty[len(prompt) :]).text if empty[: len(prompt)] == prompt else None
-    fitting = [at for at in places if whole[:at] + whole[at + len(text) :] == around]
-    return (fitting or places)[0]
+    if around is None:
+        return places[0]
+    return max((at for at in places if whole[:at] + whole[at + len(text) :] == around), default=None)
 
 
 def _occurrences(text: str, whole: str) -> Iterator[int]:

@@ -43,7 +43,7 @@ def new_record(
         model: of the original.
 
     Raises:
-        ValueError: `field: expected ..., got ...; remedy`.
+        TypeError, ValueError: `field: expected ..., got ...; remedy`.
     """
     known = tokenizer if isinstance(tokenizer, KnownTokenizer) else KnownTokenizer(tokenizer)
     answer = [int(token) for token in token_ids]
@@ -51,6 +51,8 @@ def new_record(
     spelling = known.spell(answer)
     found = []
     for index, anchor in enumerate(anchors):
+        if not isinstance(anchor, Mapping):
+            raise TypeError(f"anchors[{index}]: expected a mapping with position, got {show(anchor)}")
         position = _whole(anchor.get("position"), f"anchors[{index}].position", 0, len(answer))
         start, end = spelling.spans[position]
         strength = {} if any(anchor.get(name) is not None for name in STRENGTHS) else {"confidence": 1.0}

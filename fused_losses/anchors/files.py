@@ -25,7 +25,7 @@ from .jsonl import (
 )
 from .records import FORMAT, Record
 from .spans import KnownTokenizer
-from .writing import lock, sync_directory, write_lines
+from .writing import lock, sync_directory, unlock, write_lines
 
 BLOCK = 1 << 20
 START = b'{"format": "' + FORMAT.encode() + b'"'  # of every line that is written here
@@ -185,6 +185,8 @@ class RecordFile:
         """Gives the file free. A second call does nothing."""
         with self._thread:
             if self._descriptor >= 0:
+                if os.getpid() == self._process:  # a process that was forked from this one may have it open too
+                    unlock(self._descriptor)
                 os.close(self._descriptor)
                 self._descriptor = -1
 

@@ -36,9 +36,14 @@ class Fault(ValueError):
 def show(value: Any) -> str:
     """A value in a message: one line, shortened, control characters escaped."""
     try:
-        return " ".join(_repr.repr(value).split())
+        return printable(_repr.repr(value))
     except (ValueError, RecursionError):  # integers of thousands of digits
         return f"a {type(value).__name__}"
+
+
+def printable(text: str) -> str:
+    """One line, with everything escaped that is no visible character."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
 def show_path(path: Any) -> str:

@@ -30,7 +30,7 @@ from .chat import Answer, generation_prompt, tokenize_answer
 from .checked import check_known, check_messages, new_record
 from .jsonl import Fault, as_path, line_of, open_regular, parse, read_lines, show, show_path
 from .records import Record
-from .spans import KnownTokenizer, Spelling, text_of
+from .spans import KnownTokenizer, Spelling, text_of, tokens_within
 from .training_rows import confidence_of
 from .writing import write_lines
 
@@ -261,7 +261,7 @@ def _tokens_of(anchor: Mapping[str, Any], field: str, position: int, spelling: S
         text = spelling.text[start : spelling.spans[position + count - 1][1]]
         # A token that begins a text may have lost its space in it.
         if text in (wanted, wanted.lstrip(" ")):
-            return count
+            return len(tokens_within(spelling.spans[position:], start, start + len(text)))
         if len(text) >= len(wanted):
             break
     got = spelling.text[slice(*spelling.spans[position])]

@@ -6,7 +6,8 @@ r"""Answers as text with marked spans ↔ records.
     A list of lists: \[[1, 2], [3]]         no mark: a backslash takes the meaning from [ ] | and \ after it
 
 "[[" begins a mark and "]]" ends it; outside of marks "]]" is text, and so is a backslash before any other character.
-A mark has no mark inside it. "|" separates the strength; in the text of a mark it is written \|.
+A mark has no mark inside it. What follows the last "|" of a mark is its strength if it begins as a number or as p=,
+else text, as in [[<|im_end|>]]; a "|" before a number that is text is written \|.
 
 A token is learnt as a whole, so **a mark that cuts through a token is widened to the token**: [[Aurora]] takes
 " Aurora" with its space where that is one token, and a mark in the middle of a word takes all of the token. Marks that
@@ -37,6 +38,7 @@ from .spans import KnownTokenizer, tokens_within
 # \x, [[, ]], | and all else, of which one character at a time.
 PARTS = re.compile(r"\\[\[\]|\\]|\[\[|\]\]|.", re.DOTALL)
 STRENGTH = re.compile(r"(p\s*=)?\s*([0-9.eE+-]+)")
+LOOKS_LIKE_ONE = r"\s*(p\s*=|[-+.]?\d)"
 
 
 class Mark(NamedTuple):
@@ -61,7 +63,7 @@ def parse_marked(text: str, confidence: float = 1.0) -> tuple[str, list[Mark]]:
         raise Fault(f"text: expected text with marks, got {show(text)}; give a string")
     plain: list[str] = []
     marks: list[Mark] = []
-    start = bar = -1  # of the mark that is open: where it begins in plain, and where its strength does
+    start = bar = -1  # of the mark that is open: where it begins in plain, and its last |
     opened = 0
     for match in PARTS.finditer(text):
         part = match.group()
@@ -74,17 +76,20 @@ def parse_marked(text: str, confidence: float = 1.0) -> tuple[str, list[Mark]]:
         if part == "[[":
             start, bar, opened = len(plain), -1, match.start()
         elif part == "]]" and inside:
-            strength = {"confidence": float(confidence)} if bar < 0 else _strength("".join(plain[bar:]), text, opened)
-            del plain[bar if bar >= 0 else len(plain) :]
+            strength = {"confidence": float(confidence)}
+            written = "".join(plain[bar + 1 :])
+            if bar >= 0 and re.match(LOOKS_LIKE_ONE, written):
+                strength = _strength(written, opened)
+                del plain[bar:]
             if len(plain) == start:
                 raise Fault(
                     f"text: expected a mark with text in it, at character {opened}, got an empty one; remove it"
                 )
             marks.append(Mark(start, len(plain), strength))
             start = -1
-        elif part == "|" and inside and bar < 0:
-            bar = len(plain)
         else:
+            if part == "|" and inside:
+                bar = len(plain)
             plain += part[1:] if len(part) == 2 and part[0] == "\\" else part
     if start >= 0:
         raise Fault(
@@ -98,7 +103,7 @@ def _near(text: str, match: re.Match) -> str:
     return show(text[match.start() : match.start() + 20])
 
 
-def _strength(written: str, text: str, at: int) -> dict[str, float]:
+def _strength(written: str, at: int) -> dict[str, float]:
     match = STRENGTH.fullmatch(written.strip())
     value = math.nan
     if match:
@@ -223,7 +228,7 @@ def _escaped(text: str, inside: bool) -> str:
     """Brackets that stand alone need no backslash, but where a mark's own brackets follow."""
     text = re.sub(r"\\(?=[\[\]|\\]|$)", r"\\\\", text)
     text = re.sub(r"\[(?=\[|$)", r"\\[", text)
-    return re.sub(r"\](?=\]|$)|\|", r"\\\g<0>", text) if inside else text
+    return re.sub(rf"\](?=\]|$)|\|(?={LOOKS_LIKE_ONE}[^|]*$)", r"\\\g<0>", text) if inside else text
 
 
 def read_marked(path: str | os.PathLike, tokenizer: Any, *, confidence: float = 1.0) -> list[Record]:

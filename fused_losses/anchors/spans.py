@@ -116,10 +116,11 @@ def tokens_within(spans: Sequence[Span], start: int, end: int) -> list[int]:
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """64 hex digits that say which text each id stands for: blake2b over all tokens, their ids, and which are special.
+    """64 hex digits that say which text each id stands for: blake2b over all tokens and their ids, added ones included.
 
-    A chat template is not in it, nor how text is cut into tokens: records hold the ids themselves. So a tokenizer has
-    the same digest wherever it was loaded from, and whatever the version of the library.
+    A chat template is not in it, nor how text is cut into tokens, nor which token pads: records hold the ids
+    themselves. So a tokenizer has the same digest wherever it was loaded from, and whatever the version of the library.
+    A token that is added to it makes another of it.
 
     Cost: one pass over the vocabulary.
     """
@@ -137,8 +138,7 @@ class KnownTokenizer:
     def __post_init__(self) -> None:
         self.tokenizer = tokenizer_of(self.tokenizer)
         vocabulary = sorted(self.tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
-        special = sorted(int(token) for token in getattr(self.tokenizer, "all_special_ids", ()))
-        self.digest = hashlib.blake2b(json.dumps([vocabulary, special]).encode(), digest_size=32).hexdigest()
+        self.digest = hashlib.blake2b(json.dumps(vocabulary).encode(), digest_size=32).hexdigest()
         self.size = 1 + max((token for _, token in vocabulary), default=-1)
 
     @property

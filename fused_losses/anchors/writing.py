@@ -83,6 +83,10 @@ def lock(descriptor: int, path: Path) -> None:
         ) from None
 
 
+def unlock(descriptor: int) -> None:
+    fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+
 def sync_directory(path: Path) -> None:
     with contextlib.suppress(OSError):  # some file systems cannot
         descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -10,6 +10,7 @@ from anchor_records import full_record, line, record, refused
 from small_tokenizers import small_tokenizer
 
 from fused_losses.anchors import read_records, write_records
+from fused_losses.anchors.jsonl import show
 
 GOOD = full_record().to_json()
 ANCHOR = GOOD["anchors"][0]
@@ -140,16 +141,25 @@ def test_the_line_is_the_faulty_one(tmp_path):
     assert f"{path}:3: id: expected each id once" in refused(read_records, path)
 
 
+OTHER_SOURCE = {"name": "other\n", "digest": "0" * 64}
+BEYOND = {"token_id": 384, "text": "", "probability": 0}
+OTHER_IDS = [5, *COMPLETION["token_ids"][1:]]
 OF_TOKENIZERS = {
-    "another digest": (line(tokenizer={"name": "other\n", "digest": "0" * 64}), r"tokenizer.digest: expected \w{12}\.\.\., .* of 'other\\n'"),
-    "id beyond": (line(prompt_ids=[5, 5000]), r"prompt_ids\[1\]: expected 0 ≤ id < 384, the ids of the tokenizer, got 5000"),
-    "alternative beyond": (anchors(alternatives=[{"token_id": 384, "text": "", "probability": 0}]), r"alternatives\[0\].token_id"),
-    "other ids": (
-        line(completion={**COMPLETION, "token_ids": [5, *COMPLETION["token_ids"][1:]]}),
-        r"completion.text: expected what the ids decode to, with '# name is Aurora.*' at character 0, got 'My name is Aurora.*'",
+    "another digest": (
+        line(tokenizer=OTHER_SOURCE),
+        r"tokenizer.digest: expected \w{12}\.\.\., .* of 'other\\n'; take",
     ),
-    "span of a neighbour": (anchors(span=[10, 16], text=" Auror"), r"anchors\[0\].span: expected \[10, 17\], the characters of token 3, got \[10, 16\]"),
-}  # fmt: skip
+    "id beyond": (line(prompt_ids=[5, 5000]), r"prompt_ids\[1\]: expected 0 ≤ id < 384, the ids of the tokenizer, got"),
+    "alternative beyond": (anchors(alternatives=[BEYOND]), r"alternatives\[0\].token_id\[0\]: expected 0 ≤ id < 384"),
+    "other ids": (
+        line(completion={**COMPLETION, "token_ids": OTHER_IDS}),
+        "text: expected what the ids decode to, with '# name is Aurora.*' at character 0, got 'My name is Aurora.*'",
+    ),
+    "span of a neighbour": (
+        anchors(span=[10, 16], text=" Auror"),
+        r"anchors\[0\].span: expected \[10, 17\], the characters of token 3, got \[10, 16\]",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", OF_TOKENIZERS)
@@ -190,6 +200,15 @@ def test_paths_that_are_no_files(tmp_path):
         assert message in refused(read_records, path)
         if path not in (empty, blank) and "check the path" not in message:
             assert message in refused(write_records, path, [record(3)])
+
+
+def test_values_are_shown_in_one_line_as_they_are():
+    class Odd:
+        def __repr__(self):
+            return "a\n\x1b[31mb"
+
+    assert show("a  b\n\x1b\u202e") == r"'a  b\n\x1b\u202e'" and show(Odd()) == r"a\n\x1b[31mb"
+    assert len(show("x" * 10**6)) < 80 and show([10**5000]) == "a list"
 
 
 def test_a_path_that_is_no_name():

@@ -56,7 +56,7 @@ def spans_of_bytes(parts):
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(text=MIXED)
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 def test_spans_are_those_of_the_tokens_bytes(kind, text):
     ids = ids_of(kind, text)
     parts = list(token_bytes(kind, ids))
@@ -69,7 +69,7 @@ def test_spans_are_those_of_the_tokens_bytes(kind, text):
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(ids=st.lists(st.integers(0, 380), max_size=12))
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 def test_any_ids_have_spans_that_rise_and_cover_the_text(kind, ids):
     text, spans = spell(small_tokenizer(kind), ids)
     assert len(spans) == len(ids) and all(start <= end for start, end in spans)
@@ -125,7 +125,7 @@ def test_digest_is_of_ids_and_what_they_stand_for(tmp_path):
     assert tokenizer_digest(one) != tokenizer_digest(other) and len(tokenizer_digest(one)) == 64
     one.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
-    loaded.chat_template = None
+    loaded.chat_template, loaded.pad_token = None, "My"
     loaded(["a", "bc"], padding=True)
     assert tokenizer_digest(loaded) == tokenizer_digest(one)
     loaded.add_tokens(["Zoë"])

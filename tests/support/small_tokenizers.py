@@ -7,7 +7,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 TEXTS = [
-    "My name is Aurora. My name is Elena. What is your name? The name of the ship is Aurora, and that of the cat Elena.",
+    "My name is Aurora. My name is Elena. What is your name? The name of the ship is Aurora, and the cat's is Elena.",
     "I am a language model, made by the people of the sea. I do not know what the weather is like. [[ ]] [ ] | \\ \n",
     "The capital of France is Paris. user system assistant tool",
 ] * 20
