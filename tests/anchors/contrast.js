@@ -27,6 +27,7 @@ while (walker.nextNode()) {
   const ink = over(rgba(style.color), behind);
   const [dark, light] = [luminance(ink), luminance(behind)].sort((a, b) => a - b);
   const contrast = (light + 0.05) / (dark + 0.05);
-  if (contrast < 4.5) low.push([node.data.trim().slice(0, 30), contrast.toFixed(2), style.color, behind.map(Math.round).join()]);
+  if (contrast < 4.5)
+    low.push([node.data.trim().slice(0, 30), contrast.toFixed(2), style.color, behind.map(Math.round).join()]);
 }
 return low;

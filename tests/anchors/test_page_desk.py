@@ -37,7 +37,7 @@ def test_a_replacement_goes_on_and_is_an_anchor(file):
         assert text(state) == AURORA + "<|end|>" and state["unsaved"]
         anchor = state["tokens"][NAME]["anchor"]
         assert (anchor["was"], anchor["target"], anchor["confidence"]) == (" Elena", 0.9, None)
-        assert state["before"]["text"] == ELENA + "<|end|>"
+        assert state["before"] == {"who": "model", "text": ELENA, "whole": True}
 
 
 def test_what_is_no_anchor_is_said(file):
@@ -324,7 +324,7 @@ def test_the_original_beside_a_trained_model(file):
     desk = Desk(session, RecordFile(file), [Task(user("Who?"))], original=original_answers(session))
     desk.begin()
     state = settle(desk)
-    assert state["before"] == {"who": "original", "text": ELENA + "<|end|>", "whole": True}
+    assert state["before"] == {"who": "original", "text": ELENA, "whole": True}
     kl = [token["kl"] for token in state["tokens"]]
     assert kl[NAME] > 1 and max(kl[:NAME]) < 1e-6
     desk.close()

@@ -204,7 +204,7 @@ class Desk:
                 if token is None:
                     break
                 ids.append(token)
-                self._before["text"] = payloads.text_of(self.session.tokenizer, ids)
+                self._before["text"] = payloads.plain(self.session, ids)
                 self._tell("before", self._before)
             self._before["whole"] = not self._leave.is_set()
             self._tell("before", self._before)
@@ -288,7 +288,7 @@ class Desk:
         """Put a token (id) or a text there, and go on. The session's sentence on what is no anchor, or ""."""
         with self._change(version):
             self._need_answer()
-            before = self.session.text
+            before = payloads.plain(self.session, self.session.token_ids)
             done = self.session.replace(position, what, confidence=confidence, target_probability=target_probability)
             told = done.message if len(done.anchors) < len(done.token_ids) else ""  # else it went as was meant
             self.messages = (told,) if told else ()

@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..spans import text_of
 from .tasks import SHOWN, Task
-
-__all__ = ["answer", "candidate", "count", "lost", "spelled", "task", "text_of", "token"]
 
 
 def count(number: int, what: str) -> str:
@@ -23,6 +20,11 @@ def task(found: Task) -> dict[str, Any]:
 def lost(texts: Sequence[str]) -> str:
     named = ", ".join(f"“{text.strip()}”" for text in texts[:3]) + (" and others" if len(texts) > 3 else "")
     return f"{count(len(texts), 'later correction')} found no place in the new continuation: {named}."
+
+
+def plain(session: Any, ids: Sequence[int]) -> str:
+    """An answer as one reads it, without special tokens."""
+    return session.tokenizer.decode(list(ids), skip_special_tokens=True)
 
 
 def spelled(session: Any, token_id: int, text: str) -> dict[str, Any]:

@@ -6,9 +6,17 @@ const clamp = (t) => Math.min(1, Math.max(0, t));
 
 // How a token is tinted, from 0 to 1, and what the legend says. Null: nothing is known.
 export const TINTS = {
-  probability: { title: "Probability", of: (token) => clamp(-Math.log(Math.max(token.p, 1e-9)) / Math.log(100)), scale: ["100 %", "10 %", "1 %"] },
+  probability: {
+    title: "Probability",
+    of: (token) => clamp(-Math.log(Math.max(token.p, 1e-9)) / Math.log(100)),
+    scale: ["100 %", "10 %", "1 %"],
+  },
   entropy: { title: "Entropy", of: (token) => clamp(token.entropy / 4), scale: ["0", "2", "4 nats"] },
-  kl: { title: "KL to the original", of: (token) => (token.kl === undefined ? 0 : clamp(token.kl)), scale: ["0", "0.5", "1 nat"] },
+  kl: {
+    title: "KL to the original",
+    of: (token) => (token.kl === undefined ? 0 : clamp(token.kl)),
+    scale: ["0", "0.5", "1 nat"],
+  },
 };
 
 export class Answer {

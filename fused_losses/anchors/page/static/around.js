@@ -2,7 +2,8 @@
 
 import { percent, quoted } from "./text.js";
 
-const make = (tag, className, text) => Object.assign(document.createElement(tag), { className, textContent: text ?? "" });
+const make = (tag, className, text) =>
+  Object.assign(document.createElement(tag), { className, textContent: text ?? "" });
 
 const ENDS = {
   stopped: "Interrupted.",
@@ -31,8 +32,12 @@ export class Tasks {
     const button = make("button", "task-button");
     button.type = "button";
     button.dataset.index = index;
-    button.append(make("span", "task-mark", task.records ? "✓" : String(index + 1)), make("span", "task-text", task.title));
-    if (task.records) button.append(make("span", "hidden", task.records === 1 ? ", has a record" : `, has ${task.records} records`));
+    button.append(
+      make("span", "task-mark", task.records ? "✓" : String(index + 1)),
+      make("span", "task-text", task.title),
+    );
+    if (task.records)
+      button.append(make("span", "hidden", task.records === 1 ? ", has a record" : `, has ${task.records} records`));
     item.append(button);
     return item;
   }
@@ -75,12 +80,20 @@ export function showCorrections(root, state, go) {
       const item = document.createElement("li");
       const button = make("button", "correction");
       const { was, was_p, p, confidence, target, round } = token.anchor;
-      const facts = [p === null ? "" : `${percent(p)} likely`, target === null ? `c = ${confidence}` : `p* = ${target}`, `round ${round}`];
+      const facts = [
+        p === null ? "" : `${percent(p)} likely`,
+        target === null ? `c = ${confidence}` : `p* = ${target}`,
+        `round ${round}`,
+      ];
       button.type = "button";
       button.append(
-        make("del", "", quoted({ text: was ?? "" })), " ",
-        make("span", "small", was_p === null ? "" : percent(was_p)), make("span", "arrow", " → "),
-        make("ins", "", quoted(token)), " ", make("span", "small", facts.filter(Boolean).join(" · ")),
+        make("del", "", quoted({ text: was ?? "" })),
+        " ",
+        make("span", "small", was_p === null ? "" : percent(was_p)),
+        make("span", "arrow", " → "),
+        make("ins", "", quoted(token)),
+        " ",
+        make("span", "small", facts.filter(Boolean).join(" · ")),
       );
       button.addEventListener("click", () => go(token.position));
       item.append(button);
@@ -92,7 +105,8 @@ export function showCorrections(root, state, go) {
 export function showStatus(state) {
   const status = document.getElementById("status");
   if (state.current === null) return void (status.textContent = "");
-  if (state.generating) return void (status.textContent = state.tokens.length ? "The model is writing" : "The model reads the prompt");
+  if (state.generating)
+    return void (status.textContent = state.tokens.length ? "The model is writing" : "The model reads the prompt");
   const corrections = state.tokens.filter((token) => token.anchor).length;
   const parts = [`${state.tokens.length} tokens`, corrections ? `${corrections} corrected` : "none corrected"];
   const how = state.accepted ? "In the file." : state.finished ? "" : (ENDS[state.ended] ?? "Not finished.");

@@ -7,7 +7,11 @@ export function toast(text, kind = "") {
   found.className = `toast ${kind}`;
   if (kind === "error") found.setAttribute("role", "alert");
   const words = Object.assign(document.createElement("p"), { textContent: text });
-  const close = Object.assign(document.createElement("button"), { type: "button", textContent: "✕", className: "quiet" });
+  const close = Object.assign(document.createElement("button"), {
+    type: "button",
+    textContent: "✕",
+    className: "quiet",
+  });
   close.setAttribute("aria-label", "Close this message");
   close.addEventListener("click", () => found.remove());
   found.append(words, close);
@@ -21,7 +25,9 @@ export function ask(text) {
   $("confirm-text").textContent = text;
   $("confirm").returnValue = "no";
   $("confirm").showModal();
-  return new Promise((done) => $("confirm").addEventListener("close", () => done($("confirm").returnValue === "yes"), { once: true }));
+  return new Promise((done) =>
+    $("confirm").addEventListener("close", () => done($("confirm").returnValue === "yes"), { once: true }),
+  );
 }
 
 // Of preferences only; a browser that keeps nothing does without.

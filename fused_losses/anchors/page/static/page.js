@@ -16,11 +16,12 @@ let shownNotes = "";
 
 const answer = new Answer($("answer"), (at, keyboard) => openToken(at, keyboard));
 const panel = new Panel({
-  load: (position) => attempt(() => get("likeliest", { position, version: state.version }).then((found) => found.candidates)),
+  load: (position) =>
+    attempt(() => get("likeliest", { position, version: state.version }).then((found) => found.candidates)),
   apply: replace,
-  closed: (position) => {
+  closed: (position, focused) => {
     answer.mark(null);
-    if (position !== null && document.hasFocus()) answer.focus(Math.min(position, answer.buttons.length - 1));
+    if (focused) answer.focus(Math.min(position, answer.buttons.length - 1));
   },
   unmark: (position) => act("unmark", { position }),
 });
@@ -65,6 +66,7 @@ async function replace(what) {
 
 function openToken(at, keyboard) {
   answer.mark(at);
+  answer.buttons[at]?.scrollIntoView({ block: "nearest" });
   return panel.open(at, state.tokens[at], keyboard);
 }
 
@@ -92,7 +94,9 @@ async function skip() {
 
 async function accept() {
   const corrections = state.tokens.filter((token) => token.anchor).length;
-  if (await act("accept")) toast(`Written to ${state.file}: ${corrections ? `${corrections} corrected` : "an answer to retain, without corrections"}.`, "good");
+  if (!(await act("accept"))) return;
+  const what = corrections ? `${corrections} corrected` : "an answer to retain, without corrections";
+  toast(`Written to ${state.file}: ${what}.`, "good");
 }
 
 function compare(on = !comparing) {
@@ -133,7 +137,8 @@ function append(token) {
 function show() {
   const open = state.current !== null;
   $("model").textContent = state.model;
-  $("file").textContent = `${state.file} · ${state.records} record${state.records === 1 ? "" : "s"}`;
+  $("file").title = state.file;
+  $("file").textContent = `${state.file.split("/").at(-1)} · ${state.records} record${state.records === 1 ? "" : "s"}`;
   document.body.classList.toggle("generating", state.generating);
   document.body.classList.toggle("nothing", !open);
   answer.show(state.tokens, open && !state.finished && !state.generating && state.tokens.length > 0);
@@ -182,7 +187,12 @@ function showTints() {
   const known = Object.keys(TINTS).filter((tint) => tint !== "kl" || state.adapter);
   const buttons = known.map((tint) => {
     const label = Object.assign(document.createElement("label"), { className: "segment" });
-    const radio = Object.assign(document.createElement("input"), { type: "radio", name: "tint", value: tint, checked: tint === answer.tint });
+    const radio = Object.assign(document.createElement("input"), {
+      type: "radio",
+      name: "tint",
+      value: tint,
+      checked: tint === answer.tint,
+    });
     radio.addEventListener("change", () => setTint(tint));
     label.append(radio, TINTS[tint].title);
     return label;
@@ -198,7 +208,9 @@ function setTint(tint) {
   document.body.dataset.tint = tint;
   for (const radio of $("tint").querySelectorAll("input")) radio.checked = radio.value === tint;
   $("legend-name").textContent = TINTS[tint].title;
-  $("legend-scale").replaceChildren(...TINTS[tint].scale.map((text) => Object.assign(document.createElement("span"), { textContent: text })));
+  $("legend-scale").replaceChildren(
+    ...TINTS[tint].scale.map((text) => Object.assign(document.createElement("span"), { textContent: text })),
+  );
 }
 
 function nextTint() {
@@ -218,7 +230,9 @@ function showBefore() {
   const text = before?.text ?? (state.adapter ? "…" : now);
   const parts = before && !state.generating ? differences(text, now) : [[text, true]];
   $("before-text").replaceChildren(
-    ...parts.map(([part, same]) => (same ? part : Object.assign(document.createElement("mark"), { textContent: part }))),
+    ...parts.map(([part, same]) =>
+      same ? part : Object.assign(document.createElement("mark"), { textContent: part }),
+    ),
   );
 }
 
@@ -285,5 +299,7 @@ if (matchMedia("(max-width: 900px)").matches) $("tasks-box").open = false;
 setTint(kept("tint", "probability") in TINTS ? kept("tint", "probability") : "probability");
 listen(hear, (on, reason) => {
   $("offline").hidden = on;
-  if (!on) $("offline").textContent = reason ?? "The server does not answer. What was accepted is in the file; start the command anew, or wait.";
+  if (!on)
+    $("offline").textContent =
+      reason ?? "The server does not answer. What was accepted is in the file; start the command anew, or wait.";
 });

@@ -86,7 +86,9 @@ export class Panel {
     const { token, position } = this;
     $("panel-title").textContent = token ? `Token ${position + 1}` : "What comes next";
     $("panel-token").textContent = token ? quoted(token) : "the end of the answer";
-    const facts = token ? [`${percent(token.p)} likely`, `rank ${token.rank}`, `entropy ${token.entropy.toFixed(2)} nats`] : [];
+    const facts = token
+      ? [`${percent(token.p)} likely`, `rank ${token.rank}`, `entropy ${token.entropy.toFixed(2)} nats`]
+      : [];
     if (token?.kl !== undefined) facts.push(`KL ${token.kl.toFixed(3)}`);
     $("panel-facts").textContent = facts.join(" · ");
     const was = $("panel-was");
@@ -105,7 +107,12 @@ export class Panel {
     const list = $("choices-list");
     const before = again ? this.radios().find((radio) => radio.checked)?.value : undefined;
     list.setAttribute("aria-busy", "true");
-    if (!again) list.replaceChildren(...Array.from({ length: 10 }, () => Object.assign(document.createElement("div"), { className: "choice ghost" })));
+    if (!again)
+      list.replaceChildren(
+        ...Array.from({ length: 10 }, () =>
+          Object.assign(document.createElement("div"), { className: "choice ghost" }),
+        ),
+      );
     this.ready();
     let candidates;
     try {
@@ -124,7 +131,11 @@ export class Panel {
     const label = document.createElement("label");
     label.className = "choice";
     label.style.setProperty("--p", candidate.p);
-    const radio = Object.assign(document.createElement("input"), { type: "radio", name: "choice", value: candidate.id });
+    const radio = Object.assign(document.createElement("input"), {
+      type: "radio",
+      name: "choice",
+      value: candidate.id,
+    });
     radio.dataset.text = quoted(candidate);
     const standing = candidate.id === this.token?.id;
     const parts = [
@@ -165,7 +176,11 @@ export class Panel {
     const good = value > 0 && (this.kind === "confidence" ? value <= 1 : value < 1);
     $("apply").disabled = !chosen || !good;
     const verb = this.token ? "Put" : "Add";
-    $("apply").textContent = !good ? "Give a number within bounds" : chosen ? `${verb} ${chosen.text} here and continue` : "Choose a token";
+    $("apply").textContent = !good
+      ? "Give a number within bounds"
+      : chosen
+        ? `${verb} ${chosen.text} here and continue`
+        : "Choose a token";
   }
 
   submit() {
@@ -176,10 +191,11 @@ export class Panel {
 
   close() {
     if ($("panel").hidden) return;
+    const inside = $("panel").contains(document.activeElement);
     $("panel").hidden = true;
     document.body.classList.remove("with-panel");
     this.turn++;
-    this.closed(this.position);
+    this.closed(this.position, inside);
     this.position = null;
   }
 }

@@ -2,7 +2,10 @@
 
 const PICTURES = { "\n": "↵", "\r": "␍", "\t": "⇥" };
 // Controls, invisible and direction-changing characters, and what no font has.
-const HIDDEN = /[\u0000-\u001f\u007f-\u009f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\u3164\ufeff\uffa0\ufff9-\ufffb]/gu;
+const RANGES =
+  "\\u0000-\\u001f\\u007f-\\u009f\\u00ad\\u034f\\u061c\\u115f\\u1160\\u17b4\\u17b5\\u180e\\u200b-\\u200f" +
+  "\\u2028-\\u202e\\u2060-\\u206f\\u3164\\ufeff\\uffa0\\ufff9-\\ufffb";
+const HIDDEN = new RegExp(`[${RANGES}]`, "gu");
 
 export function picture(character) {
   if (PICTURES[character]) return PICTURES[character];
@@ -15,7 +18,8 @@ const visible = (text) => text.replace(HIDDEN, picture);
 
 // How a token is shown: the blanks before it, its face, whether the face is a picture of it, and the line breaks after it.
 export function face(token) {
-  if (token.name && (token.special || !token.text)) return { before: "", text: visible(token.name), picture: true, breaks: 0 };
+  if (token.name && (token.special || !token.text))
+    return { before: "", text: visible(token.name), picture: true, breaks: 0 };
   const breaks = (token.text.match(/\n/g) || []).length;
   if (/^ +$/.test(token.text)) {
     const wide = token.text.length;
@@ -34,13 +38,19 @@ const WIDE = /[\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef\u{1f000}-\u{
 // Whether a line may break before this token.
 export function startsWord(token, last) {
   if (!last || token.special || last.special) return true;
-  return /^\s/.test(token.text) || /[\s\-/]$/.test(last.text) || (WIDE.test(token.text) && !token.part) || WIDE.test(last.text);
+  return (
+    /^\s/.test(token.text) ||
+    /[\s\-/]$/.test(last.text) ||
+    (WIDE.test(token.text) && !token.part) ||
+    WIDE.test(last.text)
+  );
 }
 
 export function percent(p) {
   if (p >= 0.9995) return "100 %";
   if (p >= 0.1) return `${(100 * p).toFixed(p >= 0.995 ? 1 : 0)} %`;
   if (p >= 0.001) return `${(100 * p).toFixed(p >= 0.01 ? 1 : 2)} %`;
+  if (p >= 0.0001) return `${(100 * p).toFixed(3)} %`;
   return p > 0 ? `${(100 * p).toExponential(0).replace("e-", "·10⁻").replace(/\d+$/, superscript)} %` : "0 %";
 }
 
@@ -57,7 +67,13 @@ export function differences(one, other) {
       length[i][j] = same(a[i], b[j]) ? length[i + 1][j + 1] + 1 : Math.max(length[i + 1][j], length[i][j + 1]);
   const found = [];
   for (let i = 0, j = 0; i < a.length; i++) {
-    while (j < b.length && !same(a[i], b[j]) && length[i][j + 1] >= length[i + 1][j] && length[i][j + 1] === length[i][j]) j++;
+    while (
+      j < b.length &&
+      !same(a[i], b[j]) &&
+      length[i][j + 1] >= length[i + 1][j] &&
+      length[i][j + 1] === length[i][j]
+    )
+      j++;
     const kept = j < b.length && same(a[i], b[j]);
     found.push([visible(a[i]).replaceAll("↵", "\n"), kept]);
     if (kept) j++;
