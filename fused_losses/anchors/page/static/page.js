@@ -295,6 +295,7 @@ listenKeys({
   answer: () => answer.focus(),
 });
 
+if (location.search) history.replaceState(null, "", "/"); // the secret, which is a cookie by now
 if (matchMedia("(max-width: 900px)").matches) $("tasks-box").open = false;
 setTint(kept("tint", "probability") in TINTS ? kept("tint", "probability") : "probability");
 listen(hear, (on, reason) => {
