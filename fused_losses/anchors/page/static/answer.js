@@ -65,15 +65,14 @@ export class Answer {
     const shown = face(token);
     const starts = startsWord(token, last);
     if (starts || !this.word) {
-      if (shown.before && last && !/\n$/.test(last.text)) this.root.append(shown.before);
-      else if (shown.before.length > 1) this.root.append("\u00a0".repeat(shown.before.length));
+      if (shown.before) this.root.append(shown.before);
       this.word = document.createElement("span");
       this.word.className = "word";
       this.root.append(this.word);
     }
     const button = document.createElement("button");
     button.type = "button";
-    button.tabIndex = -1;
+    button.tabIndex = this.buttons.length === this.at ? 0 : -1;
     button.dataset.at = this.buttons.length;
     this.tokens.push(token);
     this.buttons.push(button);
@@ -82,7 +81,8 @@ export class Answer {
     this.word.classList.toggle("long", this.word.childElementCount > 6 || this.word.textContent.length > 24);
     for (let k = 0; k < shown.breaks; k++) this.root.append(document.createElement("br"));
     if (shown.breaks) this.word = null;
-    if (this.buttons.length === 1) this.rove(0);
+    if (shown.after) this.root.append(shown.after);
+    if (document.activeElement === this.root) button.focus({ preventScroll: true });
   }
 
   // Where the answer could go on.
@@ -141,6 +141,11 @@ export class Answer {
     this.selected = at;
     this.buttons[at]?.classList.add("open");
     this.buttons[at]?.setAttribute("aria-current", "true");
+  }
+
+  // The token that has the focus.
+  focused() {
+    return this.root.contains(document.activeElement) ? this.at : null;
   }
 
   focus(at = this.at) {

@@ -52,7 +52,7 @@ const THEMES = ["system", "light", "dark"];
 function setTheme(name) {
   if (name === "system") delete document.documentElement.dataset.theme;
   else document.documentElement.dataset.theme = name;
-  $("theme").textContent = `Theme: ${name}`;
+  $("theme-name").textContent = `: ${name}`;
   keep("theme", name);
 }
 

@@ -66,13 +66,14 @@ async function replace(what) {
 
 function openToken(at, keyboard) {
   answer.mark(at);
-  answer.buttons[at]?.scrollIntoView({ block: "nearest" });
-  return panel.open(at, state.tokens[at], keyboard);
+  const filled = panel.open(at, state.tokens[at], keyboard);
+  answer.buttons[at]?.scrollIntoView({ block: "nearest" }); // now that the panel takes its place
+  return filled;
 }
 
 async function next() {
   if (!state.tokens.length) return;
-  const after = panel.position ?? (answer.root.contains(document.activeElement) ? answer.at : -1);
+  const after = panel.position ?? answer.focused() ?? -1;
   const found = await attempt(() => get("suspicious", { after }));
   if (!found) return;
   if (found.position === null) {
@@ -94,9 +95,10 @@ async function skip() {
 
 async function accept() {
   const corrections = state.tokens.filter((token) => token.anchor).length;
+  const file = state.file.split("/").at(-1);
   if (!(await act("accept"))) return;
   const what = corrections ? `${corrections} corrected` : "an answer to retain, without corrections";
-  toast(`Written to ${state.file}: ${what}.`, "good");
+  toast(`Written to ${file}: ${what}.`, "good");
 }
 
 function compare(on = !comparing) {
@@ -278,7 +280,10 @@ answer.moved = (at) => {
 listenKeys({
   ...does,
   tint: nextTint,
-  unmark: () => panel.token?.anchor && act("unmark", { position: panel.position }),
+  unmark: () => {
+    const position = panel.position ?? answer.focused();
+    if (state.tokens[position]?.anchor) act("unmark", { position });
+  },
   own: () => {
     if (panel.position === null && answer.buttons.length) openToken(answer.at, false);
     $("own").focus();

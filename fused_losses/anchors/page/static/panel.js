@@ -121,9 +121,11 @@ export class Panel {
       if (turn === this.turn) list.removeAttribute("aria-busy");
     }
     if (turn !== this.turn || !candidates) return;
+    const focused = list.contains(document.activeElement);
     list.replaceChildren(...candidates.map((candidate, k) => this.choice(candidate, k)));
     const kept = this.radios().find((radio) => radio.value === before);
     if (kept) kept.checked = true;
+    if (focused) this.focus();
     this.ready();
   }
 
@@ -196,6 +198,6 @@ export class Panel {
     document.body.classList.remove("with-panel");
     this.turn++;
     this.closed(this.position, inside);
-    this.position = null;
+    this.position = this.token = null;
   }
 }

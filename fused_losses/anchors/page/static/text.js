@@ -16,22 +16,26 @@ export function picture(character) {
 
 const visible = (text) => text.replace(HIDDEN, picture);
 
-// How a token is shown: the blanks before it, its face, whether the face is a picture of it, and the line breaks after it.
+// How a token is shown: blanks before it, its face, whether that is a picture, line breaks after it, blanks after them.
 export function face(token) {
-  if (token.name && (token.special || !token.text))
-    return { before: "", text: visible(token.name), picture: true, breaks: 0 };
-  const breaks = (token.text.match(/\n/g) || []).length;
+  const shown = { before: "", text: "", picture: true, breaks: 0, after: "" };
+  if (token.name && (token.special || !token.text)) return { ...shown, text: visible(token.name) };
   if (/^ +$/.test(token.text)) {
     const wide = token.text.length;
-    return { before: "", text: wide > 3 ? `␣×${wide}` : "␣".repeat(wide), picture: true, breaks: 0 };
+    return { ...shown, text: wide > 3 ? `␣×${wide}` : "␣".repeat(wide) };
   }
   const [, before, rest] = /^( *)([^]*)$/.exec(token.text);
-  const shown = token.text.includes("\ufffd") && token.name ? token.name : visible(rest);
-  return { before, text: shown, picture: !rest.trim() || shown === token.name, breaks };
+  const [, body, after] = /^([^]*?)((?<=\n) *)$/.exec(rest) ?? [rest, rest, ""];
+  const breaks = (body.match(/\n/g) || []).length;
+  if (token.text.includes("\ufffd") && token.name) return { ...shown, before, text: token.name };
+  return { before, text: visible(body), picture: !body.trim(), breaks, after };
 }
 
 // In a sentence: “ Aurora”, with its blanks.
-export const quoted = (token) => `“${visible(token.text || token.name || "")}”`;
+export function quoted(token) {
+  const text = visible(token.text || token.name || "");
+  return `“${/^ +$/.test(text) ? "␣".repeat(text.length) : text}”`;
+}
 
 const WIDE = /[\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef\u{1f000}-\u{1faff}\u{20000}-\u{3ffff}]/u;
 
