@@ -4,9 +4,9 @@ Why not Gradio: the page is one text of some hundred tokens, each of which takes
 marked in three ways, while more arrive. In Gradio that is `HighlightedText` (no focus of single tokens, no keys), or
 HTML put together in Python, where each piece of a model's output must be escaped by hand and each new token sends all
 of it anew; keys need JavaScript in any case. What is left of Gradio then is a server. Gradio 6.31 is 52 packages, 342
-MiB installed, 23 of which (187 MiB) transformers and PEFT do not bring already; Starlette and uvicorn are 7, 6 MiB, and
-2 of these (1.3 MiB) are new. Here every text becomes a text node (`textContent`; trusted types forbid anything else), the
-files come from the package, and nothing is fetched from elsewhere: the page works without a network.
+MiB installed, 23 of which (187 MiB) transformers and PEFT do not bring already; Starlette and uvicorn are 7, 6 MiB,
+and 2 of these (1.3 MiB) are new. Here every text becomes a text node (`textContent`; trusted types forbid anything
+else), the files come from the package, and nothing is fetched from elsewhere: the page works without a network.
 
 All tabs see the same: each listens to /events (server-sent events), where "state" has everything and "token" adds to
 it. What they ask for carries the version that they saw, so that two tabs cannot correct one answer without knowing.
