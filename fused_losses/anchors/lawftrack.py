@@ -261,7 +261,7 @@ def _tokens_of(anchor: Mapping[str, Any], field: str, position: int, spelling: S
         text = spelling.text[start : spelling.spans[position + count - 1][1]]
         # A token that begins a text may have lost its space in it.
         if text in (wanted, wanted.lstrip(" ")):
-            return len(tokens_within(spelling.spans[position:], start, start + len(text)))
+            return max(count, 1 + max(tokens_within(spelling.spans[position:], start, start + len(text)), default=0))
         if len(text) >= len(wanted):
             break
     got = spelling.text[slice(*spelling.spans[position])]

@@ -228,7 +228,7 @@ def _escaped(text: str, inside: bool) -> str:
     """Brackets that stand alone need no backslash, but where a mark's own brackets follow."""
     text = re.sub(r"\\(?=[\[\]|\\]|$)", r"\\\\", text)
     text = re.sub(r"\[(?=\[|$)", r"\\[", text)
-    return re.sub(rf"\](?=\]|$)|\|(?={LOOKS_LIKE_ONE}[^|]*$)", r"\\\g<0>", text) if inside else text
+    return re.sub(rf"\](?=\]|$)|\|(?={LOOKS_LIKE_ONE})", r"\\\g<0>", text) if inside else text
 
 
 def read_marked(path: str | os.PathLike, tokenizer: Any, *, confidence: float = 1.0) -> list[Record]:

@@ -3,7 +3,8 @@
 The text of some ids is what the tokenizer decodes them to, special tokens included, nothing cleaned up. A token's span
 [start, end) counts Unicode code points of that text, as Python does, and has every character that the token is a part
 of: where 😀 is split into three tokens, all three have the span of 😀. A token that adds nothing to the text has an
-empty span. So starts and ends never fall from token to token, and the spans cover the text.
+empty span. So starts and ends never fall from token to token, and the spans cover the text. Around a U+FFFD that is in
+the text itself, or stands for bytes that are no character, a span can be a character too long or too short.
 """
 
 from __future__ import annotations
@@ -70,10 +71,10 @@ def _spans(tokenizer: Any, ids: list[int], text: str, windows: bool) -> list[Spa
         now = text_of(tokenizer, ids[first : at + 1])
         rest = text[begin : begin + len(now)]
         whole = rest == now
-        agreed = max(common(now if whole else now.rstrip(UNFINISHED), rest), done - begin)
+        agreed = max(common(now, rest), done - begin)
         if unfinished >= 0:
             start = unfinished
-        else:  # bytes of a U+FFFD in the text itself add nothing after the first
+        else:  # bytes of a U+FFFD that the text itself has add nothing after the first
             start = last[1] - (now == seen and now.endswith(UNFINISHED))
         unfinished = -1 if whole else begin + agreed
         end = begin + agreed + (not whole) if at < len(ids) - 1 else len(text)

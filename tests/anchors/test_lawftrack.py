@@ -52,6 +52,13 @@ def test_plain_text(tmp_path):
     assert one.anchors[0].text == " Aurora" and one.anchors[0].confidence == 0.999
 
 
+def test_a_first_word_that_has_lost_its_space(tmp_path):
+    edit = {name: value for name, value in EDIT.items() if name != "message_index"}
+    row = {"prompt": "中", "completion": " Aurora", "anchors": [{**edit, "token_index": 0}]}
+    (one,) = read(tmp_path, row, tokenizer=small_tokenizer("metaspace"))
+    assert one.completion.text == "Aurora" and [anchor.text for anchor in one.anchors] == ["", "Auror", "a"]
+
+
 def test_tools_and_the_end_of_the_turn(tmp_path):
     tools = [{"type": "function", "function": {"name": "weather"}}]
     (one,) = read(tmp_path, {"messages": CHAT, "tools": tools, "anchors": [{"token_index": 5}]})

@@ -5,7 +5,7 @@ import re
 
 import pytest
 from anchor_records import QUESTION, ids, record, refused
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from small_tokenizers import KINDS, small_tokenizer
 
@@ -59,6 +59,7 @@ def test_marks_that_are_wrong(text, message):
         parse_marked(text)
 
 
+@example(parts=[("", "|1|1")])
 @given(
     parts=st.lists(
         st.tuples(st.text("p=1[]|\\ 中", max_size=5), st.text("p=1[]|\\ 中", min_size=1, max_size=5)), max_size=3
@@ -107,6 +108,12 @@ def test_the_end_of_the_turn():
     assert marked.completion.text == "I am Aurora.<|im_end|>"  # once, and without the template's line end
     assert from_marked(BYTES, QUESTION, "I am").completion.text == "I am<|im_end|>"
     assert from_marked(BYTES, QUESTION, "I am", finished=False).completion.text == "I am"
+
+
+def test_a_token_that_reaches_beyond_the_text_stays_whole(monkeypatch):
+    monkeypatch.setattr(BYTES, "chat_template", BYTES.chat_template.replace("m['content'] }}", "m['content'] }}me"))
+    one = from_marked(BYTES, QUESTION, "My [[na]]", finished=False)
+    assert one.completion.text == "My name" and [anchor.text for anchor in one.anchors] == [" name"]
 
 
 def test_the_answer_is_found_where_the_template_puts_it(monkeypatch):

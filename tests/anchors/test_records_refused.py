@@ -202,6 +202,11 @@ def test_paths_that_are_no_files(tmp_path):
             assert message in refused(write_records, path, [record(3)])
 
 
+def test_devices_are_not_opened(monkeypatch):
+    monkeypatch.setattr(os, "open", lambda *_: pytest.fail("opened"))
+    assert "got a device" in refused(read_records, "/dev/zero")
+
+
 def test_values_are_shown_in_one_line_as_they_are():
     class Odd:
         def __repr__(self):

@@ -10,8 +10,8 @@ from transformers import AutoTokenizer
 from fused_losses.anchors import spell, tokenizer_digest
 from fused_losses.anchors.spans import text_after, tokens_within
 
-TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd"), max_size=20)
-PIECES = st.sampled_from(["Aurora", " name is", "中文", "😀", "👩‍👩‍👧", "é", "  ", *SPECIAL])
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+PIECES = st.sampled_from(["Aurora", " name is", "中文", "😀", "👩‍👩‍👧", "é", "  ", "中\ufffd中", "a\ufffdb", *SPECIAL])
 MIXED = st.lists(TEXT | PIECES, max_size=5).map("".join)
 
 
@@ -58,6 +58,8 @@ def spans_of_bytes(parts):
 @given(text=MIXED)
 @settings(deadline=None, max_examples=30)
 def test_spans_are_those_of_the_tokens_bytes(kind, text):
+    if kind == "metaspace":
+        text = text.replace("\ufffd", "")  # its decoder writes as much for a byte of any character
     ids = ids_of(kind, text)
     parts = list(token_bytes(kind, ids))
     if kind == "metaspace" and parts and parts[0].startswith(b" "):  # which its decoder takes off
@@ -88,8 +90,8 @@ def test_parts_of_a_character_share_its_span():
 def test_text_after_depends_on_what_stands_before():
     for kind in KINDS:
         tokenizer = small_tokenizer(kind)
-        ids = ids_of(kind, "我叫中文" * 3)  # more bytes than a context, whose first is in the middle of a character
-        assert text_after(tokenizer, ids[:-1], ids[-1]) == "文"
+        ids = ids_of(kind, "我叫中文" * 3 + "é")  # more than a context, whose first is in the middle of a character
+        assert text_after(tokenizer, ids[:-1], ids[-1]) == "é"
         assert text_after(tokenizer, [], ids_of(kind, "name")[0]) == spell(tokenizer, ids_of(kind, "name")[:1]).text
 
 

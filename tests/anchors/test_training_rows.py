@@ -110,6 +110,7 @@ def test_target_probabilities_alone_go_into_a_field_of_every_row():
 def test_beside_confidences_they_become_the_confidence_that_asks_for_them():
     made = rows([targeted(0.75, probability=0.5), targeted(0.75, probability=0.8), targeted(confidence=0.3)])
     assert [[value for _, value in row["anchors"]] for row in made] == [[0.5], [], [0.3]]
+    assert rows([targeted(0.75, probability=1.0), record(3)])[0]["anchors"] == []
     assert not any("target_probability" in row for row in made)
 
 
