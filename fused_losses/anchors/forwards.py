@@ -107,6 +107,8 @@ class Forward:
         inputs: dict[str, Any] = {"input_ids": torch.tensor([ids], device=device), "use_cache": True}
         if cache is not None:
             inputs[self.cache_name] = cache
+        if "position_ids" in self.accepted:  # some models would begin at 0 for each call
+            inputs["position_ids"] = torch.arange(len(seen), len(seen) + len(ids), device=device)[None]
         if "logits_to_keep" in self.accepted:
             inputs["logits_to_keep"] = rows
         with evaluating(self.model), self.within():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -219,7 +220,9 @@ def _answers(
     )
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), evaluating(original.model), original.within():
-        torch.manual_seed(sampling.seed + (number << 32))
+        torch.manual_seed(
+            random.Random(f"{sampling.seed}/{number}").getrandbits(32)
+        )  # all that a CPU's generator takes
         out = original.model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
     return [_until_end(row, ends) for row in out[:, width:].tolist()]
 

@@ -37,6 +37,12 @@ def test_an_answer_is_streamed_to_its_end_of_turn():
     assert session.finished and session.ended == "end of turn" and list(session.generate()) == []
 
 
+def test_a_long_answer_is_streamed_with_the_spans_of_the_whole():
+    session = AnchorSession(Scripted(" and ".join([ELENA] * 4)), tokenizer())
+    session.start("Who are you?")
+    assert list(session.generate()) == session.tokens and len(session.tokens) > 40
+
+
 def test_a_conversation_of_several_turns():
     session, _ = answered(ELENA)
     session.start([*session.conversation, {"role": "user", "content": "Thanks"}])

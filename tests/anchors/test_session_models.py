@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:Futur
 # Which of a full cache's layers can be cropped: all; none once the window of 8 is full; none, as they are recurrent.
 CROPPED, REMADE = ("LlamaForCausalLM", "GPT2LMHeadModel"), (
     "MistralForCausalLM", "Gemma2ForCausalLM", "MambaForCausalLM", "JambaForCausalLM", "Qwen3NextForCausalLM",
-    "FalconH1ForCausalLM", "RwkvForCausalLM",
+    "FalconH1ForCausalLM", "RwkvForCausalLM", "BambaForCausalLM",
 )  # fmt: skip
 PROMPT = list(range(10, 20))
 

@@ -157,6 +157,11 @@ def test_draws_are_reproducible_and_leave_the_generator_alone():
     assert drawn(1) == drawn(1) != drawn(2) and torch.equal(torch.get_rng_state(), state)
 
 
+def test_each_batch_has_draws_of_its_own():
+    options = dict(max_new_tokens=8, temperature=1.0, batch_size=1, progress=False)
+    assert len(set(texts(retain_rows(llama(), tokenizer(), ["A"] * 4, **options)))) == 4
+
+
 @pytest.mark.parametrize("written", [1, 3, 5])
 def test_an_interrupted_call_goes_on_where_it_was(written, tmp_path):
     model, whole, part = llama(), tmp_path / "whole.jsonl", tmp_path / "part.jsonl"
