@@ -58,7 +58,7 @@ def load_tokenizer(arguments: argparse.Namespace) -> Any:
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=arguments.trust_remote_code, **options)
     except Exception as error:  # of a dozen kinds
-        raise ValueError(f"--model: the tokenizer of {name_of(arguments)} cannot be loaded: {_line(error)}") from error
+        raise ValueError(f"--model: the tokenizer of {_cannot_be_loaded(arguments, error)}") from error
 
 
 def load_model(arguments: argparse.Namespace, trainable: bool = False) -> Any:
@@ -75,7 +75,7 @@ def load_model(arguments: argparse.Namespace, trainable: bool = False) -> Any:
             source, dtype=dtype, trust_remote_code=arguments.trust_remote_code, **options, **kind
         )
     except Exception as error:  # of a dozen kinds
-        raise ValueError(f"--model: {name_of(arguments)} cannot be loaded: {_line(error)}") from error
+        raise ValueError(f"--model: {_cannot_be_loaded(arguments, error)}") from error
     model = model.to(device).requires_grad_(False)
     return (model if arguments.adapter is None else with_adapter(model, arguments.adapter, trainable)).eval()
 
@@ -151,6 +151,15 @@ def _quiet() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def _cannot_be_loaded(arguments: argparse.Namespace, error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return (
+            f"{name_of(arguments)} comes with Python code of its own, which is not run by default; read it, and give "
+            "--trust-remote-code"
+        )
+    return f"{name_of(arguments)} cannot be loaded: {_line(error)}"
 
 
 def _line(error: BaseException) -> str:

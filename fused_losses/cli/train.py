@@ -97,6 +97,9 @@ def run(given: argparse.Namespace) -> None:
         )  # fmt: skip
     except (OSError, ValueError, NotImplementedError) as error:
         sys.exit(str(error))
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        raise SystemExit(130) from None
     if not given.quiet:
         title = f"{given.method}: {report['steps']} steps in {report['seconds']:.0f} s; {report['stopped']}"
         show(title, ("what", "before", "after"), reports.rows(report))

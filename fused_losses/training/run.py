@@ -87,6 +87,7 @@ def train(
         options: of the objective: kl_weight, anchor_weight, retain_weight, alpha, threshold.
         stop: whether to stop early, where each anchor has `stop_probability` of what it is to get, and, for methods
             that hold the other tokens, their mean KL is at most `stop_kl`.
+        seed: of LoRA's start and of the order of rows.
         save_every: steps between two checkpoints; by default a quarter of all.
         merge: whether to save a merged model as well.
         progress: whether to show a bar with the time left.

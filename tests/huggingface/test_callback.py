@@ -2,15 +2,20 @@
 
 import copy
 import json
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from training import DESCENT, V, collate, llama, log_probs, rows
+from training import DESCENT, collate, llama, log_probs, rows
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import fused_losses as fl
 from fused_losses.huggingface import Callback
 
+ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-7  # relative; measured 4e-8
 FROZEN = dict(learning_rate=0.0, per_device_train_batch_size=2, max_steps=4)  # every step sees the same model
 
@@ -221,18 +226,22 @@ def test_what_it_cannot_do_is_said():
         Callback(3)
 
 
-def test_ranks_are_summed(tmp_path, monkeypatch):
+def test_ranks_are_summed(tmp_path):
     """Two processes with half of each batch log what one with the whole of it does."""
-    import subprocess
-    import sys
-    from pathlib import Path
-
-    script = Path(__file__).parents[1] / "support" / "callback_ranks.py"
+    script = ROOT / "tests" / "support" / "callback_ranks.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     result = subprocess.run([*command, str(tmp_path / "found.json")], capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
     found = json.loads((tmp_path / "found.json").read_text())
     data = rows(8, anchors=True)
+    assert len(found) == 2
     for i, entry in enumerate(found):
         close(ours(entry), by_hand(llama(), data[4 * i : 4 * i + 4], llama(1), lambda nll, c: c))
-    assert len(found) == 2 and V == 97
+
+
+def test_the_example_of_the_documentation_runs(tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "huggingface.md").read_text(), re.S)
+    (snippet,) = [block for block in blocks if "fl.huggingface.Callback()" in block]
+    result = subprocess.run([sys.executable, "-c", snippet], capture_output=True, text=True, timeout=600, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert len(re.findall(r"\(\d+\.\d+, 0\.\d+\)", result.stdout.splitlines()[-1])) == 4
