@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 
-.PHONY: demo test test-all test-fast test-tritons lint format bench gpu-check gpu-bench gpu-python clean
+.PHONY: demo test test-all test-fast test-page test-tritons lint format bench gpu-check gpu-bench gpu-python clean
 
 # Other releases of Triton that the kernels must compile with: that of torch 2.11, whose interpreter needs an older numpy, and the newest.
 TRITONS ?= 3.6.0 3.9.0
@@ -33,6 +33,11 @@ test: lint
 
 test-all: GRIDS := --exhaustive
 test-all: test
+
+# The page of `fused-losses annotate` in a browser: apt-get install chromium chromium-driver
+test-page: $(VENV)/.core
+	$(PIP) install -q selenium
+	$(BIN)/python -m pytest tests/anchors/test_page_chromium.py
 
 test-fast: lint
 	$(BIN)/python -m pytest --fast $(FILES) -m 'not slow and not gpu'

@@ -447,6 +447,14 @@ class AnchorSession:
             self._push(self._state.without(position, position + 1))
             return True
 
+    @property
+    def can_undo(self) -> bool:
+        return self._at > 0
+
+    @property
+    def can_redo(self) -> bool:
+        return self._at + 1 < len(self._states)
+
     def undo(self) -> bool:
         """Takes the last `replace` or `unmark` back, with the answer as it stood. False where there is none.
 

@@ -132,6 +132,13 @@ def test_wheel_of_an_isolated_build_runs_everywhere(built, tmp_path):
     assert losses(python, "cpu", tmp_path)["reason"] is None
 
 
+def test_wheel_has_the_page(built):
+    files, _, wheel = built
+    page = {name for name in files if name.startswith("fused_losses/anchors/page/static/")}
+    with zipfile.ZipFile(wheel) as opened:
+        assert len(page) >= 3 and page <= set(opened.namelist())
+
+
 def test_wheel_that_pip_builds_has_the_kernels(built, tmp_path):
     """From the sdist, in isolation: pip's build finds the torch of the environment it installs into."""
     _, sdist, _ = built
@@ -158,4 +165,5 @@ def test_core_needs_torch_alone(built):
 
     assert names("") == set()
     assert names("gpu") == {"triton", "ninja"} and "transformers" in names("hf") and "liger-kernel" in names("bench")
+    assert {"starlette", "uvicorn", "rich", "peft"} < names("annotate")
     assert {"pytest", "pytest-benchmark", "build"} < names("dev")
