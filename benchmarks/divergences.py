@@ -228,11 +228,13 @@ WAYS = ("objective", "token_losses", "TRL", "full logits")
 def tables(content: dict[str, Any]) -> str:
     """Divergences: seconds, peak MiB and error of dx of each contestant. Single values: what they add."""
     rows = {(row["D"], row["dtype"], row["contestant"]): row for row in content["rows"]}
-    cases = list(dict.fromkeys((row["D"], row["dtype"]) for row in content["rows"]))
+    cases = sorted({(row["D"], row["dtype"]) for row in content["rows"]})
     ours = [f"fused_losses, {WAYS[0]}", f"`{WAYS[1]}`"]
     lines = [f"| D, dtype | | {' | '.join([*ours, *WAYS[2:]])} |", "|---|---|---|---|---|---|"]
     for case in cases:
         for name in NAMES.values():
+            if (*case, f"{name}; {WAYS[0]}") not in rows:
+                continue
             found = [rows[(*case, f"{name}; {way}")] for way in WAYS]
             cells = [f"{x['seconds']:.2f} s, {x['peak_mib']:.0f} MiB, {x['hidden_error']:.0e}" for x in found]
             lines.append(f"| {case[0]}, {case[1]} | {name} | {' | '.join(cells)} |")
