@@ -163,9 +163,7 @@ class AnchorSession:
     def _begin(self, messages: list, tools: list | None, prompt_ids: list[int], state: State) -> None:
         length, most = len(prompt_ids) + max(1, len(state.ids)), self._answerer.most
         if most is not None and length > most:
-            raise ValueError(
-                f"messages: {length - 1} tokens leave no room in the model's context of {most}; shorten them"
-            )
+            raise ValueError(f"messages: {length - 1} tokens leave no room in the context of {most}; shorten them")
         with self._lock:
             self._run += 1
             self.messages, self.tools, self._answerer.prompt_ids = messages, tools, prompt_ids
