@@ -11,6 +11,11 @@ def check_integer(name: str, value: Any, least: int) -> None:
         raise ValueError(f"{name}: expected an integer ≥ {least}, got {value!r}")
 
 
+def check_number(name: str, value: Any, most: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= most:
+        raise ValueError(f"{name}: expected a number in [0, {most:g}], got {value!r}")
+
+
 def check_goal(confidence: Any, target_probability: Any) -> tuple[float | None, float | None]:
     """Exactly one of the two, confidence 1 where neither is given."""
     if target_probability is None:

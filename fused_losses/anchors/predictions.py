@@ -45,6 +45,11 @@ class Prediction:
         others = (p for token, p in zip(self.ids, self.logprobs, strict=True) if token != self.token_id)
         return self.probability - math.exp(next(others, -math.inf))
 
+    @property
+    def doubt(self) -> float:
+        """entropy · (1 − margin), in nats."""
+        return self.entropy * (1 - self.margin)
+
 
 def log_probabilities(rows: Tensor) -> Tensor:
     """[..., V] in float32 at least."""

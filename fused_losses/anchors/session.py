@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from .answering import Answerer
-from .arguments import check_goal, check_integer, check_sampling
+from .arguments import check_goal, check_integer, check_number, check_sampling
 from .checked import check_known
 from .exporting import anchor_of, original_of, record_of, state_of
 from .history import Edit, State, later_edits
@@ -139,8 +139,7 @@ class AnchorSession:
             prompt_ids = render(self.tokenizer, messages, tools, self.template_options)
         state = State()
         if earlier is not None:
-            old = self._state_of(earlier)
-            state.later = later_edits(old, 0, self.agreement)
+            state.later = later_edits(self._state_of(earlier), 0, self.agreement)
         self._begin(messages, tools, check_ids(prompt_ids, self._answerer.vocabulary, "prompt_ids"), state)
 
     def open(self, record: Record) -> None:
@@ -164,10 +163,7 @@ class AnchorSession:
     def _begin(self, messages: list, tools: list | None, prompt_ids: list[int], state: State) -> None:
         length, most = len(prompt_ids) + max(1, len(state.ids)), self._answerer.most
         if most is not None and length > most:
-            raise ValueError(
-                f"messages: {length - 1} tokens leave no room in the model's context of {most}; shorten the "
-                "conversation"
-            )
+            raise ValueError(f"messages: {length - 1} tokens leave no room in the context of {most}; shorten them")
         with self._lock:
             self._run += 1
             self.messages, self.tools, self._answerer.prompt_ids = messages, tools, prompt_ids
@@ -279,21 +275,23 @@ class AnchorSession:
                 )
             return [Candidate(token, text_of(self.tokenizer, [token]), math.exp(logp)) for token, logp in pairs]
 
-    def suspicious(self, after: int = -1, *, entropy: float = 1.0, margin: float = 0.25) -> int | None:
-        """The next position after `after` where the model was not sure; None where there is none.
+    def suspicious(self, after: int = -1, *, share: float = 0.2, least: float = 0.5) -> int | None:
+        """The next position after `after` where the model was least sure; None where there is none.
 
-        Not sure is: the entropy −Σ p ln p of all tokens is at least `entropy` nats, or the token's probability is less
-        than `margin` above that of the likeliest other one (which is below 0 for a drawn token that is not the
-        likeliest). Positions that the user has replaced are left out. In the order of the text, since a replacement
-        changes what follows: after = the last one found visits each once.
+        Its doubt is entropy · (1 − margin), in nats: large where it spread over many tokens and another was as likely.
+        (margin = p(token) − p(the likeliest other one), below 0 for a drawn token that is not the likeliest.)
+        Suspicious are the `share` of the answer's tokens with the largest doubt, as far as that is at least `least`;
+        but not what the user has replaced. They come in the order of the text, since a replacement changes what
+        follows: after = the last one found visits each once.
         """
+        check_number("share", share, 1.0)
+        check_number("least", least, math.inf)
         with self._lock:
             state = self._state
-            for at in range(max(after + 1, 0), len(state.ids)):
-                said = state.predictions[at]
-                if (said.entropy >= entropy or said.margin < margin) and not state.edited(at):
-                    return at
-            return None
+            doubts = {at: said.doubt for at, said in enumerate(state.predictions) if not state.edited(at)}
+            count = math.ceil(share * len(state.ids))
+            found = [at for at in sorted(doubts, key=lambda at: -doubts[at])[:count] if doubts[at] >= least]
+            return min((at for at in found if at > after), default=None)
 
     def kl_to_original(self) -> list[float]:
         """KL(original ‖ model) = Σ_v p_o(v) · (ln p_o(v) − ln p(v)) of each token of the answer, in nats, exact.

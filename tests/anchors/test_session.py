@@ -461,7 +461,17 @@ def test_suspicious_visits_each_unsure_position_once():
     session.replace(NAME, " Aurora")
     list(session.generate())
     assert session.suspicious() == CITY and session.suspicious(CITY) is None
-    assert session.suspicious(margin=0, entropy=math.inf) is None
+    assert session.suspicious(least=10) is None and session.suspicious(share=0) is None
+
+
+def test_suspicious_are_the_least_sure_of_the_answer():
+    session, _ = answered(ELENA, second=" Aurora", unsure=(" is", " in", " live"))
+    doubts = {t.position: t.entropy * (1 - t.margin) for t in session.tokens}
+    assert session.suspicious(share=1 / 11, least=0) == max(doubts, key=doubts.get)
+    found, at = [], -1
+    while (at := session.suspicious(at, share=1, least=0)) is not None:
+        found.append(at)
+    assert found == list(range(11))
 
 
 # Errors.
@@ -486,12 +496,14 @@ def test_suspicious_visits_each_unsure_position_once():
         (lambda s: s.replace(3, "x", confidence=1.0, target_probability=0.5), "got both"),
         (lambda s: s.likeliest(11), "position: expected 0 … 10"),
         (lambda s: s.likeliest(3, 0), "k: expected an integer ≥ 1"),
+        (lambda s: s.suspicious(share=2), r"share: expected a number in \[0, 1\]"),
+        (lambda s: s.suspicious(least=math.nan), "least: expected a number"),
         (lambda s: s.generate(0), "max_new_tokens: expected an integer ≥ 1"),
         (lambda s: s.start([]), "messages: expected a string or a list"),
         (lambda s: s.start([{"content": "x"}]), r"messages\[0\]: expected"),
         (lambda s: s.start([{"role": "assistant", "content": "x"}]), "nothing to answer"),
         (lambda s: s.start([{"role": "judge", "content": "x"}]), "refuses them: unknown role judge"),
-        (lambda s: s.start("long " * 100), "leave no room in the model's context of 200"),
+        (lambda s: s.start("long " * 100), "leave no room in the context of 200"),
         (lambda s: s.start("x", prompt_ids=[]), "prompt_ids: expected at least one token"),
         (lambda s: s.start("x", prompt_ids=[10**6]), r"prompt_ids\[0\]: expected a token id"),
         (lambda s: s.kl_to_original(), "the session's model is the original"),

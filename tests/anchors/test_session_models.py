@@ -187,7 +187,7 @@ def test_top_p_leaves_the_likeliest_tokens():
 def test_a_drawn_token_that_is_not_the_likeliest_can_be_confirmed_as_an_anchor():
     session = drawn(0)
     at = next(token.position for token in session.tokens if token.rank > 1)
-    assert session.tokens[at].margin < 0 and session.suspicious(at - 1, entropy=math.inf, margin=0) == at
+    assert session.tokens[at].margin < 0 and session.suspicious(at - 1, share=1) == at
     text = session.token_ids
     done = session.replace(at, text[at], confidence=0.5)
     assert session.token_ids == text and [anchor.position for anchor in done.anchors] == [at]
