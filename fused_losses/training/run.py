@@ -98,8 +98,9 @@ def train(
         OSError: a file cannot be read, or the folder written.
 
     Cost: that of the loss in each step; besides, forwards without gradients: some 20 of at most 8,192 corrected and as
-    many retained tokens, six of at most 8,192 tokens of held-out text. A training of all weights by a reference, and any other that measures rows, keeps a frozen copy
-    of the model. Memory for the optimizer is 8 bytes a trained weight.
+    many retained tokens, six of at most 8,192 tokens of held-out text. Where all weights are trained, a frozen copy of
+    the model is kept for methods with a reference, and where rows are measured. The optimizer takes 8 bytes a trained
+    weight.
     """
     method_of(method)
     plan = Plan(
