@@ -1,7 +1,12 @@
 """What `fused-losses train` does where nothing else is said: methods, what each needs of the data, and defaults.
 
 The numbers are those of the demo (docs/demo.md), measured on SmolLM2-135M-Instruct with one fact in one sample: LoRA of
-rank 8 on the query and value projections, AdamW, 40 steps, a learning rate of 1e-3 that falls linearly to 0.
+rank 8 on the query and value projections, AdamW, 40 steps, a learning rate of 1e-3 that falls linearly to 0. With them,
+and its one sample, `train` stops where the anchor has 0.9 of its probability, seed 0:
+
+    method    steps    p of the anchor    KL of retained tokens    nll of 512 tokens of text
+    lawf      8        0.93               0.011                    2.900 → 2.898
+    sft       10       0.97               1.086                    2.900 → 2.936
 """
 
 from __future__ import annotations
