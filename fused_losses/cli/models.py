@@ -64,6 +64,8 @@ def load_tokenizer(arguments: argparse.Namespace) -> Any:
 def load_model(arguments: argparse.Namespace, trainable: bool = False) -> Any:
     from transformers import AutoModelForCausalLM
 
+    from ..training.model import without_gguf_mark
+
     source, options = _source(arguments)
     device = _device(arguments)
     dtype: Any = DTYPES.get(arguments.dtype) or (torch.float32 if device.type == "cpu" else "auto")
@@ -76,7 +78,7 @@ def load_model(arguments: argparse.Namespace, trainable: bool = False) -> Any:
         )
     except Exception as error:  # of a dozen kinds
         raise ValueError(f"--model: {_cannot_be_loaded(arguments, error)}") from error
-    model = model.to(device).requires_grad_(False)
+    model = without_gguf_mark(model).to(device).requires_grad_(False)
     return (model if arguments.adapter is None else with_adapter(model, arguments.adapter, trainable)).eval()
 
 

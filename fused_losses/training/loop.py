@@ -14,7 +14,7 @@ from torch import nn
 from . import report as reports
 from .folder import Folder
 from .measure import Measurement
-from .settings import MEASUREMENTS
+from .settings import MEASUREMENTS, OF_HELDOUT
 
 
 def pass_order(rows: int, replayed: int, share: float, total: int, seed: int) -> list[int]:
@@ -56,6 +56,7 @@ class Loop:
         self.collate = collate if plan.kind.anchors else plain
         self.measure = Measurement(model, plan.data.rows, plan.text, collate, plain, reference)
         self.every = max(1, plan.steps // MEASUREMENTS)
+        self.every_heldout = self.every * max(1, MEASUREMENTS // OF_HELDOUT)
         self.stopped = f"all {plan.steps} steps"
         self.first_step: float | None = None  # seconds until it was done
 
@@ -74,6 +75,9 @@ class Loop:
         trainer.remove_callback(PrinterCallback)
         checkpoint = self.folder.last_checkpoint()
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        last = self.measured(trainer.state)[-1]
+        if last["step"] == trainer.state.global_step and (plan.text and "nll_heldout" not in last[reports.MEASURED]):
+            trainer.state.log_history.remove(last)
         if self.measured(trainer.state)[-1]["step"] != trainer.state.global_step:
             self.measure_now(trainer.state)
         found = self.report(trainer.state)
@@ -105,9 +109,9 @@ class Loop:
     def measured(state: Any) -> list[dict]:
         return [entry for entry in state.log_history if reports.MEASURED in entry]
 
-    def measure_now(self, state: Any) -> dict[str, float]:
+    def measure_now(self, state: Any, heldout: bool = True) -> dict[str, float]:
         """Notes it in the log, which is in the checkpoints, and writes the report."""
-        found = self.measure()
+        found = self.measure(heldout)
         state.log_history.append({"step": state.global_step, reports.MEASURED: found})
         self.folder.write_json("report.json", self.report(state))
         return found
@@ -153,7 +157,7 @@ def _events(loop: Loop) -> Any:
                 self.bar.update(1)
             if state.global_step % loop.every:
                 return
-            found = loop.measure_now(state)
+            found = loop.measure_now(state, heldout=state.global_step % loop.every_heldout == 0)
             if self.bar is not None:
                 shown = {"p(anchors)": "anchor_probability", "KL": "kl_retained", "held-out nll": "nll_heldout"}
                 self.bar.set_postfix({label: f"{found[name]:.3g}" for label, name in shown.items() if name in found})

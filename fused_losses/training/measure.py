@@ -69,12 +69,12 @@ class Measurement:
         self.alone = other_patch(model, self.seen)
         self.targeted = any(row.target_probability is not None for row in self.rows)
 
-    def __call__(self) -> dict[str, float]:
+    def __call__(self, heldout: bool = True) -> dict[str, float]:
         found: dict[str, float] = {}
         with evaluating(self.model), torch.no_grad():
             if self.rows:
                 found |= self._of_rows()
-            if self.heldout:
+            if self.heldout and heldout:
                 with in_force(self.model, self.alone):
                     parts = [out.nll for out in self._batches(labelled(self.heldout), self.plain_collate)]
                 found["nll_heldout"] = float(torch.cat(parts).double().mean())

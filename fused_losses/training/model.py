@@ -16,6 +16,17 @@ def has_adapter(model: Any) -> bool:
     return hasattr(model, "peft_config")
 
 
+def without_gguf_mark(model: Any) -> Any:
+    """The same model. Of a GGUF file transformers makes ordinary weights, but goes on to call the model quantised,
+    which its Trainer refuses and save_pretrained writes down."""
+    base = model.get_base_model() if has_adapter(model) else model
+    if getattr(getattr(base, "quantization_method", None), "value", None) == "gguf":
+        for name in ("is_quantized", "quantization_method", "hf_quantizer"):
+            vars(base).pop(name, None)
+        vars(base.config).pop("quantization_config", None)
+    return model
+
+
 def add_lora(model: nn.Module, rank: int, targets: list[str] | None) -> Any:
     """LoRA of that rank, alpha twice the rank, on `targets`, on TARGETS, or where PEFT puts it.
 
@@ -39,12 +50,18 @@ def add_lora(model: nn.Module, rank: int, targets: list[str] | None) -> Any:
             made = get_peft_model(model, config)
     except ValueError as error:
         raise ValueError(f"targets: PEFT does not know {type(model).__name__} ({error}); name layers") from None
-    for one in made.peft_config.values():
-        # PEFT looks for this name's configuration when it saves; the folder of a GGUF file has none.
-        where = one.base_model_name_or_path or ""
-        if os.path.isdir(where) and not os.path.exists(os.path.join(where, "config.json")):
-            one.base_model_name_or_path = None
     return made
+
+
+def without_lookup(model: Any) -> Any:
+    """The same PEFT model. When it is saved PEFT looks for the configuration of the name that its base was loaded by,
+    on the Hub if need be; a folder that has none, as that of a GGUF file, is no such name."""
+    base = model.get_base_model()
+    for holder, name in [(base, "name_or_path"), *((c, "base_model_name_or_path") for c in model.peft_config.values())]:
+        where = getattr(holder, name, None) or ""
+        if os.path.isdir(where) and not os.path.exists(os.path.join(where, "config.json")):
+            setattr(holder, name, "")
+    return model
 
 
 def save_model(model: Any, path: Path) -> None:

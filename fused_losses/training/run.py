@@ -15,7 +15,7 @@ import fused_losses as fl
 from .data import Paths, read, read_text
 from .folder import Folder
 from .loop import Loop
-from .model import add_lora, has_adapter, merged, save_model
+from .model import add_lora, has_adapter, merged, save_model, without_gguf_mark, without_lookup
 from .objective import Collator, objective_of
 from .plan import Plan
 from .settings import MAX_LENGTH, RANK, REPLAY_SHARE, STOP_KL, STOP_PROBABILITY, method_of
@@ -97,9 +97,10 @@ def train(
         ValueError, TypeError: naming the file and line, or the argument, and the remedy.
         OSError: a file cannot be read, or the folder written.
 
-    Cost: that of the loss in each step; besides, some 20 measurements of at most 8,192 tokens of each kind, forwards
-    without gradients. A training of all weights by a reference, and any other that measures rows, keeps a frozen copy
-    of the model. Memory for the optimizer is 8 bytes a trained weight.
+    Cost: that of the loss in each step; besides, forwards without gradients: some 20 of at most 8,192 corrected and as
+    many retained tokens, six of at most 8,192 tokens of held-out text. Where all weights are trained, a frozen copy of
+    the model is kept for methods with a reference, and where rows are measured. The optimizer takes 8 bytes a trained
+    weight.
     """
     method_of(method)
     plan = Plan(
@@ -120,7 +121,7 @@ def train(
         if merge and not (folder.path / "merged").exists():
             if trained is None:
                 trained = model if isinstance(model, nn.Module) else model()
-                trained = merged(trained, folder.path / "adapter")
+                trained = merged(without_gguf_mark(trained), folder.path / "adapter")
             else:
                 trained = trained.merge_and_unload()
             _save(trained, tokenizer, folder, "merged")
@@ -132,7 +133,7 @@ def _run(plan: Plan, load: Any, tokenizer: Any, folder: Folder) -> tuple[dict[st
     from transformers import set_seed
 
     begun = time.perf_counter()
-    model = load if isinstance(load, nn.Module) else load()
+    model = without_gguf_mark(load if isinstance(load, nn.Module) else load())
     set_seed(plan.seed)
     full = plan.lora is None
     if full and has_adapter(model):
@@ -141,6 +142,8 @@ def _run(plan: Plan, load: Any, tokenizer: Any, folder: Folder) -> tuple[dict[st
         model.requires_grad_(True)
     elif not has_adapter(model):
         model = add_lora(model, plan.lora, plan.targets)
+    if not full:
+        without_lookup(model)
     plain, collate = (Collator(_pad(tokenizer), anchored) for anchored in (False, True))
     initial = _initial(plan, model, plain, folder)
     reference = "start" if full else "base"

@@ -1,7 +1,12 @@
 """What `fused-losses train` does where nothing else is said: methods, what each needs of the data, and defaults.
 
 The numbers are those of the demo (docs/demo.md), measured on SmolLM2-135M-Instruct with one fact in one sample: LoRA of
-rank 8 on the query and value projections, AdamW, 40 steps, a learning rate of 1e-3 that falls linearly to 0.
+rank 8 on the query and value projections, AdamW, 40 steps, a learning rate of 1e-3 that falls linearly to 0. With them,
+and its one sample, `train` stops where the anchor has 0.9 of its probability, seed 0:
+
+    method    steps    p of the anchor    KL of retained tokens    nll of 512 tokens of text
+    lawf      8        0.93               0.011                    2.900 → 2.898
+    sft       10       0.97               1.086                    2.900 → 2.936
 """
 
 from __future__ import annotations
@@ -21,7 +26,8 @@ STEPS = 40  # at least; more where the data are large:
 EPOCHS = 3  # passes over the rows
 BATCH = 8  # rows of a step, or all there are
 MAX_LENGTH = 2048  # tokens of a row
-MEASUREMENTS = 20  # of anchors, KL and held-out text during a training
+MEASUREMENTS = 20  # of anchors and KL during a training, and
+OF_HELDOUT = 4  # of held-out text, which may be longer than all that is trained on; both besides the first and last
 CHECKPOINTS = 4
 MEASURED_TOKENS = 8192  # most of each kind
 REPLAY_SHARE = 0.25  # of the rows of a step, where there are rows to replay

@@ -86,6 +86,14 @@ def test_measurements_are_those_of_full_logits(tmp_path):
     assert report["after"]["kl_retained"] == pytest.approx(torch.cat(kl).mean().item(), rel=1e-4)
 
 
+def test_held_out_text_is_measured_less_often_and_at_the_end(tmp_path):
+    given = files(tmp_path)
+    report = run(tmp_path, heldout=given["chats"], steps=21)
+    found = [entry["step"] for entry in report["measurements"] if "nll_heldout" in entry]
+    assert found == [0, 5, 10, 15, 20, 21] and len(report["measurements"]) == 22
+    assert report["after"] == {k: v for k, v in report["measurements"][-1].items() if k != "step"}
+
+
 def test_it_stops_where_the_anchors_have_their_probability_and_the_kl_is_small(tmp_path):
     report = run(tmp_path, method="lawf", steps=200, learning_rate=0.03, lora=8, stop_kl=0.5)
     assert report["steps"] < 200 and "the KL is small" in report["stopped"]
