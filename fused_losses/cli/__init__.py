@@ -1,4 +1,4 @@
-"""The command `fused-losses`: what runs here (`info`), fine-tuning (`train`), a demonstration (`demo`), tiles (`tune`).
+"""The command `fused-losses`: correct answers (`annotate`), fine-tune on them (`train`), and `info`, `demo`, `tune`.
 
 One file a command: `add` declares it and its options, `run` does it. Needs nothing but torch; what a single command
 needs besides, that command asks for.
