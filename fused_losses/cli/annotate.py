@@ -62,6 +62,8 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 def run(given: argparse.Namespace) -> None:
     require("annotate", NEEDS if given.terminal else (*NEEDS, *OF_THE_PAGE), "annotate")
+    if given.demo:
+        require("annotate --demo", ("gguf",), "demo")
     try:
         _run(given)
     except (OSError, ValueError, TypeError) as error:

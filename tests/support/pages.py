@@ -13,7 +13,6 @@ from session_models import Scripted, tokenizer
 
 from fused_losses.anchors.files import RecordFile
 from fused_losses.anchors.page.desk import Desk
-from fused_losses.anchors.page.server import Page
 from fused_losses.anchors.page.tasks import Task, user
 from fused_losses.anchors.session import AnchorSession
 
@@ -64,8 +63,10 @@ def opened(path: Path, *answers: str, **options: Any) -> Iterator[Desk]:
 
 
 @contextlib.contextmanager
-def served(desk: Desk) -> Iterator[Page]:
-    """The page on a free port, from a thread of this process."""
+def served(desk: Desk) -> Iterator[Any]:
+    """The `Page` on a free port, from a thread of this process."""
+    from fused_losses.anchors.page.server import Page  # needs the extra annotate
+
     page = Page()
     page.show(desk)
     thread = threading.Thread(target=page.run, daemon=True)
