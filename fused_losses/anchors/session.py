@@ -31,8 +31,7 @@ class AnchorSession:
         for token in session.generate():
             print(token.text, end="")
         session.replace(4, " Aurora")
-        for token in session.generate():
-            ...
+        list(session.generate())
         record = session.record()
 
     The model reads the tokens before a position and says one; the first wrong one is replaced, and it goes on from
@@ -109,8 +108,6 @@ class AnchorSession:
         """What the model sees before the answer."""
         return list(self._answerer.prompt_ids)
 
-    # A new answer.
-
     def start(
         self,
         messages: str | Sequence[Mapping[str, Any]],
@@ -131,8 +128,6 @@ class AnchorSession:
 
         Raises:
             ValueError: no chat template; one that refuses the messages; a prompt that fills the model's context.
-
-        Cost: the template; the model is not called.
         """
         messages = as_messages(messages, given=prompt_ids is not None)
         if prompt_ids is None:
@@ -454,10 +449,8 @@ class AnchorSession:
         return self._at + 1 < len(self._states)
 
     def undo(self) -> bool:
-        """Takes the last `replace` or `unmark` back, with the answer as it stood. False where there is none.
-
-        Cost: none; the model is not called before `generate` or `replace`.
-        """
+        """Takes the last `replace` or `unmark` back, with the answer as it stood, without a forward. False where there
+        is none."""
         return self._move(-1)
 
     def redo(self) -> bool:
@@ -468,14 +461,12 @@ class AnchorSession:
         with self._lock:
             if not 0 <= self._at + step < len(self._states):
                 return False
-            self._run += 1
-            self._at += step
+            self._run, self._at = self._run + 1, self._at + step
             return True
 
     def _push(self, state: State) -> None:
-        self._run += 1
         self._states[self._at + 1 :] = [state]
-        self._at += 1
+        self._run, self._at = self._run + 1, self._at + 1
 
     def _proposal(self, state: State, position: int) -> int:
         """What the model said at `position`, or is about to say."""

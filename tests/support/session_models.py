@@ -17,6 +17,8 @@ from tokenizers.models import BPE, WordLevel
 from torch import nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from fused_losses.anchors import AnchorSession
+
 SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>", "<|pad|>"]
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] not in ('system', 'user', 'assistant') %}"
@@ -127,3 +129,12 @@ def adapted(model, seed=1):
 def probabilities(model, ids):
     """[T, V] in float64, of one forward without a cache."""
     return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].double().softmax(-1)
+
+
+def answered(*answers, question="Who are you?", **options):
+    """A session, and its model, with the whole answer to one question."""
+    model = Scripted(*answers, **{k: options.pop(k) for k in ("second", "unsure") if k in options})
+    session = AnchorSession(model, tokenizer(), **options)
+    session.start(question)
+    list(session.generate())
+    return session, model
