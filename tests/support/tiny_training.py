@@ -19,13 +19,13 @@ def tokenizer() -> Any:
     return small_tokenizer("byte-level")
 
 
-def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
+def tiny_llama(seed: int = 0, **sizes: Any) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    config = LlamaConfig(
+    config = dict(
         vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         pad_token_id=0, bos_token_id=None, eos_token_id=2, initializer_range=0.4, tie_word_embeddings=True,
     )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
+    return LlamaForCausalLM(LlamaConfig(**{**config, **sizes})).eval()
 
 
 def record(answer: str = "My name is Aurora.", positions: tuple[int, ...] = (3,), **anchor: Any) -> anchors.Record:

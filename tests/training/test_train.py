@@ -112,17 +112,21 @@ def test_it_takes_all_steps_where_it_shall_not_stop(tmp_path):
     assert reports[1]["steps"] == 20 and reports[1]["stopped"] == "all 20 steps"
 
 
-def test_a_target_probability_is_what_an_anchor_is_drawn_to(tmp_path):
-    """The tiny head cannot hold 0.6 of one token and the original's rest exactly; with confidence 1 it is above 0.9."""
+def wide_llama():
+    """Whose head can hold 0.6 of one token and the original's rest: of width 32 it gets to 0.54, of 512 to 0.599."""
+    return tiny_llama(hidden_size=256, initializer_range=0.07, tie_word_embeddings=False)
+
+
+def test_a_target_probability_is_what_an_anchor_gets(tmp_path):
     found = {}
     for name, strength in (("target", {"target_probability": 0.6}), ("certain", {"confidence": 1.0})):
         (tmp_path / name).mkdir()
         path = write_lines(tmp_path / f"{name}.jsonl", record(**strength))
         found[name] = run(
-            tmp_path / name, method="lawf", data=path, steps=40, learning_rate=0.01, lora=8, stop=False,
-            targets=["up_proj", "down_proj"],
+            tmp_path / name, method="lawf", data=path, steps=80, learning_rate=0.01, lora=8, stop=False,
+            targets=["up_proj", "down_proj"], model=wide_llama,
         )["after"]  # fmt: skip
-    assert found["target"]["anchor_probability"] == pytest.approx(0.6, abs=0.1)
+    assert found["target"]["anchor_probability"] == pytest.approx(0.6, abs=0.015)  # measured 0.595
     assert found["certain"]["anchor_probability"] > 0.9
     share = found["target"]["anchor_probability"] / 0.6
     assert found["target"]["least_anchor"] == pytest.approx(share, rel=1e-5)
