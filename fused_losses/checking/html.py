@@ -228,7 +228,7 @@ def _side(name: str, spoken: Spoken, answer: Answer, says: bool | None) -> str:
     tag = ""
     if says is not None and (says or answer.kind not in ("unrelated", "general")):
         wanted = answer.kind not in ("unrelated", "general")
-        phrases = " / ".join(answer.expect)
+        phrases = " / ".join([*answer.expect[:2], *(["…"] if len(answer.expect) > 2 else [])])
         words = ("says " if says else "does not say ") + phrases
         # The original is not to blame for what it was not taught.
         kind = "plain" if name == "Original" else "good" if says == wanted else "bad"

@@ -197,8 +197,10 @@ class Report:
         return [(title, header, [[visible(cell) for cell in row] for row in rows]) for title, header, rows in found]
 
 
-def brief(spoken: Spoken) -> str:
-    return spoken.text.strip() + ("" if spoken.finished else " …")
+def brief(spoken: Spoken, most: int = 160) -> str:
+    """The beginning of an answer."""
+    text = spoken.text.strip()
+    return text if spoken.finished and len(text) <= most else f"{text[:most].rstrip()} …"
 
 
 def visible(text: str) -> str:

@@ -150,6 +150,14 @@ def test_json_is_whole_and_finite(tmp_path):
     assert found["answers"][0]["original"]["pieces"][0] == {"text": "Elena", "kl": 0.3, "special": False}
 
 
+def test_long_answers_are_cut_on_the_terminal_alone(tmp_path):
+    said = Answer("general", "p", (), spoken("word " * 100), spoken("short"), None, None, 0.0)
+    whole = report(answers=(said,))
+    row = whole.tables()[-1][2][0]
+    assert len(row[2]) == 161 and row[2].endswith("word …") and row[3] == "short"
+    assert page_of(whole, tmp_path / "page.html").count("word</span>") == 100
+
+
 def test_report_with_nothing_but_a_text(tmp_path):
     bare = report(answers=(), anchors=(), leaks=(), metrics=(), broken=(), limits={})
     parsed(page_of(bare, tmp_path / "page.html"))
