@@ -64,15 +64,16 @@ class CrossEntropyLoss(Objective):
     ) -> None:
         super().__init__(**options)
         self.label_smoothing, self.z_loss, self.reduction = label_smoothing, z_loss, reduction
-        self.register_buffer("class_weights", None, persistent=False)
-        self.class_weights = class_weights
+        checked = _checked_weights(class_weights)
+        self.register_buffer("class_weights", checked, persistent=False)
+        self._least_class_weight = _least(checked)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "reduction" and value not in REDUCTIONS:
             raise ValueError(f"reduction: expected {' or '.join(REDUCTIONS)}, got {value!r}")
         if name == "class_weights":
             value = _checked_weights(value)
-            self._least_class_weight = 0.0 if value is None else value.min().item()
+            self._least_class_weight = _least(value)
         super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
@@ -193,6 +194,10 @@ def _sum_of_weights(num_items: Any, weight: Tensor) -> tuple[Any, Any]:
             f"number of tokens), got {num_items!r}"
         )
     return item_count(num_items[0], 0), num_items[1]
+
+
+def _least(weights: Tensor | None) -> float:
+    return 0.0 if weights is None else weights.min().item()
 
 
 def _checked_weights(weights: Any) -> Tensor | None:

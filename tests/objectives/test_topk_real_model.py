@@ -15,7 +15,7 @@ def curves(from_benchmarks):
     torch.use_deterministic_algorithms(False)
     benchmark = from_benchmarks("topk_distillation")
     base, tokenizer = benchmark.texts.model_and_tokenizer()
-    batches = benchmark.batches_of(base, tokenizer, "documentation", 6)
+    batches = benchmark.batches_of(base, tokenizer, "generated", 6)
     states = benchmark.states_of(base, batches)
     model = benchmark.student(base)
     return {
