@@ -163,10 +163,8 @@ def token_losses(
     if tokens.problem.divergence_is_kl:
         found["divergence"] = found["kl"]
     late = {name: found.pop(name) for name in ON_DEMAND if name in found}
-    result = TokenLosses(
-        **found, gradient_report=tokens.report,
-        _later=None if torch.compiler.is_compiling() else lambda name: _later(tokens, name),
-    )  # fmt: skip
+    later = None if torch.compiler.is_compiling() else _Later(tokens, wanted=asked)
+    result = TokenLosses(**found, gradient_report=tokens.report, _later=later)
     for name, value in late.items():
         setattr(result, name, value)
     return result
@@ -180,6 +178,24 @@ def _in_place(tokens: Tokens, out: Statistics, name: str) -> Tensor | None:
     return tokens.in_place(getattr(out, name), fill_of(name))
 
 
-def _later(tokens: Tokens, name: str) -> Tensor | None:
-    with torch.no_grad():
-        return _in_place(tokens, tokens.statistics(frozenset({name})), name)
+class _Later:
+    """Computes what was not asked for, from the tensors of the call."""
+
+    def __init__(self, tokens: Tokens, wanted: frozenset[str]) -> None:
+        self.tokens, self.wanted = tokens, wanted
+        self.versions = self._versions()
+
+    def _versions(self) -> list[int | None]:
+        tensors = [t for t in self.tokens.problem.tensors() if t is not None]
+        return [None if t.is_inference() else t._version for t in tensors]
+
+    def __call__(self, name: str) -> Tensor | None:
+        if self._versions() != self.versions:
+            names = ", ".join(f'"{each}"' for each in sorted({*self.wanted, name} & {*ON_DEMAND}))
+            raise RuntimeError(
+                f"out.{name}: the weights or hidden states of the call have been changed in place since (an optimizer "
+                f"step does), so that it would be of others; read it before, or call token_losses(..., "
+                f"wanted={{{names}}})"
+            )
+        with torch.no_grad():
+            return _in_place(self.tokens, self.tokens.statistics(frozenset({name})), name)

@@ -7,7 +7,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -48,6 +48,7 @@ class InitialLosses:
     initial_nll: Tensor
     tokens: Tensor
     initial_token_nll: list[Tensor] | None = None
+    _prints: list[bytes] | None = field(default=None, repr=False, compare=False)  # of each row's input_ids
 
     @property
     def temperature(self) -> float:
@@ -58,17 +59,35 @@ class InitialLosses:
         return float(known.double().sort().values[[(len(known) - 1) // 2, len(known) // 2]].mean())
 
     def added_to(self, data: Any) -> Any:
-        """The data set with the columns: of `datasets` with add_column, of rows a list of new ones."""
+        """The data set with the columns: of `datasets` with add_column, of rows a list of new ones.
+
+        Raises:
+            ValueError: rows that are not those of the pass, in its order, as their input_ids say.
+        """
         columns: dict[str, list] = {"initial_nll": self.initial_nll.tolist()}
         if self.initial_token_nll is not None:
             columns["initial_token_nll"] = [row.tolist() for row in self.initial_token_nll]
         if len(data) != len(self.tokens):
             raise ValueError(f"data: expected the {len(self.tokens)} rows that these losses are of, got {len(data)}")
+        for i, (row, known) in enumerate(zip(data, self._prints or (), strict=False)):
+            if _print_of(row) != known:
+                raise ValueError(
+                    f"data: row {i} has other input_ids than when these losses were computed; call initial_losses with "
+                    "this data set, in this order: it takes the rows that it knows from its file"
+                )
         if hasattr(data, "add_column"):
             for name, values in columns.items():
                 data = data.add_column(name, values)
             return data
         return [{**row, **{name: values[i] for name, values in columns.items()}} for i, row in enumerate(data)]
+
+
+def _print_of(row: Any) -> bytes:
+    """Of a row's input_ids; empty where it has none."""
+    ids = row.get("input_ids") if isinstance(row, Mapping) else None
+    if ids is None:
+        return b""
+    return hashlib.blake2b(torch.as_tensor(ids).long().cpu().numpy().tobytes(), digest_size=8).digest()
 
 
 def initial_losses(
@@ -132,18 +151,20 @@ def initial_losses(
     losses = _Losses(Path(output).expanduser(), _digest(model, base), per == "token")
     recorder = _Recorder()
     batches = _batches(data, data_collator, batch_size)
+    prints: dict[int, bytes] = {}
     with evaluating(model), patched(model, recorder, eval_loss="objective"), _bar(len(data), progress) as advance:
         state = vars(base)[STATE]
         options = {"use_cache": False} if state.takes_any or "use_cache" in state.accepted else {}
         try:
             for numbers, rows in batches:
+                prints.update(zip(numbers, map(_print_of, rows), strict=True))
                 batch = _Batch(data_collator(rows), rows)
                 if not losses.has(numbers, batch.keys):
                     losses.put(batch.keys, batch.taken(recorder.nll(model, batch.inputs, options)))
                 advance(len(numbers))
         finally:
             losses.finish(len(data))
-    return losses.result()
+    return replace(losses.result(), _prints=[prints[i] for i in range(len(data))])
 
 
 class _Recorder(Objective):

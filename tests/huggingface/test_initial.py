@@ -210,6 +210,9 @@ def test_columns_for_a_data_set(tmp_path):
     assert "initial_token_nll" not in read(tmp_path / "other.pt").added_to(DATA)[0]
     with pytest.raises(ValueError, match="data: expected the 11 rows that these losses are of, got 2"):
         found.added_to(DATA[:2])
+    for data in (DATA[::-1], Dataset.from_list(DATA[1:] + DATA[:1])):
+        with pytest.raises(ValueError, match=r"data: row 0 has other input_ids than when .*; call initial_losses with"):
+            found.added_to(data)
     batch = fl.huggingface.AnchorCollator(0)(found.added_to(DATA)[:3])
     assert torch.equal(batch["initial_nll"], found.initial_nll[:3]) and batch["initial_token_nll"].shape == (
         batch["input_ids"].shape

@@ -192,6 +192,23 @@ def test_divergence_far_from_the_reference_is_finite():
         assert gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("name", ["rank", "log_p2", "topk_entropy"])
+def test_what_is_computed_later_is_of_the_weights_of_the_call(name):
+    """An optimizer step in between changes them in place."""
+    hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(40, 8, requires_grad=True)
+    out = fl.token_losses(hidden, weight, torch.arange(6))
+    asked = fl.token_losses(hidden, weight, torch.arange(6), wanted={name})
+    before = getattr(fl.token_losses(hidden, weight, torch.arange(6)), name)
+    out.nll.sum().backward()
+    torch.optim.SGD([weight], lr=1.0).step()
+    with pytest.raises(RuntimeError, match=rf'out.{name}: the weights .* changed in place .*wanted={{"{name}"}}'):
+        getattr(out, name)
+    assert torch.equal(getattr(asked, name), before)
+    with torch.inference_mode():
+        inference = fl.token_losses(hidden.detach().clone(), weight.detach().clone(), torch.arange(6))
+        assert getattr(inference, name).isfinite().all()
+
+
 def test_rank_and_log_p2_are_computed_when_first_read():
     case = make(20, 8, 60, ignored=0.2)
     hidden, head, _ = case.inputs(torch.float32)
