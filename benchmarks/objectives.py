@@ -192,7 +192,8 @@ def section(name: str) -> str:
             lead = [line for line in lines if not line.startswith("    ")]
             code = [line[4:] for line in lines if line.startswith("    ")]
             text.append(" ".join(lead).replace("::", ":"))
-            text.append("```\n" + "\n".join(code) + "\n```")
+            if code:
+                text.append("```\n" + "\n".join(code) + "\n```")
         else:
             text.append(" ".join(lines))
     body = "\n\n".join(part for part in text if part)

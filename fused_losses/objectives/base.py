@@ -44,9 +44,11 @@ class Objective(nn.Module):
     """Base of the objectives: subclass it and write `token_loss`.
 
     `token_loss(out, field, ...)` gets statistics of tokens with a label ([C] vectors: `out.nll`, `out.kl`,
-    `out.prediction`, `out.reference_nll`, and those named in `wanted`, a class attribute: "entropy",
-    "reference_entropy", "topk_entropy"), returns a loss per token, [C], by ordinary differentiable operations on
-    `out.nll` and `out.kl`. An `__init__` of your own begins with `super().__init__()`. `token_loss` sees some of the
+    `out.prediction`, `out.reference_nll`, `out.lse`, and those named in `wanted`, a class attribute: "entropy",
+    "reference_entropy", "topk_entropy", "rank", "log_p2"), returns a loss per token, [C], by ordinary differentiable
+    operations on `out.nll`, `out.kl` and `out.lse`. Class attributes too: `entropy_gradient = True`, without which the
+    entropy is a number that carries no gradient; `beta`, with a reference, for a differentiable `out.divergence`;
+    `temperature_of_logits`. An `__init__` of your own begins with `super().__init__()`. `token_loss` sees some of the
     tokens at a time, so it must not mix tokens. Further tensors of the labels' shape, given by keyword to the call,
     arrive in its parameters of the same names. The gradient is taken while the logits are at hand: 3 GEMMs, 2 with a
     frozen head, one more with a reference.

@@ -35,7 +35,9 @@ class CrossEntropyLoss(Objective):
             and in no state dict. It moves with `.to(device)`, and where the call is elsewhere it is copied there each
             time.
         reduction: "token_mean": all is divided by n. "weighted_mean": as PyTorch's and Liger's mean, which divide by
-            Σ w[label] (by 1 where that is 0), the z-loss by n. No difference without class_weights.
+            Σ w[label] (by 1 where that is 0), the z-loss by n. No difference without class_weights. With accumulated
+            gradients, also in a Trainer, that is the mean of the parts' means, as PyTorch's is, unless `num_items` is
+            given.
 
     Args of the call: hidden [..., D], head, labels [...] int64, `num_items` (a number or a tensor of one; default: the
     tokens with a label; for weighted_mean a pair: Σ w[label], and n). Returns a scalar, float32 (float64 for float64).
