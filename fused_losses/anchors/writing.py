@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import secrets
 from collections.abc import Iterable, Iterator
@@ -74,6 +73,8 @@ def _held(path: Path) -> Iterator[int | None]:
 
 def lock(descriptor: int, path: Path) -> None:
     """Of the open file, not of the process: a second opening in the same process is refused too."""
+    import fcntl  # not on Windows, where the rest of the package can be imported
+
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -84,6 +85,8 @@ def lock(descriptor: int, path: Path) -> None:
 
 
 def unlock(descriptor: int) -> None:
+    import fcntl
+
     fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
