@@ -25,7 +25,7 @@ from .jsonl import (
 )
 from .records import FORMAT, Record
 from .spans import KnownTokenizer
-from .writing import lock, sync_directory, unlock, write_lines
+from .writing import check_locks, lock, sync_directory, unlock, write_lines
 
 BLOCK = 1 << 20
 START = b'{"format": "' + FORMAT.encode() + b'"'  # of every line that is written here
@@ -129,7 +129,7 @@ class RecordFile:
 
     Raises:
         ValueError: the file is open elsewhere, or not of records, with file and line.
-        OSError: it cannot be opened, read or written.
+        OSError: it cannot be opened, read or written, or the system has no file locks.
     """
 
     def __init__(self, path: str | os.PathLike, tokenizer: Any = None) -> None:
@@ -228,6 +228,7 @@ class RecordFile:
 
     def _open(self) -> int:
         """Locked, and still the file of that name: whoever held the lock before may have put another in its place."""
+        check_locks(self.path)
         while True:
             descriptor = open_regular(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
             try:

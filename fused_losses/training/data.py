@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .. import anchors
-from ..anchors.chat import _template
+from ..anchors.chat import prompt_ids, whole_ids
 from ..anchors.checked import check_messages, record_from
 from ..anchors.jsonl import Fault, as_path, read_lines, show, show_path
 from ..anchors.records import FORMAT, Record
@@ -249,7 +249,7 @@ def _chat(known: KnownTokenizer, value: dict, role: str) -> Iterable[tuple[list[
     messages, tools = list(check_messages(value["messages"])), value.get("tools")
     if tools is not None and not isinstance(tools, list):
         raise Fault(f"tools: expected a list, got {show(tools)}; leave tools out where there are none")
-    whole = _template(known, messages, tools)
+    whole = whole_ids(known, messages, tools)
     if role == "retain":
         return [(whole, list(whole))]
     answers = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
@@ -257,8 +257,8 @@ def _chat(known: KnownTokenizer, value: dict, role: str) -> Iterable[tuple[list[
         raise Fault("messages: expected an answer of the role assistant, which is what is learned, got none; add it")
     rows: list[tuple[list[int], list[int]]] = []
     for at in answers:
-        prompt = _template(known, messages[:at], tools, add_generation_prompt=True)
-        answered = _template(known, messages[: at + 1], tools)
+        prompt = prompt_ids(known, messages[:at], tools)
+        answered = whole_ids(known, messages[: at + 1], tools)
         if answered[: len(prompt)] != prompt:
             raise Fault(
                 f"messages[{at}]: expected a chat template that puts the answer after the prompt, got another of the "

@@ -353,9 +353,8 @@ def test_ids_that_the_model_does_not_know(model):
 def test_chat_template_that_refuses_a_conversation(model):
     tokenizer = copy.deepcopy(tuned.tokenizer())
     tokenizer.chat_template = "{{ raise_exception('no system\nrole') }}"
-    with pytest.raises(
-        ValueError, match=r"prompts: the chat template refuses 'Hello' .TemplateError: no system role.;"
-    ):
+    refused = r"prompts: 'Hello': the tokenizer's chat template refuses them .TemplateError: no system role.;"
+    with pytest.raises(ValueError, match=refused):
         check(model, tokenizer, **SMALL)
     tokenizer.chat_template = None
     assert check(model, tokenizer, **SMALL).value("kl") > 0
