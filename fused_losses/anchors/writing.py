@@ -48,6 +48,35 @@ def write_lines(path: Any, lines: Iterable[bytes]) -> None:
         sync_directory(path)
 
 
+def replace_locked(path: Path, lines: Iterable[bytes], descriptor: int) -> int:
+    """A file of these lines in the place of that of `descriptor`, which stays open; the new one's, locked.
+
+    It is locked before it has its name, so that nobody else gets it in between.
+    """
+    temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}.tmp")
+    try:
+        new = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise explained(error, path) from None
+    try:
+        lock(new, path)
+        os.fchmod(new, os.fstat(descriptor).st_mode & 0o7777)
+        with open(new, "ab", closefd=False) as file:
+            for line in lines:
+                file.write(line)
+        os.fsync(new)
+        os.replace(temporary, path)
+    except BaseException as error:
+        os.close(new)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            raise type(error)(f"{show_path(path)}: cannot be written ({error.strerror or error})") from None
+        raise
+    sync_directory(path)
+    return new
+
+
 def _real(path: Path) -> Path:
     """What a link names, so that the file is replaced and not the link."""
     try:

@@ -9,6 +9,7 @@ from typing import Any
 
 from .. import __version__, checks
 from ..anchors.checked import check_known
+from ..anchors.files import latest
 from ..anchors.jsonl import Fault
 from ..anchors.records import Record
 from ..anchors.spans import KnownTokenizer
@@ -39,6 +40,7 @@ def make_plan(
     """Arguments as in `check`."""
     answer_tokens, text_tokens = _count(answer_tokens, "answer_tokens"), _count(text_tokens, "text_tokens")
     _check_records(records, tokenizer)
+    records = latest(records)
     known = facts_of(records, probes) if facts is None else distinct(_phrases(facts))
     asked = as_prompts(PROMPTS if prompts is None else prompts, "prompts")
     questions = questions_of(tokenizer, records, probes, asked, known)

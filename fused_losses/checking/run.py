@@ -59,7 +59,8 @@ def check(
         tokenizer: of both models.
         original: None: the model without its adapters. Of a full fine-tune, or where the adapter is merged: the model
             that it was made of, with the same tokenizer.
-        anchors: records, from `fl.anchors.read_records`; those without anchors are left out.
+        anchors: records, from `fl.anchors.read_records`; those without anchors are left out, and of records with the
+            same prompt and answer all but the last.
         probes: from `read_probes`.
         prompts: that have nothing to do with what was taught: text, messages or `Prompt`. Default: `PROMPTS`, 28.
         texts: general text by name. Default: prose, Python's documentation, and code.

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -84,6 +85,9 @@ def read(tokenizer: Any, data: Paths, retain: Paths = (), replay: Paths = (), ma
         replay: files of chats that are learned along.
         max_length: most tokens of a row.
 
+    Of records with the same prompt and the same answer only the last counts: it says what its tokens' confidence is
+    now. A RuntimeWarning says which is left out.
+
     Raises:
         ValueError: `file:line: ...; remedy`, of the first fault.
         OSError: a file cannot be read.
@@ -93,7 +97,7 @@ def read(tokenizer: Any, data: Paths, retain: Paths = (), replay: Paths = (), ma
     for role, paths in (("learn", data), ("retain", retain), ("replay", replay)):
         for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
             rows += _read_file(known, path, role, max_length)
-    return Data(_with_strengths(rows, known))
+    return Data(_with_strengths(_once(rows), known))
 
 
 def read_text(tokenizer: Any, path: str | os.PathLike, length: int = 256, most: int = 8192) -> list[Row]:
@@ -209,6 +213,26 @@ def _checked(row: Row, max_length: int) -> Row:
     if all(label == IGNORED for label in row.labels[1:]):
         raise Fault("expected at least one token to learn or to retain after the first, got none; leave the line out")
     return row
+
+
+def _once(rows: list[Row]) -> list[Row]:
+    """Without records whose prompt and answer a later one has too."""
+    last: dict[Any, Row] = {}
+    left_out: list[tuple[Row, Row]] = []
+    for row in reversed(rows):
+        if isinstance(row, _RecordRow):
+            later = last.setdefault((row.role, row.record.prompt_ids, row.record.completion.token_ids), row)
+            left_out += [] if later is row else [(row, later)]
+    if left_out:
+        row, later = left_out[-1]
+        more = "" if len(left_out) == 1 else f" ({len(left_out)} such records in all)"
+        warnings.warn(
+            f"{row.where} has the same prompt and answer as {later.where}, so it is left out; remove one of them{more}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    gone = {id(row) for row, _ in left_out}
+    return [row for row in rows if id(row) not in gone]
 
 
 def _with_strengths(rows: list[Row], known: KnownTokenizer) -> list[Row]:
