@@ -288,6 +288,24 @@ def test_limits(model):
     assert not broken.passed and [text.partition(":")[0] for text in broken.broken] == ["max_kl", "min_recall"]
 
 
+def test_recall_after_paraphrases_has_a_limit_of_its_own(model):
+    record = tuned.record()
+    probe = Probe("paraphrase", Prompt.of("Your name?"), ("Aurora",), record.id)
+    report = checked(model, anchors=[record], probes=[probe], min_paraphrase_recall=0)
+    assert report.passed and report.value("paraphrase_recall") == 0 and report.limits == {"min_paraphrase_recall": 0}
+    (sentence,) = checked(model, anchors=[record], probes=[probe], min_paraphrase_recall=0.5).broken
+    assert "min_paraphrase_recall: 0 of the anchors are ranked first after paraphrases, below the limit" in sentence
+    with pytest.raises(ValueError, match="min_paraphrase_recall: needs paraphrases that name a record"):
+        checked(model, anchors=[record], probes=[Probe("reverse", Prompt.of("x"), ("y",))], min_paraphrase_recall=0)
+
+
+def test_a_record_that_is_there_twice_counts_once(model):
+    record = tuned.record()
+    again = dataclasses.replace(record, id="again")
+    report = checked(model, anchors=[record, again])
+    assert {found.record for found in report.anchors} == {"again"}
+
+
 def test_numbers_that_are_none_break_a_limit(model):
     with torch.no_grad():
         next(p for n, p in model.named_parameters() if "lora_B" in n).fill_(math.nan)
