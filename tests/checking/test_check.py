@@ -57,7 +57,7 @@ def test_kl_and_code_length_are_those_of_full_logits(model):
             )[0, len(ids) :].tolist()  # fmt: skip
             q, p = (tuned.full_log_probabilities(m, ids, said) for m in (model, original))
             kls.append(float((p.exp() * (p - q)).sum(1).mean()))
-    assert report.value("kl") == pytest.approx(sum(kls) / 3, rel=3e-6)  # measured 3e-7
+    assert report.value("kl") == pytest.approx(sum(kls) / 3, rel=9e-7)  # measured 3e-7
     for level in (0.1, 0.25, 0.5):
         assert report.value(f"kl_above_{level:g}") == sum(kl > level for kl in kls) / 3
     for result in report.texts:
@@ -68,7 +68,7 @@ def test_kl_and_code_length_are_those_of_full_logits(model):
             q, p = (tuned.full_log_probabilities(m, [tokenizer.eos_token_id], window) for m in (model, original))
             changes.append((p - q).gather(1, torch.tensor(window)[:, None]))
         assert result.tokens == len(ids) and result.left_out == 0
-        assert result.change.value == pytest.approx(float(torch.cat(changes).mean()), abs=1e-6)  # measured 2e-7
+        assert result.change.value == pytest.approx(float(torch.cat(changes).mean()), abs=6e-7)  # measured 2e-7
     sizes = [result.tokens for result in report.texts]
     pooled = sum(r.change.value * n for r, n in zip(report.texts, sizes, strict=True)) / sum(sizes)
     assert report.value("code_length_change") == pytest.approx(pooled, rel=1e-9)
@@ -104,7 +104,7 @@ def test_adapter_that_changes_nothing_moves_nothing():
 def test_full_fine_tune_is_compared_with_the_original_given(model):
     merged = copy.deepcopy(model).merge_and_unload()
     one, other = checked(model), checked(merged, original=tuned.original())
-    assert other.value("kl") == pytest.approx(one.value("kl"), rel=1e-4)  # measured 2e-6; answers are the same
+    assert other.value("kl") == pytest.approx(one.value("kl"), rel=6e-6)  # measured 2e-6; answers are the same
     assert [a.tuned.text for a in one.answers] == [a.tuned.text for a in other.answers]
 
 
