@@ -15,7 +15,7 @@ from fused_losses.anchors.page.tasks import read_prompts
 GUIDE = (Path(__file__).parents[2] / "docs" / "correct-a-fact.md").read_text()
 BLOCKS = re.findall(r"^```(sh|python)\n(.*?)^```$", GUIDE, re.M | re.S)
 FILES = dict(re.findall(r"^cat > (\S+) <<'END'\n(.*?)^END$", GUIDE, re.M | re.S))
-COMMANDS = re.findall(r"^fused-losses (.*?)(?: <<'END')?$", GUIDE, re.M)
+COMMANDS = re.findall(r"^fused-losses (.*?)(?: <<'END')?$", GUIDE.replace("\\\n", ""), re.M)
 OPTIONS = re.findall(r"`(--[a-z-]+)[^`]*`", GUIDE)
 
 
