@@ -38,7 +38,7 @@ def test_its_files_are_read(tmp_path):
         (tmp_path / name).write_text(text)
     kinds = [probe.kind for probe in checking.read_probes(tmp_path / "probes.jsonl")]
     assert sorted(set(kinds)) == ["paraphrase", "reverse", "unrelated"]
-    assert [len(read_prompts(tmp_path / name)) for name in ("questions.txt", "retain.txt", "more.txt")] == [1, 8, 1]
+    assert [len(read_prompts(tmp_path / name)) for name in ("questions.txt", "retain.txt", "more.txt")] == [1, 6, 1]
     probes = {probe.prompt.text for probe in checking.read_probes(tmp_path / "probes.jsonl")}
     retained = {task.title for task in read_prompts(tmp_path / "retain.txt")}
     assert not probes & retained  # what is trained on measures nothing
