@@ -22,13 +22,13 @@ OPTIONS = re.findall(r"`(--[a-z-]+)[^`]*`", GUIDE)
 def test_every_command_is_one_of_ours():
     found = [cli.parser().parse_args(command.split()) for command in COMMANDS]
     assert [given.run.__module__.rpartition(".")[2] for given in found] == [
-        "annotate", "annotate", "train", "check", "annotate", "train",
+        "annotate", "annotate", "retain", "train", "check", "annotate", "train",
     ]  # fmt: skip
 
 
 def test_options_named_in_the_text_exist():
     (commands,) = (action for action in cli.parser()._actions if isinstance(action.choices, dict))
-    known = {option for name in ("annotate", "train", "check") for a in commands.choices[name]._actions
+    known = {option for name in ("annotate", "retain", "train", "check") for a in commands.choices[name]._actions
              for option in a.option_strings}  # fmt: skip
     assert len(OPTIONS) > 5 and set(OPTIONS) - known == set()
 
