@@ -55,8 +55,6 @@ def _run(given: argparse.Namespace) -> None:
 
     models.check(given)
     tasks = read_prompts(given.prompts)
-    if not tasks:
-        raise ValueError(f"--prompts: {given.prompts} has no prompt; write one a line")
     for at, task in enumerate(tasks, 1):
         if task.tools:
             raise ValueError(

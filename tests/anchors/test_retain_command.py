@@ -74,8 +74,8 @@ def test_with_an_adapter_the_answers_are_those_of_the_model_without_it(folder, p
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("", "has no prompt"),
-        (json.dumps({"prompt": "hi", "tools": [{"name": "clock"}]}), "prompt 1 of .* has tools"),
+        ("", "at least one line, got an empty file"),
+        (json.dumps({"prompt": "hi", "tools": [{"name": "clock"}]}), r"prompt 1 of .* has tools"),
         (json.dumps({"prompt": 3}), r"prompts.jsonl:1: .*prompt"),
     ],
     ids=["empty", "tools", "no text"],
