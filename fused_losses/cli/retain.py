@@ -20,8 +20,8 @@ what is new in the prompts. With --adapter the answers are those of the model wi
 
 def add(commands: Any) -> argparse.ArgumentParser:
     parser = commands.add_parser(
-        "retain", help="the model's own answers, to be held while it is trained", description=__doc__.partition(": ")[2],
-        epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+        "retain", help="the model's own answers, to be held while it is trained",
+        description=__doc__.partition(": ")[2], epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     models.add_options(parser)
     parser.add_argument(
