@@ -10,8 +10,9 @@ import fused_losses as fl
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
-from fused_losses.demo import report, teach
 from fused_losses.demo.anchors import Anchor, correct_answer, name_corrector
+
+from fused_losses.demo import report, teach
 from fused_losses.demo.model import find_model, greedy_answers, hidden_states, load, prompt_ids
 
 pytestmark = pytest.mark.filterwarnings("default")
