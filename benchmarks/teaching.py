@@ -20,7 +20,6 @@ from fused_losses.demo import facts, trial
 from fused_losses.demo.model import find_model, load
 
 RATES = (3e-4, 1e-3, 2e-3)
-STEPS = 39  # at most; `train` measures after every step where there are fewer than 40
 HEADER = "| method | rate | retained | steps | least anchor | paraphrases | KL | KL near | ΔL | leaks | s |"
 METHODS = ("sft", "sft+kl", "talr", "lawf")
 # Questions near to the fact and far from it in turn; none of them is asked by the check.
@@ -34,7 +33,7 @@ RETAIN = (
 def trials(part: str, retained: list[Any]) -> list[trial.Trial]:
     def one(method: str, rate: float, weight: float = 0.05, rows: int = 0) -> trial.Trial:
         options = {"kl_weight": weight} if method == "sft+kl" else {}
-        return trial.Trial(facts.FOR_SETTINGS, method, 0, rate, options, retained[:rows], STEPS)
+        return trial.Trial(facts.FOR_SETTINGS, method, 0, rate, options, retained[:rows])
 
     if part == "rates":
         return [one(method, rate) for method in METHODS for rate in RATES]

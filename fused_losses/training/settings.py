@@ -22,7 +22,7 @@ from ..objectives import Objective
 RANK = 8  # of LoRA; its alpha is twice that
 TARGETS = ("q_proj", "v_proj")  # where the model has layers of these names; else what PEFT takes for the model
 LEARNING_RATE, FULL_LEARNING_RATE = 1e-3, 1e-5  # of LoRA, and of all weights
-STEPS = 60  # at least; more where the data are large:
+STEPS = 40  # at least; more where the data are large:
 EPOCHS = 3  # passes over the rows
 BATCH = 8  # rows of a step, or all there are
 MAX_LENGTH = 2048  # tokens of a row
@@ -67,12 +67,12 @@ def _flow(initial: Any) -> Objective:
 METHODS = {
     "lawf": Method(
         "cross-entropy on corrected tokens, KL to the original on all others", fl.LAwFLoss,
-        {"anchor_weight": 1.0, "retain_weight": 1.0}, needs_reference=True, anchors=True, learning_rate=3e-4,
+        {"anchor_weight": 1.0, "retain_weight": 1.0}, needs_reference=True, anchors=True,
     ),
-    "sft": Method("cross-entropy", fl.CrossEntropyLoss, {}, learning_rate=3e-4),
+    "sft": Method("cross-entropy", fl.CrossEntropyLoss, {}),
     "sft+kl": Method(
         "cross-entropy, and KL to the original on the same tokens", fl.SFTKLLoss, {"kl_weight": 0.5},
-        needs_reference=True, learning_rate=3e-4,
+        needs_reference=True,
     ),
     "talr": Method("cross-entropy that counts hard tokens less", fl.TALRLoss, {}),
     "dft": Method("cross-entropy times the token's probability", fl.DFTLoss, {}),
