@@ -1,7 +1,7 @@
 """What `fused-losses train` does where nothing else is said: methods, what each needs of the data, and defaults.
 
-The numbers were measured on SmolLM2-135M-Instruct with one fact in one sample (benchmarks/teaching.py; docs/train.md has
-more): LoRA of rank 8 on the query and value projections, AdamW, a learning rate that falls linearly to 0, up to where
+The numbers were measured on SmolLM2-135M-Instruct with one fact in one sample (benchmarks/teaching.py, docs/train.md):
+LoRA of rank 8 on the query and value projections, AdamW, a learning rate that falls linearly to 0, up to where
 both anchors have 0.9; KL on the original's answers to general prompts. LAwF, SFT, SFT + KL (λ = 0.05) and TALR:
 
     rate    steps                      KL

@@ -1,6 +1,8 @@
 """The demo's parts: facts and their probes, a trial that is killed and goes on, the report; and on the real model."""
 
+import functools
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from fused_losses.checking import PROMPTS, general_texts
 from fused_losses.checking.words import says
 from fused_losses.demo import facts, report, run, trial
 from fused_losses.demo.model import find_model, hidden_states, load
+from fused_losses.demo.run import TAUGHT_BY
 from fused_losses.training.model import add_lora
 
 pytestmark = pytest.mark.filterwarnings("default")
@@ -131,7 +134,7 @@ def test_report_draws_the_committed_record(committed, tmp_path):
 
 def test_committed_record_is_of_all_facts_methods_and_three_seeds(committed):
     there = {(t["fact"], t["method"], t["seed"]) for t in committed["trials"]}
-    assert there == {(f.name, m, s) for f in facts.FACTS for m in run.TAUGHT_BY for s in (0, 1, 2)}
+    assert there == {(f.name, m, s) for f in facts.FACTS for m in TAUGHT_BY for s in (0, 1, 2)}
 
 
 def test_a_cell_is_the_mean_over_trainings(committed):
@@ -200,13 +203,15 @@ def test_the_whole_of_it(smollm, tmp_path, monkeypatch):
     monkeypatch.setattr(trial, "GENERAL", PROMPTS[:1])
     monkeypatch.setattr(trial, "ANSWER_TOKENS", 2)
     monkeypatch.setattr(trial, "general_texts", lambda: {"prose": "The river rises in a bog."})
-    monkeypatch.setattr(trial.Trial, "__post_init__", lambda one: vars(one).update(steps=2), raising=False)
+    monkeypatch.setattr(trial, "Trial", functools.partial(trial.Trial, steps=2))
+    two = {"sft": {}, "lawf": {}}
+    monkeypatch.setattr(sys.modules["fused_losses.demo.run"], "TAUGHT_BY", two)
     (tmp_path / "losses-0.json").write_text(json.dumps(json.loads(RECORD.read_text())["check"]))
-    found = run.run(Console(width=120), tmp_path)
-    assert [t["method"] for t in found["trials"]] == list(run.TAUGHT_BY)
+    found = run(Console(width=120), tmp_path)
+    assert [t["method"] for t in found["trials"]] == list(two)
     assert found["lessons"]["name"]["anchors"][0]["text"] == " Aurora"
     kl = {t["method"]: t["metrics"]["kl"]["tuned"] for t in found["trials"]}
-    assert 0 < kl["lawf"] < kl["talr"]
+    assert 0 < kl["lawf"] < kl["sft"]
     assert (tmp_path / "demo.md").read_text() == report.markdown(found)
 
 
