@@ -249,8 +249,8 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
             axes.plot(*zip(*points, strict=True), marker, color=colour, markersize=5, alpha=0.4, markeredgewidth=0)
         axes.plot(x, y, marker, color=colour, markersize=13, markeredgecolor="white", markeredgewidth=1.5, zorder=3)
         reached = sum(t["training"]["reached"] for t in some)
-        note = "" if reached == len(some) else f"\nnot learnt to {record['settings']['probability']:g}: "
-        note += "" if not note else f"{len(some) - reached} of {len(some)}"
+        short = len(some) - reached
+        note = f"\n{short} of {len(some)} ended below {record['settings']['probability']:g}" if short else ""
         means.append((x, y, label + note))
     axes.set_yscale("log")
     _name(axes, means)
