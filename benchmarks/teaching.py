@@ -18,6 +18,7 @@ from tqdm import tqdm
 from fused_losses.anchors import retain_rows
 from fused_losses.demo import facts, trial
 from fused_losses.demo.model import find_model, load
+from fused_losses.demo.report import brief
 
 RATES = (3e-4, 1e-3, 2e-3)
 HEADER = "| method | rate | retained | steps | least anchor | paraphrases | KL | KL near | ΔL | leaks | s |"
@@ -67,10 +68,15 @@ def main() -> None:
     tokenizer, base = load(find_model(None))
     _, record = facts.corrected(base, tokenizer, facts.FOR_SETTINGS)
     retained = retain_rows(base, tokenizer, RETAIN, max_new_tokens=48, output=given.output / "retained.jsonl")
+    (given.output / "results").mkdir(exist_ok=True)
+    results: dict[str, Any] = {}
     for part in given.parts:
         print(f"\n{part}\n{HEADER}")
         for one in tqdm([t for t in trials(part, retained) if t.method in given.methods], desc=part):
-            tqdm.write(row(trial.run(one, base, tokenizer, record, given.output, lambda part: None)))
+            found = trial.run(one, base, tokenizer, record, given.output, lambda part: None)
+            results[one.name] = {"retained": found["retained"], **brief(found, answers_too=False)}
+            tqdm.write(row(found))
+    trial.write_json(given.output / "results" / "teaching.json", results)
 
 
 if __name__ == "__main__":

@@ -21,11 +21,11 @@ Table = tuple[str, list[str], list[list[str]]]
 Trial = Mapping[str, Any]
 
 
-def brief(result: Trial) -> dict[str, Any]:
+def brief(result: Trial, answers_too: bool = True) -> dict[str, Any]:
     """What demo.json keeps of a trial: all numbers, and some of the answers."""
     left, answers = dict(SHOWN), []
     for answer in result["answers"]:
-        if left[answer["kind"]]:
+        if answers_too and left[answer["kind"]]:
             left[answer["kind"]] -= 1
             answers.append({name: answer[name] for name in ("kind", "prompt", "original", "tuned")})
     training = {name: value for name, value in result["training"].items() if name != "measurements"}
@@ -284,5 +284,4 @@ def _name(axes: Any, means: list[tuple[float, float, str]]) -> None:
         axes.annotate(
             text, (x, y), textcoords="offset pixels", xytext=(-14 if left else 14, bottom - up), va="bottom",
             ha="right" if left else "left", color="#222222", fontsize=11, weight="bold", zorder=4,
-            bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 1},
         )  # fmt: skip

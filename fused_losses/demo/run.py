@@ -92,7 +92,7 @@ def run(
 
     found = {
         "check": losses, "lessons": {fact.name: _lesson(fact, *known) for fact, known in lessons.items()},
-        "settings": _settings(), "trials": [report.brief(one) for one in results],
+        "settings": _settings(), "trials": [report.brief(one, one["seed"] == seed) for one in results],
         "versions": {
             "fused_losses": fl.__version__,
             "python": platform.python_version(),
