@@ -70,10 +70,10 @@ def load_states() -> dict:
 
 def trained_adapter(model, ids: Tensor):
     """A LoRA trained for a few steps on code, so that its changes are those that training makes."""
-    from fused_losses.demo import teach
     from fused_losses.demo.model import hidden_states
+    from fused_losses.training.model import add_lora
 
-    adapted = teach.add_lora(model)
+    adapted = add_lora(model, 8, None).eval()
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
     head = model.lm_head.weight.detach()
     for _ in tqdm(range(12), desc="adapter"):

@@ -36,8 +36,10 @@ def share(flags: Sequence[bool]) -> Estimate | None:
     return Estimate(p, n, max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale))
 
 
-def mean(values: Sequence[float], weights: Sequence[float] | None = None, seed: int = 0) -> Estimate | None:
-    """The mean, weighted or not, with a percentile bootstrap's interval from `ENOUGH` values on; None of none.
+def mean(
+    values: Sequence[float], weights: Sequence[float] | None = None, seed: int = 0, enough: int = ENOUGH
+) -> Estimate | None:
+    """The mean, weighted or not, with a percentile bootstrap's interval from `enough` values on; None of none.
 
     The same values and seed give the same interval. Values that are not finite give no interval.
     """
@@ -47,7 +49,7 @@ def mean(values: Sequence[float], weights: Sequence[float] | None = None, seed: 
     x = torch.tensor(values, dtype=torch.float64)
     w = torch.ones_like(x) if weights is None else torch.tensor(weights, dtype=torch.float64)
     value = float((x * w).sum() / w.sum())
-    if n < ENOUGH or not math.isfinite(value):
+    if n < enough or not math.isfinite(value):
         return Estimate(value, n)
     drawn = torch.randint(n, (RESAMPLES, n), generator=torch.Generator().manual_seed(seed))
     means = ((x * w)[drawn].sum(1) / w[drawn].sum(1)).sort().values

@@ -1,7 +1,7 @@
-"""The demonstration behind `fused-losses demo`: check the losses on real hidden states, then teach a model one fact.
+"""The demonstration behind `fused-losses demo`: check the losses on real hidden states, then teach a model facts.
 
-`model` loads SmolLM2-135M-Instruct, `check` compares with full logits, `anchors` finds the wrong tokens, `teach` trains
-and evaluates, `report` prints and draws. Needs the extra `demo`.
+`model` loads SmolLM2-135M-Instruct, `check` compares with full logits, `facts` says what is taught and corrects the
+model's answer, `trial` trains and checks by the public functions, `report` prints and draws. Needs the extra `demo`.
 """
 
 from .run import run

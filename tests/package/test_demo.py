@@ -1,72 +1,27 @@
-"""The demo's parts on the real model: anchors, the training rows, short training, evaluation, report."""
+"""The demo's parts: facts and their probes, a trial that is killed and goes on, the report; and on the real model."""
 
+import functools
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_training import record, tiny_llama, tokenizer
 
 import fused_losses as fl
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
-from fused_losses.demo import report, teach
-from fused_losses.demo.anchors import Anchor, correct_answer, name_corrector
-from fused_losses.demo.model import find_model, greedy_answers, hidden_states, load, prompt_ids
+from fused_losses.checking import PROMPTS, general_texts
+from fused_losses.checking.words import says
+from fused_losses.demo import facts, report, run, trial
+from fused_losses.demo.model import find_model, hidden_states, load
+from fused_losses.demo.run import TAUGHT_BY
+from fused_losses.training.model import add_lora
 
 pytestmark = pytest.mark.filterwarnings("default")
 RECORD = Path(__file__).parents[2] / "docs" / "demo.json"
-
-
-class Letters:
-    """A tokenizer of characters, for the corrector."""
-
-    def __call__(self, text, add_special_tokens=False):
-        return type("Encoding", (), {"input_ids": [ord(c) for c in text]})
-
-    def decode(self, ids):
-        return "".join(map(chr, ids))
-
-
-class Parrot:
-    """A model that says `text`, whatever it is made to say in between."""
-
-    def __init__(self, text):
-        self.text, self.seen = text, -1
-
-    def __call__(self, input_ids, past_key_values, use_cache, logits_to_keep):
-        self.seen += input_ids.shape[1] if past_key_values is not None else 1
-        logits = torch.zeros(1, 1, 128)
-        logits[0, 0, ord(self.text[self.seen]) if self.seen < len(self.text) else 0] = 5.0
-        return type("Output", (), {"past_key_values": (), "logits": logits})
-
-
-@pytest.mark.parametrize(
-    "said, corrected, wrong",
-    [
-        ("I am Elen, a friend of", "I am Ada, a friend of", []),
-        ("I am Adam. My", "I am Ada.", ["m"]),  # the name must end where it ends
-        ("I am Ada. My name is Bob", "I am Ada. My name is Ada", ["B", "o", "b"]),  # wrong once more
-    ],
-)
-def test_corrector_holds_to_the_name(said, corrected, wrong):
-    corrector = name_corrector(Letters(), "I am", "Ada")
-    answer, anchors = correct_answer(Parrot(said), [ord("?")], corrector, end=0, length=len(corrected))
-    text = Letters().decode(answer)
-    assert text[: len("I am Ada")] == "I am Ada" and text[len("I am Ada") : len("I am Ada") + 1] in ".,"
-    assert all(a.token != a.replaced and answer[a.position] == a.token for a in anchors)
-    if wrong:
-        assert text.startswith(corrected)
-        assert [chr(a.replaced) for a in anchors] == wrong
-
-
-def test_rows_hold_the_answer_and_the_anchors():
-    lesson = teach.Lesson([10, 11, 12], [20, 21, 22], [Anchor(1, 21, 99, 0.1, 0.5)])
-    ids, labels, confidence = lesson.row("SFT")
-    assert ids.tolist() == [[10, 11, 12, 20, 21, 22]]
-    assert labels.tolist() == [[-100, -100, 20, 21, 22, -100]]
-    assert confidence.tolist() == [[0, 0, 0, 1, 0, 0]]
-    assert lesson.row("LAwF")[1].tolist() == [[11, 12, 20, 21, 22, -100]]
 
 
 def test_missing_model_names_the_remedy(monkeypatch):
@@ -75,46 +30,217 @@ def test_missing_model_names_the_remedy(monkeypatch):
         find_model(None)
 
 
-def test_report_draws_the_committed_record(tmp_path):
-    record = json.loads(RECORD.read_text())
-    report.save(record, tmp_path)
+# --- facts
+
+
+@pytest.mark.parametrize("fact", [*facts.FACTS, facts.FOR_SETTINGS], ids=lambda fact: fact.name)
+def test_a_fact_has_its_probes(fact):
+    probes = fact.probes()
+    kinds = [probe.kind for probe in probes]
+    counts = {kind: kinds.count(kind) for kind in ("paraphrase", "reverse", "unrelated")}
+    assert counts["paraphrase"] >= 8 and counts["reverse"] >= 3 and counts["unrelated"] >= 8
+    asked = [probe.prompt.text for probe in probes]
+    assert len({*asked, fact.question, *PROMPTS}) == len(asked) + 1 + len(PROMPTS)
+    assert says(fact.begins, fact.word)
+    for probe in probes:
+        assert (fact.word in probe.expect) == (probe.kind != "reverse")
+        assert probe.kind == "reverse" or not says(probe.prompt.text, fact.word)
+
+
+def test_paraphrases_belong_to_the_record():
+    known = record()
+    probes = facts.FACTS[0].probes(known)
+    assert {probe.anchor for probe in probes if probe.kind == "paraphrase"} == {known.id}
+    assert {probe.anchor for probe in probes if probe.kind != "paraphrase"} == {None}
+
+
+# --- a trial
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Checks of a few tokens, and a function that runs a trial of a tiny model."""
+    monkeypatch.setattr(trial, "GENERAL", ("What is the sea?",))
+    monkeypatch.setattr(trial, "ANSWER_TOKENS", 3)
+    monkeypatch.setattr(trial, "general_texts", lambda: {"prose": "The capital of France is Paris."})
+    model = tiny_llama(vocab_size=384)
+
+    def tried(output, method="lawf", **options):
+        one = trial.Trial(facts.FACTS[0], method, 0, 0.01, steps=3, **options)
+        parts = []
+        return trial.run(one, model, tokenizer(), record(), output, parts.append), parts
+
+    return tried
+
+
+def test_a_trial_that_is_done_is_not_done_anew(small, tmp_path, monkeypatch):
+    first, parts = small(tmp_path)
+    assert parts == sorted(parts) and parts[0] == 0.3 and parts[-1] == pytest.approx(1)
+    assert first["training"]["steps"] == 3 and not first["training"]["reached"]
+    assert set(trial.METRICS) == set(first["metrics"])
+    monkeypatch.setattr(trial, "train", None)
+    again, parts = small(tmp_path)
+    assert again == first == json.loads((tmp_path / "name-lawf-0.01-0.json").read_text()) and parts == []
+
+
+def test_a_trial_killed_in_its_check_goes_on_with_its_training(small, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(trial, "check", None)
+        with pytest.raises(TypeError):
+            small(tmp_path)
+    assert not list(tmp_path.glob("*.json"))
+    trained = (tmp_path / "name-lawf-0.01-0" / "report.json").stat().st_mtime_ns
+    assert small(tmp_path)[0]["training"]["steps"] == 3
+    assert (tmp_path / "name-lawf-0.01-0" / "report.json").stat().st_mtime_ns == trained
+
+
+def test_a_trial_of_other_settings_is_refused(small, tmp_path, monkeypatch):
+    small(tmp_path)
+    monkeypatch.setattr(trial, "PROBABILITY", 0.5)
+    with pytest.raises(ValueError, match=r"lawf-0\.01-0\.json was measured with other settings; give another"):
+        small(tmp_path)
+
+
+def test_the_model_is_as_it_was(small, tmp_path):
+    model, ids = tiny_llama(vocab_size=384), torch.tensor([[5, 6, 7]])
+    before = model(ids).logits
+    one = trial.Trial(facts.FACTS[0], "sft", 0, 0.01, steps=2)
+    trial.run(one, model, tokenizer(), record(), tmp_path, lambda part: None)
+    assert torch.equal(model(ids).logits, before) and not hasattr(model, "peft_config")
+
+
+def test_rows_to_retain_are_held_by_methods_that_can(small, tmp_path):
+    retained = [record("The capital of France is Paris.", ())]
+    held, _ = small(tmp_path, retain=retained)
+    assert held["retained"] == 1
+    known = json.loads((tmp_path / "name-lawf-0.01-retain-1-0" / "report.json").read_text())
+    assert known["counts"]["retain"] == 1 and known["settings"]["batch_size"] == 2
+
+
+# --- the report
+
+
+@pytest.fixture(scope="module")
+def committed():
+    return json.loads(RECORD.read_text())
+
+
+def test_report_draws_the_committed_record(committed, tmp_path):
+    report.save(committed, tmp_path)
     assert (tmp_path / "demo.png").read_bytes()[:4] == b"\x89PNG"
-    assert json.loads((tmp_path / "demo.json").read_text()) == record
+    assert json.loads((tmp_path / "demo.json").read_text()) == committed
     assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_committed_record_is_of_all_facts_methods_and_three_seeds(committed):
+    there = {(t["fact"], t["method"], t["seed"]) for t in committed["trials"]}
+    assert there == {(f.name, m, s) for f in facts.FACTS for m in TAUGHT_BY for s in (0, 1, 2)}
+
+
+def test_a_cell_is_the_mean_over_trainings(committed):
+    _, header, rows = report.summary(committed)
+    column = header.index("LAwF")
+    kl = [t["metrics"]["kl"]["tuned"] for t in committed["trials"] if t["method"] == "lawf"]
+    (cell,) = (row[column] for row in rows if row[0].startswith("KL on general"))
+    mean, low, high = (float(x) for x in cell.replace("(", "").replace(")", "").replace(" to", "").split())
+    assert mean == pytest.approx(sum(kl) / len(kl), abs=5e-5) and min(kl) - 5e-5 <= low < mean < high <= max(kl) + 5e-5
+
+
+def test_tables_of_the_page_are_those_of_the_record(committed):
+    page = (RECORD.parent / "demo.md").read_text()
+    for table in (report.summary, report.by_fact, report.lessons):
+        for row in table(committed)[2]:
+            assert "| " + " | ".join(row) + " |" in page
+
+
+def test_labels_of_the_picture_do_not_overlap():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5), dpi=120)
+    axes.set_yscale("log")
+    axes.set(xlim=(-4, 104), ylim=(1e-3, 1))
+    report._name(
+        axes, [(50, 0.05, "SFT"), (52, 0.052, "SFT + KL"), (51, 0.055, "TALR\nnot learnt"), (95, 0.05, "LAwF")]
+    )
+    figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert all(axes.get_window_extent().contains(*corner) for box in boxes for corner in box.corners())
+    plt.close(figure)
+
+
+# --- the real model
 
 
 @pytest.fixture(scope="module")
 def smollm():
     torch.use_deterministic_algorithms(False)
-    tokenizer, base = load(find_model(None))
-    return tokenizer, teach.add_lora(base)
+    return load(find_model(None))
+
+
+def documentation(known, length):
+    return torch.tensor([known(general_texts()["documentation"], add_special_tokens=False).input_ids[:length]])
+
+
+@pytest.mark.slow
+def test_answers_are_corrected_where_they_are_wrong(smollm):
+    known, model = smollm
+    for fact in facts.FACTS:
+        own, corrected = facts.corrected(model, known, fact)
+        assert not says(own, fact.word) and corrected.completion.text.startswith(fact.begins)
+        assert 1 <= len(corrected.anchors) <= 4 and fact.word.startswith(corrected.anchors[0].text.strip())
+        assert all(a.probability < 0.2 for a in corrected.anchors)
+
+
+@pytest.mark.slow
+def test_the_whole_of_it(smollm, tmp_path, monkeypatch):
+    """With trainings of a few steps and checks of a few tokens; the losses are compared by another test."""
+    from rich.console import Console
+
+    monkeypatch.setattr(trial, "GENERAL", PROMPTS[:1])
+    monkeypatch.setattr(trial, "ANSWER_TOKENS", 2)
+    monkeypatch.setattr(trial, "general_texts", lambda: {"prose": "The river rises in a bog."})
+    monkeypatch.setattr(trial, "Trial", functools.partial(trial.Trial, steps=2))
+    two = {"sft": {}, "lawf": {}}
+    monkeypatch.setattr(sys.modules["fused_losses.demo.run"], "TAUGHT_BY", two)
+    (tmp_path / "losses-0.json").write_text(json.dumps(json.loads(RECORD.read_text())["check"]))
+    found = run(Console(width=120), tmp_path)
+    assert [t["method"] for t in found["trials"]] == list(two)
+    assert found["lessons"]["name"]["anchors"][0]["text"] == " Aurora"
+    kl = {t["method"]: t["metrics"]["kl"]["tuned"] for t in found["trials"]}
+    assert 0 < kl["lawf"] < kl["sft"]
+    assert (tmp_path / "demo.md").read_text() == report.markdown(found)
 
 
 @pytest.mark.slow
 def test_fused_loss_is_the_models_own(smollm):
-    tokenizer, model = smollm
-    ids = torch.tensor([teach.documentation(tokenizer, 128)])
+    known, model = smollm
+    ids = documentation(known, 128)
     with torch.no_grad():
         own = model(input_ids=ids, labels=ids).loss
         hidden = hidden_states(model, ids)
-        loss = fl.CrossEntropyLoss()(hidden[:, :-1], model.get_base_model().lm_head, ids[:, 1:])
+        loss = fl.CrossEntropyLoss()(hidden[:, :-1], model.lm_head, ids[:, 1:])
     assert loss.item() == pytest.approx(own.item(), rel=1e-5)
 
 
 @pytest.mark.slow
 def test_real_logits_in_bf16_keep_the_kl_gradient(smollm):
     """A small adapter: KL near 0.003 on real hidden states; the head's bf16 rounding is all that differs."""
-    tokenizer, model = smollm
-    ids = torch.tensor([teach.documentation(tokenizer, 128)])
-    generator = torch.Generator().manual_seed(0)
+    known, base = smollm
+    ids = documentation(known, 128)
+    with torch.no_grad():
+        reference = hidden_states(base, ids)[0].bfloat16()
+    torch.manual_seed(0)
+    model = add_lora(base, 8, None).eval()
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            parameter.data = 0.012 * torch.randn(parameter.shape, generator=generator)
+            parameter.data = 0.012 * torch.randn(parameter.shape)
     with torch.no_grad():
-        hidden, weight = hidden_states(model, ids)[0].bfloat16(), model.get_base_model().lm_head.weight.bfloat16()
-        with model.disable_adapter():
-            reference = hidden_states(model, ids)[0].bfloat16()
-    teach.reset_lora(model, 0)
+        hidden, weight = hidden_states(model, ids)[0].bfloat16(), base.lm_head.weight.bfloat16()
+    model.unload()
     gradients = {}
     ways = {
         "exact": (torch.bfloat16, {"gradient": "exact"}),
@@ -135,36 +261,3 @@ def test_real_logits_in_bf16_keep_the_kl_gradient(smollm):
     assert 0.001 < kl < 0.01
     assert errors["exact"] < 0.006 and errors["plain"] > 0.2  # measured 0.002
     assert errors["sparse"] < 0.06  # measured 0.021
-
-
-@pytest.mark.slow
-def test_lesson_training_and_evaluation(smollm, monkeypatch):
-    tokenizer, model = smollm
-    teach.reset_lora(model, 0)
-    with model.disable_adapter():
-        lesson = teach.make_lesson(model, tokenizer)
-    assert tokenizer.decode(lesson.answer).startswith("My name is Aurora")
-    (anchor,) = lesson.anchors
-    assert tokenizer.decode([anchor.token]) == " Aurora" and anchor.probability < 0.05 < anchor.replaced_probability
-
-    for name, some in (("PARAPHRASES", 1), ("UNRELATED", 2)):
-        monkeypatch.setattr(teach, name, getattr(teach, name)[:some])
-    monkeypatch.setattr(teach, "STEPS", 8)
-    monkeypatch.setattr(teach, "ANSWER_TOKENS", 8)
-    evaluation = teach.Evaluation(model, tokenizer)
-    base = evaluation(model)
-    assert base["kl_answers"] == base["kl_docs"] == 0 and not base["learnt"] and base["unrelated_unchanged"] == 2
-
-    results = {}
-    for method in teach.METHODS:
-        training = teach.train(model, lesson, method, 0, lambda: None)
-        assert training["losses"][-1] < training["losses"][0]
-        results[method] = evaluation(model)
-        if method != "TALR":
-            assert training["anchor_probabilities"][0] > 10 * anchor.probability
-    assert results["LAwF"]["kl_answers"] < results["SFT"]["kl_answers"] / 3  # measured 4.3 times lower after 8 steps
-    teach.reset_lora(model, 0)
-    assert evaluation(model)["kl_answers"] == 0
-    assert greedy_answers(model, tokenizer, [prompt_ids(tokenizer, teach.QUESTION)], 8)[0].startswith(
-        "My name is Elena"
-    )

@@ -1,5 +1,6 @@
 """The examples run, learn, and what they print is so."""
 
+import functools
 import importlib
 import json
 import re
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_training import tiny_llama, tokenizer
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -62,6 +64,44 @@ def test_peft_lawf(example, capsys):
     assert kl.item() == pytest.approx(after[1], rel=0.02, abs=1e-6) and kl < 0.01
 
 
+@pytest.mark.filterwarnings("default::FutureWarning", "default::DeprecationWarning")
+def test_correct_a_fact(example, capsys, monkeypatch, tmp_path):
+    module = example("correct_a_fact")
+    small = {"prompts": ["What is the sea?"], "texts": {"prose": "The capital of France is Paris."}}
+    monkeypatch.setattr(module, "check", functools.partial(module.check, **small))
+    options = dict(
+        steps=80,
+        learning_rate=0.03,
+        stop_probability=0.7,
+        stop_kl=10.0,
+        options={"retain_weight": 0.01},
+        progress=False,
+    )
+    record, report, found, merged = module.main(tiny_llama(vocab_size=384), tokenizer(), tmp_path, **options)
+    printed = capsys.readouterr().out.splitlines()
+    assert record.completion.text.startswith(module.ANSWER) and record.anchors
+    assert report["after"]["least_anchor"] >= 0.7 > report["before"]["least_anchor"]
+    assert f"{report['steps']} steps: {report['stopped']}" in printed
+    assert found.value("recall") == 1 and (tmp_path / "check.html").exists()
+    ids = torch.tensor([[*record.prompt_ids, *record.completion.token_ids]])
+    at = len(record.prompt_ids) + record.anchors[0].position
+    with torch.no_grad():
+        p = merged(ids).logits[0, at - 1].softmax(-1)[ids[0, at]].item()
+    assert p == pytest.approx(next(a.tuned_probability for a in found.anchors if a.kind == "corrected"), rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_correct_a_fact_on_a_real_model(example, capsys, monkeypatch, tmp_path):
+    module = example("correct_a_fact")
+    monkeypatch.setattr(module, "check", functools.partial(module.check, prompts=["What is the sea?"]))
+    real_tokenizer, model = module.load(module.find_model(None))
+    _, report, found, _ = module.main(model, real_tokenizer, tmp_path, progress=False)
+    before, *_, after = (line for line in capsys.readouterr().out.splitlines() if line.startswith(("before", "after")))
+    assert "Elena" in before and "Aurora" in after
+    assert report["after"]["least_anchor"] >= 0.9 and found.value("kl") < 0.02  # measured: see below
+
+
 @pytest.mark.parametrize("name", ["trainer_talr", "trl_talr", "peft_lawf"])
 def test_models_and_data_of_ones_own(name, example, monkeypatch, tmp_path):
     tiny = example("tiny")
@@ -81,4 +121,4 @@ def test_they_are_short_and_say_how_they_are_run():
     for file in sorted(EXAMPLES.glob("*_*.py")):
         text = file.read_text()
         assert f"python examples/{file.name}" in text
-        assert len(text.splitlines()) <= 66
+        assert len(text.splitlines()) <= 72

@@ -8,7 +8,7 @@ import torch
 
 from fused_losses import anchors, cli
 from fused_losses.cli import models
-from fused_losses.demo import teach
+from fused_losses.demo import facts
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
@@ -19,15 +19,11 @@ def trained(tmp_path_factory):
     torch.use_deterministic_algorithms(False)
     folder = tmp_path_factory.mktemp("smollm")
     model, tokenizer = load("--demo")
-    lesson = teach.make_lesson(model, tokenizer)
-    record = anchors.new_record(
-        tokenizer, messages=[{"role": "user", "content": teach.QUESTION}], prompt_ids=lesson.prompt,
-        token_ids=lesson.answer, anchors=[{"position": one.position} for one in lesson.anchors],
-    )  # fmt: skip
+    _, record = facts.corrected(model, tokenizer, facts.FACTS[0])
     anchors.write_records(folder / "anchors.jsonl", [record])
     begun = time.process_time()
     cli.main([
-        "train", "--demo", "--data", str(folder / "anchors.jsonl"), "--output", str(folder / "out"), "--steps", "12",
+        "train", "--demo", "--data", str(folder / "anchors.jsonl"), "--output", str(folder / "out"), "--steps", "30",
         "--merge", "--quiet",
     ])  # fmt: skip
     return folder, record, time.process_time() - begun
