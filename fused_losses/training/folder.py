@@ -139,7 +139,7 @@ class Folder:
             if others:
                 raise ValueError(
                     f"output: expected a new or empty folder, or one of this training, got {self.path} with "
-                    f"{others[0]!r} and {len(others) - 1} more; give another folder"
+                    f"{others[0]!r} and {len(others) - 1} more files in it; give another folder"
                 )
             if write:
                 self.write_json(SETTINGS, wanted)

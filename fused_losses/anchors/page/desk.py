@@ -221,7 +221,9 @@ class Desk:
         """
         with self._change(version):
             if not 0 <= index < len(self.tasks):
-                raise ValueError(f"index: expected 0 … {len(self.tasks) - 1}, got {index}")
+                raise ValueError(
+                    f"index: expected 0 … {len(self.tasks) - 1}, got {index}; `l` of the terminal lists them, from 1"
+                )
             self._check_saved(discard)
             self._start(index, anew)
 
