@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -13,6 +14,24 @@ from torch import Tensor
 
 class MissingAttribute(TypeError, AttributeError):
     """What is not there for a reason; `hasattr` and the default of `getattr` take it as absent."""
+
+
+GIVE_REFERENCE = (
+    "give reference=fused_losses.Reference(hidden states) to the call, or reference='base', 'start' or a model to "
+    "fused_losses.patch"
+)
+
+
+def meant(name: str, names: Iterable[str]) -> str:
+    """A question, where one of the names is nearly this one."""
+    close = difflib.get_close_matches(name, list(names), 1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def unknown_argument(who: str, given: Iterable[str], names: Sequence[str]) -> str:
+    """Of the first that is not among the names that a call takes."""
+    name = next(n for n in given if n not in names)
+    return f"{name}: a call of {who} has no such argument{meant(name, names)}; it takes {', '.join(names)}"
 
 
 def number(value: Any) -> int | float | None:

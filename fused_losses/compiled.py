@@ -9,6 +9,7 @@ tensor of bytes. Inside run the same autograd functions as in eager mode, with `
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
@@ -135,13 +136,22 @@ def capturable(function: F) -> F:
 
     Elsewhere it is a graph break and runs as it is, for objectives with a GEMM less. So is a call with a
     `process_group`, of the objective or of a head, whose ranks talk to each other. Costs nothing at import.
+
+    Keywords that the function does not know are errors that name those it does.
     """
+    parameters = inspect.signature(function).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    known = frozenset(parameters) - {"self"}
 
     @functools.wraps(function)
     def call(*args, **kwargs):
-        if torch.compiler.is_compiling() and (not captures() or _talks(args, kwargs)):
-            eagerly = torch.compiler.disable(function)  # no part of a graph with a process_group
-            return eagerly(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            if not captures() or _talks(args, kwargs):
+                eagerly = torch.compiler.disable(function)  # no part of a graph with a process_group
+                return eagerly(*args, **kwargs)
+        elif not takes_any and not kwargs.keys() <= known:
+            who = type(args[0]).__name__ if "self" in parameters and args else function.__name__
+            raise TypeError(checks.unknown_argument(who, kwargs, [n for n in parameters if n != "self"]))
         return function(*args, **kwargs)
 
     return call  # type: ignore[return-value]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import checks
 from .checks import MissingAttribute
 from .compiled import capturable
 from .head import LMHead, Reference
@@ -51,7 +52,12 @@ class TokenLosses:
     def __getattr__(self, name: str) -> Tensor:
         later = vars(self).get("_later")
         if name not in ON_DEMAND:
-            raise AttributeError(f"{type(self).__name__} has no {name}")
+            if name.startswith("_"):
+                raise AttributeError(name)
+            there = (*FIELDS, *ON_DEMAND, "gradient_report")
+            raise AttributeError(
+                f"out.{name}: there is no such field{checks.meant(name, there)}; there are {', '.join(there)}"
+            )
         if later is None:
             raise MissingAttribute(
                 f"out.{name}: was not asked for, and in a compiled graph or of a copy it cannot be had later; call "

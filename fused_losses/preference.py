@@ -14,6 +14,8 @@ from .labels import plain
 from .objectives.arguments import checked, integers
 from .op import token_losses
 
+MOST_SEQUENCES = 2**20  # that ids may name without being asked for; numbers of rows in a large data set are more
+
 
 @capturable
 def sequence_logps(
@@ -54,8 +56,8 @@ def sequence_logps(
             `token_losses`.
         sequence_ids: integers of the labels' shape, of packed sequences; an index of the result. None: the rows of 2-D
             labels are the sequences. Where the label is ignored they may be anything.
-        num_sequences: S, with sequence_ids; by default the largest id of a token with a label, plus 1. A graph of
-            `torch.compile(fullgraph=True)` needs it.
+        num_sequences: S, with sequence_ids; by default the largest id of a token with a label, plus 1, which may
+            be up to 2^20, or the number of tokens. A graph of `torch.compile(fullgraph=True)` needs it.
         average: the mean over the tokens with a label in place of their sum.
         ignore_index, options (gradient, tolerance, backend): as in `token_losses`.
 
@@ -73,8 +75,6 @@ def sequence_logps(
     labels = plain(labels)
     if not isinstance(average, bool):
         raise TypeError(f"average: expected True or False, got {average!r}")
-    out = token_losses(hidden, head, labels, ignore_index=ignore_index, **options)
-    valid = labels != ignore_index
     if sequence_ids is None:
         if num_sequences is not None:
             raise ValueError("num_sequences: is the number of rows; leave it out, or give sequence_ids")
@@ -83,11 +83,15 @@ def sequence_logps(
                 f"labels: expected [sequences, tokens] so that rows are sequences, got shape {list(labels.shape)}; "
                 "give sequence_ids of that shape"
             )
-        sums, sizes = -out.nll.sum(1), valid.sum(1)
-    else:
-        index = _index(sequence_ids, labels, valid)
+    elif isinstance(labels, Tensor):  # else token_losses says so
+        index = _index(sequence_ids, labels, labels != ignore_index)
         count = _count(index, num_sequences)
         index = checked(index, "sequence_ids", "indices", count)
+    out = token_losses(hidden, head, labels, ignore_index=ignore_index, **options)
+    valid = labels != ignore_index
+    if sequence_ids is None:
+        sums, sizes = -out.nll.sum(1), valid.sum(1)
+    else:
         # index_put and not index_add, which on a GPU adds in any order.
         at, nll = (index.reshape(-1),), out.nll.reshape(-1)
         sums = nll.new_zeros(count).index_put(at, -nll, accumulate=True)
@@ -110,7 +114,14 @@ def _count(index: Tensor, num_sequences: int | None) -> int:
     if num_sequences is None:
         if torch.compiler.is_compiling():
             raise ValueError("num_sequences: is needed in a compiled graph, whose results have a shape known before")
-        return int(index.max()) + 1
+        count = int(index.max()) + 1 if index.numel() else 0
+        if count > max(MOST_SEQUENCES, index.numel()):
+            raise ValueError(
+                f"sequence_ids: the largest is {count - 1}, so the result would have {count} numbers for "
+                f"{index.numel()} tokens; give numbers from 0, such as torch.unique(sequence_ids, "
+                "return_inverse=True)[1], or num_sequences if they are meant"
+            )
+        return count
     count = checks.integer(num_sequences)
     if count is None or count < 1:
         raise ValueError(f"num_sequences: expected an integer ≥ 1, got {num_sequences!r}")

@@ -72,6 +72,8 @@ def prepare(
     In a graph (`capturable`) values are checked, and ignored tokens removed, when it runs. `handle`: of the objective.
     """
     outputs = outputs or Outputs()
+    if not isinstance(outputs.entropy_gradient, bool):
+        raise TypeError(f"entropy_gradient: expected True or False, got {outputs.entropy_gradient!r}")
     head = as_head(head).local()
     labels = plain(labels)
     check_transforms(hidden, head, labels, options.backend)

@@ -54,6 +54,10 @@ class Observer:
         (found,) = torch.autograd.grad(losses.sum(), nll, retain_graph=True, allow_unused=True)
         self._weights.append(torch.zeros_like(nll) if found is None else found)
 
+    def were_divided(self, n: Any) -> None:
+        """The losses of the tokens, by n already."""
+        self._weights = [weights * n for weights in self._weights]
+
     def finish(self) -> None:
         for name, parts in self._parts.items():
             values = torch.cat(parts) if parts else None
@@ -299,12 +303,10 @@ class TokenStatistics:
         if name not in OPTIONAL:
             raise MissingAttribute(
                 f"out.{name}: there is no such statistic; there are {', '.join((*GIVEN, *OPTIONAL, *REMEDIES))}"
+                f"{checks.meant(name, (*GIVEN, *OPTIONAL, *REMEDIES))}"
             )
         if name in self._wanted:
-            raise MissingAttribute(
-                f"out.{name}: is of the reference, and there is none; give reference=fused_losses.Reference(hidden "
-                "states) to the call"
-            )
+            raise MissingAttribute(f"out.{name}: is of the reference, and there is none; {checks.GIVE_REFERENCE}")
         names = ", ".join(f'"{n}"' for n in OPTIONAL if n == name or n in self._wanted)
         raise MissingAttribute(
             f"out.{name}: is not computed, as it costs more and the objective does not ask for it; set the class "
@@ -319,7 +321,7 @@ class TokenStatistics:
 REMEDIES = {
     "logits_at": "is there where ids are given: token_losses(..., ids=ids), self.prepare(..., ids=ids) of an objective",
     "divergence": "is there where beta is given: token_losses(..., beta=0.5), or the class attribute beta = 0.5 of an "
-    "objective; the call needs reference=fused_losses.Reference(hidden states) too",
+    f"objective; it needs a reference too: {checks.GIVE_REFERENCE}",
 }
 
 
@@ -343,7 +345,10 @@ def check_wanted(wanted: Any, top_k: Any) -> tuple[frozenset[str], int]:
     if names is None or any(name not in known for name in names):
         one = f"; write frozenset({{{wanted!r}}})" if wanted in OPTIONAL else ""
         wrong = wanted if names is None else next(name for name in names if name not in known)
-        raise ValueError(f"wanted: expected a set of names among {', '.join(OPTIONAL)}, got {wrong!r}{one}")
+        told = f"; {wrong} {REMEDIES[wrong]}" if wrong in REMEDIES else ""
+        if not told and names is not None and isinstance(wrong, str):
+            told = checks.meant(wrong, OPTIONAL)
+        raise ValueError(f"wanted: expected a set of names among {', '.join(OPTIONAL)}, got {wrong!r}{one}{told}")
     k = checks.integer(top_k)
     if k is None or k < 2:
         raise ValueError(f"top_k: expected an integer ≥ 2, got {top_k!r}")
@@ -366,7 +371,7 @@ def loss_of_chunk(
         if not isinstance(result, Tensor) or result.shape != out.nll.shape or not result.is_floating_point():
             what = f"{result.dtype} {list(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
             if result is None:
-                what += " (out.kl and the reference's statistics are None unless the call has reference=)"
+                what += f" (out.kl and the reference's statistics are None without one: {checks.GIVE_REFERENCE})"
             raise ValueError(
                 f"token_loss: expected one float per token, shape {list(out.nll.shape)} as out.nll, got {what}; sums "
                 "and means over tokens are taken afterwards"
@@ -389,8 +394,7 @@ def _call(loss: Callable[..., Tensor], out: TokenStatistics, per_token: dict[str
         if "NoneType" not in str(error):
             raise
         raise TypeError(
-            f"token_loss: {error}; out.kl and out.reference_nll are None without a reference: give "
-            "reference=fused_losses.Reference(hidden states) to the call"
+            f"token_loss: {error}; out.kl and out.reference_nll are None without a reference: {checks.GIVE_REFERENCE}"
         ) from error
 
 

@@ -77,9 +77,7 @@ def check_beta(beta: Any, reference: Reference | None) -> float | None:
             f"for no divergence, got {beta!r}"
         )
     if reference is None:
-        raise ValueError(
-            f"beta={beta!r}: a divergence is one from a reference; give reference=fused_losses.Reference(hidden states)"
-        )
+        raise ValueError(f"beta={beta!r}: a divergence is one from a reference; {checks.GIVE_REFERENCE}")
     return float(number)
 
 

@@ -1,5 +1,6 @@
 import importlib
 import itertools
+import os
 import random
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 
 # Small tensors: a second thread costs more than it brings, above all on a busy machine.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # nor in processes that tests start
 
 # Files that say most in the least time.
 FAST = frozenset(

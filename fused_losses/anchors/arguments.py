@@ -22,12 +22,18 @@ def check_goal(confidence: Any, target_probability: Any) -> tuple[float | None, 
         confidence = 1.0 if confidence is None else confidence
     elif confidence is not None:
         raise ValueError("confidence, target_probability: expected one of them, got both; leave one out")
-    for name, value, good, expected in (
-        ("confidence", confidence, lambda v: 0 < v <= 1, "a number in (0, 1]"),
-        ("target_probability", target_probability, lambda v: 0 < v < 1, "a number in (0, 1), or None"),
+    for name, value, good, expected, remedy in (
+        ("confidence", confidence, lambda v: 0 < v <= 1, "a number in (0, 1]", "leave it out for 1"),
+        (
+            "target_probability",
+            target_probability,
+            lambda v: 0 < v < 1,
+            "a number in (0, 1), or None",
+            "leave it out for a confidence",
+        ),
     ):
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not good(value)):
-            raise ValueError(f"{name}: expected {expected}, got {value!r}")
+            raise ValueError(f"{name}: expected {expected}, got {value!r}; {remedy}")
     return confidence, target_probability
 
 

@@ -1,4 +1,7 @@
-"""Messages and an answer's text → token ids, as the chat template writes them."""
+"""Messages and an answer's text → token ids, as the chat template writes them.
+
+`render` is the one place where a chat template is called: sessions, records, `train` and `check` all see the same ids.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,45 @@ from typing import Any, NamedTuple
 
 from .jsonl import Fault, printable, show
 from .spans import KnownTokenizer, Spelling, common
+
+
+def render(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Any] | None = None,
+    options: Mapping[str, Any] | None = None,
+    name: str = "messages",
+) -> list[int]:
+    """The chat template of these messages, up to where the answer begins.
+
+    An empty list of tools is as none: templates differ in what they make of it.
+
+    Args:
+        options: for the template; {"add_generation_prompt": False} leaves out the beginning of an answer.
+        name: of the messages, for errors.
+
+    Raises:
+        Fault: the tokenizer has no chat template, or its template refuses the messages.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        own = str(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)
+        raise Fault(
+            f"{name}: the tokenizer {own} has no chat template to write them with; take that of an instruct model, or "
+            "set tokenizer.chat_template"
+        )
+    chat = [dict(message) for message in messages]
+    settings = {"add_generation_prompt": True, **(options or {})}
+    try:
+        found = tokenizer.apply_chat_template(
+            chat, tools=list(tools) if tools else None, tokenize=True, return_dict=True, **settings
+        )
+    except Exception as error:  # a template is a program of its own
+        reason = printable(" ".join(f"{type(error).__name__}: {error}".split())[:200])
+        raise Fault(
+            f"{name}: the tokenizer's chat template refuses them ({reason}); see which roles and fields it takes"
+        ) from error
+    ids = list(found["input_ids"])
+    return list(ids[0]) if ids and isinstance(ids[0], list) else ids  # a processor answers with a batch of one
 
 
 class Answer(NamedTuple):
@@ -20,14 +62,19 @@ class Answer(NamedTuple):
 
 def prompt_ids(known: KnownTokenizer, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None) -> list[int]:
     """What the model sees before it answers."""
-    return _template(known, messages, tools, add_generation_prompt=True)
+    return render(known.tokenizer, messages, tools)
+
+
+def whole_ids(known: KnownTokenizer, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None) -> list[int]:
+    """A conversation as it stands, without the beginning of another answer."""
+    return render(known.tokenizer, messages, tools, {"add_generation_prompt": False})
 
 
 def generation_prompt(
     known: KnownTokenizer, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None
 ) -> list[int]:
     """The tokens that the template puts between messages and answer; none where it cannot be told."""
-    without, whole = _template(known, messages, tools), prompt_ids(known, messages, tools)
+    without, whole = whole_ids(known, messages, tools), prompt_ids(known, messages, tools)
     return whole[len(without) :] if whole[: len(without)] == without else []
 
 
@@ -49,7 +96,7 @@ def tokenize_answer(
         Fault: the template refuses the messages; the tokenizer does not give the text back.
     """
     prompt = prompt_ids(known, messages, tools)
-    answered = _template(known, [*messages, {"role": "assistant", "content": text}], tools)
+    answered = whole_ids(known, [*messages, {"role": "assistant", "content": text}], tools)
     if answered[: len(prompt)] == prompt:
         spelling = known.spell(answered[len(prompt) :])
         start = _place(known, prompt, messages, text, tools, spelling.text)
@@ -72,27 +119,6 @@ def tokenize_answer(
     return Answer(prompt, ids, spelling, start)
 
 
-def _template(
-    known: KnownTokenizer, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, **options: Any
-) -> list[int]:
-    tokenizer = known.tokenizer
-    if not getattr(tokenizer, "chat_template", None):
-        raise Fault(
-            f"messages: the tokenizer {known.name} has no chat template to write them with; take that of an instruct "
-            "model, or set tokenizer.chat_template"
-        )
-    chat = [dict(message) for message in messages]
-    try:
-        found = tokenizer.apply_chat_template(chat, tools=list(tools) if tools else None, return_dict=True, **options)
-    except Exception as error:  # a template is a program of its own
-        reason = printable(" ".join(str(error).split())[:200])
-        raise Fault(
-            f"messages: the tokenizer's chat template refuses them ({type(error).__name__}: {reason}); see which roles "
-            "and fields it takes"
-        ) from None
-    return list(found["input_ids"])
-
-
 def _place(
     known: KnownTokenizer,
     prompt: list[int],
@@ -106,7 +132,7 @@ def _place(
     if not places or places == [0]:
         return 0 if places else None
     try:
-        empty = _template(known, [*messages, {"role": "assistant", "content": ""}], tools)
+        empty = whole_ids(known, [*messages, {"role": "assistant", "content": ""}], tools)
     except Fault:
         return places[0]
     around = known.spell(empty[len(prompt) :]).text if empty[: len(prompt)] == prompt else None

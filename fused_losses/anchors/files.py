@@ -6,7 +6,7 @@ import contextlib
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from .jsonl import (
 )
 from .records import FORMAT, Record
 from .spans import KnownTokenizer
-from .writing import lock, sync_directory, unlock, write_lines
+from .writing import check_locks, lock, replace_locked, sync_directory, unlock, write_lines
 
 BLOCK = 1 << 20
 START = b'{"format": "' + FORMAT.encode() + b'"'  # of every line that is written here
@@ -102,6 +102,12 @@ def _checked(records: Iterable[Record]) -> Iterator[bytes]:
         yield raw
 
 
+def latest(records: Sequence[Record]) -> list[Record]:
+    """Of records with the same prompt and the same answer only the last: it says what its tokens' confidence is now."""
+    last = {(record.prompt_ids, record.completion.token_ids): at for at, record in enumerate(records)}
+    return [records[at] for at in sorted(last.values())]
+
+
 def _begins_record(rest: bytes) -> bool:
     """Whether this may be the beginning of a line that was written here. A crash of the system leaves NUL bytes."""
     rest = rest.rstrip(b"\0")
@@ -129,7 +135,7 @@ class RecordFile:
 
     Raises:
         ValueError: the file is open elsewhere, or not of records, with file and line.
-        OSError: it cannot be opened, read or written.
+        OSError: it cannot be opened, read or written, or the system has no file locks.
     """
 
     def __init__(self, path: str | os.PathLike, tokenizer: Any = None) -> None:
@@ -160,12 +166,7 @@ class RecordFile:
             self._check_open()
             if record.id in self._ids:
                 _check_once(record, self._ids)
-            size = os.fstat(self._descriptor).st_size
-            if size and os.pread(self._descriptor, 1, size - 1) != b"\n":
-                raise ValueError(
-                    f"{show_path(self.path)}: expected the end of a line, but another program has changed the file; "
-                    "close it there, and open it here anew"
-                )
+            size = self._check_end()
             try:
                 written = os.write(self._descriptor, raw)
                 if written < len(raw):
@@ -180,6 +181,27 @@ class RecordFile:
                 raise
             self._ids.add(record.id)
             self.records.append(record)
+
+    def replace(self, record: Record) -> None:
+        """Put this record in the place of the one with its id; whole or not at all, as `write_records`.
+
+        The file is written anew under a temporary name, locked, flushed to the disk, and renamed.
+
+        Raises:
+            TypeError, ValueError: as `append`; there is no record with its id.
+            OSError: it cannot be written. What was there stays.
+        """
+        raw = _line(record)
+        with self._thread:
+            self._check_open()
+            if record.id not in self._ids:
+                raise ValueError(f"id: expected that of a record of the file, got {show(record.id)}; append the record")
+            self._check_end()
+            records = [record if old.id == record.id else old for old in self.records]
+            lines = [raw if one is record else _line(one) for one in records]
+            self._descriptor, old = replace_locked(self.path.resolve(), lines, self._descriptor), self._descriptor
+            os.close(old)
+            self.records[:] = records
 
     def close(self) -> None:
         """Gives the file free. A second call does nothing."""
@@ -220,6 +242,16 @@ class RecordFile:
                 f"{show_path(self.path)}: the file was removed or replaced since it was opened; open it anew"
             )
 
+    def _check_end(self) -> int:
+        """The file's size, where its last line has an end."""
+        size = os.fstat(self._descriptor).st_size
+        if size and os.pread(self._descriptor, 1, size - 1) != b"\n":
+            raise ValueError(
+                f"{show_path(self.path)}: expected the end of a line, but another program has changed the file; "
+                "close it there, and open it here anew"
+            )
+        return size
+
     def _is_ours(self, descriptor: int) -> bool:
         try:
             return os.path.samestat(os.stat(self.path), os.fstat(descriptor))
@@ -228,6 +260,7 @@ class RecordFile:
 
     def _open(self) -> int:
         """Locked, and still the file of that name: whoever held the lock before may have put another in its place."""
+        check_locks(self.path)
         while True:
             descriptor = open_regular(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
             try:

@@ -19,6 +19,8 @@ DEPTH = 100  # of lists and objects inside each other
 BOMS = {b"\xef\xbb\xbf": "UTF-8", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 # Ends of lines for other programs, such as Python's str.splitlines; JSON escapes what is below U+0020 by itself.
 LINE_ENDS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
+# Where they are: not for children, not to wait for a pipe; bytes as they are on Windows.
+FLAGS = sum(getattr(os, name, 0) for name in ("O_CLOEXEC", "O_NONBLOCK", "O_BINARY"))
 KINDS = {
     stat.S_IFDIR: "a directory", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
     stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket",
@@ -79,7 +81,7 @@ def open_regular(path: Path, flags: int) -> int:
         except FileNotFoundError:
             if not flags & os.O_CREAT:
                 raise
-        descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
+        descriptor = os.open(path, flags | FLAGS, 0o666)
     except OSError as error:
         raise explained(error, path) from None
     try:

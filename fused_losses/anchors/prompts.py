@@ -1,10 +1,11 @@
-"""From messages to what the model sees; where its answers end; the tokens of a text in the place where it stands."""
+"""Messages and ids that are given, checked; where answers end; the tokens of a text in the place where it stands."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .chat import render
 from .forwards import vocabulary
 from .spans import text_of
 
@@ -39,30 +40,6 @@ def as_messages(
             "the answer"
         )
     return [dict(message) for message in listed]
-
-
-def render(
-    tokenizer: Any,
-    messages: list[dict[str, Any]],
-    tools: list | None = None,
-    options: Mapping[str, Any] | None = None,
-    name: str = "messages",
-) -> list[int]:
-    """The chat template of these messages, up to where the answer begins. `options` go to the template."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(
-            "tokenizer: has no chat template, so it is not known how a conversation is written; take the tokenizer of "
-            "an instruct model, set tokenizer.chat_template, or give prompt_ids"
-        )
-    try:
-        ids = tokenizer.apply_chat_template(
-            messages, tools=tools, return_dict=True, **{"add_generation_prompt": True, **(options or {})}
-        )["input_ids"]
-    except Exception as error:
-        if type(error).__module__.partition(".")[0] != "jinja2":
-            raise
-        raise ValueError(f"{name}: the tokenizer's chat template refuses them: {error}") from error
-    return list(ids)
 
 
 def check_ids(ids: Any, size: int, name: str) -> list[int]:

@@ -33,7 +33,8 @@ by "\\n". One line is one answer of a model, corrected token by token:
 
 Of an anchor, position, span, token_id, text and one of confidence and target_probability must be there; of a record all
 but tools, model, tokenizer and created. A field that is not known is refused, but messages and tools may hold what they
-like. Several corrected answers of one conversation are several records. Nothing predicts the first token of a row, so
+like. Several corrected answers of one conversation are several records; of those with the same prompt_ids and the same
+completion `train` and `check` take the last. Nothing predicts the first token of a row, so
 an anchor at position 0 needs a prompt.
 """
 

@@ -10,12 +10,13 @@ from typing import Any
 
 from .answering import Answerer
 from .arguments import check_goal, check_integer, check_number, check_sampling
+from .chat import render
 from .checked import check_known
 from .exporting import anchor_of, original_of, record_of, state_of
 from .history import Edit, State, later_edits
 from .jsonl import Fault
 from .predictions import KEPT, kl_of, log_probabilities, predictions_of
-from .prompts import as_messages, check_ids, render
+from .prompts import as_messages, check_ids
 from .records import Anchor, Record
 from .spans import KnownTokenizer, Span, spell, text_of
 from .views import Candidate, LaterEdit, Replacement, Token

@@ -15,12 +15,13 @@ import torch
 from ..huggingface.reference_forward import evaluating
 from .answering import ALTERNATIVES
 from .arguments import check_goal, check_integer, check_sampling
+from .chat import render
 from .exporting import original_of, record_of
 from .files import RecordFile
 from .forwards import Forward, most_positions, reference_forward
 from .history import Mark
 from .predictions import Prediction, predictions_of
-from .prompts import as_messages, check_ids, check_tokenizer, end_ids, end_of_turn, ids_after, render
+from .prompts import as_messages, check_ids, check_tokenizer, end_ids, end_of_turn, ids_after
 from .records import Record
 from .spans import KnownTokenizer
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from ..anchors.chat import render
+from ..anchors.jsonl import show
 from .inputs import Prompt
 from .pair import Pair, batches
 
@@ -23,16 +25,7 @@ BATCH_ROWS = 8
 def prompt_ids(tokenizer: Any, prompt: Prompt) -> Ids:
     """What the model sees: the chat template up to where the answer begins; plain text where there is no template."""
     if getattr(tokenizer, "chat_template", None):
-        tools = None if prompt.tools is None else list(prompt.tools)
-        options: dict[str, Any] = {"add_generation_prompt": True, "return_dict": True, "tokenize": True}
-        try:
-            ids = tokenizer.apply_chat_template(list(prompt.messages), tools=tools, **options)["input_ids"]
-        except Exception as error:  # templates raise what they like
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise ValueError(
-                f"prompts: the chat template refuses {prompt.text[:60]!r} ({reason[:200]}); change its messages"
-            ) from error
-        return tuple(ids[0] if ids and isinstance(ids[0], list) else ids)
+        return tuple(render(tokenizer, prompt.messages, prompt.tools, name=f"prompts: {show(prompt.text)}"))
     if len(prompt.messages) > 1 or not isinstance(prompt.messages[0]["content"], str):
         raise ValueError("prompts: the tokenizer has no chat template, so only prompts of plain text can be asked")
     return tuple(tokenizer(prompt.messages[0]["content"]).input_ids)

@@ -9,6 +9,7 @@ from typing import Any
 
 from .. import __version__, checks
 from ..anchors.checked import check_known
+from ..anchors.files import latest
 from ..anchors.jsonl import Fault
 from ..anchors.records import Record
 from ..anchors.spans import KnownTokenizer
@@ -39,6 +40,7 @@ def make_plan(
     """Arguments as in `check`."""
     answer_tokens, text_tokens = _count(answer_tokens, "answer_tokens"), _count(text_tokens, "text_tokens")
     _check_records(records, tokenizer)
+    records = latest(records)
     known = facts_of(records, probes) if facts is None else distinct(_phrases(facts))
     asked = as_prompts(PROMPTS if prompts is None else prompts, "prompts")
     questions = questions_of(tokenizer, records, probes, asked, known)
@@ -53,10 +55,15 @@ def make_plan(
     return Plan(questions, rows, windows, settings)
 
 
-def checked_limits(max_kl: Any, min_recall: Any, anchors: Sequence[Any], prompts: Any) -> dict[str, float]:
+def checked_limits(
+    max_kl: Any, min_recall: Any, min_paraphrase_recall: Any, anchors: Sequence[Any], probes: Sequence[Probe],
+    prompts: Any,
+) -> dict[str, float]:  # fmt: skip
     """The limits that are given, each with something to measure it on."""
     found: dict[str, float] = {}
-    for name, value, most in (("max_kl", max_kl, float("inf")), ("min_recall", min_recall, 1.0)):
+    given = {"max_kl": max_kl, "min_recall": min_recall, "min_paraphrase_recall": min_paraphrase_recall}
+    for name, value in given.items():
+        most = float("inf") if name == "max_kl" else 1.0
         if value is None:
             continue
         limit = checks.number(value)
@@ -66,6 +73,11 @@ def checked_limits(max_kl: Any, min_recall: Any, anchors: Sequence[Any], prompts
         found[name] = limit
     if min_recall is not None and not any(record.anchors for record in anchors):
         raise ValueError("min_recall: needs anchors to measure recall on, got none; give records with anchors")
+    if min_paraphrase_recall is not None and not any(p.kind == "paraphrase" and p.anchor for p in probes):
+        raise ValueError(
+            "min_paraphrase_recall: needs paraphrases that name a record of anchors, got none; give such probes an "
+            "anchor, the record's id"
+        )
     if max_kl is not None and prompts is not None and not len(list(prompts)):
         raise ValueError("max_kl: needs prompts to measure KL on, got none; leave prompts out for the built-in ones")
     return found

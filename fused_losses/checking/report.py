@@ -134,7 +134,7 @@ class Report:
     Attributes:
         metrics: the summary; `value(key)` gives one number of it.
         answers, anchors, texts, leaks: what it is made of.
-        limits: {"max_kl": ..., "min_recall": ...}, those that were given.
+        limits: {"max_kl": ..., "min_recall": ..., "min_paraphrase_recall": ...}, those that were given.
         broken: a sentence for each limit that is broken; `passed`: none is.
         names: of the two models; settings: what the check was asked with, and versions.
     """

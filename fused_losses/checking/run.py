@@ -34,6 +34,7 @@ def check(
     facts: Sequence[str] | None = None,
     max_kl: float | None = None,
     min_recall: float | None = None,
+    min_paraphrase_recall: float | None = None,
     answer_tokens: int = 64,
     text_tokens: int = 4096,
     seed: int = 0,
@@ -59,14 +60,16 @@ def check(
         tokenizer: of both models.
         original: None: the model without its adapters. Of a full fine-tune, or where the adapter is merged: the model
             that it was made of, with the same tokenizer.
-        anchors: records, from `fl.anchors.read_records`; those without anchors are left out.
+        anchors: records, from `fl.anchors.read_records`; those without anchors are left out, and of records with the
+            same prompt and answer all but the last.
         probes: from `read_probes`.
         prompts: that have nothing to do with what was taught: text, messages or `Prompt`. Default: `PROMPTS`, 28.
         texts: general text by name. Default: prose, Python's documentation, and code.
         facts: what must not show in answers to `prompts`, and to "unrelated" probes that say no other. Default: the
             words of the anchors, and what paraphrases and unrelated probes expect.
         max_kl: limit of the mean KL along the original's answers to `prompts`. min_recall: limit of the share of
-            anchors, after the prompts that were corrected, that are ranked first; needs anchors. A limit that is broken
+            anchors, after the prompts that were corrected, that are ranked first; needs anchors.
+            min_paraphrase_recall: the same after paraphrases; needs paraphrases with `anchor`. A limit that is broken
             stands in `Report.broken`.
         answer_tokens: at most so many tokens an answer. text_tokens: at most so many of each text.
         seed: of the bootstrap.
@@ -85,10 +88,10 @@ def check(
     Cost: generation of all answers by both models; a forward of both over all answers twice and over the texts, with 2
     GEMMs of the head. With a cache a digest of the model, a second or two per GB. The model is left as it was.
     """
-    prompts = None if prompts is None else list(prompts)
-    limits = checked_limits(max_kl, min_recall, anchors, prompts)
+    prompts, probes = None if prompts is None else list(prompts), list(probes)
+    limits = checked_limits(max_kl, min_recall, min_paraphrase_recall, anchors, probes, prompts)
     pair = Pair(model, original)
-    plan = make_plan(pair, tokenizer, list(anchors), list(probes), prompts, texts, facts, answer_tokens, text_tokens)
+    plan = make_plan(pair, tokenizer, list(anchors), probes, prompts, texts, facts, answer_tokens, text_tokens)
     return _report(pair, plan, limits, seed, Asker(pair, tokenizer, answer_tokens, cache), names, progress)
 
 

@@ -87,9 +87,11 @@ def broken_limits(metrics: Sequence[Metric], limits: dict[str, float]) -> tuple[
             f"max_kl: KL on the original's answers to general prompts is {values['kl']:.4g} nats per token, above the "
             f"limit of {limits['max_kl']:g}"
         )
-    if "min_recall" in limits and not values["recall"] >= limits["min_recall"]:
-        found.append(
-            f"min_recall: {values['recall']:.4g} of the anchors are ranked first on the corrected prompts, below the "
-            f"limit of {limits['min_recall']:g}"
-        )
+    for kind, where in ASKED.items():
+        key = f"{PREFIX[kind]}recall"
+        limit = limits.get(f"min_{key}")
+        if limit is not None and not values[key] >= limit:
+            found.append(
+                f"min_{key}: {values[key]:.4g} of the anchors are ranked first {where}, below the limit of {limit:g}"
+            )
     return tuple(found)

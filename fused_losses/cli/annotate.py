@@ -122,9 +122,4 @@ def _desk(given: argparse.Namespace, file: Any, tasks: list) -> Any:
         model, tokenizer, max_new_tokens=given.max_new_tokens, temperature=given.temperature, top_p=given.top_p,
         seed=given.seed, reference="base" if given.adapter else None, round=given.round or (2 if given.adapter else 1),
     )  # fmt: skip
-    return Desk(session, file, tasks, original=original_answers(session), name=_name(given))
-
-
-def _name(given: argparse.Namespace) -> str:
-    model = Path(models.name_of(given)).name
-    return f"{model} + {given.adapter.name}" if given.adapter else model
+    return Desk(session, file, tasks, original=original_answers(session), name=models.whole_name(given, brief=True))

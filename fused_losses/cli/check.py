@@ -65,8 +65,13 @@ def add(commands: Any) -> argparse.ArgumentParser:
         help="nats per token along the original's own answers to the prompts, mean over these",
     )  # fmt: skip
     limits.add_argument(
-        "--min-recall", type=number(float, 0, 1), metavar="Y", help="share of anchors that are ranked first"
-    )
+        "--min-recall", type=number(float, 0, 1), metavar="Y",
+        help="share of anchors that are ranked first after the prompts that were corrected",
+    )  # fmt: skip
+    limits.add_argument(
+        "--min-paraphrase-recall", type=number(float, 0, 1), metavar="Z",
+        help="the same after paraphrases, of probes that name their record",
+    )  # fmt: skip
     output = parser.add_argument_group("output")
     output.add_argument("--json", type=Path, metavar="F", help="file for everything that was found")
     output.add_argument("--html", type=Path, metavar="F", help="file for a page with all answers, token by token")
@@ -136,7 +141,8 @@ def _report(given: argparse.Namespace) -> Any:
     with _progress() as progress:
         report = checking.check(
             model, tokenizer, original=original, **read, facts=given.facts, max_kl=given.max_kl,
-            min_recall=given.min_recall, answer_tokens=given.answer_tokens, text_tokens=given.text_tokens,
+            min_recall=given.min_recall, min_paraphrase_recall=given.min_paraphrase_recall,
+            answer_tokens=given.answer_tokens, text_tokens=given.text_tokens,
             seed=given.seed, cache=_cache(given),
             names=_names(given), progress=progress,
         )  # fmt: skip
@@ -154,9 +160,7 @@ def _texts(paths: list[Path]) -> dict[str, str]:
 
 
 def _names(given: argparse.Namespace) -> tuple[str, str]:
-    model = models.name_of(given)
-    tuned = model if given.adapter is None else f"{model} + {given.adapter}"
-    return tuned, model if given.original is None else given.original
+    return models.whole_name(given), models.name_of(given) if given.original is None else given.original
 
 
 def _of_original(given: argparse.Namespace, what: Callable[[argparse.Namespace], Any]) -> Any:

@@ -115,6 +115,12 @@ def name_of(arguments: argparse.Namespace) -> str:
     return "SmolLM2-135M-Instruct" if arguments.demo else str(arguments.model)
 
 
+def whole_name(arguments: argparse.Namespace, brief: bool = False) -> str:
+    """Of the model and its adapter; `brief`: of folders the last part."""
+    parts = [name_of(arguments), *([] if arguments.adapter is None else [str(arguments.adapter)])]
+    return " + ".join(Path(part).name if brief else part for part in parts)
+
+
 def _source(arguments: argparse.Namespace) -> tuple[str, dict[str, str]]:
     """What from_pretrained takes."""
     if bool(arguments.model) == arguments.demo:

@@ -93,7 +93,7 @@ def run(given: argparse.Namespace) -> None:
             accumulate=given.accumulate, max_length=given.max_length,
             options={name: getattr(given, name) for name in OPTIONS if getattr(given, name) is not None},
             stop=not given.no_stop, stop_probability=given.stop_probability, stop_kl=given.stop_kl, seed=given.seed,
-            save_every=given.save_every, merge=given.merge, progress=not given.quiet, name=_name(given),
+            save_every=given.save_every, merge=given.merge, progress=not given.quiet, name=models.whole_name(given),
         )  # fmt: skip
     except (OSError, ValueError, NotImplementedError) as error:
         sys.exit(str(error))
@@ -104,10 +104,6 @@ def run(given: argparse.Namespace) -> None:
         title = f"{given.method}: {report['steps']} steps in {report['seconds']:.0f} s; {report['stopped']}"
         show(title, ("what", "before", "after"), reports.rows(report))
         print(f"written: {given.output}, with {', '.join(_written(Path(given.output)))}")
-
-
-def _name(given: argparse.Namespace) -> str:
-    return models.name_of(given) + ("" if given.adapter is None else f" + {given.adapter}")
 
 
 def _written(folder: Path) -> list[str]:

@@ -1,5 +1,9 @@
 """Fused losses inside Hugging Face models: `patch` a causal language model and keep your Trainer, TRL or PEFT script.
 
+`patch`, `patched`, `unpatch`: a model's loss. `AnchorCollator`: batches with anchors or other fields. `initial_losses`,
+`ReferenceCache`: what is computed once, before training. `Callback` (what the loss sees of its tokens, in the logs) and
+`FinchCallback` (a learning rate that falls where the loss is high): callbacks of a Trainer.
+
 Importing this needs torch only; transformers, peft, trl and safetensors are imported where they are used.
 """
 
@@ -35,3 +39,7 @@ def __getattr__(name: str) -> Any:
 
         return Callback
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -36,8 +36,8 @@ class AnchorCollator:
     """Collates rows whose anchors are tokens to learn, while every other token with a label is to be retained.
 
     For `Trainer(data_collator=...)` with a model patched before, and `SFTTrainer(data_collator=...)` with
-    **remove_unused_columns=False** in its arguments: else it drops `confidence` and `anchors` before this sees them,
-    which is an error.
+    **remove_unused_columns=False** in its arguments. A Trainer drops columns that the model does not take before this
+    sees them; of a patched model it keeps those that its loss takes. Dropped anchors are an error.
 
     A row is a mapping with
 
@@ -50,7 +50,8 @@ class AnchorCollator:
         attention_mask   T of 0 or 1, with 0 at the ends only; what it masks is cut off, and cannot have a given label
 
     Rows for an objective without anchors need neither confidence nor anchors where they have its field: `weights`
-    (WeightedLoss), `old_nll` (PSFTLoss), `initial_nll` (FLOWLoss) and the like. The batch then has no confidence.
+    (WeightedLoss), `old_nll` (PSFTLoss), `initial_nll` (FLOWLoss) and the like; for others, and fields of your own, say
+    needs_anchors=False. The batch then has no confidence.
 
     as lists, numpy arrays or tensors; None counts as absent or empty. Position t speaks of the token
     input_ids[t], as in labels: nothing is shifted here, and the loss must shift labels and confidence alike. Nothing
@@ -86,8 +87,11 @@ class AnchorCollator:
         padding_side: "right" or "left".
         pad_to_multiple_of: of the length of the rows, or of the one packed row.
         padding_free: one packed row [1, ΣT] whose `position_ids` start at 0 for each sequence, for attention that tells
-            sequences by these (FlashAttention; others where transformers makes the mask from position_ids). Those of
-            the rows are taken where they have any.
+            sequences by these (FlashAttention; others where transformers makes the mask from position_ids, which in a
+            loop of your own takes model(**batch, use_cache=False), as Trainer has it in training). Those of the rows
+            are taken where they have any.
+        needs_anchors: False: rows may be without anchors, confidence and the fields of another objective; the batch
+            has a confidence where a row has one.
         fields: rules for fields by name: "tokens", "concatenate", "stack" or "leave out". Idefics3, say, takes the
             images of a row as one item: {"pixel_values": "stack"}.
 
@@ -110,6 +114,7 @@ class AnchorCollator:
     pad_to_multiple_of: int | None = None
     padding_free: bool = False
     fields: Mapping[str, str] = field(default_factory=dict)
+    needs_anchors: bool = field(default=True, kw_only=True)
     _warned: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -139,7 +144,7 @@ class AnchorCollator:
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         if not len(features):
             raise ValueError("features: expected at least one row, got none")
-        anchored = _are_anchored(features)
+        anchored = _are_anchored(features, self.needs_anchors)
         rows = [read_row(feature, f"row {index}", anchored) for index, feature in enumerate(features)]
         for index, (feature, row) in enumerate(zip(features, rows, strict=True)):
             self._look_for_padding(feature, row.input_ids, f"row {index}")
@@ -245,10 +250,10 @@ class AnchorCollator:
         return -(-length // multiple) * multiple
 
 
-def _are_anchored(features: Sequence[Any]) -> bool:
+def _are_anchored(features: Sequence[Any], needed: bool) -> bool:
     """Whether rows need anchors: not where none has any, and some have a field of an objective that knows none."""
     given = {name for f in features if isinstance(f, Mapping) for name, value in f.items() if value is not None}
-    return bool(given & {"confidence", "anchors"}) or not given & in_place_of_anchors()
+    return bool(given & {"confidence", "anchors"}) or (needed and not given & in_place_of_anchors())
 
 
 def read_row(feature: Mapping[str, Any], row: str, anchored: bool = True) -> Row:
@@ -293,7 +298,8 @@ def read_row(feature: Mapping[str, Any], row: str, anchored: bool = True) -> Row
     if anchored and "confidence" not in feature and "anchors" not in feature:
         raise ValueError(
             f"{row}: has neither confidence nor anchors, only {sorted(feature)}; give anchors=[] where nothing is to "
-            "be learned, and set remove_unused_columns=False if a trainer has dropped them"
+            "be learned, and set remove_unused_columns=False if a trainer has dropped them; for a loss that knows no "
+            "anchors AnchorCollator(..., needs_anchors=False)"
         )
     confidence = _confidence(given, row, size)
     field = f"{row}, {'anchors' if 'anchors' in given else 'confidence'}"

@@ -30,12 +30,13 @@ class Callback(TrainerCallback, ExportableState):
         anchor_probability    mean of p[label] over the anchors, tokens of confidence > 0; where the batches have any
         mean_weight           mean of ∂ℓ_t / ∂nll_t over the tokens with a label, ℓ_t being the loss of token t before
                               the sum is divided: 1 for cross-entropy, exp(−nll/τ) for TALR, p[label] for DFT, the
-                              confidence for LAwF
+                              confidence for LAwF, nll_weight for JSD and top-k distillation
 
     Each is the mean over all tokens that were trained on since the last log, like the Trainer's "loss": over
     accumulated batches and over all ranks together. Evaluation does not count. What there is none of is left out. All
     come from the forward of the loss; nothing is computed for them but sums over vectors of one number a token. A loss
-    at a temperature (JSD) has nll and kl at that temperature.
+    at a temperature (JSD, reverse KL, top-k distillation) has nll and kl at that temperature; where it has an
+    nll_weight too, the nll is that at temperature 1, and kl is left out.
 
     Use::
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import difflib
 import inspect
 import sys
 import types
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from ..labels import plain
 from ..objectives import CrossEntropyLoss, Objective
+from ..objectives.options import not_made
 from . import trl, wrappers
 from .call import Batch, Call
 from .fields import known_fields
@@ -91,6 +93,8 @@ def patch(
         what = loss.__name__ if isinstance(loss, type) else type(loss).__name__
         made = f"; give an instance, {what}()" if isinstance(loss, type) else ""
         raise TypeError(f"loss: expected an Objective such as fused_losses.TALRLoss(), got {what}{made}")
+    if "_parameters" not in vars(loss):
+        raise TypeError(f"loss: {not_made(type(loss))}")
     if keep_logits not in (True, False, "eval"):
         raise ValueError(f"keep_logits: expected True, False or 'eval', got {keep_logits!r}")
     if eval_loss not in ("nll", "objective"):
@@ -248,6 +252,13 @@ class Patch:
         for name in known_fields():
             if kwargs.get(name) is not None and name not in self.fields and name not in self.accepted:
                 raise TypeError(f"{name}: {type(self.loss).__name__} has no use for it; leave it out of the batch")
+        for name in kwargs.keys() - self.accepted - self.fields.keys():
+            meant = difflib.get_close_matches(name, [f for f in self.fields if f not in kwargs], 1, 0.8)
+            if meant:
+                raise TypeError(
+                    f"{name}: neither the model nor {type(self.loss).__name__} has such a field; did you mean "
+                    f"{meant[0]}?"
+                )
         if kwargs.get("anchors") is not None and "anchors" not in self.accepted:
             raise TypeError("anchors: give confidence, which fused_losses.huggingface.AnchorCollator makes of them")
         fields = {name: plain(inputs[name]) for name in self.fields if inputs.get(name) is not None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -43,17 +44,16 @@ class Field:
         return tokens.check(found.to(tokens.problem.accumulator), name, self.check)
 
 
-def fields_of(token_loss: Any, owner: str) -> dict[str, Field]:
-    """The fields that the parameters of a `token_loss` of one's own name; those with a default are optional."""
-    fields = {}
-    for parameter in list(inspect.signature(token_loss).parameters.values())[2:]:
-        if parameter.kind is parameter.VAR_KEYWORD:
-            raise TypeError(
-                f"{owner}.token_loss(self, out, **{parameter.name}): a patched model takes the fields of a batch by "
-                "name; write them out, as in token_loss(self, out, weight=None)"
-            )
-        fields[parameter.name] = Field(optional=parameter.default is not parameter.empty)
-    return fields
+@functools.lru_cache(256)
+def own_fields(cls: type) -> dict[str, Field] | None:
+    """The fields that the parameters of the `token_loss` of a class name, those with a default optional; None where it
+    takes any."""
+    bound = 0 if isinstance(inspect.getattr_static(cls, "token_loss"), staticmethod) else 1
+    parameters = list(inspect.signature(cls.token_loss).parameters.values())[bound + 1 :]  # type: ignore[attr-defined]
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return None
+    what = "token_loss has a parameter of that name"
+    return {p.name: Field(what, optional=p.default is not p.empty) for p in parameters}
 
 
 def item_count(num_items: Any, default: int | Tensor) -> Any:

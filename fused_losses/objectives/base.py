@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .. import compiled
+from .. import checks, compiled
 from ..checks import MissingAttribute
 from ..compiled import capturable
 from ..head import LMHead, Reference, as_head
@@ -24,7 +24,7 @@ from ..problem import Statistics
 from ..sparse.certificate import TOLERANCE, GradientReport
 from ..tokens import OPTIONAL, Observer, Tokens, check_wanted
 from ..validation import Options
-from .arguments import Field, fields_of, item_count
+from .arguments import Field, item_count, own_fields
 from .options import (
     belongs_to_a_call,
     check_number,
@@ -241,7 +241,7 @@ class Objective(nn.Module):
 
     def check_call(self, reference: Reference | None, fields: dict[str, Tensor]) -> None:
         """Whether the call has what the objective declares."""
-        name, declared = type(self).__name__, type(self).fields
+        name, declared = type(self).__name__, self._declared()
         if reference is None and self.needs_reference:
             raise ValueError(
                 f"{name} needs reference=fused_losses.Reference(hidden states of the frozen original model); under "
@@ -249,13 +249,20 @@ class Objective(nn.Module):
             )
         if reference is not None and not self.takes_reference:
             raise TypeError(f"reference: {name} has no use for one; leave it out")
-        for field, declaration in declared.items():
+        for field, declaration in (declared or {}).items():
             if fields.get(field) is None and not declaration.optional:
                 raise ValueError(f"{name} needs {field}=: {declaration.what}")
-        unknown = [] if self.is_own else [field for field in fields if field not in declared]
+        unknown = [] if declared is None else [field for field in fields if field not in declared]
         if unknown:
+            meant = checks.meant(unknown[0], (*declared, "reference", "num_items"))
             there = ", ".join(declared) or "none"
-            raise TypeError(f"{unknown[0]}: {name} has no such field; its fields are: {there}")
+            raise TypeError(f"{unknown[0]}: {name} has no such field{meant}; its fields are: {there}")
+
+    def _declared(self) -> dict[str, Field] | None:
+        """The fields that a call takes, None for any."""
+        if not self.is_own:
+            return type(self).fields
+        return None if torch.compiler.is_compiling() else own_fields(type(self))  # type: ignore[arg-type]
 
     # --- what a patch reads
 
@@ -281,7 +288,13 @@ class Objective(nn.Module):
     def batch_fields(self) -> dict[str, Field]:
         """The fields of a batch that a call takes."""
         if self.is_own:
-            return fields_of(type(self).token_loss, type(self).__name__)
+            found = own_fields(type(self))  # type: ignore[arg-type]
+            if found is None:
+                raise TypeError(
+                    f"{type(self).__name__}.token_loss{inspect.signature(type(self).token_loss)}: a patched model "
+                    "takes the fields of a batch by name; write them out, as in token_loss(self, out, weight=None)"
+                )
+            return found
         return type(self).fields
 
 

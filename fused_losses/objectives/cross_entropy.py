@@ -121,6 +121,11 @@ class CrossEntropyLoss(Objective):
         num_items: Any = None,
         **fields: Tensor,
     ) -> Tensor:
+        if isinstance(num_items, (tuple, list)) and self.class_weights is None:
+            raise ValueError(
+                f"num_items: expected the number of tokens, got {num_items!r}; a pair is for class_weights with "
+                "reduction='weighted_mean'"
+            )
         if self.is_plain or self.is_own:
             return super().forward(hidden, head, labels, reference=reference, num_items=num_items, **fields)
         self.check_call(reference, fields)
@@ -162,6 +167,8 @@ class CrossEntropyLoss(Objective):
             if problem.has_reference:
                 per_token["entropy"] = one * entropy_of_classes(classes, vocabulary)
         loss = self.reduce(tokens, 1, **per_token)
+        if tokens.observer is not None:
+            tokens.observer.were_divided(n)
         if not epsilon or problem.has_reference:
             return loss
         return loss - epsilon / vocabulary * total_logits(tokens, classes) / n

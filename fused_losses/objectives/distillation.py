@@ -58,9 +58,7 @@ class Distillation(Objective):
             return loss
         options = Options(self.ignore_index, "exact", self.tolerance, self.backend)
         tokens = replace(prepare(hidden, head, labels, None, options), observer=self._observer)
-        nll = tokens.summed(_nll, frozenset()) / item_count(num_items, tokens.count)
-        return loss + self.nll_weight * nll
+        return loss + tokens.summed(self._weighted_nll, frozenset()) / item_count(num_items, tokens.count)
 
-
-def _nll(out: Statistics) -> Tensor:
-    return out.nll
+    def _weighted_nll(self, out: Statistics) -> Tensor:
+        return self.nll_weight * out.nll

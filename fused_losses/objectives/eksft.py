@@ -108,10 +108,14 @@ class EKSFTLoss(Objective):
         n = item_count(num_items, tokens.count)
         wanted, k = self._statistics()
         out = tokens.losses(wanted, k)
-        loss = loss_of_chunk(self.token_loss, self._weights(tokens, out, n), wanted, tokens)
-        return tokens.total(loss(out, slice(None)))
+        weights, divisor = self._weights(tokens, out, n)
+        loss = tokens.total(loss_of_chunk(self.token_loss, weights, wanted, tokens)(out, slice(None)))
+        if tokens.observer is not None:
+            tokens.observer.were_divided(divisor)
+        return loss
 
-    def _weights(self, tokens: Tokens, out: Statistics, n: Any) -> dict[str, Tensor]:
+    def _weights(self, tokens: Tokens, out: Statistics, n: Any) -> tuple[dict[str, Tensor], Any]:
+        """Of the terms of each token, divided; and what divided the nll."""
         uncertain = largest(tokens, out.entropy.detach(), self.fraction)
         far = largest(tokens, out.divergence.detach(), self.fraction)
         left_out = uncertain | far if self.selection == "union" else uncertain & far
@@ -121,11 +125,11 @@ class EKSFTLoss(Objective):
             "entropy_weight": (uncertain, of_entropy),
             "kl_weight": (far, self.kl_weight),
         }
-        weights = {}
-        for name, (group, factor) in pairs.items():
-            divisor = tokens.total(group).clamp(min=1) if self.reduction == "group_mean" else n
-            weights[name] = group.to(out.nll.dtype) * factor / divisor
-        return weights
+        divisors = {name: n for name in pairs}
+        if self.reduction == "group_mean":
+            divisors = {name: tokens.total(group).clamp(min=1) for name, (group, _) in pairs.items()}
+        weights = {name: group.to(out.nll.dtype) * factor / divisors[name] for name, (group, factor) in pairs.items()}
+        return weights, divisors["weight"]
 
 
 def largest(tokens: Tokens, values: Tensor, fraction: float) -> Tensor:

@@ -6,12 +6,13 @@ import hashlib
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from .. import anchors
-from ..anchors.chat import _template
+from ..anchors.chat import prompt_ids, whole_ids
 from ..anchors.checked import check_messages, record_from
 from ..anchors.jsonl import Fault, as_path, read_lines, show, show_path
 from ..anchors.records import FORMAT, Record
@@ -84,6 +85,9 @@ def read(tokenizer: Any, data: Paths, retain: Paths = (), replay: Paths = (), ma
         replay: files of chats that are learned along.
         max_length: most tokens of a row.
 
+    Of records with the same prompt and the same answer only the last counts: it says what its tokens' confidence is
+    now. A RuntimeWarning says which is left out.
+
     Raises:
         ValueError: `file:line: ...; remedy`, of the first fault.
         OSError: a file cannot be read.
@@ -93,7 +97,7 @@ def read(tokenizer: Any, data: Paths, retain: Paths = (), replay: Paths = (), ma
     for role, paths in (("learn", data), ("retain", retain), ("replay", replay)):
         for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
             rows += _read_file(known, path, role, max_length)
-    return Data(_with_strengths(rows, known))
+    return Data(_with_strengths(_once(rows), known))
 
 
 def read_text(tokenizer: Any, path: str | os.PathLike, length: int = 256, most: int = 8192) -> list[Row]:
@@ -211,6 +215,26 @@ def _checked(row: Row, max_length: int) -> Row:
     return row
 
 
+def _once(rows: list[Row]) -> list[Row]:
+    """Without records whose prompt and answer a later one has too."""
+    last: dict[Any, Row] = {}
+    left_out: list[tuple[Row, Row]] = []
+    for row in reversed(rows):
+        if isinstance(row, _RecordRow):
+            later = last.setdefault((row.role, row.record.prompt_ids, row.record.completion.token_ids), row)
+            left_out += [] if later is row else [(row, later)]
+    if left_out:
+        row, later = left_out[-1]
+        more = "" if len(left_out) == 1 else f" ({len(left_out)} such records in all)"
+        warnings.warn(
+            f"{row.where} has the same prompt and answer as {later.where}, so it is left out; remove one of them{more}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    gone = {id(row) for row, _ in left_out}
+    return [row for row in rows if id(row) not in gone]
+
+
 def _with_strengths(rows: list[Row], known: KnownTokenizer) -> list[Row]:
     """The anchors of all records: whether p* or a confidence is given is decided for all of them together."""
     records = [row.record for row in rows if isinstance(row, _RecordRow)]
@@ -249,7 +273,7 @@ def _chat(known: KnownTokenizer, value: dict, role: str) -> Iterable[tuple[list[
     messages, tools = list(check_messages(value["messages"])), value.get("tools")
     if tools is not None and not isinstance(tools, list):
         raise Fault(f"tools: expected a list, got {show(tools)}; leave tools out where there are none")
-    whole = _template(known, messages, tools)
+    whole = whole_ids(known, messages, tools)
     if role == "retain":
         return [(whole, list(whole))]
     answers = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
@@ -257,8 +281,8 @@ def _chat(known: KnownTokenizer, value: dict, role: str) -> Iterable[tuple[list[
         raise Fault("messages: expected an answer of the role assistant, which is what is learned, got none; add it")
     rows: list[tuple[list[int], list[int]]] = []
     for at in answers:
-        prompt = _template(known, messages[:at], tools, add_generation_prompt=True)
-        answered = _template(known, messages[: at + 1], tools)
+        prompt = prompt_ids(known, messages[:at], tools)
+        answered = whole_ids(known, messages[: at + 1], tools)
         if answered[: len(prompt)] != prompt:
             raise Fault(
                 f"messages[{at}]: expected a chat template that puts the answer after the prompt, got another of the "

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from ..anchors.writing import check_locks, try_lock
 
 FORMAT = "fused_losses.training"
 SETTINGS, LOCK, MARK = "training.json", ".lock", "finished"
@@ -28,13 +29,14 @@ class Folder:
 
     Raises:
         ValueError: there is something else in the folder, a training with other settings, or one that is running.
-        OSError: it cannot be made or written.
+        OSError: it cannot be made or written, or the system has no file locks.
     """
 
     def __init__(self, path: str | os.PathLike, settings: dict[str, Any]) -> None:
         if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
             raise TypeError(f"output: expected a folder, got {path!r}")
         self.path, self._lock = Path(path).expanduser(), -1
+        check_locks(self.path)
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"output: expected a folder, got the file {self.path}; give another name")
         try:
@@ -44,13 +46,9 @@ class Folder:
         self._check_settings(settings, write=False)
         self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not try_lock(self._lock, self.path / LOCK):
+                raise ValueError(f"output: another process trains in {self.path}; wait for it, or give another folder")
             self._check_settings(settings, write=True)
-        except BlockingIOError:
-            self.close()
-            raise ValueError(
-                f"output: another process trains in {self.path}; wait for it, or give another folder"
-            ) from None
         except BaseException:
             self.close()
             raise
@@ -141,7 +139,7 @@ class Folder:
             if others:
                 raise ValueError(
                     f"output: expected a new or empty folder, or one of this training, got {self.path} with "
-                    f"{others[0]!r} and {len(others) - 1} more; give another folder"
+                    f"{others[0]!r} and {len(others) - 1} more files in it; give another folder"
                 )
             if write:
                 self.write_json(SETTINGS, wanted)

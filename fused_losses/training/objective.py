@@ -1,4 +1,4 @@
-"""From rows and a method to what a Trainer gets: the objective, the rows' fields, and a collator."""
+"""From rows and a method to what a Trainer gets: the objective, and the rows' fields."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..huggingface import AnchorCollator
 from ..objectives import Objective
 from ..objectives.arguments import Field
 from ..problem import Statistics
@@ -31,20 +30,6 @@ class WithRetainedRows(Objective):
 
     def token_loss(self, out: Statistics, weights: Tensor) -> Tensor:
         return torch.where(weights > 0, self.inner.token_loss(out), self.kl_weight * out.kl)
-
-
-class Collator:
-    """AnchorCollator, for objectives without anchors too: their batches have no confidence."""
-
-    def __init__(self, pad_token_id: int, anchored: bool) -> None:
-        self.collate, self.anchored = AnchorCollator(pad_token_id), anchored
-
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        if self.anchored:
-            return self.collate(rows)
-        batch = self.collate([{**row, "anchors": []} for row in rows])
-        del batch["confidence"]
-        return batch
 
 
 def check_fit(data: Data, name: str, method: Method) -> None:

@@ -12,11 +12,12 @@ from torch import nn
 
 import fused_losses as fl
 
+from ..huggingface import AnchorCollator
 from .data import Paths, read, read_text
 from .folder import Folder
 from .loop import Loop
 from .model import add_lora, has_adapter, merged, save_model, without_gguf_mark, without_lookup
-from .objective import Collator, objective_of
+from .objective import objective_of
 from .plan import Plan
 from .settings import MAX_LENGTH, RANK, REPLAY_SHARE, STOP_KL, STOP_PROBABILITY, method_of
 
@@ -144,7 +145,7 @@ def _run(plan: Plan, load: Any, tokenizer: Any, folder: Folder) -> tuple[dict[st
         model = add_lora(model, plan.lora, plan.targets)
     if not full:
         without_lookup(model)
-    plain, collate = (Collator(_pad(tokenizer), anchored) for anchored in (False, True))
+    plain, collate = (AnchorCollator(_pad(tokenizer), needs_anchors=anchored) for anchored in (False, True))
     initial = _initial(plan, model, plain, folder)
     reference = "start" if full else "base"
     own = {"reference": reference, "reference_cache": _cache(plan, model, folder)} if plan.kind.needs_reference else {}
@@ -160,7 +161,7 @@ def _run(plan: Plan, load: Any, tokenizer: Any, folder: Folder) -> tuple[dict[st
     return found, model
 
 
-def _initial(plan: Plan, model: Any, collate: Collator, folder: Folder) -> Any:
+def _initial(plan: Plan, model: Any, collate: AnchorCollator, folder: Folder) -> Any:
     """The losses before training, where the method weighs by them, which then are in the rows."""
     if plan.kind.initial is None:
         return None

@@ -163,6 +163,56 @@ def test_a_conversation_with_a_record_is_shown_as_the_record_has_it(file):
         assert text(settle(desk)) == ELENA + "<|end|>" and not desk.state()["accepted"]
 
 
+def accepted_name(desk, name, **strength):
+    desk.replace(NAME, name, **strength)
+    settle(desk)
+    record = desk.accept(onward=False)
+    settle(desk)
+    return record
+
+
+@pytest.mark.parametrize("reopened", [False, True])
+def test_an_answer_that_is_changed_and_accepted_again_takes_the_place_of_its_record(file, reopened):
+    with opened(file) as desk:
+        first = accepted_name(desk, " Aurora")
+        other = (desk.open(1), settle(desk), desk.accept(onward=False))[-1]
+        desk.open(0)
+        settle(desk)
+        if not reopened:
+            changed = accepted_name(desk, " Aurora", confidence=0.5)
+    if reopened:
+        with opened(file) as desk:
+            desk.open(0)
+            settle(desk)
+            changed = accepted_name(desk, " Aurora", confidence=0.5)
+    assert read_records(file, tokenizer()) == [changed, other]
+    assert changed.id == first.id and changed.anchors[0].confidence == 0.5
+
+
+def test_a_change_of_a_record_that_was_interrupted_still_takes_its_place(file):
+    with opened(file) as desk:
+        accepted_name(desk, " Aurora")
+        desk.replace(NAME, " Aurora", confidence=0.5)
+        settle(desk)
+    with opened(file) as desk:
+        assert desk.state()["unsaved"]
+        changed = desk.accept(onward=False)
+    assert read_records(file) == [changed]
+
+
+def test_another_answer_has_a_record_of_its_own_but_not_the_same_one_twice(file):
+    with opened(file) as desk:
+        first = accepted_name(desk, " Aurora")
+        desk.open(0, anew=True)
+        settle(desk)
+        assert accepted_name(desk, " Aurora") == first
+        assert "not written a second time" in desk.state()["notes"][0] and desk.state()["records_here"] == 1
+        desk.open(0, anew=True)
+        settle(desk)
+        second = desk.accept(onward=False)
+    assert read_records(file) == [first, second] and second.anchors == ()
+
+
 def test_a_draft_is_kept_for_the_next_start(file):
     with opened(file) as desk:
         desk.replace(NAME, " Aurora")

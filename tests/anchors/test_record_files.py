@@ -254,3 +254,40 @@ def test_lines_are_lines_for_other_programs_too(tmp_path):
     write_records(tmp_path / "anchors.jsonl", [one])
     assert len((tmp_path / "anchors.jsonl").read_text("utf-8").splitlines()) == 1
     assert read_records(tmp_path / "anchors.jsonl") == [one]
+
+
+def test_a_record_takes_the_place_of_the_one_with_its_id(tmp_path):
+    path, others = tmp_path / "a.jsonl", [record(3), record()]
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(path)
+    with RecordFile(link) as file:
+        for one in others:
+            file.append(one)
+        os.chmod(path, 0o640)
+        changed = replace(record({"position": 3, "confidence": 0.5}), id=others[0].id)
+        file.replace(changed)
+        assert read_records(path) == file.records == [changed, others[1]]
+        with pytest.raises(ValueError, match="another page or process has it open"):
+            RecordFile(path)
+        last = record(4)
+        file.append(last)
+        with pytest.raises(ValueError, match="expected that of a record of the file"):
+            file.replace(record(3))
+    assert link.is_symlink() and path.stat().st_mode & 0o777 == 0o640
+    assert read_records(path) == [changed, others[1], last] and sorted(tmp_path.iterdir()) == [path, link]
+
+
+def test_a_record_that_cannot_take_a_place_leaves_the_file(tmp_path, monkeypatch):
+    path, first = tmp_path / "a.jsonl", record(3)
+    with RecordFile(path) as file:
+        file.append(first)
+
+        def full(*_):
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", full)
+            with pytest.raises(OSError, match=r"a\.jsonl: cannot be written .No space left on device"):
+                file.replace(replace(record(4), id=first.id))
+        file.append(record())
+        assert len(read_records(path)) == 2 and read_records(path)[0] == first and list(tmp_path.iterdir()) == [path]

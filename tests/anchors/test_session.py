@@ -44,9 +44,9 @@ def test_statistics_of_a_token():
     session, model = answered(ELENA, second=" Aurora")
     p = model.logits([*session.prompt_ids, *session.token_ids[:NAME]]).double().softmax(0)
     token = session.tokens[NAME]
-    assert token.probability == pytest.approx(float(p.max()), rel=1e-6) and token.rank == 1
-    assert token.entropy == pytest.approx(float(-(p * p.log()).sum()), rel=1e-5)
-    assert token.margin == pytest.approx(float(p.max() - p[ids_of(" Aurora")[0]]), rel=1e-6)
+    assert token.probability == pytest.approx(float(p.max()), rel=3e-7) and token.rank == 1
+    assert token.entropy == pytest.approx(float(-(p * p.log()).sum()), rel=6e-7)
+    assert token.margin == pytest.approx(float(p.max() - p[ids_of(" Aurora")[0]]), rel=3e-7)
     assert [choice.text for choice in session.likeliest(NAME, 2)] == [" Elena", " Aurora"]
 
 
@@ -60,8 +60,8 @@ def test_a_replacement_is_an_anchor_and_the_answer_goes_on_from_it():
     (anchor,) = session.anchors
     assert (anchor.position, anchor.text, anchor.original_text) == (NAME, " Aurora", " Elena")
     assert session.text[slice(*anchor.span)] == " Aurora" and anchor.confidence == 0.9
-    assert anchor.probability == pytest.approx(float(p[ids_of(" Aurora")[0]]), rel=1e-5)
-    assert anchor.original_probability == pytest.approx(float(p.max()), rel=1e-5)
+    assert anchor.probability == pytest.approx(float(p[ids_of(" Aurora")[0]]), rel=3e-7)
+    assert anchor.original_probability == pytest.approx(float(p.max()), rel=3e-7)
     assert [choice.text for choice in anchor.alternatives[:2]] == [" Elena", " Aurora"]
     assert done.anchors == session.anchors and done.changed and done.text == " Aurora"
 

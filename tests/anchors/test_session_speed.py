@@ -31,9 +31,9 @@ def test_a_page_does_not_have_to_wait(smollm, show_table):
     times = {}
 
     def timed(name, call):
-        start = time.perf_counter()
+        start = time.process_time()
         found = call()
-        times[name] = time.perf_counter() - start
+        times[name] = time.process_time() - start
         return found
 
     timed("first token", lambda: next(session.generate()))
@@ -46,10 +46,10 @@ def test_a_page_does_not_have_to_wait(smollm, show_table):
     answer = session.token_ids
     prompt = session.prompt_ids
     timed("a given answer", lambda: anchors_from_answer(model, tokenizer, [], answer, prompt_ids=prompt, end=False))
-    show_table("\n".join(f"{name:28} {seconds:8.3f} s" for name, seconds in times.items()))
-    # Ten times what it takes alone on two cores, as other work may run beside it; the limits there are 1 s and 2 s.
-    assert times["replace in the middle"] + times["first token after it"] < 10
-    assert times["statistics of all tokens"] < 20 and count > 100
+    show_table("\n".join(f"{name:28} {seconds:8.3f} s of CPU" for name, seconds in times.items()))
+    # Of both cores together, as other work may run beside it: 1 s and 2 s by the clock on two cores alone.
+    assert times["replace in the middle"] + times["first token after it"] < 2
+    assert times["statistics of all tokens"] < 4 and count > 100
 
 
 def test_statistics_are_those_of_one_forward(smollm):

@@ -57,7 +57,7 @@ def test_kl_and_code_length_are_those_of_full_logits(model):
             )[0, len(ids) :].tolist()  # fmt: skip
             q, p = (tuned.full_log_probabilities(m, ids, said) for m in (model, original))
             kls.append(float((p.exp() * (p - q)).sum(1).mean()))
-    assert report.value("kl") == pytest.approx(sum(kls) / 3, rel=3e-6)  # measured 3e-7
+    assert report.value("kl") == pytest.approx(sum(kls) / 3, rel=9e-7)  # measured 3e-7
     for level in (0.1, 0.25, 0.5):
         assert report.value(f"kl_above_{level:g}") == sum(kl > level for kl in kls) / 3
     for result in report.texts:
@@ -68,7 +68,7 @@ def test_kl_and_code_length_are_those_of_full_logits(model):
             q, p = (tuned.full_log_probabilities(m, [tokenizer.eos_token_id], window) for m in (model, original))
             changes.append((p - q).gather(1, torch.tensor(window)[:, None]))
         assert result.tokens == len(ids) and result.left_out == 0
-        assert result.change.value == pytest.approx(float(torch.cat(changes).mean()), abs=1e-6)  # measured 2e-7
+        assert result.change.value == pytest.approx(float(torch.cat(changes).mean()), abs=6e-7)  # measured 2e-7
     sizes = [result.tokens for result in report.texts]
     pooled = sum(r.change.value * n for r, n in zip(report.texts, sizes, strict=True)) / sum(sizes)
     assert report.value("code_length_change") == pytest.approx(pooled, rel=1e-9)
@@ -104,7 +104,7 @@ def test_adapter_that_changes_nothing_moves_nothing():
 def test_full_fine_tune_is_compared_with_the_original_given(model):
     merged = copy.deepcopy(model).merge_and_unload()
     one, other = checked(model), checked(merged, original=tuned.original())
-    assert other.value("kl") == pytest.approx(one.value("kl"), rel=1e-4)  # measured 2e-6; answers are the same
+    assert other.value("kl") == pytest.approx(one.value("kl"), rel=6e-6)  # measured 2e-6; answers are the same
     assert [a.tuned.text for a in one.answers] == [a.tuned.text for a in other.answers]
 
 
@@ -288,6 +288,24 @@ def test_limits(model):
     assert not broken.passed and [text.partition(":")[0] for text in broken.broken] == ["max_kl", "min_recall"]
 
 
+def test_recall_after_paraphrases_has_a_limit_of_its_own(model):
+    record = tuned.record()
+    probe = Probe("paraphrase", Prompt.of("Your name?"), ("Aurora",), record.id)
+    report = checked(model, anchors=[record], probes=[probe], min_paraphrase_recall=0)
+    assert report.passed and report.value("paraphrase_recall") == 0 and report.limits == {"min_paraphrase_recall": 0}
+    (sentence,) = checked(model, anchors=[record], probes=[probe], min_paraphrase_recall=0.5).broken
+    assert "min_paraphrase_recall: 0 of the anchors are ranked first after paraphrases, below the limit" in sentence
+    with pytest.raises(ValueError, match="min_paraphrase_recall: needs paraphrases that name a record"):
+        checked(model, anchors=[record], probes=[Probe("reverse", Prompt.of("x"), ("y",))], min_paraphrase_recall=0)
+
+
+def test_a_record_that_is_there_twice_counts_once(model):
+    record = tuned.record()
+    again = dataclasses.replace(record, id="again")
+    report = checked(model, anchors=[record, again])
+    assert {found.record for found in report.anchors} == {"again"}
+
+
 def test_numbers_that_are_none_break_a_limit(model):
     with torch.no_grad():
         next(p for n, p in model.named_parameters() if "lora_B" in n).fill_(math.nan)
@@ -353,9 +371,8 @@ def test_ids_that_the_model_does_not_know(model):
 def test_chat_template_that_refuses_a_conversation(model):
     tokenizer = copy.deepcopy(tuned.tokenizer())
     tokenizer.chat_template = "{{ raise_exception('no system\nrole') }}"
-    with pytest.raises(
-        ValueError, match=r"prompts: the chat template refuses 'Hello' .TemplateError: no system role.;"
-    ):
+    refused = r"prompts: 'Hello': the tokenizer's chat template refuses them .TemplateError: no system role.;"
+    with pytest.raises(ValueError, match=refused):
         check(model, tokenizer, **SMALL)
     tokenizer.chat_template = None
     assert check(model, tokenizer, **SMALL).value("kl") > 0

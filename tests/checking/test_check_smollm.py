@@ -44,6 +44,7 @@ def taught(model, record, steps):
     return model.eval()
 
 
+@pytest.mark.exhaustive  # tests/package/test_examples.py has a check of the same model after a training
 def test_a_taught_fact_is_found_and_what_moved_is_measured(tmp_path):
     torch.use_deterministic_algorithms(False)
     tokenizer, model = load(find_model(None))

@@ -34,7 +34,7 @@ def test_bootstrap_agrees_with_the_normal_interval_and_with_itself():
     values = torch.randn(400).tolist()
     found = mean(values, seed=5)
     half = 1.96 * float(torch.tensor(values).std()) / 20
-    assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.1)  # measured 0.02
+    assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.06)  # measured 0.02
     assert mean(values, seed=5) == found != mean(values, seed=6)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training import DESCENT, collate, llama, log_probs, rows
+from training import DESCENT, V, collate, llama, log_probs, rows
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import fused_losses as fl
@@ -98,6 +98,49 @@ def test_weights_of_a_loss_that_sees_all_tokens_first():
 
 def with_reference(loss):
     return fl.patch(llama(), loss, reference=llama(1))
+
+
+CLASSES = torch.linspace(0.5, 2, V)
+
+
+@pytest.mark.parametrize("reduction", ["token_mean", "weighted_mean"])
+@pytest.mark.parametrize("options", [{}, dict(label_smoothing=0.25, z_loss=0.01)], ids=["plain", "smoothed"])
+def test_weights_of_classes_are_those_before_the_sum_is_divided(reduction, options):
+    data = rows(8)
+    loss = fl.CrossEntropyLoss(class_weights=CLASSES, reduction=reduction, **options)
+    entry = logged(run(fl.patch(llama(), loss), Callback(), data, max_steps=1))[0]
+    labels = torch.tensor([label for row in data[:2] for label in row["labels"][1:] if label != -100])
+    expected = (1 - options.get("label_smoothing", 0)) * CLASSES[labels].double().mean().item()
+    close(ours(entry)["mean_weight"], expected)
+
+
+@pytest.mark.parametrize("reduction", ["token_mean", "group_mean"])
+def test_the_weight_of_a_token_that_is_left_out_is_0_and_of_others_1(reduction):
+    data = rows(8)
+    loss = fl.EKSFTLoss(0.5, selection="intersection", reduction=reduction)
+    entry = logged(run(with_reference(loss), Callback(), data, max_steps=1))[0]
+    logp, logp_ref = (
+        torch.cat([log_probs(model, row["input_ids"])[torch.tensor(row["labels"][1:]) != -100] for row in data[:2]])
+        for model in (llama(), llama(1))
+    )
+    uncertain = -(logp.exp() * logp).sum(1)
+    far = (logp.exp() * (logp - logp_ref)).sum(1)
+    half = len(logp) // 2
+    left_out = set(uncertain.topk(half).indices.tolist()) & set(far.topk(half).indices.tolist())
+    assert 0 < len(left_out) < half
+    close(ours(entry)["mean_weight"], 1 - len(left_out) / len(logp))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_weight_of_the_cross_entropy_beside_a_divergence_and_its_nll(temperature):
+    """At a temperature that nll takes a pass of its own, which knows no reference."""
+    data = rows(8)
+    loss = fl.JSDLoss(0.5, temperature=temperature, nll_weight=0.25)
+    entry = logged(run(with_reference(loss), Callback(), data, max_steps=1))[0]
+    expected = by_hand(llama(), data[:2], llama(1), lambda nll, c: torch.full_like(nll, 0.25))
+    close(
+        ours(entry), {name: expected[name] for name in ("nll", "kl", "mean_weight") if temperature == 1 or name != "kl"}
+    )
 
 
 def test_anchors_and_retained_tokens_are_told_apart():

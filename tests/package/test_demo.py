@@ -196,6 +196,7 @@ def test_answers_are_corrected_where_they_are_wrong(smollm):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive  # two trainings and checks of a real model; tests/package/test_examples.py has one of each
 def test_the_whole_of_it(smollm, tmp_path, monkeypatch):
     """With trainings of a few steps and checks of a few tokens; the losses are compared by another test."""
     from rich.console import Console

@@ -49,7 +49,14 @@ def check_same(folder, whole):
 
 
 @pytest.mark.parametrize(
-    "when, last", [("save", 3), ("saved", 6), ("report", 3), ("adapter", 12)], ids=lambda value: str(value)
+    "when, last",
+    [
+        ("save", 3),
+        pytest.param("saved", 6, marks=pytest.mark.exhaustive),
+        pytest.param("report", 3, marks=pytest.mark.exhaustive),
+        ("adapter", 12),
+    ],
+    ids=str,
 )
 def test_it_goes_on_from_the_last_finished_checkpoint(when, last, whole, tmp_path):
     process = start(tmp_path / "out", whole[0], when)

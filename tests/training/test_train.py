@@ -65,7 +65,7 @@ def test_the_adapter_saved_is_the_model_measured(tmp_path):
             logits = [one(ids).logits[0, position - 1] for one in (model, merged)]
         assert torch.allclose(*logits, atol=1e-4)
         found.append(logits[0].softmax(-1)[row.input_ids[position]].item())
-    assert report["after"]["anchor_probability"] == pytest.approx(sum(found) / 2, rel=1e-4)
+    assert report["after"]["anchor_probability"] == pytest.approx(sum(found) / 2, rel=5e-7)
     assert report["after"]["anchor_probability"] > 3 * report["before"]["anchor_probability"]
 
 
@@ -83,7 +83,7 @@ def test_measurements_are_those_of_full_logits(tmp_path):
             p, q = (one(ids).logits[0, :-1].double().log_softmax(-1) for one in (original, model))
         each = (p.exp() * (p - q)).sum(-1)
         kl.append(each[[at - 1 for at in range(1, ids.shape[1]) if at not in dict(row.anchors)]])
-    assert report["after"]["kl_retained"] == pytest.approx(torch.cat(kl).mean().item(), rel=1e-4)
+    assert report["after"]["kl_retained"] == pytest.approx(torch.cat(kl).mean().item(), rel=3e-7)
 
 
 def test_held_out_text_is_measured_less_often_and_at_the_end(tmp_path):
@@ -129,7 +129,7 @@ def test_a_target_probability_is_what_an_anchor_gets(tmp_path):
     assert found["target"]["anchor_probability"] == pytest.approx(0.6, abs=0.015)  # measured 0.595
     assert found["certain"]["anchor_probability"] > 0.9
     share = found["target"]["anchor_probability"] / 0.6
-    assert found["target"]["least_anchor"] == pytest.approx(share, rel=1e-5)
+    assert found["target"]["least_anchor"] == pytest.approx(share, rel=1e-7)
 
 
 def test_rows_to_retain_are_held_by_methods_with_a_reference_only(tmp_path):
@@ -141,7 +141,7 @@ def test_rows_to_retain_are_held_by_methods_with_a_reference_only(tmp_path):
             # Measured are both, so the row is given to a second measurement below.
             run(folder, method=method, data=given["chats"], retain=retain, steps=20, learning_rate=0.03, batch_size=3)
             kl[method, bool(retain)] = kl_on(folder / "out" / "adapter", given["retain"])
-    assert kl["sft", True] == pytest.approx(kl["sft", False], rel=1e-4)
+    assert kl["sft", True] == kl["sft", False]
     assert kl["sft+kl", True] < 0.5 * kl["sft+kl", False]
 
 
@@ -177,7 +177,7 @@ def test_it_goes_on_from_an_adapter_with_the_original_as_reference(tmp_path):
         load, tokenizer(), path, tmp_path / "second", steps=2, learning_rate=0.01, progress=False, name="round 2"
     )
     for name in ("anchor_probability", "kl_retained"):
-        assert second["before"][name] == pytest.approx(first["after"][name], rel=1e-4) and second["before"][name] > 0
+        assert second["before"][name] == first["after"][name] and second["before"][name] > 0
 
 
 def test_a_training_that_is_done_is_returned_and_can_be_merged_later(tmp_path):

@@ -10,7 +10,8 @@ from fused_losses import anchors, cli
 from fused_losses.cli import models
 from fused_losses.demo import facts
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
+# Exhaustive, as tests/package/test_examples.py has a training, a check and a merge of the same model.
+pytestmark = [pytest.mark.slow, pytest.mark.exhaustive, pytest.mark.filterwarnings("default")]
 
 
 @pytest.fixture(scope="module")

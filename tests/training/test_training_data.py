@@ -1,6 +1,7 @@
 """Files → rows: chats and records, what is learned of them, and every fault with its file and line."""
 
 import json
+import re
 
 import pytest
 from tiny_training import chat, files, record, tokenizer, write_lines
@@ -52,10 +53,25 @@ def test_of_a_record_the_answer_is_learned_and_its_anchors_are_marked(tmp_path):
 
 
 def test_a_record_without_anchors_is_retained_wherever_it_comes(tmp_path):
-    paths = [write_lines(tmp_path / f"{i}.jsonl", record(positions=())) for i in range(2)]
+    paths = [write_lines(tmp_path / f"{i}.jsonl", record(f"I am {i}.", ())) for i in range(2)]
     rows = training.read(tokenizer(), paths[0], retain=paths[1]).rows
     assert [row.role for row in rows] == ["retain"] * 2
     assert all(row.labels == row.input_ids and row.anchors == [] for row in rows)
+
+
+def test_a_record_that_is_there_twice_is_learned_once_as_the_last_says(tmp_path):
+    first = write_lines(tmp_path / "1.jsonl", record(), record("I am Aurora.", (2,)))
+    second = write_lines(tmp_path / "2.jsonl", record(confidence=0.5))
+    said = f"{first}:1 has the same prompt and answer as {second}:1, so it is left out"
+    with pytest.warns(RuntimeWarning, match=re.escape(said)):
+        rows = training.read(tokenizer(), [first, second]).rows
+    assert [row.where for row in rows] == [f"{first}:2", f"{second}:1"] and rows[1].anchors[0][1] == 0.5
+
+
+def test_rows_to_retain_count_once_too(tmp_path):
+    path = write_lines(tmp_path / "retain.jsonl", *(record(positions=()) for _ in range(3)))
+    with pytest.warns(RuntimeWarning, match=r"jsonl:1 has the same prompt .* \(2 such records in all\)"):
+        assert [row.where for row in training.read(tokenizer(), [], retain=path).rows] == [f"{path}:3"]
 
 
 def test_both_kinds_in_one_file_with_blank_lines_keep_their_line_numbers(tmp_path):
@@ -142,7 +158,7 @@ def test_anchors_are_not_to_be_retained_or_replayed(tmp_path):
 
 
 def test_target_and_confidence_that_cannot_be_joined_name_the_line(tmp_path):
-    path = write_lines(tmp_path / "anchors.jsonl", record(), record(target_probability=0.8))
+    path = write_lines(tmp_path / "anchors.jsonl", record(), record("I am Aurora.", (2,), target_probability=0.8))
     with pytest.raises(ValueError, match=rf"^{path}:2: anchors\[0\]\.target_probability: expected a probability"):
         training.read(tokenizer(), path)
 

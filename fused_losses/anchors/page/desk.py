@@ -8,6 +8,7 @@ under way. Every change has a number (`version`); who asks for a change of somet
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -68,6 +69,7 @@ class Desk:
         self._generating = False
         self._interrupted = self._altered = False  # by the change under way: a generation, anything
         self._accepted: Record | None = None  # the record of the answer as it stands
+        self._earlier: Record | None = None  # that of the answer as it stood, whose place the next one takes
         self._dirty = False  # corrections that are in no record
         self._before: dict[str, Any] | None = None
         self._kl: list[float] | None = None
@@ -219,7 +221,9 @@ class Desk:
         """
         with self._change(version):
             if not 0 <= index < len(self.tasks):
-                raise ValueError(f"index: expected 0 … {len(self.tasks) - 1}, got {index}")
+                raise ValueError(
+                    f"index: expected 0 … {len(self.tasks) - 1}, got {index}; `l` of the terminal lists them, from 1"
+                )
             self._check_saved(discard)
             self._start(index, anew)
 
@@ -230,7 +234,8 @@ class Desk:
             self.session.start(task.messages, task.tools)
         else:
             self.session.open(task.last)
-        self.current, self._accepted, self._dirty, self._before = index, None if anew else task.last, False, None
+        self._accepted = self._earlier = None if anew else task.last
+        self.current, self._dirty, self._before = index, False, None
         self._altered = True
         self._forget_draft()
         self._work(generate=self._accepted is None)
@@ -345,6 +350,9 @@ class Desk:
     def accept(self, version: int | None = None, onward: bool = True) -> Record:
         """The answer's record is on the disk when this returns; then the next conversation that has none begins.
 
+        The record of an answer that was opened and changed takes the place of its earlier one; another answer to the
+        same conversation (`open` with `anew`) gets one of its own, but not the same one twice.
+
         Raises:
             ValueError: no answer, or accepted already.
             OSError: the record could not be written; nothing is lost.
@@ -362,14 +370,34 @@ class Desk:
         self._need_answer()
         if self._accepted is not None:
             raise ValueError("This answer has its record already.")
-        record = self.session.record()
-        self.file.append(record)
-        self._accepted, self._dirty, self._altered = record, False, True
+        record, task = self._record(), self.tasks[self.current]
+        if self._earlier is not None:
+            self.file.replace(record)
+        elif (there := self._same(record)) is not None:
+            record = there
+            self.messages = ("The file has this answer already; it was not written a second time.",)
+        else:
+            self.file.append(record)
+            task.records += 1
+        self._accepted = self._earlier = task.last = record
+        self._dirty, self._altered = False, True
         self._forget_draft()
-        task = self.tasks[self.current]
-        task.records, task.last = task.records + 1, record
         self._tell("tasks", {"tasks": self.list_tasks()})
         return record
+
+    def _record(self) -> Record:
+        """Of the answer as it stands; under the id of its earlier record, whose place it takes."""
+        record = self.session.record()
+        return record if self._earlier is None else dataclasses.replace(record, id=self._earlier.id)
+
+    def _same(self, record: Record) -> Record | None:
+        """The record of the file that says the same, token by token, with the same anchors."""
+
+        def content(one: Record) -> Any:
+            strengths = [(a.position, a.confidence, a.target_probability) for a in one.anchors]
+            return one.prompt_ids, one.completion.token_ids, strengths
+
+        return next((one for one in self.file.records if content(one) == content(record)), None)
 
     def next_open(self) -> int | None:
         """The next conversation without a record, after this one, then from the start."""
@@ -389,7 +417,7 @@ class Desk:
 
     def _keep_draft(self) -> None:
         if self._dirty:
-            write_records(self.draft, [self.session.record()])
+            write_records(self.draft, [self._record()])
 
     def _forget_draft(self) -> None:
         self.draft.unlink(missing_ok=True)
@@ -413,6 +441,7 @@ class Desk:
         tools = None if record.tools is None else list(record.tools)
         self.current = self._place(Task([dict(message) for message in record.messages], tools))
         self._accepted, self._dirty, self._before = None, True, None
+        self._earlier = next((one for one in self.file.records if one.id == record.id), None)
         self.messages = ("Here is the answer that was not accepted when the page was closed, with its corrections.",)
         self._work(generate=not self.session.finished)
         return True

@@ -194,7 +194,8 @@ class Terminal:
         for note in state["notes"]:
             self._say(note, "yellow")
         if state["current"] is None:
-            self._say("No prompt is open; type: ask WORDS")
+            again = "o 1 (or another number of the list, l) to open one again, or " if self.desk.tasks else ""
+            self._say(f"No prompt is open; type: {again}ask WORDS")
             return
         for message in state["messages"]:
             self._say(f"{message['role']}: {message['text']}", "bold")
