@@ -143,17 +143,8 @@ def retain_rows(
     check_sampling(temperature, top_p, seed)
     size = check_tokenizer(model, tokenizer)
     original = reference_forward(model, reference, size) or Forward(model)
-    if isinstance(prompts, (str, Mapping)):
-        raise TypeError(f"prompts: expected a list, a prompt each, got {type(prompts).__name__}; put it into a list")
-    conversations = [as_messages(prompt, name=f"prompts[{k}]") for k, prompt in enumerate(prompts)]
-    rendered = [
-        render(tokenizer, messages, None, template_options, f"prompts[{k}]") for k, messages in enumerate(conversations)
-    ]
     most = most_positions(model)
-    for k, ids in enumerate(rendered):
-        check_ids(ids, size, f"prompts[{k}]")
-        if most is not None and len(ids) >= most:
-            raise ValueError(f"prompts[{k}]: {len(ids)} tokens leave no room in the model's context of {most}; shorten")
+    conversations, rendered = _rendered(tokenizer, prompts, template_options, size, most)
     found: dict[int, Record] = {}
     tokens = KnownTokenizer(tokenizer)
     order = sorted(range(len(rendered)), key=lambda k: len(rendered[k]))
@@ -184,6 +175,23 @@ def retain_rows(
                             file.append(found[k])
                 bar.update(len(missing))
     return [found[k] for k in range(len(rendered))]
+
+
+def _rendered(
+    tokenizer: Any, prompts: Any, template_options: Mapping[str, Any] | None, size: int, most: int | None
+) -> tuple[list[list[dict]], list[list[int]]]:
+    """The conversations and their tokens, checked."""
+    if isinstance(prompts, (str, Mapping)):
+        raise TypeError(f"prompts: expected a list, a prompt each, got {type(prompts).__name__}; put it into a list")
+    conversations = [as_messages(prompt, name=f"prompts[{k}]") for k, prompt in enumerate(prompts)]
+    rendered = [
+        render(tokenizer, messages, None, template_options, f"prompts[{k}]") for k, messages in enumerate(conversations)
+    ]
+    for k, ids in enumerate(rendered):
+        check_ids(ids, size, f"prompts[{k}]")
+        if most is not None and len(ids) >= most:
+            raise ValueError(f"prompts[{k}]: {len(ids)} tokens leave no room in the model's context of {most}; shorten")
+    return conversations, rendered
 
 
 @dataclass(frozen=True)
