@@ -15,7 +15,7 @@ NEEDS = ("transformers", "peft", "accelerate", "gguf", "matplotlib", "psutil", "
 def add(commands: Any) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         "demo", help="a demonstration on a real model: correct an answer, train, check",
-        description=f"{__doc__.partition(': ')[2]} One fact and one seed: about 4 minutes on 2 cores; all that "
+        description=f"{__doc__.partition(': ')[2]} One fact and one seed: some minutes on 2 cores; all that "
         "docs/demo.md shows: --facts 3 --seeds 3. The same command goes on where it was stopped.",
     )  # fmt: skip
     parser.add_argument(

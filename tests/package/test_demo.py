@@ -205,14 +205,14 @@ def test_the_whole_of_it(smollm, tmp_path, monkeypatch):
     monkeypatch.setattr(trial, "ANSWER_TOKENS", 2)
     monkeypatch.setattr(trial, "general_texts", lambda: {"prose": "The river rises in a bog."})
     monkeypatch.setattr(trial, "Trial", functools.partial(trial.Trial, steps=2))
-    two = {"sft": {}, "lawf": {}}
+    two = {"talr": {}, "lawf": {}}
     monkeypatch.setattr(sys.modules["fused_losses.demo.run"], "TAUGHT_BY", two)
     (tmp_path / "losses-0.json").write_text(json.dumps(json.loads(RECORD.read_text())["check"]))
     found = run(Console(width=120), tmp_path)
     assert [t["method"] for t in found["trials"]] == list(two)
     assert found["lessons"]["name"]["anchors"][0]["text"] == " Aurora"
     kl = {t["method"]: t["metrics"]["kl"]["tuned"] for t in found["trials"]}
-    assert 0 < kl["lawf"] < kl["sft"]
+    assert 0 < kl["lawf"] < kl["talr"]
     assert (tmp_path / "demo.md").read_text() == report.markdown(found)
 
 

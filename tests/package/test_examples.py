@@ -99,7 +99,8 @@ def test_correct_a_fact_on_a_real_model(example, capsys, monkeypatch, tmp_path):
     _, report, found, _ = module.main(model, real_tokenizer, tmp_path, progress=False)
     before, *_, after = (line for line in capsys.readouterr().out.splitlines() if line.startswith(("before", "after")))
     assert "Elena" in before and "Aurora" in after
-    assert report["after"]["least_anchor"] >= 0.9 and found.value("kl") < 0.02  # measured: see below
+    assert report["after"]["least_anchor"] >= 0.9 and found.value("recall") == 1
+    assert found.value("kl_above_0.1") == 0
 
 
 @pytest.mark.parametrize("name", ["trainer_talr", "trl_talr", "peft_lawf"])
