@@ -186,3 +186,21 @@ def test_rows_for_a_loss_without_anchors_and_fields_of_ones_own():
     rows[0]["anchors"] = [1]
     with pytest.raises(ValueError, match=r"^row 1: has neither"):
         AnchorCollator(pad_token_id=0, needs_anchors=False)(rows)
+
+
+def test_a_field_of_ones_own_through_a_trainer_with_its_defaults(model, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    patch(model, Weighted())
+    rows = [{"input_ids": [1, 2, 3, 4], "weight": [0.0, 0.0, 2.0, 1.0]}] * 2
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), max_steps=1, learning_rate=0.0, use_cpu=True, report_to=[], save_strategy="no", logging_steps=1,
+        disable_tqdm=True,
+    )  # fmt: skip
+    collate = AnchorCollator(pad_token_id=0, needs_anchors=False)
+    trainer = transformers.Trainer(model, arguments, train_dataset=rows, data_collator=collate)
+    trainer.train()
+    ids = torch.tensor([rows[0]["input_ids"]])
+    with torch.no_grad():
+        states = model.model(ids).last_hidden_state[:, :-1]
+    expected = Weighted()(states, model.lm_head, ids[:, 1:], weight=torch.tensor([[0.0, 2.0, 1.0]]))
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected.item(), abs=1e-4)  # the log rounds so

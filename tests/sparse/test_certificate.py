@@ -165,3 +165,15 @@ def test_oracle_of_the_certificate_tests_is_what_it_says():
     x = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
     oracle.nll(x @ torch.eye(7, dtype=torch.float64), torch.tensor([1, 2, 3])).sum().backward()
     torch.testing.assert_close(x.grad, x.detach().softmax(1) - torch.nn.functional.one_hot(torch.tensor([1, 2, 3]), 7))
+
+
+@pytest.mark.parametrize("vocabulary", [100, 2**30], ids=["int32", "int64"])
+def test_single_logits_are_merged_with_keys_of_either_size(vocabulary):
+    """Rows and ids together make numbers of 32 bits, or where they do not fit of 64."""
+    from fused_losses.sparse.weighted import _with_single
+
+    offsets, columns = torch.tensor([0, 2, 2, 5]), torch.tensor([3, 7, 0, 7, 99], dtype=torch.int32)
+    single = torch.tensor([[7, 5], [4, 4], [99, -1]]), torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 0.0]])
+    starts, at, values, outside = _with_single(offsets, columns, torch.ones(5), single, vocabulary)
+    assert starts.tolist() == [0, 3, 4, 7] and at.tolist() == [3, 5, 7, 4, 0, 7, 99]
+    assert values.tolist() == [1, 2, 2, 7, 1, 1, 6] and outside.tolist() == [2, 7, 0]
