@@ -15,6 +15,7 @@ import distributed_parallel  # noqa: F401
 import torch
 import torch.distributed as dist
 from distributed_ranks import CASES, Ranks
+from processes import leave
 
 
 def work(rank: int, world: int, directory: str) -> None:
@@ -46,4 +47,4 @@ def work(rank: int, world: int, directory: str) -> None:
         finally:
             (path / f"{rank}.json").write_text(json.dumps(results))
     if "error" not in results[name]:
-        dist.destroy_process_group()
+        leave()

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from distributed_ranks import ROWS, Ranks, batch, llama, one_process
+from processes import leave
 from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainingArguments
 
@@ -94,7 +95,7 @@ def main() -> None:
     }
     if dist.get_rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(results))
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

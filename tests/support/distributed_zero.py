@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 from distributed_ranks import LOSSES, ROWS, Ranks, batch, llama, lora, make, one_process
+from processes import leave
 from torch import nn
 
 import fused_losses as fl
@@ -102,7 +103,7 @@ def main() -> None:
         raise AssertionError("no error")
     if dist.get_rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(results, indent=1))
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import Case, make, near_the_reference, with_more
-from processes import pythonpath
+from processes import leave, pythonpath
 from torch import Tensor
 
 import fused_losses as fl
@@ -383,7 +383,7 @@ def work(rank: int, world: int, folder: str) -> None:
     else:
         found["dtensors"] = dtensors(world)
     torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 def certain() -> Case:
