@@ -32,7 +32,7 @@ METRICS = (
 @dataclass(frozen=True)
 class Trial:
     """What is trained, for at most so many steps. `retain`: records of the model's own answers, held by methods that
-    can."""
+    can. `wordings`: the question in other words, each with its corrected answer."""
 
     fact: Fact
     method: str
@@ -40,6 +40,7 @@ class Trial:
     learning_rate: float | None = None  # None: the method's own default
     options: Mapping[str, float] = field(default_factory=dict)
     retain: Sequence[Record] = ()
+    wordings: Sequence[Record] = ()
     steps: int = STEPS
 
     @property
@@ -47,7 +48,8 @@ class Trial:
         rate = "" if self.learning_rate is None else f"-{self.learning_rate:g}"
         options = "".join(f"-{name}-{value:g}" for name, value in self.options.items())
         retained = f"-retain-{len(self.retain)}" if self.retain else ""
-        return f"{self.fact.name}-{self.method}{rate}{options}{retained}-{self.seed}"
+        wordings = f"-wordings-{len(self.wordings)}" if self.wordings else ""
+        return f"{self.fact.name}-{self.method}{rate}{options}{retained}{wordings}-{self.seed}"
 
 
 def run(
@@ -66,7 +68,7 @@ def run(
             raise ValueError(f"--output: {file} was measured with other settings; give another folder, or remove it")
         return known
     folder = output / trial.name
-    lines = {"anchors": [record], "retain": list(trial.retain)}
+    lines = {"anchors": [record, *trial.wordings], "retain": list(trial.retain)}
     for name, records in lines.items():
         if records:
             write_records(output / f"{trial.name}.{name}.jsonl", records)
@@ -76,7 +78,7 @@ def run(
             lambda: copy.deepcopy(base), tokenizer, output / f"{trial.name}.anchors.jsonl", folder,
             method=trial.method, retain=[output / f"{trial.name}.retain.jsonl"] if trial.retain else [],
             learning_rate=trial.learning_rate, options=trial.options, steps=trial.steps,
-            batch_size=1 + (len(trial.retain) if trial.method in ("lawf", "sft+kl") else 0),
+            batch_size=len(lines["anchors"]) + (len(trial.retain) if trial.method in ("lawf", "sft+kl") else 0),
             stop_probability=PROBABILITY, stop_kl=ANY_KL, seed=trial.seed, progress=False,
         )  # fmt: skip
         progress(0.3)
@@ -84,7 +86,7 @@ def run(
         report = checked(base, tokenizer, folder, trial.fact, record, output / "answers", progress)
     found = {
         "fact": trial.fact.name, "method": trial.method, "seed": trial.seed,
-        "retained": len(trial.retain), "settings": settings,
+        "retained": len(trial.retain), "wordings": len(trial.wordings), "settings": settings,
         "training": _of_training(trained), "check_seconds": round(time.perf_counter() - begun, 1), **of_report(report),
     }  # fmt: skip
     write_json(file, found)

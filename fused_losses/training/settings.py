@@ -75,7 +75,7 @@ METHODS = {
     ),
     "sft": Method("cross-entropy", fl.CrossEntropyLoss, {}),
     "sft+kl": Method(
-        "cross-entropy, and KL to the original on the same tokens", fl.SFTKLLoss, {"kl_weight": 0.5},
+        "cross-entropy, and KL to the original on the same tokens", fl.SFTKLLoss, {"kl_weight": 0.05},
         needs_reference=True,
     ),
     "talr": Method("cross-entropy that counts hard tokens less", fl.TALRLoss, {}),
