@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..huggingface import adapters
+from ..huggingface import adapters, kv_cache
 from ..huggingface.reference_forward import evaluating
 
 PIECE = 512  # rows of logits in memory at a time
-CACHES = ("past_key_values", "cache_params", "state")  # what models call what they keep of the tokens before
 # Layers of a cache that hold a key and a value per token, so that the last ones can be taken away.
 ATTENTION = ("DynamicLayer", "DynamicIndexedLayer", "DynamicSlidingWindowLayer", "DummyLayer")
 
@@ -173,7 +172,7 @@ def _signature(model: Any) -> tuple[set[str], str]:
         raise ValueError("model: its adapter is prompt learning, whose virtual tokens are in no cache; take LoRA")
     inner = inner_model(model)
     accepted = set(inspect.signature(inner.forward).parameters) | set(inspect.signature(type(inner).forward).parameters)
-    name = next((name for name in CACHES if name in accepted), None)
+    name = kv_cache.argument(accepted)
     if name is None:
         raise ValueError(_no_cache(model, "takes none"))
     return accepted, name
@@ -182,8 +181,8 @@ def _signature(model: Any) -> tuple[set[str], str]:
 def _no_cache(model: Any, what: str) -> str:
     inner = inner_model(model)
     return (
-        f"model: {type(inner).__name__} {what} of {', '.join(CACHES)}, so each token would cost a forward of the whole "
-        "text; take a causal language model with a cache (for BERT-like ones: config.is_decoder=True)"
+        f"model: {type(inner).__name__} {what} of {', '.join(kv_cache.NAMES)}, so each token would cost a forward of "
+        "the whole text; take a causal language model with a cache (for BERT-like ones: config.is_decoder=True)"
     )
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import kv_cache
+
 
 def _named_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The layers that PEFT has put around the model's own."""
@@ -174,7 +176,7 @@ class VirtualTokens:
         inputs = dict(inputs)
         mask, embeddings = inputs.get("attention_mask"), inputs.get("inputs_embeds")
         if self.in_cache:
-            inputs.pop("past_key_values", None)
+            inputs = kv_cache.without(inputs)
         elif isinstance(embeddings, Tensor):
             del inputs["inputs_embeds"]
             if self.input_ids is None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..head import Reference
 from ..objectives.arguments import Field, item_count
 from ..tokens import Observer
-from . import adapters, wrappers
+from . import adapters, kv_cache, wrappers
 from .adapters import VirtualTokens
 from .alignment import Alignment, align, in_each_row, packed_sequences
 from .deferral import HeadModule
@@ -92,8 +92,8 @@ class Call:
     def prompt(self) -> VirtualTokens | None:
         """The virtual tokens that these inputs begin with."""
         if self._prompt is None:
-            given = (self.inputs.get(name) is not None for name in ("inputs_embeds", "past_key_values"))
-            calling, input_ids = adapters.caller(self.model) if any(given) else (None, None)
+            given = self.inputs.get("inputs_embeds") is not None or kv_cache.given(self.inputs) is not None
+            calling, input_ids = adapters.caller(self.model) if given else (None, None)
             self._prompt = (VirtualTokens.of(calling or self.outer, input_ids),)
         return self._prompt[0]
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from . import kv_cache
 from .logits import DeferredLogits, HeadCall, LogitMap
 
 
@@ -37,10 +38,11 @@ def reference_inputs(call: Any) -> tuple[dict, int]:
     virtual = 0
     if prompt is not None:
         inputs, virtual = prompt.removed(inputs)
-    if inputs.get("past_key_values") is not None:
+    cache = kv_cache.given(inputs)
+    if cache is not None:
         raise ValueError(
-            "past_key_values: given together with labels and a reference, which would see them too; train without, or "
-            "call the loss in a loop of your own"
+            f"{cache}: given together with labels and a reference, which would see the tokens in it too; train "
+            "without, or call the loss in a loop of your own"
         )
     embeddings = inputs.get("inputs_embeds")
     if isinstance(embeddings, Tensor) and embeddings.requires_grad:

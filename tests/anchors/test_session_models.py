@@ -282,7 +282,7 @@ def test_the_digest_is_the_originals_before_and_after_an_adapter_is_put_on():
 
 @pytest.mark.parametrize("name", ["OpenAIGPTLMHeadModel", "XLNetLMHeadModel"])
 def test_a_model_without_a_cache_is_refused(name):
-    with pytest.raises(ValueError, match=f"model: {name} takes none of past_key_values"):
+    with pytest.raises(ValueError, match=f"model: {name} takes none of cache, past_key_values"):
         AnchorSession(tiny(name), numbers())
 
 
