@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..head import LMHead, Reference
-from ..huggingface import adapters
+from ..huggingface import adapters, kv_cache
 from ..huggingface.digest import model_digest, model_facts
 from ..huggingface.exchange import in_force, other_patch
 from ..huggingface.patching import _base_model, _check_model, patched
@@ -105,6 +105,8 @@ class Pair:
         with torch.no_grad(), evaluating(model), contextlib.ExitStack() as stack:
             if not tuned and self.original is None:
                 stack.enter_context(model.disable_adapter() if self._learns_prompts else adapters.off(self.base, model))
+            elif tuned and self._learns_prompts:
+                stack.enter_context(kv_cache.known_to_peft(model))
             yield model
 
     def digest(self, tuned: bool) -> str:

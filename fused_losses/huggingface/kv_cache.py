@@ -6,7 +6,9 @@ in PEFT and in models' code from the Hub, it is `past_key_values`, or `cache_par
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+import contextlib
+import functools
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 NAMES = ("cache", "past_key_values", "cache_params", "state")  # the newest first, where a forward takes several
@@ -25,3 +27,39 @@ def given(inputs: Mapping[str, Any]) -> str | None:
 def without(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """These inputs without a cache, whatever they call it."""
     return {name: value for name, value in inputs.items() if name not in NAMES}
+
+
+@contextlib.contextmanager
+def known_to_peft(model: Any) -> Iterator[None]:
+    """Meanwhile a PEFT model with virtual tokens generates right though its own model says `cache`.
+
+    PEFT 0.21 looks for `past_key_values` alone, finds no cache, and puts the virtual tokens before each new token
+    again: other tokens, and no error. `model`: any; without such a PEFT around it nothing changes.
+    """
+    place = "base_model_prepare_inputs_for_generation"  # PEFT's own hook there lets itself be replaced
+    own = vars(model).get(place)
+    if own is None or not _too_old_a_peft():
+        yield
+        return
+
+    @functools.wraps(own)
+    def prepared(*args: Any, **kwargs: Any) -> Any:
+        inputs = own(*args, **kwargs)
+        if "cache" in inputs:
+            inputs["past_key_values"] = inputs.pop("cache")  # which the model takes too
+        return inputs
+
+    setattr(model, place, prepared)
+    try:
+        yield
+    finally:
+        setattr(model, place, own)
+
+
+def _too_old_a_peft() -> bool:
+    """Whether this transformers asks for a later PEFT."""
+    import peft
+    from packaging.version import parse
+    from transformers.integrations import peft as of_transformers
+
+    return parse(peft.__version__) < parse(getattr(of_transformers, "MIN_PEFT_VERSION", "0"))

@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 
+import cache_names
 import pytest
 import torch
 from session_models import adapted, llama, numbers, probabilities, tiny, tokenizer
@@ -76,6 +77,17 @@ def test_logits_after_several_more_tokens_than_the_cache_holds(name):
     for length in (12, 20, 19, 37, 3):
         assert torch.allclose(forward.row(ids[:length]).double().softmax(-1), p[length - 1], atol=2e-5), length
         assert torch.allclose(forward.peek(ids[:9]).double().softmax(-1), p[8], atol=2e-5), length
+
+
+@pytest.mark.parametrize("name", cache_names.NAMES)
+def test_the_cache_is_used_by_whatever_name(name):
+    model, ids = cache_names.llama_class(name)(llama().config).eval(), [*range(3, 40)]
+    forward, p = Forward(model), probabilities(model, ids)
+    model.get_input_embeddings().register_forward_hook(lambda _, args, out: fed.append(args[0].shape[-1]))
+    for length, new in ((12, 12), (20, 8), (19, 1), (37, 18)):
+        fed = []
+        assert torch.allclose(forward.row(ids[:length]).double().softmax(-1), p[length - 1], atol=2e-5), length
+        assert fed == [new]
 
 
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "MistralForCausalLM", "MambaForCausalLM"])

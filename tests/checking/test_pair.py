@@ -1,7 +1,9 @@
 """Two models, measured along the same tokens: against full logits in float64."""
 
 import copy
+import types
 
+import peft
 import pytest
 import torch
 import tuned
@@ -9,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import fused_losses as fl
 from fused_losses.checking.pair import Pair, Row, batches
+from fused_losses.huggingface import kv_cache
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT reads it
 VOCABULARY = len(tuned.tokenizer())
@@ -160,3 +163,42 @@ def test_adapter_that_cannot_be_switched_is_refused_before_any_work():
     with model.disable_adapter(), pytest.raises(ValueError, match="its adapter is switched off"):
         Pair(model)
     Pair(model)
+
+
+PROMPTS = {
+    "prompt": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    "prefix": lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # PEFT 0.21 calls the cache so
+@pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")  # generate() gives them
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_virtual_tokens_are_before_the_first_token_alone(kind):
+    """Token by token without a cache is what generate() says with one, which PEFT has to find."""
+    torch.manual_seed(2)
+    model = peft.get_peft_model(tuned.original(), PROMPTS[kind]()).eval()
+    with torch.no_grad():
+        for parameter in model.prompt_encoder.parameters():
+            parameter.normal_()
+    ids = said = torch.tensor([[5, 6, 7, 8]])
+    for _ in range(8):
+        said = torch.cat([said, model(input_ids=said).logits[:, -1:].argmax(-1)], 1)
+    with Pair(model).asked(tuned=True) as asked:
+        mask = torch.ones_like(ids)
+        found = asked.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None
+        )
+    assert found.tolist() == said.tolist()
+
+
+@pytest.mark.parametrize("version, renamed", [("0.21.2", True), ("0.22.0", False)])
+def test_peft_is_told_of_the_cache_where_it_knows_the_old_name_alone(version, renamed, monkeypatch):
+    monkeypatch.setattr("peft.__version__", version)
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0.22.0")
+    own = lambda: {"input_ids": 1, "cache": 2}  # noqa: E731
+    model = types.SimpleNamespace(base_model_prepare_inputs_for_generation=own)
+    with kv_cache.known_to_peft(model):
+        made = model.base_model_prepare_inputs_for_generation()
+    assert made == {"input_ids": 1, "past_key_values" if renamed else "cache": 2}
+    assert model.base_model_prepare_inputs_for_generation is own

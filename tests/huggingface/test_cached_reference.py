@@ -3,6 +3,7 @@
 import copy
 from pathlib import Path
 
+import cache_names
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -15,12 +16,12 @@ V = 97
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning:transformers")
 
 
-def llama():
+def llama(cls=LlamaForCausalLM):
     torch.manual_seed(1)
     sizes = dict(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
     )
-    return LlamaForCausalLM(LlamaConfig(vocab_size=V, initializer_range=0.3, pad_token_id=0, **sizes))
+    return cls(LlamaConfig(vocab_size=V, initializer_range=0.3, pad_token_id=0, **sizes))
 
 
 def adapted(trained=False, **options):
@@ -264,8 +265,16 @@ def test_inputs_without_a_digest_are_computed_each_time(tmp_path):
     model = fl.patch(adapted(), fl.LAwFLoss(), reference="base", reference_cache=tmp_path)
     counted, inputs = Counted(model), batch(rows(9, 12))
     assert [references(model, {**inputs, "note": [1]}, counted)[0] for _ in range(2)] == [1, 1]
-    with pytest.raises(ValueError, match="past_key_values: given together with labels and a reference"):
-        model(**inputs, past_key_values=DynamicCache())
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+@pytest.mark.parametrize("given", [*cache_names.NAMES, "cache_params", "state"])
+@pytest.mark.parametrize("own", cache_names.NAMES)
+def test_a_cache_is_refused_by_whatever_name(own, given):
+    """The reference would see its tokens, and write to it."""
+    model = fl.patch(llama(cache_names.llama_class(own)), fl.LAwFLoss(), reference="start")
+    with pytest.raises(ValueError, match=f"^{given}: given together with labels and a reference"):
+        model(**batch(rows(9, 12)), **{given: DynamicCache()})
 
 
 def test_directory(tmp_path):

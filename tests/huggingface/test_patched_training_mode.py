@@ -1,5 +1,6 @@
 """Training, evaluation and what lies between: which loss a patched model reports, and what would train another one."""
 
+import cache_names
 import pytest
 import torch
 from torch.nn import functional as F
@@ -123,7 +124,8 @@ class TestWithoutLabels:
         model = fl.patch(llama().train(), fl.TALRLoss())
         model.generate(IDS[:, :3], max_new_tokens=2, do_sample=False)
         first = model(input_ids=IDS[:, :3], use_cache=True)  # a generation of one's own, with gradients on
-        assert model(input_ids=IDS[:, 3:4], past_key_values=first.past_key_values).logits.shape[1] == 1
+        more = model(input_ids=IDS[:, 3:4], **{cache_names.INSTALLED: first[cache_names.INSTALLED]})
+        assert more.logits.shape[1] == 1
         with torch.no_grad():
             model(input_ids=IDS)
         model(**BATCH).loss.backward()

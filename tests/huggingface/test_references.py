@@ -5,6 +5,7 @@ The truth is KL(q ‖ p) of full logits in float64.
 
 import copy
 
+import cache_names
 import peft
 import pytest
 import torch
@@ -135,6 +136,7 @@ PROMPTS = dict(
 )
 
 
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # PEFT 0.21 calls the cache so
 @pytest.mark.parametrize("order", ["peft first", "patch first"])
 @pytest.mark.parametrize("reference", ["base", "start", "model"])
 @pytest.mark.parametrize("kind", PROMPTS)
@@ -157,6 +159,25 @@ def test_prompt_learning(kind, reference, order, tmp_path):
     data = collate(rows())
     model(**data, confidence=torch.zeros(data["input_ids"].shape)).loss.backward()
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for n, p in model.named_parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("order", ["peft first", "patch first"])
+@pytest.mark.parametrize("own", cache_names.NAMES)
+def test_prefix_tuning_by_whatever_name_the_cache_comes(own, order):
+    """Virtual tokens come as a cache, which the reference must not see."""
+    torch.manual_seed(3)
+    base = cache_names.renaming(cache_names.llama_class(own)(llama().config).double(), own)
+    base.load_state_dict(llama().state_dict())
+    if order == "patch first":
+        lawf(base, "base")
+    model = get_peft_model(base, PROMPTS["prefix"]())
+    if order == "peft first":
+        lawf(model, "base")
+    with torch.no_grad():
+        for p in model.prompt_encoder.parameters():
+            p.add_(0.3 * torch.randn(p.shape))
+    want = kl_of(fl.unpatch(copy.deepcopy(model)), llama())
+    assert kl(model) == pytest.approx(want, rel=1e-5) and want > 1e-3
 
 
 def test_prompt_learning_with_a_cache(tmp_path):
