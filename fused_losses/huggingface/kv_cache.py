@@ -20,7 +20,7 @@ def argument(accepted: Container[str]) -> str | None:
 
 
 def given(inputs: Mapping[str, Any]) -> str | None:
-    """The name under which these inputs hold a cache, which may be another than the forward's own; None: they do not."""
+    """The name under which these inputs hold a cache, which may not be the forward's own; None: they hold none."""
     return next((name for name in NAMES if inputs.get(name) is not None), None)
 
 

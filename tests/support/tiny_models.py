@@ -154,6 +154,12 @@ QWEN4_EXP = dict(
 IMAGE_VOCABULARY = {"<image>": 96, **{f"IMGIMGA{chr(ord('A') + k)}Z": 40 + k for k in range(16)}}
 VQ = dict(num_res_blocks=1, channel_multiplier=(1, 1))
 OVERRIDES: dict[str, dict[str, Any]] = {
+    "Apertus1p5ForConditionalGeneration": dict(
+        image_token_offset=60,
+        audio_token_offset=76,
+        vision_config=dict(codebook_size=16, num_res_blocks=1, channel_multiplier=(1, 1)),
+        audio_config=dict(codebook_dim=HIDDEN, codebook_size=16, num_filters=4),
+    ),
     "BambaForCausalLM": dict(attn_layer_indices=[1]),
     "BigBirdForCausalLM": dict(attention_type="original_full"),
     "BigBirdPegasusForCausalLM": dict(attention_type="original_full"),
@@ -210,6 +216,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "Glm5NextForConditionalGeneration": dict(text_config=dict(index_kpool=2, qk_rope_head_dim=0)),
     # Larger images: torch's gradient of a bfloat16 convolution over one pixel reads memory that nobody wrote.
     "GotOcr2ForConditionalGeneration": dict(vision_config=dict(image_size=32)),
+    "HYV4VLForConditionalGeneration": dict(
+        text_config=dict(qk_rope_head_dim=8), vision_config=dict(max_image_size=32)
+    ),
     "HunYuanVLForConditionalGeneration": dict(vision_config=dict(max_image_size=32, min_image_size=16)),
     "HyperCLOVAXForCausalLM": dict(logits_scaling=0.25),
     "HyperCLOVAXVisionV2ForConditionalGeneration": dict(text_config=dict(logits_scaling=0.25)),
@@ -237,6 +246,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "MusicgenMelodyForCausalLM": dict(initializer_factor=0.2),
     "NemotronH_Omni_Reasoning_V3": dict(
         vision_config=dict(video_temporal_patch_size=2, max_img_size=32), vision_hidden_size=32
+    ),
+    "OmniASRForConditionalGeneration": dict(
+        audio_config=dict(conv_dim=(8,) * 7, num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=4)
     ),
     "PaddleOCRVLForConditionalGeneration": dict(text_config=dict(rope_parameters=ROPE | dict(mrope_section=[1, 1, 2]))),
     "PerceptionLMForConditionalGeneration": dict(vision_config=dict(model_args={"embed_dim": HIDDEN})),
