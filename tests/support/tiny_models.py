@@ -216,9 +216,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "Glm5NextForConditionalGeneration": dict(text_config=dict(index_kpool=2, qk_rope_head_dim=0)),
     # Larger images: torch's gradient of a bfloat16 convolution over one pixel reads memory that nobody wrote.
     "GotOcr2ForConditionalGeneration": dict(vision_config=dict(image_size=32)),
-    "HYV4VLForConditionalGeneration": dict(
-        text_config=dict(qk_rope_head_dim=8), vision_config=dict(max_image_size=32)
-    ),
+    "HYV4VLForConditionalGeneration": dict(text_config=dict(qk_rope_head_dim=8), vision_config=dict(max_image_size=32)),
     "HunYuanVLForConditionalGeneration": dict(vision_config=dict(max_image_size=32, min_image_size=16)),
     "HyperCLOVAXForCausalLM": dict(logits_scaling=0.25),
     "HyperCLOVAXVisionV2ForConditionalGeneration": dict(text_config=dict(logits_scaling=0.25)),
