@@ -103,6 +103,8 @@ def run(given: argparse.Namespace) -> None:
     if not given.quiet:
         title = f"{given.method}: {report['steps']} steps in {report['seconds']:.0f} s; {report['stopped']}"
         show(title, ("what", "before", "after"), reports.rows(report))
+        if (sentence := reports.unmet(report, given.output)) is not None:
+            print(sentence)
         print(f"written: {given.output}, with {', '.join(_written(Path(given.output)))}")
 
 

@@ -9,6 +9,7 @@ from tiny_training import chat, files, record, tiny_llama, tokenizer, write_line
 
 import fused_losses as fl
 from fused_losses import training
+from fused_losses.training import report as reports
 from fused_losses.training.loop import pass_order
 
 pytestmark = [
@@ -110,6 +111,61 @@ def test_it_takes_all_steps_where_it_shall_not_stop(tmp_path):
         reports.append(run(tmp_path / str(stop), **options))
     assert reports[0]["steps"] < 20 and reports[0]["stopped"] == "the anchors have their probability"
     assert reports[1]["steps"] == 20 and reports[1]["stopped"] == "all 20 steps"
+
+
+def test_the_least_anchor_is_named(tmp_path):
+    from peft import PeftModel
+
+    data = write_lines(tmp_path / "two.jsonl", record("I am Aurora.", (2,)), record(positions=(3, 4, 5)))
+    report = run(tmp_path, method="lawf", data=data, learning_rate=0.01, retain=files(tmp_path)["retain"])
+    model = PeftModel.from_pretrained(tiny_llama(), tmp_path / "out" / "adapter")
+    found = {}
+    for row, start in zip(training.read(tokenizer(), data).rows, (2, 3), strict=True):
+        with torch.no_grad():
+            p = model(torch.tensor([row.input_ids])).logits[0].softmax(-1)
+        found |= {(row.where, start + k): p[at - 1, row.input_ids[at]].item() for k, (at, _) in enumerate(row.anchors)}
+    where = min(found, key=found.get)
+    least = report["least_anchor"]
+    assert (least["record"], least["position"]) == where and least["part"] == report["after"]["least_anchor"]
+    assert least["part"] == pytest.approx(found[where], rel=1e-5)
+    answer = "I am Aurora.<|end|>" if where[0].endswith(":1") else "My name is Aurora.<|end|>"
+    assert answer.startswith(least["before"] + least["text"]) and least["text"]
+
+
+def ended(**changes):
+    """What a training that took all of its steps says of its end."""
+    settings = {"stop": True, "stop_probability": 0.9, "stop_kl": 0.02, "method": "lawf", "options": {}, "steps": 40}
+    settings |= {name: changes.pop(name) for name in list(changes) if name in settings}
+    least = {"record": "a.jsonl:3", "position": 5, "text": ".", "before": "The capital of Valdoria is Velport"}
+    after = {"least_anchor": 0.866, "kl_retained": 0.01, **changes}
+    return reports.unmet({"settings": settings, "after": after, "least_anchor": least}, "out")
+
+
+def test_an_end_that_was_not_reached_names_the_anchor_and_what_to_try():
+    assert ended() == (
+        "Its end was not reached: the least anchor has 0.866 of the probability that it is to get, 0.9 asked for: '.' "
+        "after '…capital of Valdoria is Velport', token 5 of a.jsonl:3. Try --steps 80, with which the learning rate "
+        "falls more slowly too, and another folder than out."
+    )
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        (dict(least_anchor=0.95, kl_retained=0.03), "retained tokens is 0.03, at most 0.02 asked for. Try a smaller"),
+        (dict(method="sft+kl", options={"kl_weight": 0.5}), "since with 0.5 an unlikely token gets 0.67 at most"),
+        (dict(method="sft+kl", options={"kl_weight": 0.05}), "Try --steps 80"),
+    ],
+)
+def test_what_to_try_is_for_what_was_missed(changes, said):
+    assert said in ended(**changes)
+
+
+@pytest.mark.parametrize(
+    "changes", [dict(least_anchor=0.9), dict(stop=False), dict(method="sft", kl_retained=1.0, least_anchor=0.9)]
+)
+def test_nothing_is_said_of_an_end_that_was_reached_or_not_asked_for(changes):
+    assert ended(**changes) is None
 
 
 def wide_llama():

@@ -46,6 +46,7 @@ def test_it_trains_goes_on_from_the_adapter_and_says_what_it_wrote(saved, tmp_pa
         ["train", "--model", str(saved), "--data", str(data), "--output", str(tmp_path / "one"), *steps, "--merge"]
     )
     out = capsys.readouterr().out
+    assert "Its end was not reached: the least anchor has 0.0" in out and f"{data}:" in out and "--steps 4" in out
     assert "mean KL to the original" in out and "adapter, merged, report.json, curves.png" in out
     again = ["--adapter", str(tmp_path / "one"), "--output", str(tmp_path / "two"), "--quiet", *steps]
     cli.main(["train", "--model", str(saved), "--data", str(data), *again])
