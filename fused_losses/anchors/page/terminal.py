@@ -29,6 +29,7 @@ HELP = """\
   n               the next token of which the model was not sure
   u, r            undo, redo
   x 7             take the mark off token 7
+  k               mark as right what only the trained model says (with --adapter)
   g               go on with the answer; Ctrl-C interrupts it
   a               accept: write the answer to the file, and go to the next prompt
   s, o 3          skip to the next prompt, or open prompt 3
@@ -93,7 +94,8 @@ class Terminal:
             self._edit(line)
             return
         plain: dict[str, Callable[[], Any]] = {
-            "u": self.desk.undo, "r": self.desk.redo, "g": self.desk.go_on, "a": self._accept, "s": self._skip,
+            "k": self.desk.keep, "u": self.desk.undo, "r": self.desk.redo, "g": self.desk.go_on, "a": self._accept,
+            "s": self._skip,
         }  # fmt: skip
         if name in plain and not rest:
             self._do(plain[name])
