@@ -36,18 +36,21 @@ def add(commands: Any) -> argparse.ArgumentParser:
         "its adapter",
     )  # fmt: skip
     what = parser.add_argument_group("what is asked")
-    what.add_argument("--anchors", type=Path, metavar="F", help="records of corrected answers, as annotate writes them")
     what.add_argument(
-        "--probes", type=Path, metavar="F",
+        "--anchors", type=Path, metavar="F", nargs="+", default=[],
+        help="files of records of corrected answers, as annotate writes them",
+    )  # fmt: skip
+    what.add_argument(
+        "--probes", type=Path, metavar="F", nargs="+", default=[],
         help='JSON Lines such as {"kind": "paraphrase" | "reverse" | "unrelated", "prompt": ..., "expect": "Aurora"}',
     )  # fmt: skip
     what.add_argument(
-        "--prompts", type=Path, metavar="F",
+        "--prompts", type=Path, metavar="F", nargs="+",
         help="prompts that have nothing to do with what was taught, one a line, or .jsonl; default: 28, built in",
     )  # fmt: skip
     what.add_argument(
-        "--text", type=Path, metavar="F", action="append",
-        help="general text, UTF-8; repeat for more; default: prose, documentation and code",
+        "--text", type=Path, metavar="F", nargs="+", action="extend",
+        help="general text, UTF-8; default: prose, documentation and code",
     )  # fmt: skip
     what.add_argument(
         "--facts-contamination", nargs="+", metavar="WORD", dest="facts",
@@ -117,6 +120,8 @@ def _refuse(message: str) -> None:
 def _report(given: argparse.Namespace) -> Any:
     require("the check", NEEDS, "cli,hf")
     from .. import checking
+    from ..anchors import read_records
+    from ..checking.plan import asked, checked_limits
 
     for name in ("json", "html"):
         _check_output(name, getattr(given, name))
@@ -126,17 +131,19 @@ def _report(given: argparse.Namespace) -> Any:
         raise ValueError("--adapter: give the adapter that was trained, or with --original the model before training")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     read: dict[str, Any] = {
-        "probes": () if given.probes is None else checking.read_probes(given.probes),
-        "prompts": None if given.prompts is None else checking.read_prompts(given.prompts),
+        "probes": [probe for path in given.probes for probe in checking.read_probes(path)],
+        "prompts": given.prompts and [prompt for path in given.prompts for prompt in checking.read_prompts(path)],
         "texts": None if given.text is None else _texts(given.text),
     }
-    if given.anchors is not None:
-        from ..anchors import read_records
-
-        read_records(given.anchors)  # what is wrong in it shall be known before a model is loaded
-    model, tokenizer = models.load(given)
-    if given.anchors is not None:
-        read["anchors"] = read_records(given.anchors, tokenizer)
+    # What is wrong in them shall be known before a model is loaded.
+    for path in given.anchors:
+        read_records(path)
+    tokenizer = models.load_tokenizer(given)
+    read["anchors"] = [record for path in given.anchors for record in read_records(path, tokenizer)]
+    limits = given.max_kl, given.min_recall, given.min_paraphrase_recall
+    checked_limits(*limits, read["anchors"], read["probes"], read["prompts"])
+    asked(tokenizer, read["anchors"], read["probes"], read["prompts"], given.facts)
+    model = models.load_model(given)
     original = _of_original(given, models.load_model)
     with _progress() as progress:
         report = checking.check(
