@@ -190,12 +190,13 @@ def test_a_target_probability_is_what_an_anchor_gets(tmp_path):
 
 def test_rows_to_retain_are_held_by_methods_with_a_reference_only(tmp_path):
     given, kl = files(tmp_path), {}
-    for method in ("sft", "sft+kl"):
+    for method, options in (("sft", {}), ("sft+kl", {"kl_weight": 0.5})):
+        plain = dict(steps=20, learning_rate=0.03, batch_size=3, options=options)
         for retain in ((), given["retain"]):
             folder = tmp_path / f"{method}{bool(retain)}"
             folder.mkdir()
             # Measured are both, so the row is given to a second measurement below.
-            run(folder, method=method, data=given["chats"], retain=retain, steps=20, learning_rate=0.03, batch_size=3)
+            run(folder, method=method, data=given["chats"], retain=retain, **plain)
             kl[method, bool(retain)] = kl_on(folder / "out" / "adapter", given["retain"])
     assert kl["sft", True] == kl["sft", False]
     assert kl["sft+kl", True] < 0.5 * kl["sft+kl", False]
