@@ -5,29 +5,23 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import sys
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from . import models
+from . import ending, models
+from .ending import BROKEN, refusing
 from .options import number, require
 from .tables import show
 
 NEEDS = ("transformers", "peft", "rich")
-PASSED, BROKEN, WRONG, FAILED = 0, 1, 2, 3
-CODES = (
-    "Exit status: 0 the check is done and no limit is broken; 1 a limit is broken; 2 an argument or a file is wrong; "
-    "3 the check itself failed."
-)
+CODES = ending.CODES.replace("0 done;", "0 done, and no limit is broken; 1 a limit is broken;")
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         "check", help="what a fine-tuned model has learnt and forgotten",
         description=f"{__doc__.partition(': ')[2]} docs/check.md says what each file holds and how to read the report.",
-        epilog=CODES,
     )  # fmt: skip
     models.add_options(parser)
     parser.add_argument(
@@ -91,17 +85,8 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 def run(given: argparse.Namespace) -> None:
     """Ends with the exit status, so that what failed is never taken for a limit that is broken."""
-    try:
+    with refusing(OSError, TypeError, ValueError):
         report = _report(given)
-    except SystemExit as end:
-        if not isinstance(end.code, str):
-            raise
-        _refuse(end.code)
-    except (OSError, TypeError, ValueError) as error:
-        _refuse(str(error))
-    except Exception:
-        traceback.print_exc()
-        raise SystemExit(FAILED) from None
     for title, header, rows in report.tables():
         show(title, header, rows)
     for sentence in report.broken:
@@ -109,12 +94,8 @@ def run(given: argparse.Namespace) -> None:
     for path in (given.json, given.html):
         if path is not None:
             print(f"written: {path}")
-    raise SystemExit(PASSED if report.passed else BROKEN)
-
-
-def _refuse(message: str) -> None:
-    print("fused-losses check:", " ".join(message.split()), file=sys.stderr)
-    raise SystemExit(WRONG) from None
+    if not report.passed:
+        raise SystemExit(BROKEN)
 
 
 def _report(given: argparse.Namespace) -> Any:

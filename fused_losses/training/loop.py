@@ -67,14 +67,21 @@ class Loop:
         from ..huggingface import Callback
 
         plan = self.plan
+        events = _events(self)
         data = Rows([*plan.passed, *plan.replayed], plan.order)
         trainer = Trainer(
             self.model, self._arguments(), train_dataset=data, data_collator=self.collate,
-            callbacks=[Callback(), _events(self)],
+            callbacks=[Callback(), events],
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         checkpoint = self.folder.last_checkpoint()
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if checkpoint is not None and plan.progress:
+            step = checkpoint.name.rpartition("-")[2]
+            print(f"goes on from step {step} of {plan.steps}, the last checkpoint", file=sys.stderr)
+        try:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        finally:
+            events.close()
         last = self.measured(trainer.state)[-1]
         if last["step"] == trainer.state.global_step and (plan.text and "nll_heldout" not in last[reports.MEASURED]):
             trainer.state.log_history.remove(last)
@@ -174,7 +181,8 @@ def _events(loop: Loop) -> Any:
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             loop.folder.mark(state.global_step)
 
-        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def close(self) -> None:
+            """The bar's line has an end, whatever ended the training."""
             if self.bar is not None:
                 self.bar.close()
 

@@ -2,12 +2,13 @@
 
 import json
 
+import commands
 import pytest
 import tuned
 
 import fused_losses.checking as checking
 from fused_losses.anchors import write_records
-from fused_losses.cli import main, models
+from fused_losses.cli import models
 
 pytest.importorskip("rich")
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT reads it
@@ -42,9 +43,7 @@ def status(folder, monkeypatch, capsys):
     def call(*more, **changes):
         options = small | {f"--{name}": value for name, value in changes.items()}
         given = [part for name, value in options.items() if value is not None for part in (name, value)]
-        with pytest.raises(SystemExit) as end:
-            main(["check", *given, *more])
-        return end.value.code, *capsys.readouterr()
+        return commands.status("check", *given, *more), *capsys.readouterr()
 
     return call
 
