@@ -208,6 +208,7 @@ def test_from_the_first_answer_to_the_record(client, desk):
         ("ask", b'{"text": ["a"]}', "text: expected text"),
         ("undo", b"{}", "nothing to undo"),
         ("unmark", b'{"position": 0}', "no anchor"),
+        ("keep", b"{}", "nothing to mark"),
         ("continue", b"{}", "finished"),
     ],
 )
