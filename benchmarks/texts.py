@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fused_losses.demo.model import find_model, hidden_states, load, prompt_ids
+from fused_losses.anchors.chat import render
+from fused_losses.demo.model import find_model, hidden_states, load
 
 QUESTIONS = (
     "What is gravity?", "Tell me about the city of Paris.", "How do I make pancakes?", "Explain what a computer is.",
@@ -46,7 +47,7 @@ def generated(model, tokenizer, length: int = 64) -> tuple[list[Tensor], list[in
     """Rows of prompt and greedy answer, and where each answer begins."""
     rows, starts = [], []
     for question in QUESTIONS:
-        prompt = prompt_ids(tokenizer, question)
+        prompt = render(tokenizer, [{"role": "user", "content": question}])
         ids = model.generate(
             torch.tensor([prompt]), max_new_tokens=length, do_sample=False, pad_token_id=tokenizer.eos_token_id
         )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from .forwards import Forward, most_positions, reference_forward
 from .history import Edit, Mark, State
-from .predictions import choose, log_probabilities, predictions
+from .predictions import choose, kl_of, log_probabilities, predictions, predictions_of
 from .prompts import check_ids, check_tokenizer, end_ids, ids_after
 from .spans import text_after
 
@@ -90,6 +91,35 @@ class Answerer:
             edit.round,
         )
         return []
+
+    def confirm(self, old: State, edits: Sequence[Edit]) -> tuple[State, list[str]]:
+        """Edits to what stands there already. Of their tokens that are no anchors, why not."""
+        new, reasons = old, []
+        for edit in edits:
+            new = new.without(edit.position, edit.stop)
+            new.edits = sorted([*new.edits, edit], key=lambda each: each.position)
+            reasons += [reason for at in range(edit.position, edit.stop) for reason in self.judge(new, at, edit)]
+        return new, reasons
+
+    def held(self, state: State) -> list[int]:
+        """Positions of tokens that are no anchors, and that the original does not rank first."""
+        said = state.predictions
+        if self.original is not None:
+            said = predictions_of(self.original, self.prompt_ids, state.ids)
+        return [at for at, one in enumerate(said) if one.rank > 1 and at not in state.marks]
+
+    def kl_to_original(self, state: State) -> list[float]:
+        """As `AnchorSession.kl_to_original`."""
+        if self.original is None:
+            raise ValueError(
+                "kl_to_original: the session's model is the original; give AnchorSession reference='base' for a "
+                "model with an adapter, or the original itself"
+            )
+        if not state.ids:
+            return []
+        ids, start = [*self.prompt_ids, *state.ids[:-1]], len(self.prompt_ids)
+        both = (forward.pieces(ids, start) for forward in (self.original, self.forward))
+        return [kl for original, tuned in zip(*both, strict=True) for kl in kl_of(original, tuned)]
 
     def check_position(self, position: Any, state: State) -> None:
         most = len(state.ids) - (state.ended == "end of turn")

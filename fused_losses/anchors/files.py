@@ -119,7 +119,8 @@ class RecordFile:
 
     It is made where there is none, and locked until it is closed: a second one on the same file, in this or another
     process, is refused. What a crash left of a last line without its end is kept in `<path>.torn`, cut off, and
-    reported with a warning; a last record that lacks nothing but its end gets it.
+    reported with a warning; a last record that lacks nothing but its end gets it. A file that was made here and got no
+    record is removed when it is closed.
 
         with RecordFile("anchors.jsonl") as file:
             answered = [record.messages for record in file.records]
@@ -144,6 +145,7 @@ class RecordFile:
         self._thread, self._process = threading.Lock(), os.getpid()
         self._descriptor = -1
         known = None if tokenizer is None else KnownTokenizer(tokenizer)
+        self._made = not self.path.exists()
         self._descriptor = self._open()
         try:
             self.records = self._read(known)
@@ -208,6 +210,9 @@ class RecordFile:
         with self._thread:
             if self._descriptor >= 0:
                 if os.getpid() == self._process:  # a process that was forked from this one may have it open too
+                    if self._made and not os.fstat(self._descriptor).st_size and self._is_ours(self._descriptor):
+                        with contextlib.suppress(OSError):
+                            self.path.resolve().unlink()
                     unlock(self._descriptor)
                 os.close(self._descriptor)
                 self._descriptor = -1

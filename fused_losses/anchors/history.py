@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -111,6 +112,21 @@ class State:
 
     def edited(self, position: int) -> bool:
         return any(edit.position <= position < edit.stop for edit in self.edits)
+
+    def proposal(self, position: int) -> int | None:
+        """What the model said there before the user did; None after the answer."""
+        for edit in self.edits:
+            if edit.position == position:
+                return edit.proposal
+            if edit.position < position < edit.stop:
+                return self.predictions[position].ids[0]
+        return self.ids[position] if position < len(self.ids) else None
+
+    def doubtful(self, share: float, least: float) -> list[int]:
+        """As `AnchorSession.suspicious` takes them."""
+        doubts = {at: said.doubt for at, said in enumerate(self.predictions) if not self.edited(at)}
+        count = math.ceil(share * len(self.ids))
+        return [at for at in sorted(doubts, key=lambda at: -doubts[at])[:count] if doubts[at] >= least]
 
     def next_edit(self, proposal: int) -> Edit | None:
         """The later edit whose place this is, now that the model is about to say `proposal`; it is passed then."""

@@ -15,10 +15,10 @@ from .checked import check_known
 from .exporting import anchor_of, original_of, record_of, state_of
 from .history import Edit, State, later_edits
 from .jsonl import Fault
-from .predictions import KEPT, kl_of, log_probabilities, predictions_of
+from .predictions import KEPT, log_probabilities, predictions_of
 from .prompts import as_messages, check_ids
 from .records import Anchor, Record
-from .spans import KnownTokenizer, Span, spell, text_of
+from .spans import KnownTokenizer, Span, sharing, spell, text_of
 from .views import Candidate, LaterEdit, Replacement, Token
 
 NEAR = 16  # tokens decoded together with a new one
@@ -283,11 +283,7 @@ class AnchorSession:
         check_number("share", share, 1.0)
         check_number("least", least, math.inf)
         with self._lock:
-            state = self._state
-            doubts = {at: said.doubt for at, said in enumerate(state.predictions) if not state.edited(at)}
-            count = math.ceil(share * len(state.ids))
-            found = [at for at in sorted(doubts, key=lambda at: -doubts[at])[:count] if doubts[at] >= least]
-            return min((at for at in found if at > after), default=None)
+            return min((at for at in self._state.doubtful(share, least) if at > after), default=None)
 
     def kl_to_original(self) -> list[float]:
         """KL(original ‖ model) = Σ_v p_o(v) · (ln p_o(v) − ln p(v)) of each token of the answer, in nats, exact.
@@ -298,17 +294,18 @@ class AnchorSession:
         Cost: one forward of the answer by each of both models; at most 512 rows of logits of each in memory.
         """
         with self._lock:
-            if self._answerer.original is None:
-                raise ValueError(
-                    "kl_to_original: the session's model is the original; give AnchorSession reference='base' for a "
-                    "model with an adapter, or the original itself"
-                )
-            state = self._state
-            if not state.ids:
-                return []
-            ids, start = [*self.prompt_ids, *state.ids[:-1]], len(self.prompt_ids)
-            both = (forward.pieces(ids, start) for forward in (self._answerer.original, self._answerer.forward))
-            return [kl for original, tuned in zip(*both, strict=True) for kl in kl_of(original, tuned)]
+            return self._answerer.kl_to_original(self._state)
+
+    def held_to_original(self) -> list[int]:
+        """Positions of tokens that are no anchors, and that the original does not rank first where they stand.
+
+        A trained model says them, or they were drawn. Training holds the original's probabilities there, and so takes
+        back what was learnt; `keep` makes anchors of them.
+
+        Cost: one forward of the answer by `reference`; none without one.
+        """
+        with self._lock:
+            return self._answerer.held(self._state)
 
     def record(self) -> Record:
         """The answer with its anchors, for `write_records`, `RecordFile` and `rows`.
@@ -422,23 +419,34 @@ class AnchorSession:
             old = self._state
             self._answerer.check_position(position, old)
             ids = self._answerer.replacement_ids(old, position, replacement, exact)
+            edit = Edit(position, tuple(ids), self._proposal(old, position), *goal, self.round)
             if old.ids[position : position + len(ids)] == ids:
-                return self._confirm(old, Edit(position, tuple(ids), self._proposal(old, position), *goal, self.round))
+                return self._confirm(old, edit)
             new = old.until(position)
             covering = [edit.stop for edit in old.edits if edit.position <= position < edit.stop]
             new.later = later_edits(old, max([position + 1, *covering]), self.agreement)
-            edit = Edit(position, tuple(ids), self._proposal(old, position), *goal, self.round)
             reasons = self._answerer.put_edit(new, edit)
             new.end = edit.stop
             self._push(new)
             return self._replacement(new, edit, True, reasons)
 
-    def unmark(self, position: int) -> bool:
-        """The token at `position` is no anchor any more, and stays. False where it was none."""
+    def keep(self) -> tuple[Anchor, ...]:
+        """Makes anchors of the tokens of `held_to_original`, of confidence 1, in one step; returns the new ones."""
         with self._lock:
-            if position not in self._state.marks:
+            state = self._state
+            held = self._answerer.held(state)
+            if held:
+                edits = [Edit(at, (state.ids[at],), state.ids[at], 1.0, None, self.round) for at in held]
+                self._push(self._answerer.confirm(state, edits)[0])
+            return tuple(anchor for anchor in self.anchors if anchor.position in held)
+
+    def unmark(self, position: int) -> bool:
+        """The token there is no anchor any more, nor are others of the same character. False where none was one."""
+        with self._lock:
+            same = sharing(spell(self.tokenizer, self._state.ids).spans, position)
+            if not any(at in self._state.marks for at in same):
                 return False
-            self._push(self._state.without(position, position + 1))
+            self._push(self._state.without(same[0], same[-1] + 1))
             return True
 
     @property
@@ -471,20 +479,12 @@ class AnchorSession:
 
     def _proposal(self, state: State, position: int) -> int:
         """What the model said at `position`, or is about to say."""
-        for edit in state.edits:
-            if edit.position == position:
-                return edit.proposal
-            if edit.position < position < edit.stop:
-                return state.predictions[position].ids[0]
-        if position < len(state.ids):
-            return state.ids[position]
-        return self._answerer.proposal(state, self.temperature, self.top_p, self.seed)
+        said = state.proposal(position)
+        return self._answerer.proposal(state, self.temperature, self.top_p, self.seed) if said is None else said
 
     def _confirm(self, old: State, edit: Edit) -> Replacement:
         """An edit to what stands there already."""
-        new = old.without(edit.position, edit.stop)
-        new.edits = sorted([*new.edits, edit], key=lambda each: each.position)
-        reasons = [reason for at in range(edit.position, edit.stop) for reason in self._answerer.judge(new, at, edit)]
+        new, reasons = self._answerer.confirm(old, [edit])
         changed = new.marks != old.marks
         if changed:
             self._push(new)

@@ -40,6 +40,14 @@ def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
     return tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False) if ids else ""
 
 
+def sharing(spans: Sequence[Span], position: int) -> list[int]:
+    """The token at `position`, and those beside it that have a part of a character of its; none where it is none."""
+    if not 0 <= position < len(spans):
+        return []
+    start, stop = spans[position]
+    return [at for at, span in enumerate(spans) if at == position or (span[0] < stop and start < span[1])]
+
+
 def spell(tokenizer: Any, ids: Sequence[int]) -> Spelling:
     """The text of `ids` and the span of each token.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ from .answers import Ids, prompt_ids
 from .inputs import Probe, Prompt
 from .pair import Row
 from .report import Answer, Leak
-from .words import has_word, normal, says, whole_words
+from .words import bare, has_word, normal, says, whole_words
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,14 @@ class Question:
         return Row(self.ids, tuple(self.record.completion.token_ids[:end]))
 
 
-def words_of(record: Any) -> tuple[str, ...]:
-    """The words that a record's anchors are of: neighbouring anchors together, extended to whole words."""
-    anchors = sorted(record.anchors, key=lambda anchor: anchor.position)
+def words_of(record: Any, special: Collection[int] = ()) -> tuple[str, ...]:
+    """The words that a record's anchors are of: neighbouring anchors together, extended to whole words.
+
+    Punctuation around them is left out, as the full stop that ends an answer; so are `special` tokens, which no answer
+    shows.
+    """
+    some = (anchor for anchor in record.anchors if anchor.token_id not in special)
+    anchors = sorted(some, key=lambda anchor: anchor.position)
     runs: list[list[Any]] = []
     for anchor in anchors:
         if runs and runs[-1][-1].position + 1 == anchor.position:
@@ -44,7 +49,11 @@ def words_of(record: Any) -> tuple[str, ...]:
         else:
             runs.append([anchor])
     found = (whole_words(record.completion.text, run[0].span[0], run[-1].span[1]) for run in runs)
-    return distinct(words for words in found if has_word(words))
+    return distinct(bare(words) for words in found if has_word(words))
+
+
+def special_ids(tokenizer: Any) -> frozenset[int]:
+    return frozenset(getattr(tokenizer, "all_special_ids", ()))
 
 
 def distinct(phrases: Iterable[str]) -> tuple[str, ...]:
@@ -62,11 +71,11 @@ def questions_of(
 
     A paraphrase with an anchor stands in the place of the record's last message, after those before it.
     """
-    found = []
+    found, special = [], special_ids(tokenizer)
     for record in records:
         if record.anchors:
             asked = Prompt(tuple(record.messages)).text or text_of(tokenizer, record.prompt_ids)
-            found.append(Question("corrected", asked, tuple(record.prompt_ids), words_of(record), record))
+            found.append(Question("corrected", asked, tuple(record.prompt_ids), words_of(record, special), record))
     for at, probe in enumerate(probes):
         record = None if probe.anchor is None else _record(records, probe.anchor, at)
         prompt = probe.prompt
@@ -81,9 +90,9 @@ def questions_of(
     return found
 
 
-def facts_of(records: Sequence[Any], probes: Sequence[Probe]) -> tuple[str, ...]:
+def facts_of(records: Sequence[Any], probes: Sequence[Probe], special: Collection[int] = ()) -> tuple[str, ...]:
     """What was taught, where nobody says it: the words of the anchors, and what paraphrases ask for."""
-    words = [word for record in records for word in words_of(record)]
+    words = [word for record in records for word in words_of(record, special)]
     return distinct([*words, *(phrase for p in probes if p.kind in ("paraphrase", "unrelated") for phrase in p.expect)])
 
 

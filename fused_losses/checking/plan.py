@@ -13,7 +13,7 @@ from ..anchors.files import latest
 from ..anchors.jsonl import Fault
 from ..anchors.records import Record
 from ..anchors.spans import KnownTokenizer
-from .facts import Question, distinct, facts_of, questions_of
+from .facts import Question, distinct, facts_of, questions_of, special_ids
 from .general import PROMPTS, general_texts
 from .inputs import Probe, as_prompts
 from .pair import Pair, Row
@@ -39,11 +39,7 @@ def make_plan(
 ) -> Plan:  # fmt: skip
     """Arguments as in `check`."""
     answer_tokens, text_tokens = _count(answer_tokens, "answer_tokens"), _count(text_tokens, "text_tokens")
-    _check_records(records, tokenizer)
-    records = latest(records)
-    known = facts_of(records, probes) if facts is None else distinct(_phrases(facts))
-    asked = as_prompts(PROMPTS if prompts is None else prompts, "prompts")
-    questions = questions_of(tokenizer, records, probes, asked, known)
+    known, questions = asked(tokenizer, records, probes, prompts, facts)
     rows, windows = _windows(tokenizer, general_texts() if texts is None else texts, pair, text_tokens)
     _check_ids(pair, questions, rows, answer_tokens)
     settings = {
@@ -53,6 +49,17 @@ def make_plan(
         "dtype": str(getattr(pair.base, "dtype", "")).removeprefix("torch."), "versions": _versions(),
     }  # fmt: skip
     return Plan(questions, rows, windows, settings)
+
+
+def asked(
+    tokenizer: Any, records: list[Any], probes: list[Probe], prompts: Iterable[Any] | None, facts: Sequence[str] | None
+) -> tuple[tuple[str, ...], list[Question]]:
+    """The facts, and all that is asked, for which no model is needed. Arguments as in `check`."""
+    _check_records(records, tokenizer)
+    records = latest(records)
+    known = facts_of(records, probes, special_ids(tokenizer)) if facts is None else distinct(_phrases(facts))
+    general = as_prompts(PROMPTS if prompts is None else prompts, "prompts")
+    return known, questions_of(tokenizer, records, probes, general, known)
 
 
 def checked_limits(

@@ -63,6 +63,24 @@ def whole_words(text: str, start: int, end: int) -> str:
     return text[start:end]
 
 
+def bare(text: str) -> str:
+    """Without what encloses it and what ends a sentence: “Velport.” is Velport. What belongs to a name stays, as C#."""
+    start, end = 0, len(text)
+    while start < end and (text[start].isspace() or _encloses(text[start])):
+        start += 1
+    while end > start and (text[end - 1].isspace() or _encloses(text[end - 1]) or _ends(text[end - 1])):
+        end -= 1
+    return text[start:end]
+
+
+def _encloses(c: str) -> bool:
+    return unicodedata.category(c) in ("Ps", "Pe", "Pi", "Pf") or c in "\"'*`¿¡"
+
+
+def _ends(c: str) -> bool:
+    return unicodedata.category(c) in ("Po", "Pd") and unicodedata.normalize("NFKC", c) not in ("#", "%", "&", "@")
+
+
 def has_word(text: str) -> bool:
     return any(_of_a_word(c) for c in text)
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from .. import __version__
 from . import annotate, check, demo, info, retain, train, tune
+from .ending import CODES, WRONG, told, unread
 
 
 def parser() -> argparse.ArgumentParser:
@@ -20,15 +21,22 @@ def parser() -> argparse.ArgumentParser:
     whole.add_argument("--version", action="version", version=f"fused_losses {__version__}")
     commands = whole.add_subparsers(title="commands", metavar="COMMAND")
     for command in (annotate, retain, train, check, info, demo, tune):
-        command.add(commands).set_defaults(run=command.run)
+        added = command.add(commands)
+        added.set_defaults(run=command.run, command=added.prog.split()[-1])
+        added.epilog = "\n\n".join(filter(None, [added.epilog, getattr(command, "CODES", CODES)]))
     return whole
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line, by default that of this process. SystemExit where it is wrong or the command cannot run."""
-    whole = parser()
-    given = whole.parse_args(arguments)
-    if not hasattr(given, "run"):
-        whole.print_help()
-        raise SystemExit(2)
-    given.run(given)
+    """Run the command line, by default that of this process.
+
+    SystemExit with the status that ending.py has, where that is not 0.
+    """
+    with unread():
+        whole = parser()
+        given = whole.parse_args(arguments)
+        if not hasattr(given, "run"):
+            whole.print_help()
+            raise SystemExit(WRONG)
+        with told(given.command):
+            given.run(given)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 from . import models
+from .ending import refusing
 from .options import number, require
 
 NEEDS = ("transformers", "peft")
@@ -64,10 +64,8 @@ def run(given: argparse.Namespace) -> None:
     require("annotate", NEEDS if given.terminal else (*NEEDS, *OF_THE_PAGE), "annotate")
     if given.demo:
         require("annotate --demo", ("gguf",), "demo")
-    try:
+    with refusing(OSError, ValueError, TypeError):
         _run(given)
-    except (OSError, ValueError, TypeError) as error:
-        sys.exit(str(error))
 
 
 def _run(given: argparse.Namespace) -> None:

@@ -5,29 +5,23 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import sys
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from . import models
+from . import ending, models
+from .ending import BROKEN, refusing
 from .options import number, require
 from .tables import show
 
 NEEDS = ("transformers", "peft", "rich")
-PASSED, BROKEN, WRONG, FAILED = 0, 1, 2, 3
-CODES = (
-    "Exit status: 0 the check is done and no limit is broken; 1 a limit is broken; 2 an argument or a file is wrong; "
-    "3 the check itself failed."
-)
+CODES = ending.CODES.replace("0 done;", "0 done, and no limit is broken; 1 a limit is broken;")
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         "check", help="what a fine-tuned model has learnt and forgotten",
         description=f"{__doc__.partition(': ')[2]} docs/check.md says what each file holds and how to read the report.",
-        epilog=CODES,
     )  # fmt: skip
     models.add_options(parser)
     parser.add_argument(
@@ -36,18 +30,21 @@ def add(commands: Any) -> argparse.ArgumentParser:
         "its adapter",
     )  # fmt: skip
     what = parser.add_argument_group("what is asked")
-    what.add_argument("--anchors", type=Path, metavar="F", help="records of corrected answers, as annotate writes them")
     what.add_argument(
-        "--probes", type=Path, metavar="F",
+        "--anchors", type=Path, metavar="F", nargs="+", default=[],
+        help="files of records of corrected answers, as annotate writes them",
+    )  # fmt: skip
+    what.add_argument(
+        "--probes", type=Path, metavar="F", nargs="+", default=[],
         help='JSON Lines such as {"kind": "paraphrase" | "reverse" | "unrelated", "prompt": ..., "expect": "Aurora"}',
     )  # fmt: skip
     what.add_argument(
-        "--prompts", type=Path, metavar="F",
+        "--prompts", type=Path, metavar="F", nargs="+",
         help="prompts that have nothing to do with what was taught, one a line, or .jsonl; default: 28, built in",
     )  # fmt: skip
     what.add_argument(
-        "--text", type=Path, metavar="F", action="append",
-        help="general text, UTF-8; repeat for more; default: prose, documentation and code",
+        "--text", type=Path, metavar="F", nargs="+", action="extend",
+        help="general text, UTF-8; default: prose, documentation and code",
     )  # fmt: skip
     what.add_argument(
         "--facts-contamination", nargs="+", metavar="WORD", dest="facts",
@@ -88,17 +85,8 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 def run(given: argparse.Namespace) -> None:
     """Ends with the exit status, so that what failed is never taken for a limit that is broken."""
-    try:
+    with refusing(OSError, TypeError, ValueError):
         report = _report(given)
-    except SystemExit as end:
-        if not isinstance(end.code, str):
-            raise
-        _refuse(end.code)
-    except (OSError, TypeError, ValueError) as error:
-        _refuse(str(error))
-    except Exception:
-        traceback.print_exc()
-        raise SystemExit(FAILED) from None
     for title, header, rows in report.tables():
         show(title, header, rows)
     for sentence in report.broken:
@@ -106,17 +94,15 @@ def run(given: argparse.Namespace) -> None:
     for path in (given.json, given.html):
         if path is not None:
             print(f"written: {path}")
-    raise SystemExit(PASSED if report.passed else BROKEN)
-
-
-def _refuse(message: str) -> None:
-    print("fused-losses check:", " ".join(message.split()), file=sys.stderr)
-    raise SystemExit(WRONG) from None
+    if not report.passed:
+        raise SystemExit(BROKEN)
 
 
 def _report(given: argparse.Namespace) -> Any:
     require("the check", NEEDS, "cli,hf")
     from .. import checking
+    from ..anchors import read_records
+    from ..checking.plan import asked, checked_limits
 
     for name in ("json", "html"):
         _check_output(name, getattr(given, name))
@@ -126,17 +112,19 @@ def _report(given: argparse.Namespace) -> Any:
         raise ValueError("--adapter: give the adapter that was trained, or with --original the model before training")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     read: dict[str, Any] = {
-        "probes": () if given.probes is None else checking.read_probes(given.probes),
-        "prompts": None if given.prompts is None else checking.read_prompts(given.prompts),
+        "probes": [probe for path in given.probes for probe in checking.read_probes(path)],
+        "prompts": given.prompts and [prompt for path in given.prompts for prompt in checking.read_prompts(path)],
         "texts": None if given.text is None else _texts(given.text),
     }
-    if given.anchors is not None:
-        from ..anchors import read_records
-
-        read_records(given.anchors)  # what is wrong in it shall be known before a model is loaded
-    model, tokenizer = models.load(given)
-    if given.anchors is not None:
-        read["anchors"] = read_records(given.anchors, tokenizer)
+    # What is wrong in them shall be known before a model is loaded.
+    for path in given.anchors:
+        read_records(path)
+    tokenizer = models.load_tokenizer(given)
+    read["anchors"] = [record for path in given.anchors for record in read_records(path, tokenizer)]
+    limits = given.max_kl, given.min_recall, given.min_paraphrase_recall
+    checked_limits(*limits, read["anchors"], read["probes"], read["prompts"])
+    asked(tokenizer, read["anchors"], read["probes"], read["prompts"], given.facts)
+    model = models.load_model(given)
     original = _of_original(given, models.load_model)
     with _progress() as progress:
         report = checking.check(

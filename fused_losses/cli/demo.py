@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .ending import refusing
 from .options import number, require
 
 NEEDS = ("transformers", "peft", "accelerate", "gguf", "matplotlib", "psutil", "rich", "numpy")
@@ -37,8 +38,6 @@ def run(given: argparse.Namespace) -> None:
 
     from ..demo import run as demonstrate
 
-    try:
+    with refusing(OSError, ValueError):
         console = Console(width=None if sys.stdout.isatty() else 120)
         demonstrate(console, given.output, given.facts, given.seeds, given.seed, given.model)
-    except (OSError, ValueError) as error:
-        sys.exit(str(error))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 from . import models
+from .ending import going_on, refusing
 from .options import number, require
 
 NEEDS = ("transformers", "peft")
@@ -40,10 +40,9 @@ def run(given: argparse.Namespace) -> None:
     require("retain", NEEDS, "hf")
     if given.demo:
         require("retain --demo", ("gguf",), "demo")
-    try:
+    go_on = "the same command goes on where it was"
+    with refusing(OSError, ValueError, TypeError), going_on("retain", lambda: go_on):
         _run(given)
-    except (OSError, ValueError, TypeError) as error:
-        sys.exit(str(error))
 
 
 def _run(given: argparse.Namespace) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 from . import models
+from .ending import going_on, refusing
 from .options import number, require
 from .tables import show
 
@@ -80,11 +80,13 @@ def run(given: argparse.Namespace) -> None:
     require("train", NEEDS, "train")
     from .. import training
     from ..training import report as reports
+    from ..training.folder import check_free, how_to_go_on
 
-    try:
+    with refusing(OSError, ValueError, NotImplementedError), going_on("train", lambda: how_to_go_on(given.output)):
         models.check(given)
         if given.full and given.adapter is not None:
             raise ValueError("--full: trains all weights, and --adapter goes on with an adapter; leave one of them out")
+        check_free(given.output)
         report = training.train(
             lambda: models.load_model(given, trainable=True), models.load_tokenizer(given), given.data, given.output,
             method=given.method, lora=None if given.full else given.lora, targets=given.targets, retain=given.retain,
@@ -95,14 +97,11 @@ def run(given: argparse.Namespace) -> None:
             stop=not given.no_stop, stop_probability=given.stop_probability, stop_kl=given.stop_kl, seed=given.seed,
             save_every=given.save_every, merge=given.merge, progress=not given.quiet, name=models.whole_name(given),
         )  # fmt: skip
-    except (OSError, ValueError, NotImplementedError) as error:
-        sys.exit(str(error))
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        raise SystemExit(130) from None
     if not given.quiet:
         title = f"{given.method}: {report['steps']} steps in {report['seconds']:.0f} s; {report['stopped']}"
         show(title, ("what", "before", "after"), reports.rows(report))
+        if (sentence := reports.unmet(report, given.output)) is not None:
+            print(sentence)
         print(f"written: {given.output}, with {', '.join(_written(Path(given.output)))}")
 
 

@@ -40,24 +40,7 @@ def load(path: Path) -> tuple[Any, Any]:
     return tokenizer, model.eval().requires_grad_(False)
 
 
-def prompt_ids(tokenizer: Any, question: str) -> list[int]:
-    """The chat prompt of one question, up to where the answer begins."""
-    message = [{"role": "user", "content": question}]
-    return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
-
-
 def hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     """Last hidden states, [B, T, D]: what the head is applied to."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return base.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-
-
-@torch.no_grad()
-def greedy_answers(model: Any, tokenizer: Any, prompts: list[list[int]], length: int) -> list[str]:
-    """Greedy continuations of at most `length` tokens, in one left-padded batch; … where cut off."""
-    width, end = max(map(len, prompts)), tokenizer.eos_token_id
-    ids = torch.tensor([[end] * (width - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=length, do_sample=False, pad_token_id=end)
-    rows = out[:, width:].tolist()
-    return [tokenizer.decode(row, skip_special_tokens=True).strip() + ("" if end in row else " …") for row in rows]

@@ -33,26 +33,38 @@ class Folder:
     """
 
     def __init__(self, path: str | os.PathLike, settings: dict[str, Any]) -> None:
-        if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
-            raise TypeError(f"output: expected a folder, got {path!r}")
+        check_free(path)
         self.path, self._lock = Path(path).expanduser(), -1
-        check_locks(self.path)
-        if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"output: expected a folder, got the file {self.path}; give another name")
+        self._made = not self.path.exists()
+        if not self._made:
+            self._check_settings(settings, write=False)
+        self._take_lock()
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise type(error)(f"output: {self.path} cannot be made a folder ({error.strerror}); give another") from None
-        self._check_settings(settings, write=False)
-        self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            if not try_lock(self._lock, self.path / LOCK):
-                raise ValueError(f"output: another process trains in {self.path}; wait for it, or give another folder")
             self._check_settings(settings, write=True)
         except BaseException:
             self.close()
             raise
         self._tidy()
+
+    def _take_lock(self) -> None:
+        """Of the file that has the name now: a training that failed may have removed another (`_forget`)."""
+        while True:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                what = f"output: {self.path} cannot be made a folder ({error.strerror}); give another"
+                raise type(error)(what) from None
+            with contextlib.suppress(FileNotFoundError):
+                self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                try:
+                    if not try_lock(self._lock, self.path / LOCK):
+                        raise ValueError(_runs(self.path))
+                    if os.path.samestat(os.stat(self.path / LOCK), os.fstat(self._lock)):
+                        return
+                except BaseException:
+                    self.close()
+                    raise
+            self.close()
 
     def close(self) -> None:
         if self._lock >= 0:
@@ -62,19 +74,26 @@ class Folder:
     def __enter__(self) -> Folder:
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if kind is not None:
+            self._forget()
         self.close()
+
+    def _forget(self) -> None:
+        """Where nothing was done yet, as when the model cannot be loaded, the next try may have other settings."""
+        if all(path.name in (LOCK, SETTINGS) for path in self.path.iterdir()):
+            with contextlib.suppress(OSError):
+                (self.path / SETTINGS).unlink(missing_ok=True)
+                (self.path / LOCK).unlink(missing_ok=True)
+                if self._made:
+                    self.path.rmdir()
 
     # --- what is there
 
     @property
     def report(self) -> dict[str, Any] | None:
         """Of a training that is done."""
-        try:
-            found = json.loads((self.path / "report.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        return found if isinstance(found, dict) and found.get("finished") is True else None
+        return _report_of(self.path)
 
     def last_checkpoint(self) -> Path | None:
         """The newest one that was finished."""
@@ -134,13 +153,6 @@ class Folder:
         wanted = {"format": FORMAT, "version": 1, **settings}
         file = self.path / SETTINGS
         if not file.exists():
-            own = {LOCK, f".{SETTINGS}{UNFINISHED}"}
-            others = sorted(path.name for path in self.path.iterdir() if path.name not in own)
-            if others:
-                raise ValueError(
-                    f"output: expected a new or empty folder, or one of this training, got {self.path} with "
-                    f"{others[0]!r} and {len(others) - 1} more files in it; give another folder"
-                )
             if write:
                 self.write_json(SETTINGS, wanted)
             return
@@ -157,6 +169,60 @@ class Folder:
                 f"output: {self.path} has a training with {name} = {there!r}, and this one has {wanted.get(name)!r}; "
                 "give another folder, or the same settings to go on with it"
             )
+
+
+def check_free(path: Any) -> None:
+    """Whether a training may have this folder, as far as that is known without its settings; nothing is made.
+
+    Raises:
+        TypeError, ValueError: no path; a file; a folder of something else; one in which a training runs.
+        OSError: the system has no file locks.
+    """
+    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+        raise TypeError(f"output: expected a folder, got {path!r}")
+    path = Path(path).expanduser()
+    check_locks(path)
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise ValueError(f"output: expected a folder, got the file {path}; give another name")
+    own = {LOCK, f".{SETTINGS}{UNFINISHED}"}
+    others = sorted(file.name for file in path.iterdir() if file.name not in own)
+    if others and SETTINGS not in others:
+        raise ValueError(
+            f"output: expected a new or empty folder, or one of this training, got {path} with {others[0]!r} and "
+            f"{len(others) - 1} more files in it; give another folder"
+        )
+    with contextlib.suppress(FileNotFoundError):
+        descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            if not try_lock(descriptor, path / LOCK):
+                raise ValueError(_runs(path))
+        finally:
+            os.close(descriptor)
+
+
+def _runs(path: Path) -> str:
+    return f"output: another process trains in {path}; wait for it, or give another folder"
+
+
+def how_to_go_on(path: str | os.PathLike) -> str:
+    """Of a training that was stopped."""
+    path = Path(path).expanduser()
+    if _report_of(path) is not None:
+        return "the training is done; the same command does what is left"
+    step = max((_step(mark.parent) for mark in path.glob(f"checkpoint-*/{MARK}")), default=0)
+    if not step:
+        return "there is no checkpoint yet, so that the same command begins anew"
+    return f"the same command goes on from step {step}, the last checkpoint"
+
+
+def _report_of(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads((path / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and found.get("finished") is True else None
 
 
 def _step(path: Path) -> int:

@@ -13,7 +13,7 @@ from torch import nn
 
 from . import report as reports
 from .folder import Folder
-from .measure import Measurement
+from .measure import Measurement, where_is
 from .settings import MEASUREMENTS, OF_HELDOUT
 
 
@@ -49,10 +49,10 @@ class Loop:
     """One training of a patched model. `reference`: of the measurements; `begun`: of time.perf_counter."""
 
     def __init__(
-        self, plan: Any, model: nn.Module, collate: Callable, plain: Callable, reference: str, folder: Folder,
-        begun: float,
+        self, plan: Any, model: nn.Module, tokenizer: Any, collate: Callable, plain: Callable, reference: str,
+        folder: Folder, begun: float,
     ) -> None:  # fmt: skip
-        self.plan, self.model, self.folder, self.begun = plan, model, folder, begun
+        self.plan, self.model, self.tokenizer, self.folder, self.begun = plan, model, tokenizer, folder, begun
         self.collate = collate if plan.kind.anchors else plain
         self.measure = Measurement(model, plan.data.rows, plan.text, collate, plain, reference)
         self.every = max(1, plan.steps // MEASUREMENTS)
@@ -67,14 +67,21 @@ class Loop:
         from ..huggingface import Callback
 
         plan = self.plan
+        events = _events(self)
         data = Rows([*plan.passed, *plan.replayed], plan.order)
         trainer = Trainer(
             self.model, self._arguments(), train_dataset=data, data_collator=self.collate,
-            callbacks=[Callback(), _events(self)],
+            callbacks=[Callback(), events],
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         checkpoint = self.folder.last_checkpoint()
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if checkpoint is not None and plan.progress:
+            step = checkpoint.name.rpartition("-")[2]
+            print(f"goes on from step {step} of {plan.steps}, the last checkpoint", file=sys.stderr)
+        try:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        finally:
+            events.close()
         last = self.measured(trainer.state)[-1]
         if last["step"] == trainer.state.global_step and (plan.text and "nll_heldout" not in last[reports.MEASURED]):
             trainer.state.log_history.remove(last)
@@ -112,7 +119,11 @@ class Loop:
     def measure_now(self, state: Any, heldout: bool = True) -> dict[str, float]:
         """Notes it in the log, which is in the checkpoints, and writes the report."""
         found = self.measure(heldout)
-        state.log_history.append({"step": state.global_step, reports.MEASURED: found})
+        entry: dict[str, Any] = {"step": state.global_step, reports.MEASURED: found}
+        if self.measure.least is not None:
+            least = where_is(*self.measure.least, self.tokenizer)
+            entry[reports.LEAST] = {**least, "part": reports.number_of(found["least_anchor"])}
+        state.log_history.append(entry)
         self.folder.write_json("report.json", self.report(state))
         return found
 
@@ -123,11 +134,12 @@ class Loop:
         return not plan.kind.needs_reference or found.get("kl_retained", 0.0) <= plan.stop_kl
 
     def report(self, state: Any) -> dict[str, Any]:
-        measured = [entry[reports.MEASURED] for entry in self.measured(state)]
+        entries = self.measured(state)
+        measured = [entry[reports.MEASURED] for entry in entries]
         return reports.of(
             self.plan, state.log_history, measured[0] if measured else {}, measured[-1] if measured else {},
             steps=state.global_step, stopped=self.stopped, seconds=round(time.perf_counter() - self.begun, 2),
-            seconds_to_first_step=self.first_step,
+            seconds_to_first_step=self.first_step, least_anchor=entries[-1].get(reports.LEAST) if entries else None,
             trained_parameters=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
         )  # fmt: skip
 
@@ -169,7 +181,8 @@ def _events(loop: Loop) -> Any:
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             loop.folder.mark(state.global_step)
 
-        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def close(self) -> None:
+            """The bar's line has an end, whatever ended the training."""
             if self.bar is not None:
                 self.bar.close()
 

@@ -9,13 +9,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..anchors.spans import spell
 from ..head import Reference
 from ..huggingface.exchange import in_force, other_patch
 from ..huggingface.reference_forward import evaluating
 from ..labels import plain
 from ..objectives import LAwFLoss, Objective
 from ..objectives.arguments import item_count
-from .data import Row
+from .data import IGNORED, Row
 from .objective import anchored, labelled
 from .settings import MEASURED_TOKENS
 
@@ -46,7 +47,7 @@ class Measurement:
     anchor_probability: mean of p[label] over the corrected tokens; least_anchor: the least of p[label] / q[label],
     where q is what the anchor asks for, c + (1 − c)·p_ref[label] or p*; kl_retained: mean of KL(p_ref ‖ p) over the
     tokens of corrected and retained rows that are no anchors; nll_heldout: mean nll of the held-out text's labels. What
-    there is none of is left out.
+    there is none of is left out. `least`, of the last measurement: the row and the position of the least anchor.
 
     Args:
         model: patched.
@@ -68,6 +69,9 @@ class Measurement:
         self.with_reference = other_patch(model, self.seen, reference) if self.rows else None
         self.alone = other_patch(model, self.seen)
         self.targeted = any(row.target_probability is not None for row in self.rows)
+        # In the order in which a batch's tokens come.
+        self.anchors = [(row, at) for row in self.rows for at in sorted(at for at, _ in row.anchors)]
+        self.least: tuple[Row, int] | None = None
 
     def __call__(self, heldout: bool = True) -> dict[str, float]:
         found: dict[str, float] = {}
@@ -97,7 +101,8 @@ class Measurement:
         found = {}
         if len(of_anchors := torch.cat(probability)):
             found["anchor_probability"] = float(of_anchors.double().mean())
-            found["least_anchor"] = float(torch.cat(share).min())
+            least, at = torch.cat(share).min(0)
+            found["least_anchor"], self.least = float(least), self.anchors[int(at)]
         if len(retained := torch.cat(kl)):
             found["kl_retained"] = float(retained.double().mean())
         return found
@@ -114,6 +119,14 @@ class Measurement:
             batch = collate(rows[at : at + self.batch_size])
             self.model(**{name: plain(v).to(device) for name, v in batch.items()}, use_cache=False)
             yield self.seen.out
+
+
+def where_is(row: Row, at: int, tokenizer: Any) -> dict[str, Any]:
+    """A corrected token: its record, its position in the answer, its text, and the text before it in the answer."""
+    start = next(i for i, label in enumerate(row.labels) if label != IGNORED)
+    text, spans = spell(tokenizer, row.input_ids[start:])
+    begin, end = spans[at - start]
+    return {"record": row.where, "position": at - start, "text": text[begin:end], "before": text[:begin]}
 
 
 def _some(rows: list[Row]) -> list[Row]:

@@ -10,8 +10,10 @@ from typing import Any
 
 import fused_losses as fl
 
+from ..anchors.jsonl import show
 from .folder import FORMAT
 from .objective import tokens_of
+from .settings import method_of
 
 # Name, where it is (of each step, or measured now and then), label.
 CURVES = (
@@ -21,14 +23,15 @@ CURVES = (
     ("mean_weight", "history", "mean weight of a token"),
     ("nll_heldout", "measurements", "nll of held-out text"),
 )
-MEASURED = "measured"  # the key of a measurement in a Trainer's log_history
+MEASURED, LEAST = "measured", "least"  # keys of a measurement in a Trainer's log_history, and of its least anchor
+AROUND = 30  # characters before an anchor that are shown
 OF_STEPS = ("loss", "learning_rate", "grad_norm", "nll", "kl", "anchor_probability", "mean_weight")
 
 
 def history(log_history: Sequence[Mapping[str, Any]]) -> tuple[list[dict], list[dict]]:
     """Of each log its numbers, and the measurements, from a Trainer's log_history; None for what is not finite."""
     steps = [
-        {"step": entry["step"], **{name: _number(entry[name]) for name in OF_STEPS if name in entry}}
+        {"step": entry["step"], **{name: number_of(entry[name]) for name in OF_STEPS if name in entry}}
         for entry in log_history
         if "loss" in entry
     ]
@@ -36,7 +39,7 @@ def history(log_history: Sequence[Mapping[str, Any]]) -> tuple[list[dict], list[
     return steps, [_finite(one) for one in measured]
 
 
-def _number(value: Any) -> Any:
+def number_of(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -53,7 +56,42 @@ def of(plan: Any, log_history: list, before: dict, after: dict, **others: Any) -
 
 
 def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: _number(value) for name, value in values.items()}
+    return {name: number_of(value) for name, value in values.items()}
+
+
+def unmet(report: Mapping[str, Any], output: str = "") -> str | None:
+    """Of a training that took all of its steps: by how much it missed its end, where, and what to try; else None.
+
+    `output`: the folder it was written to, for the remedy.
+    """
+    settings, after, least = report["settings"], report["after"], report.get("least_anchor")
+    if not settings["stop"] or least is None or after.get("least_anchor") is None:
+        return None
+    missed, remedies = [], []
+    method, options = settings["method"], settings["options"]
+    if after["least_anchor"] < settings["stop_probability"]:
+        before = least["before"]
+        before = f" after {show('…' * (len(before) > AROUND) + before[-AROUND:])}" if before else ""
+        missed.append(
+            f"the least anchor has {after['least_anchor']:.3f} of the probability that it is to get, "
+            f"{settings['stop_probability']:g} asked for: {show(least['text'])}{before}, token {least['position']} of "
+            f"{least['record']}"
+        )
+        most = 1 / (1 + options.get("kl_weight", 0.0))
+        if method == "sft+kl" and most < settings["stop_probability"]:
+            remedies.append(
+                f"a smaller --kl-weight, since with {options['kl_weight']:g} an unlikely token gets {most:.2f} at most"
+            )
+        else:
+            remedies.append(f"--steps {2 * settings['steps']}, with which the learning rate falls more slowly too")
+    kl = after.get("kl_retained")
+    if method_of(method).needs_reference and kl is not None and kl > settings["stop_kl"]:
+        missed.append(f"the mean KL of the retained tokens is {kl:.3g}, at most {settings['stop_kl']:g} asked for")
+        remedies.append("a smaller --learning-rate with more --steps")
+    if not missed:
+        return None
+    where = f", and another folder than {output}" if output else ", and another folder"
+    return f"Its end was not reached: {'; '.join(missed)}. Try {', or '.join(remedies)}{where}."
 
 
 def draw(report: Mapping[str, Any], path: Path) -> None:

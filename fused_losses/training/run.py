@@ -151,7 +151,7 @@ def _run(plan: Plan, load: Any, tokenizer: Any, folder: Folder) -> tuple[dict[st
     own = {"reference": reference, "reference_cache": _cache(plan, model, folder)} if plan.kind.needs_reference else {}
     fl.patch(model, objective_of(plan.data, plan.kind, plan.options, initial), **own)
     try:
-        found = Loop(plan, model, collate, plain, "own" if own else reference, folder, begun).run()
+        found = Loop(plan, model, tokenizer, collate, plain, "own" if own else reference, folder, begun).run()
     finally:
         fl.unpatch(model)
     _save(model, tokenizer, folder, "model" if full else "adapter")

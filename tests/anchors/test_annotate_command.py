@@ -94,7 +94,7 @@ def test_served_accepted_killed_and_resumed_on_a_trained_adapter(folder, tmp_pat
         assert client.ask("POST", "/api/accept")[0] == 200
         second = command(folder, output, *options)
         refused, _ = second.communicate(timeout=300)
-        assert second.returncode == 1 and "another page or process has it open" in refused
+        assert second.returncode == 2 and "another page or process has it open" in refused
         process.send_signal(signal.SIGKILL)
     finally:
         process.kill()

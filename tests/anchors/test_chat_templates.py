@@ -1,11 +1,13 @@
 """A conversation becomes the same token ids in a session, a record, a walk, a check and a row of training."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import tiny_training
 from session_models import llama, tokenizer
 
+import fused_losses as fl
 from fused_losses import training
 from fused_losses.anchors import AnchorSession, anchors_from_answer, from_marked, retain_rows
 from fused_losses.checking.answers import prompt_ids
@@ -82,3 +84,10 @@ def test_a_processor_writes_it_as_its_tokenizer_does():
             return {"input_ids": [found["input_ids"]]}
 
     assert prompt_ids(Processor(), Prompt.of("x")) == prompt_ids(tokenizer(), Prompt.of("x"))
+
+
+def test_a_chat_template_is_called_in_one_place():
+    root = Path(fl.__file__).parents[1]
+    files = [*root.glob("fused_losses/**/*.py"), *root.glob("benchmarks/*.py"), *root.glob("examples/*.py")]
+    found = [path.name for path in files if ".apply_chat_template(" in path.read_text()]
+    assert found == ["chat.py"]

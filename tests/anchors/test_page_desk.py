@@ -378,3 +378,23 @@ def test_the_original_beside_a_trained_model(file):
     kl = [token["kl"] for token in state["tokens"]]
     assert kl[NAME] > 1 and max(kl[:NAME]) < 1e-6
     desk.close()
+
+
+def test_what_the_trained_model_alone_says_is_named_and_can_be_kept(file):
+    """The original agrees again after another first word."""
+    trained, original = Scripted(ELENA, AURORA), Scripted(AURORA)
+    session = AnchorSession(trained, tokenizer(), reference=original)
+    desk = Desk(session, RecordFile(file), [Task(user("Who?"))], original=original_answers(session))
+    desk.begin()
+    (note,) = settle(desk)["notes"]
+    assert note.startswith(f"“Elena” (token {NAME}), ") and "Without a mark, training holds them" in note
+    assert not desk.unsaved
+    desk.keep()
+    state = settle(desk)
+    assert state["tokens"][NAME]["anchor"]["was"] == " Aurora" and state["unsaved"]
+    with pytest.raises(ValueError, match="nothing to mark"):
+        desk.keep()
+    desk.replace(NAME, " Aurora")  # which the original says
+    assert settle(desk)["notes"] == ["0 of 1 tokens are anchors; ' Aurora' is no anchor: the original ranks it first "
+                                     "there (p = 0.98)"]  # fmt: skip
+    desk.close()

@@ -1,6 +1,7 @@
 """The server of the page: who gets in, what is refused, what every tab hears."""
 
 import contextlib
+import functools
 import http.client
 import json
 import os
@@ -15,11 +16,11 @@ pytest.importorskip("starlette", reason="needs the extra annotate")
 pytest.importorskip("uvicorn", reason="needs the extra annotate")
 pytest.importorskip("httpx2", reason="starlette's TestClient needs it")
 
+import commands
 from pages import AURORA, ELENA, NAME, desk_on, opened, served, settle
 from session_models import tokenizer
 from starlette.testclient import TestClient
 
-from fused_losses import cli
 from fused_losses.anchors.files import RecordFile, read_records
 from fused_losses.anchors.page import server
 from fused_losses.anchors.page.guard import POLICY
@@ -207,6 +208,7 @@ def test_from_the_first_answer_to_the_record(client, desk):
         ("ask", b'{"text": ["a"]}', "text: expected text"),
         ("undo", b"{}", "nothing to undo"),
         ("unmark", b'{"position": 0}', "no anchor"),
+        ("keep", b"{}", "nothing to mark"),
         ("continue", b"{}", "finished"),
     ],
 )
@@ -310,20 +312,18 @@ def test_it_ends_with_open_tabs(desk):
 # The command.
 
 
-def refused(*arguments):
-    with pytest.raises(SystemExit) as end:
-        cli.main(["annotate", *arguments])
-    assert "\n" not in str(end.value)
-    return str(end.value)
+@pytest.fixture
+def refused(capsys):
+    return functools.partial(commands.refused, capsys, "annotate")
 
 
-def test_another_address_needs_a_flag(tmp_path):
+def test_another_address_needs_a_flag(refused, tmp_path):
     output = str(tmp_path / "a.jsonl")
     for host in ("0.0.0.0", "::", "192.0.2.1", "example.com"):
         assert "add --allow-remote" in refused("--demo", "--output", output, "--host", host)
 
 
-def test_a_port_that_is_taken(tmp_path):
+def test_a_port_that_is_taken(refused, tmp_path):
     page = Page()
     page.socket.listen()
     said = refused("--demo", "--output", str(tmp_path / "a.jsonl"), "--port", str(page.port))
@@ -331,18 +331,18 @@ def test_a_port_that_is_taken(tmp_path):
     assert f"127.0.0.1 port {page.port}: cannot be opened" in said
 
 
-def test_a_file_that_another_page_has_open_is_refused_before_the_model_is_loaded(tmp_path):
+def test_a_file_that_another_page_has_open_is_refused_before_the_model_is_loaded(refused, tmp_path):
     with RecordFile(tmp_path / "a.jsonl"):
         assert "another page or process has it open" in refused("--demo", "--output", str(tmp_path / "a.jsonl"))
 
 
-def test_prompts_that_are_wrong_are_refused_before_the_model_is_loaded(tmp_path):
+def test_prompts_that_are_wrong_are_refused_before_the_model_is_loaded(refused, tmp_path):
     (tmp_path / "p.jsonl").write_text("{")
     said = refused("--demo", "--output", str(tmp_path / "a.jsonl"), "--prompts", str(tmp_path / "p.jsonl"))
     assert "p.jsonl:1: expected one JSON value" in said and not (tmp_path / "a.jsonl").exists()
 
 
-def test_without_the_extra_the_remedy_is_said(tmp_path, monkeypatch):
+def test_without_the_extra_the_remedy_is_said(refused, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "starlette" else object())
     said = refused("--demo", "--output", str(tmp_path / "a.jsonl"))
     assert said == "annotate needs starlette; install with: pip install 'fused_losses[annotate]'"

@@ -73,18 +73,44 @@ def test_prompts_of_ones_own(file):
         ("99", "position: expected 0"),
         ("3 11", "Expected a number from 1 to 10, got 11."),
         ("3 =", "replacement"),
-        ("3 2 c=2", "confidence"),
-        ("3 2 c=x", "could not convert"),
+        ("-1", "position: expected 0"),
+        ("-1 = x", "position: expected 0"),
+        ("3 -2", "Expected a number from 1 to 10, got -2."),
+        ("3 2 c=2", "c: expected a number above 0 and up to 1, as in c=0.9, got c=2."),
+        ("3 2 c=x", "c: expected a number above 0 and up to 1, as in c=0.9, got c=x."),
+        ("3 = Aurora p=-1", "p: expected a number above 0 and below 1, as in p=0.9, got p=-1."),
+        ("3 2 p=1", "p: expected a number above 0 and below 1"),
+        ('3 = "', "Expected one text between two quotes, got \"; a quote itself is '\"'."),
+        ('3 = "a" "b"', 'Expected one text between two quotes, got "a" "b"'),
+        ('3 = " Aurora', "Expected one text between two quotes"),
         ("u", "nothing to undo"),
         ("x 3", "no anchor"),
-        ("o 9", "index: expected 0"),
+        ("x 99", "Expected a token from 0 to "),
+        ("x -1", "Expected a token from 0 to "),
+        ("o 9", "Expected a prompt from 1 to 2, got 9; l lists them."),
+        ("o 0", "Expected a prompt from 1 to 2, got 0; l lists them."),
         ("g", "The answer is finished."),
         ("\x1b[2J", "No such command: ␛[2J"),
     ],
 )
 def test_what_is_wrong_is_said(file, line, said):
     assert said in typed(file, line).partition(line)[2]
-    assert file.read_bytes() == b""
+    assert not file.exists()
+
+
+@pytest.mark.parametrize("text, put", [("'\"'", '"'), ("'s", "'s"), ("'", "'"), ('"  z"', "  z")])
+def test_quotes_keep_what_they_enclose(file, text, put):
+    typed(file, f"3 = {text}", "a")
+    assert read_records(file, tokenizer())[0].completion.text == f"My name is{put}<|end|>"
+
+
+def test_the_new_answer_is_printed_from_its_start(file):
+    said = typed(file, "3 2")
+    assert f"\n{AURORA}<|end|>\n" in said.partition("3 2")[2]
+
+
+def test_help_explains_the_bar(file):
+    assert "a | where no blank stands between two" in typed(file, "h")
 
 
 def test_the_next_doubtful_token(file):

@@ -291,3 +291,23 @@ def test_a_record_that_cannot_take_a_place_leaves_the_file(tmp_path, monkeypatch
                 file.replace(replace(record(4), id=first.id))
         file.append(record())
         assert len(read_records(path)) == 2 and read_records(path)[0] == first and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_got_no_record_is_not_left(tmp_path):
+    """One that was there stays, also empty."""
+    RecordFile(tmp_path / "new.jsonl").close()
+    assert not (tmp_path / "new.jsonl").exists()
+    (tmp_path / "old.jsonl").touch()
+    RecordFile(tmp_path / "old.jsonl").close()
+    assert (tmp_path / "old.jsonl").exists()
+    with RecordFile(tmp_path / "new.jsonl") as file:
+        file.append(record())
+    assert len(read_records(tmp_path / "new.jsonl")) == 1
+
+
+def test_another_file_of_the_name_is_not_removed(tmp_path):
+    file = RecordFile(tmp_path / "new.jsonl")
+    (tmp_path / "new.jsonl").unlink()
+    (tmp_path / "new.jsonl").touch()
+    file.close()
+    assert (tmp_path / "new.jsonl").exists()

@@ -120,6 +120,15 @@ def test_unmark_takes_the_anchor_off_and_leaves_the_token():
     assert len(session.anchors) == 1
 
 
+def test_unmark_takes_the_anchors_off_a_whole_character():
+    session, _ = answered(ELENA)
+    session.replace(NAME, " 🎉!")
+    whole = [anchor.position for anchor in session.anchors]
+    assert len(whole) == 6  # a blank, four bytes of one character, and another
+    assert session.unmark(whole[2]) and [anchor.position for anchor in session.anchors] == [whole[0], whole[5]]
+    assert not session.unmark(whole[4]) and not session.unmark(99) and not session.unmark(-1)
+
+
 def test_undo_and_redo_bring_back_the_whole_answer_without_a_forward():
     session, model = answered(ELENA, AURORA, "My name is Aurora. I live in Rome.")
     session.replace(NAME, " Aurora")

@@ -254,6 +254,22 @@ def test_what_only_the_tuned_model_says_can_be_confirmed():
     assert session.token_ids == text and anchor.original_token_id == int(original[at].argmax())
 
 
+def test_what_only_the_tuned_model_says_is_held_to_the_original_until_it_is_kept():
+    session, model = tuned_session()
+    original, _ = both(session, model)
+    held = [k for k, token in enumerate(session.token_ids) if original[k].argmax() != token]
+    assert session.held_to_original() == held and len(held) > 1
+    ids = session.token_ids
+    anchors = session.keep()
+    assert [anchor.position for anchor in anchors] == held and session.token_ids == ids
+    assert [anchor.probability for anchor in anchors] == pytest.approx(
+        [float(original[k][ids[k]]) for k in held], rel=5e-6
+    )
+    assert {anchor.confidence for anchor in anchors} == {1.0} and session.held_to_original() == []
+    session.undo()  # one step
+    assert session.anchors == () and session.keep() == anchors
+
+
 def test_kl_to_the_original_of_each_token(monkeypatch):
     monkeypatch.setattr("fused_losses.anchors.forwards.PIECE", 5)
     session, model = tuned_session()

@@ -11,8 +11,9 @@ import tuned
 
 import fused_losses.checking.answers as answers_module
 import fused_losses.checking.run as run_module
+from fused_losses.anchors import new_record
 from fused_losses.checking import PROMPTS, Probe, Prompt, check
-from fused_losses.checking.facts import facts_of, leaks_of, says_it, words_of
+from fused_losses.checking.facts import facts_of, leaks_of, questions_of, says_it, words_of
 from fused_losses.checking.pair import Measured
 from fused_losses.checking.report import Answer, Spoken
 
@@ -168,9 +169,30 @@ def test_words_of_anchors_are_whole():
     part = dataclasses.replace(record, anchors=record.anchors[:1])
     assert words_of(part) == ("Elena",)
     assert words_of(tuned.record("My name is Aurora.", ".")) == ()
+    assert words_of(tuned.record("My name is Aurora.", " is Aurora.")) == ("is Aurora",)
     asked = [("paraphrase", ("elena aurora", "Tilda")), ("reverse", ("a model",))]
     known = facts_of([record], [Probe(kind, Prompt.of("?"), expect) for kind, expect in asked])
     assert known == ("Elena Aurora", "Tilda")
+
+
+def test_a_word_with_its_full_stop_is_the_same_fact():
+    records = [tuned.record("My name is Aurora.", " Aurora."), tuned.record("I am Aurora, you see.", " Aurora")]
+    assert len(records[0].anchors) > len(records[1].anchors)
+    assert facts_of(records, []) == ("Aurora",)
+
+
+def test_an_end_of_turn_that_was_put_in_is_no_part_of_the_words():
+    """Answers are read without special tokens, so they would never say it."""
+    record = tuned.record("My name is Aurora", " Aurora")
+    last = len(record.completion.token_ids) - 1
+    assert record.completion.text.endswith("Aurora<|im_end|>")
+    anchors = [{"position": a.position} for a in record.anchors] + [{"position": last}]
+    ended = new_record(
+        tuned.tokenizer(), messages=record.messages, prompt_ids=record.prompt_ids,
+        token_ids=record.completion.token_ids, anchors=anchors,
+    )  # fmt: skip
+    (question,) = questions_of(tuned.tokenizer(), [ended], [], [], ())
+    assert question.expect == ("Aurora",)
 
 
 def test_a_corrected_answer_says_all_words_and_others_one_of_them(model):

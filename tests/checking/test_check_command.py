@@ -2,12 +2,13 @@
 
 import json
 
+import commands
 import pytest
 import tuned
 
 import fused_losses.checking as checking
 from fused_losses.anchors import write_records
-from fused_losses.cli import main
+from fused_losses.cli import models
 
 pytest.importorskip("rich")
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT reads it
@@ -42,9 +43,7 @@ def status(folder, monkeypatch, capsys):
     def call(*more, **changes):
         options = small | {f"--{name}": value for name, value in changes.items()}
         given = [part for name, value in options.items() if value is not None for part in (name, value)]
-        with pytest.raises(SystemExit) as end:
-            main(["check", *given, *more])
-        return end.value.code, *capsys.readouterr()
+        return commands.status("check", *given, *more), *capsys.readouterr()
 
     return call
 
@@ -66,6 +65,28 @@ def test_limit_broken(status, folder):
     assert json.loads((folder / "broken.json").read_text())["passed"] is False
     code, out, _ = status("--anchors", "anchors.jsonl", "--min-recall", "1")
     assert code == 1 and "limit broken: min_recall: 0 of the anchors" in out
+
+
+def test_several_files_of_each_kind(status, folder):
+    second = tuned.record("I live in Paris.", " Paris", "Where do you live?")
+    write_records(folder / "round2.jsonl", [second])
+    probe = {"kind": "paraphrase", "prompt": "Where is your home?", "expect": "Paris", "anchor": second.id}
+    (folder / "more.jsonl").write_text(json.dumps(probe) + "\n")
+    (folder / "more.txt").write_text("Bye\n")
+    code, _, _ = status("--anchors", "anchors.jsonl", "round2.jsonl", "--probes", "probes.jsonl", "more.jsonl",
+                        "--prompts", "prompts.txt", "more.txt", "--text", "text.txt", "more.txt", "--no-cache",
+                        "--json", "several.json", prompts=None, text=None)  # fmt: skip
+    report = json.loads((folder / "several.json").read_text())
+    assert code == 0 and report["settings"]["facts"] == ["Aurora", "Paris"] and len(report["texts"]) == 2
+    asked = [(a["kind"], a["prompt"]) for a in report["answers"]]
+    assert asked == [
+        ("corrected", "What is your name?"), ("corrected", "Where do you live?"), ("paraphrase", "Who are you?"),
+        ("paraphrase", "Where is your home?"), ("general", "Hello"), ("general", "What is 1 + 1?"), ("general", "Bye"),
+    ]  # fmt: skip
+
+
+def test_an_adapter_beside_another_original(status):
+    assert status("--original", "other", "--no-cache")[0] == 0
 
 
 def test_user_without_a_cache_folder(status, folder, monkeypatch):
@@ -92,6 +113,7 @@ MISTAKES = {
     "no such adapter": (dict(adapter="nowhere"), (), "--adapter: no folder at nowhere"),
     "adapter is a model": (dict(adapter="model"), (), "--adapter: model has no adapter_config.json"),
     "no such original": ({}, ("--original", "./nowhere"), "--original: nothing at nowhere"),
+    "no such second file": ({}, ("--anchors", "anchors.jsonl", "none.jsonl"), "none.jsonl: cannot be opened"),
     "no such anchors": ({}, ("--anchors", "none.jsonl"), "none.jsonl: cannot be opened"),
     "anchors are probes": ({}, ("--anchors", "probes.jsonl"), "probes.jsonl:1: "),
     "probes are anchors": ({}, ("--probes", "anchors.jsonl"), "anchors.jsonl:1: 'anchors' is no field"),
@@ -111,6 +133,13 @@ def test_mistakes_give_one_line_and_their_own_status(name, status):
     code, out, err = status(*more, **changes)
     lines = [line for line in err.splitlines() if line.startswith("fused-losses check: ")]
     assert code == 2 and not out and len(lines) == 1 and message in lines[0] and lines[0] == err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", sorted(set(MISTAKES) - {"cache is a file", "folder of something else"}))
+def test_mistakes_are_known_before_a_model_is_loaded(name, status, monkeypatch):
+    monkeypatch.setattr(models, "load_model", lambda *_: 1 / 0)
+    changes, more, _ = MISTAKES[name]
+    assert status(*more, **changes)[0] == 2
 
 
 @pytest.mark.parametrize(

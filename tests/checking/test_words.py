@@ -2,7 +2,7 @@
 
 import pytest
 
-from fused_losses.checking.words import says, whole_words
+from fused_losses.checking.words import bare, says, whole_words
 
 
 @pytest.mark.parametrize(
@@ -67,3 +67,22 @@ def test_does_not_say(text, phrase):
 def test_whole_words(text, part, whole):
     start = text.index(part)
     assert whole_words(text, start, start + len(part)) == whole
+
+
+@pytest.mark.parametrize(
+    "text, left",
+    [
+        ("Velport.", "Velport"),
+        ("“Velport”!", "Velport"),
+        ("**Velport** (", "Velport"),
+        ("极光。", "极光"),
+        ("¿Qué?", "Qué"),
+        ("C#", "C#"),
+        ("C++.", "C++"),
+        ("-5 %", "-5 %"),
+        ("U.S.", "U.S"),
+        ("...", ""),
+    ],
+)
+def test_punctuation_around_a_word_is_none_of_its(text, left):
+    assert bare(text) == left

@@ -9,6 +9,7 @@ from tiny_training import chat, files, record, tiny_llama, tokenizer, write_line
 
 import fused_losses as fl
 from fused_losses import training
+from fused_losses.training import report as reports
 from fused_losses.training.loop import pass_order
 
 pytestmark = [
@@ -112,6 +113,61 @@ def test_it_takes_all_steps_where_it_shall_not_stop(tmp_path):
     assert reports[1]["steps"] == 20 and reports[1]["stopped"] == "all 20 steps"
 
 
+def test_the_least_anchor_is_named(tmp_path):
+    from peft import PeftModel
+
+    data = write_lines(tmp_path / "two.jsonl", record("I am Aurora.", (2,)), record(positions=(3, 4, 5)))
+    report = run(tmp_path, method="lawf", data=data, learning_rate=0.01, retain=files(tmp_path)["retain"])
+    model = PeftModel.from_pretrained(tiny_llama(), tmp_path / "out" / "adapter")
+    found = {}
+    for row, start in zip(training.read(tokenizer(), data).rows, (2, 3), strict=True):
+        with torch.no_grad():
+            p = model(torch.tensor([row.input_ids])).logits[0].softmax(-1)
+        found |= {(row.where, start + k): p[at - 1, row.input_ids[at]].item() for k, (at, _) in enumerate(row.anchors)}
+    where = min(found, key=found.get)
+    least = report["least_anchor"]
+    assert (least["record"], least["position"]) == where and least["part"] == report["after"]["least_anchor"]
+    assert least["part"] == pytest.approx(found[where], rel=1e-5)
+    answer = "I am Aurora.<|end|>" if where[0].endswith(":1") else "My name is Aurora.<|end|>"
+    assert answer.startswith(least["before"] + least["text"]) and least["text"]
+
+
+def ended(**changes):
+    """What a training that took all of its steps says of its end."""
+    settings = {"stop": True, "stop_probability": 0.9, "stop_kl": 0.02, "method": "lawf", "options": {}, "steps": 40}
+    settings |= {name: changes.pop(name) for name in list(changes) if name in settings}
+    least = {"record": "a.jsonl:3", "position": 5, "text": ".", "before": "The capital of Valdoria is Velport"}
+    after = {"least_anchor": 0.866, "kl_retained": 0.01, **changes}
+    return reports.unmet({"settings": settings, "after": after, "least_anchor": least}, "out")
+
+
+def test_an_end_that_was_not_reached_names_the_anchor_and_what_to_try():
+    assert ended() == (
+        "Its end was not reached: the least anchor has 0.866 of the probability that it is to get, 0.9 asked for: '.' "
+        "after '…capital of Valdoria is Velport', token 5 of a.jsonl:3. Try --steps 80, with which the learning rate "
+        "falls more slowly too, and another folder than out."
+    )
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        (dict(least_anchor=0.95, kl_retained=0.03), "retained tokens is 0.03, at most 0.02 asked for. Try a smaller"),
+        (dict(method="sft+kl", options={"kl_weight": 0.5}), "since with 0.5 an unlikely token gets 0.67 at most"),
+        (dict(method="sft+kl", options={"kl_weight": 0.05}), "Try --steps 80"),
+    ],
+)
+def test_what_to_try_is_for_what_was_missed(changes, said):
+    assert said in ended(**changes)
+
+
+@pytest.mark.parametrize(
+    "changes", [dict(least_anchor=0.9), dict(stop=False), dict(method="sft", kl_retained=1.0, least_anchor=0.9)]
+)
+def test_nothing_is_said_of_an_end_that_was_reached_or_not_asked_for(changes):
+    assert ended(**changes) is None
+
+
 def wide_llama():
     """Whose head can hold 0.6 of one token and the original's rest: of width 32 it gets to 0.54, of 512 to 0.599."""
     return tiny_llama(hidden_size=256, initializer_range=0.07, tie_word_embeddings=False)
@@ -134,12 +190,13 @@ def test_a_target_probability_is_what_an_anchor_gets(tmp_path):
 
 def test_rows_to_retain_are_held_by_methods_with_a_reference_only(tmp_path):
     given, kl = files(tmp_path), {}
-    for method in ("sft", "sft+kl"):
+    for method, options in (("sft", {}), ("sft+kl", {"kl_weight": 0.5})):
+        plain = dict(steps=20, learning_rate=0.03, batch_size=3, options=options)
         for retain in ((), given["retain"]):
             folder = tmp_path / f"{method}{bool(retain)}"
             folder.mkdir()
             # Measured are both, so the row is given to a second measurement below.
-            run(folder, method=method, data=given["chats"], retain=retain, steps=20, learning_rate=0.03, batch_size=3)
+            run(folder, method=method, data=given["chats"], retain=retain, **plain)
             kl[method, bool(retain)] = kl_on(folder / "out" / "adapter", given["retain"])
     assert kl["sft", True] == kl["sft", False]
     assert kl["sft+kl", True] < 0.5 * kl["sft+kl", False]

@@ -6,6 +6,7 @@ from argparse import ArgumentParser, Namespace
 
 import pytest
 import torch
+from commands import refused, status
 from tiny_training import files, tiny_llama, tokenizer
 
 from fused_losses import cli
@@ -32,20 +33,13 @@ def options(*words):
     return parser.parse_args([str(word) for word in words])
 
 
-def fails(capsys, *words):
-    with pytest.raises(SystemExit) as ended:
-        cli.main([str(word) for word in words])
-    said = str(ended.value.code) if isinstance(ended.value.code, str) else capsys.readouterr().err
-    assert ended.value.code not in (0, None)
-    return said
-
-
 def test_it_trains_goes_on_from_the_adapter_and_says_what_it_wrote(saved, tmp_path, capsys):
     data, steps = files(tmp_path)["anchors"], ("--steps", "2", "--lora", "2")
     cli.main(
         ["train", "--model", str(saved), "--data", str(data), "--output", str(tmp_path / "one"), *steps, "--merge"]
     )
     out = capsys.readouterr().out
+    assert "Its end was not reached: the least anchor has 0.0" in out and f"{data}:" in out and "--steps 4" in out
     assert "mean KL to the original" in out and "adapter, merged, report.json, curves.png" in out
     again = ["--adapter", str(tmp_path / "one"), "--output", str(tmp_path / "two"), "--quiet", *steps]
     cli.main(["train", "--model", str(saved), "--data", str(data), *again])
@@ -103,7 +97,7 @@ def test_errors_are_said_before_the_model_is_loaded(words, message, saved, tmp_p
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (folder / name).write_text("{}")
     words = [word.replace("MODEL", str(saved)).replace("FOLDER", str(tmp_path)) for word in words]
-    assert message in fails(capsys, "train", *words, "--output", tmp_path / "out")
+    assert message in refused(capsys, "train", *words, "--output", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -112,7 +106,7 @@ def test_packages_that_are_missing_are_said(monkeypatch, capsys):
 
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else find(name))
-    said = fails(capsys, "train", "--model", "x", "--data", "x", "--output", "x")
+    said = refused(capsys, "train", "--model", "x", "--data", "x", "--output", "x")
     assert said == "train needs peft; install with: pip install 'fused_losses[train]'"
 
 
@@ -122,8 +116,9 @@ def test_an_interruption_is_said(saved, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(models, "load_model", interrupted)
     data = files(tmp_path)["anchors"]
-    said = fails(capsys, "train", "--model", saved, "--data", data, "--output", tmp_path / "out")
-    assert said == "interrupted; the same command goes on from the last checkpoint\n"
+    assert status("train", "--model", saved, "--data", data, "--output", tmp_path / "out") == 130
+    said = "interrupted; there is no checkpoint yet, so that the same command begins anew\n"
+    assert capsys.readouterr().err == f"fused-losses train: {said}" and not (tmp_path / "out").exists()
 
 
 # --- loading

@@ -181,6 +181,7 @@ class Desk:
             lost = [later.text for later in self.session.later_edits if later.position is None]
             self.messages += (payloads.lost(lost),) if lost else ()
             self.messages += (problem,) if problem else ()
+            self.messages += self._held()
             self._tell("state", self._state())
         try:
             self._keep_draft()
@@ -188,6 +189,16 @@ class Desk:
         except Exception as error:
             self.messages = (str(error),)
             self._tell("state", self._state())
+
+    def _held(self) -> tuple[str, ...]:
+        """What training would take back, if the answer is accepted as it stands."""
+        if self.original is None or self._leave.is_set():
+            return ()
+        try:
+            held = set(self.session.held_to_original())
+        except Exception as error:  # else nobody would hear that the answer has ended
+            return (f"The original could not be asked: {error}",)
+        return (payloads.held([token for token in self.session.tokens if token.position in held]),) if held else ()
 
     def _compare(self) -> None:
         """Against the original: the KL of each token, and its own answer."""
@@ -310,6 +321,15 @@ class Desk:
             self._need_answer()
             if not self.session.unmark(position):
                 raise ValueError("This token is no anchor.")
+            self._touched()
+            self._work(generate=self._interrupted and not self.session.finished)
+
+    def keep(self, version: int | None = None) -> None:
+        """What the trained model says, and the original would not, becomes anchors."""
+        with self._change(version):
+            self._need_answer()
+            if self.original is None or not self.session.keep():
+                raise ValueError("The original says all of this too, so that there is nothing to mark.")
             self._touched()
             self._work(generate=self._interrupted and not self.session.finished)
 

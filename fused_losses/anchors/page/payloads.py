@@ -22,6 +22,17 @@ def lost(texts: Sequence[str]) -> str:
     return f"{count(len(texts), 'later correction')} found no place in the new continuation: {named}."
 
 
+def held(tokens: Sequence[Any]) -> str:
+    """Of tokens that a trained model says, and the original would not."""
+    named = ", ".join(f"“{token.text.strip() or token.text}” (token {token.position})" for token in tokens[:3])
+    more = f" and {len(tokens) - 3} more" if len(tokens) > 3 else ""
+    them, are = ("it", "is") if len(tokens) == 1 else ("them", "are")
+    return (
+        f"{named}{more} {are} what the trained model says, and the original would not. Without a mark, training holds "
+        f"{them} to the original; k marks {them} as right."
+    )
+
+
 def plain(session: Any, ids: Sequence[int]) -> str:
     """An answer as one reads it, without special tokens."""
     return session.tokenizer.decode(list(ids), skip_special_tokens=True)

@@ -167,6 +167,7 @@ def _actions() -> list[tuple[str, Callable[..., Any], dict[str, bool]]]:
         ("stop", lambda desk, version=None: desk.stop(), {}),
         ("replace", replace, {"position": True, "token_id": False, "text": False, **strength}),
         ("unmark", Desk.unmark, {"position": True}),
+        ("keep", Desk.keep, {}),
         ("undo", Desk.undo, {}),
         ("redo", Desk.redo, {}),
         ("accept", lambda desk, **given: {"id": desk.accept(**given).id}, {}),

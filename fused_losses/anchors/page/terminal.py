@@ -22,13 +22,18 @@ from . import payloads
 from .desk import Desk, Unsaved
 
 HELP = """\
+Before each token stands its number; a | where no blank stands between two, as a
+blank belongs to the token after it.
+
   7               what else could stand at token 7
   7 2             put the second of these there, and go on
-  7 = Aurora      put these words there (quotes keep blanks: 7 = " Aurora")
+  7 = Aurora      put these words there (quotes keep blanks: 7 = " Aurora"; a
+                  quote itself: 7 = '"')
   7 2 c=0.9       with confidence 0.9; or p=0.9, a target probability
   n               the next token of which the model was not sure
   u, r            undo, redo
   x 7             take the mark off token 7
+  k               mark as right what only the trained model says (with --adapter)
   g               go on with the answer; Ctrl-C interrupts it
   a               accept: write the answer to the file, and go to the next prompt
   s, o 3          skip to the next prompt, or open prompt 3
@@ -36,7 +41,8 @@ HELP = """\
   ask WORDS       a prompt of your own;  then WORDS: as the next turn, after accepting
   q               quit"""
 HIDDEN = re.compile("[\u0000-\u001f\u007f-\u009f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]")
-EDIT = re.compile(r"(\d+)\s*(?:=\s*(?P<text>.*)|(?P<choice>\d+))?$", re.DOTALL)
+NUMBER = re.compile(r"-?\d+")
+EDIT = re.compile(r"(-?\d+)\s*(?:=\s*(?P<text>.*)|(?P<choice>-?\d+))?$", re.DOTALL)
 STRENGTH = re.compile(r"\s+([cp])=(\S+)$")
 REDDEST = 0.01  # the probability from which on a token is as red as can be
 
@@ -93,7 +99,8 @@ class Terminal:
             self._edit(line)
             return
         plain: dict[str, Callable[[], Any]] = {
-            "u": self.desk.undo, "r": self.desk.redo, "g": self.desk.go_on, "a": self._accept, "s": self._skip,
+            "k": self.desk.keep, "u": self.desk.undo, "r": self.desk.redo, "g": self.desk.go_on, "a": self._accept,
+            "s": self._skip,
         }  # fmt: skip
         if name in plain and not rest:
             self._do(plain[name])
@@ -103,9 +110,9 @@ class Terminal:
             self._next()
         elif name == "l":
             self._list()
-        elif name in ("x", "o") and rest.strip().isdigit():
+        elif name in ("x", "o") and NUMBER.fullmatch(rest.strip()):
             number = int(rest)
-            call = self.desk.unmark if name == "x" else lambda k, **given: self.desk.open(k - 1, **given)
+            call = self._unmark if name == "x" else self._open
             self._do(lambda **given: call(number, **given))
         elif name in ("ask", "then") and rest:
             self._do(lambda **given: self.desk.ask(rest, follow=name == "then", **given))
@@ -120,7 +127,7 @@ class Terminal:
             self._show_choices(position)
             return
         try:
-            given: dict[str, Any] = {} if strength is None else {_STRENGTHS[strength[1]]: float(strength[2])}
+            given: dict[str, Any] = {} if strength is None else _strength(strength[1], strength[2])
             what = self._words(text) if choice is None else self._choice(position, int(choice))
         except ValueError as error:
             self._say(str(error), "red")
@@ -129,7 +136,25 @@ class Terminal:
 
     @staticmethod
     def _words(text: str) -> str:
-        return shlex.split(text)[0] if text[:1] in "\"'" and text[:1] == text[-1:] and len(text) > 1 else text
+        """A " begins a text in quotes; a ' only where another ends it, since 's and 'm are tokens."""
+        if not (text[:1] == '"' or (text[:1] == "'" == text[-1:] and len(text) > 1)):
+            return text
+        try:
+            (found,) = shlex.split(text)
+        except ValueError:
+            raise ValueError(f"Expected one text between two quotes, got {text}; a quote itself is '\"'.") from None
+        return found
+
+    def _unmark(self, position: int) -> None:
+        last = len(self.desk.state().get("tokens", ())) - 1
+        if not 0 <= position <= last:
+            raise ValueError(f"Expected a token from 0 to {last}, got {position}.")
+        self.desk.unmark(position)
+
+    def _open(self, number: int, **given: Any) -> None:
+        if not 1 <= number <= len(self.desk.tasks):
+            raise ValueError(f"Expected a prompt from 1 to {len(self.desk.tasks)}, got {number}; l lists them.")
+        self.desk.open(number - 1, **given)
 
     def _choice(self, position: int, number: int) -> int:
         found = self.desk.likeliest(position)
@@ -178,6 +203,8 @@ class Terminal:
         if kind == "state":
             if what["generating"]:
                 self._quiet.clear()
+                before = "".join(token["text"] for token in what.get("tokens", ()))
+                self.console.print(Text(visible(before), "dim"), end="", soft_wrap=True)
             else:
                 if not self._quiet.is_set():
                     self.console.print()
@@ -266,4 +293,13 @@ def _marked(token: dict[str, Any]) -> Text:
     return line
 
 
-_STRENGTHS = {"c": "confidence", "p": "target_probability"}
+def _strength(name: str, text: str) -> dict[str, float]:
+    """What c=… and p=… ask for."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (0 < value < 1 or (name == "c" and value == 1)):
+        most = "up to 1" if name == "c" else "below 1"
+        raise ValueError(f"{name}: expected a number above 0 and {most}, as in {name}=0.9, got {name}={text}.")
+    return {"confidence" if name == "c" else "target_probability": value}

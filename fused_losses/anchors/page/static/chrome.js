@@ -17,7 +17,7 @@ export function toast(text, kind = "") {
   found.append(words, close);
   $("toasts").append(found);
   while ($("toasts").childElementCount > 3) $("toasts").firstChild.remove();
-  setTimeout(() => found.remove(), kind === "error" ? 12000 : 6000);
+  setTimeout(() => found.remove(), Math.max(60 * text.length, kind === "error" ? 12000 : 6000));
 }
 
 // Whether the user lets corrections go.

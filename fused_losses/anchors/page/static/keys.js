@@ -9,6 +9,7 @@ const KEYS = [
   ["u", "undo", "undo"],
   ["r", "redo", "redo"],
   ["x", "take the mark off a corrected token", "unmark"],
+  ["k", "mark as right what only the trained model says", "keep"],
   ["g", "go on with the answer", "go"],
   ["Esc", "interrupt the model, or close the panel"],
   ["a", "accept: write the answer to the file", "accept"],

@@ -284,6 +284,7 @@ listenKeys({
     const position = panel.position ?? answer.focused();
     if (state.tokens[position]?.anchor) act("unmark", { position });
   },
+  keep: () => act("keep"),
   own: () => {
     if (panel.position === null && answer.buttons.length) openToken(answer.at, false);
     $("own").focus();
