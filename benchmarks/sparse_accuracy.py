@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from unittest import mock
 
 import texts
 import torch
@@ -12,7 +15,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import fused_losses as fl
-from fused_losses.sparse import certificate
+from fused_losses.sparse import certificate, softmax, spectrum
+
+DIRECTIONS = (0, 8, 16, 32)
 
 
 def relative(value: Tensor, truth: Tensor) -> float:
@@ -49,9 +54,9 @@ class Truth:
         return dx, dw
 
 
-def fused(hidden, weight, labels, a, b, reference, **options):
-    """Both gradients of Σ a·nll + b·kl by this package, and the report."""
-    x, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+def fused(hidden, weight, labels, a, b, reference, frozen=False, **options):
+    """Both gradients of Σ a·nll + b·kl by this package (of a frozen head one), and the report."""
+    x, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_(not frozen)
     out = fl.token_losses(
         x, w, labels, reference=None if reference is None else fl.Reference(reference, weight), **options
     )
@@ -122,8 +127,13 @@ def accuracy() -> None:
         ours, report = fused(hidden, weight, labels, a, b, reference, gradient="sparse")
         row |= {
             "entries": report.entries / report.tokens, "saved_MB_per_8192": saved_megabytes(report, len(weight)),
-            "bound": report.bound, "exact_tokens": report.exact_tokens,
+            "bound": report.bound, "certified": [report.hidden_bound, report.weight_bound],
+            "exact_tokens": report.exact_tokens,
             "ours": [relative(g, t) for g, t in zip(ours, (dx, dw), strict=True)],
+        }  # fmt: skip
+        frozen, report = fused(hidden, weight, labels, a, b, reference, frozen=True, gradient="sparse")
+        row["frozen"] = {
+            "entries": report.entries / report.tokens, "certified": report.hidden_bound, "dx": relative(frozen[0], dx),
         }  # fmt: skip
         keep = keep_rule(certificate.THRESHOLD, labels)
 
@@ -157,40 +167,54 @@ def accuracy_line(row: dict) -> str:
         " / ".join(f"{100 * e:.2f}" for e in row[name]) for name in ("ours", "ours, bf16", "tail dropped", "plain bf16")
     )
     kl = "" if row["kl"] is None else f" {row['kl']:.4f}"
-    return f"| {row['text']} | {row['loss']}{kl} | {row['entries']:.0f} | {100 * row['bound']:.1f} | {figures} |"
+    certified = " / ".join(f"{100 * bound:.1f}" for bound in row["certified"])
+    frozen = row["frozen"]
+    figures += f" | {frozen['entries']:.0f}: {100 * frozen['dx']:.2f} ≤ {100 * frozen['certified']:.1f}"
+    return (
+        f"| {row['text']} | {row['loss']}{kl} | {row['entries']:.0f} | {100 * row['bound']:.1f} | {certified} | "
+        f"{figures} |"
+    )
+
+
+@contextlib.contextmanager
+def directions(count: int) -> Iterator[None]:
+    """So many directions of the head; 0: none, and no certificate of dx and dW."""
+    found = (lambda weight: None) if count == 0 else softmax.directions_of
+    with (
+        mock.patch.object(softmax, "directions_of", found),
+        mock.patch.object(spectrum, "spectrum", functools.partial(spectrum.spectrum, count=max(1, count))),
+        mock.patch.object(spectrum, "_known", []),
+    ):
+        yield
 
 
 def curve(states: dict) -> list[dict]:
-    """Error of dx and dW against entries kept, with the rank-one tail and without, cross-entropy."""
+    """Error of dx and dW against entries kept, by the number of directions, and without the tail; cross-entropy."""
     points = []
     weight = states["weight"]
     for kind in texts.TUNED:
         hidden, labels = (t[:1024] for t in states["texts"][kind])
         a = torch.ones(len(labels))
         truth = Truth(hidden, weight, labels, a, None)
-        dx, dw = truth.gradients()
-        for exponent in tqdm(range(-2, 5), desc=f"curve, {kind}"):
+        exact = truth.gradients()
+        for exponent in tqdm(range(-2, 4), desc=f"curve, {kind}"):
             threshold = certificate.THRESHOLD * 2.0**-exponent
             keep = keep_rule(threshold, labels)
-            entries = 0
-
-            def drop(at, p, dz, keep=keep):
-                nonlocal entries
-                kept = keep(p, at)
-                entries += int(kept.sum())
-                return dz * kept
-
-            dropped = truth.gradients(drop)
-            plain, certificate.THRESHOLD = certificate.THRESHOLD, threshold
-            try:
-                ours, report = fused(hidden, weight, labels, a, None, None, gradient="sparse", tolerance=0.9)
-            finally:
-                certificate.THRESHOLD = plain
-            points.append({
-                "text": kind, "threshold": threshold, "entries": entries / len(labels), "bound": report.bound,
-                "dropped": [relative(g, t) for g, t in zip(dropped, (dx, dw), strict=True)],
-                "ours": [relative(g, t) for g, t in zip(ours, (dx, dw), strict=True)],
-            })  # fmt: skip
+            dropped = truth.gradients(lambda at, p, dz, keep=keep: dz * keep(p, at))
+            point = {"text": kind, "threshold": threshold, "by directions": {}}
+            point["dropped"] = [relative(g, t) for g, t in zip(dropped, exact, strict=True)]
+            for count in DIRECTIONS:
+                with (
+                    directions(count),
+                    mock.patch.object(certificate, "THRESHOLD", threshold),
+                ):
+                    ours, report = fused(hidden, weight, labels, a, None, None, gradient="sparse", tolerance=0.9)
+                point["entries"] = report.entries / len(labels)
+                point["by directions"][count] = {
+                    "errors": [relative(g, t) for g, t in zip(ours, exact, strict=True)],
+                    "certified": [report.hidden_bound, report.weight_bound], "bound": report.bound,
+                }  # fmt: skip
+            points.append(point)
     return points
 
 
@@ -203,9 +227,10 @@ def groups() -> list[dict]:
     """
     n, d, v = 512, 64, 32000
     rows = []
-    for distance, both, tolerance in [
-        *((distance, both, certificate.TOLERANCE) for distance in (1.0, 10.0, 100.0) for both in (False, True)),
-        *((10.0, True, tolerance) for tolerance in (0.1, 0.05, 0.03, 0.02)),
+    for distance, both, tolerance, count in [
+        *((distance, True, certificate.TOLERANCE, 0) for distance in (1.0, 10.0, 100.0)),
+        *((distance, True, certificate.TOLERANCE, spectrum.COUNT) for distance in (1.0, 10.0, 100.0)),
+        (100.0, False, certificate.TOLERANCE, spectrum.COUNT),
     ]:
         g = torch.Generator().manual_seed(0)
         weight = torch.randn(v, d, generator=g) / d**0.5
@@ -217,9 +242,13 @@ def groups() -> list[dict]:
             hidden[n // 2 :, 1] *= -1
         labels = torch.multinomial((hidden @ weight.T).softmax(1), 1, generator=g)[:, 0]
         truth = Truth(hidden, weight, labels, torch.ones(n), None).gradients()
-        ours, report = fused(hidden, weight, labels, torch.ones(n), None, None, gradient="sparse", tolerance=tolerance)
+        with directions(count):
+            ours, report = fused(
+                hidden, weight, labels, torch.ones(n), None, None, gradient="sparse", tolerance=tolerance
+            )
         rows.append({
-            "distance": distance, "halves": 1 + both, "tolerance": tolerance, "bound": report.bound,
+            "distance": distance, "halves": 1 + both, "directions": count, "bound": report.bound,
+            "certified": [report.hidden_bound, report.weight_bound],
             "exact_tokens": report.exact_tokens, "entries": report.entries / n,
             "ours": [relative(got, exact) for got, exact in zip(ours, truth, strict=True)],
         })  # fmt: skip
@@ -229,7 +258,8 @@ def groups() -> list[dict]:
 
 def groups_line(row: dict) -> str:
     errors = " / ".join(f"{100 * e:.2f}" for e in row["ours"])
+    certified = " / ".join("–" if bound is None else f"{100 * bound:.1f}" for bound in row["certified"])
     return (
-        f"| {row['distance']:g} | {row['halves']} | {100 * row['tolerance']:g} | {100 * row['bound']:.1f} | "
+        f"| {row['distance']:g} | {row['halves']} | {row['directions']} | {100 * row['bound']:.1f} | {certified} | "
         f"{row['exact_tokens']} of 512 | {errors} |"
     )

@@ -23,31 +23,38 @@ def figures() -> None:
 
 
 def error_figure(record: dict) -> None:
-    """Error of dx and dW against entries kept."""
+    """Error of dx and dW, and what is certified of it, against entries kept."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(9, 4.4), sharey=True)
-    for axis, what, gradient in zip(axes, (0, 1), ("dx", "dW"), strict=True):
-        for kind, color in zip(texts.TUNED, ("tab:blue", "tab:orange"), strict=True):
-            points = [p for p in record["curve"] if p["text"] == kind]
-            entries = [p["entries"] for p in points]
-            axis.plot(entries, [100 * p["ours"][what] for p in points], "o-", color=color, label=f"{kind}: S + m qᵀ")
-            axis.plot(entries, [100 * p["dropped"][what] for p in points], "o--", color=color, alpha=0.5,
-                      label=f"{kind}: tail dropped")  # fmt: skip
-            default = next(p for p in points if p["threshold"] == record["threshold"])
-            axis.plot(default["entries"], 100 * default["ours"][what], "o", color=color, markersize=11)
-            plain = next(r for r in record["rows"] if r["text"] == kind and r["loss"] == "cross-entropy")["plain bf16"]
-            axis.axhline(
-                100 * plain[what], color=color, linewidth=1, linestyle=":", label=f"{kind}: plain bf16, all entries"
-            )
-        axis.set(xscale="log", yscale="log", xlabel="entries kept per token", title=gradient)
-        axis.set_xticks([25, 50, 100, 200, 400, 800], ["25", "50", "100", "200", "400", "800"])
-        axis.set_yticks([0.01, 0.03, 0.1, 0.3, 1, 3, 10], ["0.01", "0.03", "0.1", "0.3", "1", "3", "10"])
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("relative L2 error, %")
-    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, ncols=2, loc="upper center")
-    _write(figure, "sparse-error.png", top=0.86)
+    figure, axes = plt.subplots(2, 2, figsize=(9, 7.6), sharey=True, sharex=True)
+    counts = {"0": "tab:gray", "8": "tab:green", "16": "tab:blue", "32": "tab:purple"}
+    for row, kind in zip(axes, texts.TUNED, strict=True):
+        points = [p for p in record["curve"] if p["text"] == kind]
+        entries = [p["entries"] for p in points]
+        default = next(i for i, p in enumerate(points) if p["threshold"] == record["threshold"])
+        for axis, what, gradient in zip(row, (0, 1), ("dx", "dW"), strict=True):
+            axis.plot(entries, [100 * p["dropped"][what] for p in points], ":", color="tab:red", label="tail dropped")
+            for count, color in counts.items():
+                if what == 1 and count not in ("0", "16"):  # directions are of no consequence for dW
+                    continue
+                found = [p["by directions"][count] for p in points]
+                errors = [100 * f["errors"][what] for f in found]
+                axis.plot(entries, errors, "o-", color=color, markersize=4, label=f"{count} directions")
+                if count == "16":
+                    axis.plot(entries[default], errors[default], "o", color=color, markersize=10)
+                if count != "0":
+                    axis.plot(entries, [100 * f["certified"][what] for f in found], "--", color=color,
+                              label=f"{count} directions, certified")  # fmt: skip
+            axis.set(xscale="log", yscale="log", title=f"{gradient}, {kind}")
+            axis.set_xticks([25, 50, 100, 200, 400, 800], ["25", "50", "100", "200", "400", "800"])
+            axis.set_yticks([0.03, 0.1, 0.3, 1, 3, 10], ["0.03", "0.1", "0.3", "1", "3", "10"])
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+        row[0].set_ylabel("relative L2 error, %")
+    for axis in axes[1]:
+        axis.set_xlabel("entries kept per token")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), fontsize=8, ncols=4, loc="upper center")
+    _write(figure, "sparse-error.png", top=0.93)
 
 
 def time_figure(split: list[dict]) -> None:
@@ -96,12 +103,15 @@ def training_figure(runs: dict) -> None:
 def tables() -> None:
     """The tables of docs/method.md and docs/benchmarks.md, from the committed results."""
     record = json.loads((RESULTS / "sparse-accuracy.json").read_text())
-    print("| text | loss | entries | bound, % | ours | ours, bf16 | tail dropped | plain bf16 |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(
+        "| text | loss | entries | L1 bound, % | certified | ours | ours, bf16 | tail dropped | plain bf16 | "
+        "frozen head: entries, dx |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for row in record["rows"]:
         print(accuracy_line(row))
-    print("\n| distance | halves in the call | tolerance, % | bound, % | exact tokens | dx / dW, % |")
-    print("|---|---|---|---|---|---|")
+    print("\n| distance | halves in the call | directions | L1 bound, % | certified, % | exact tokens | dx / dW, % |")
+    print("|---|---|---|---|---|---|---|")
     for row in record["groups"]:
         print(groups_line(row))
     kinds = {kind: [r for r in record["rows"] if r["text"] == kind] for kind in texts.TUNED}

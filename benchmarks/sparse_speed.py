@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from unittest import mock
 
 import texts
 import torch
@@ -13,6 +14,8 @@ from sparse_states import load_states, save
 from torch import Tensor
 
 import fused_losses as fl
+from fused_losses.sparse import softmax
+from fused_losses.sparse.spectrum import COUNT
 
 
 def inputs(states: dict, d: int, dtype: torch.dtype, flat: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -180,3 +183,37 @@ def time_split(hidden: Tensor, weight: Tensor, labels: Tensor) -> dict:
             parts[PARTS[name]] += event.self_cpu_time_total / 1e6
     parts["everything else"] = total - sum(parts.values())
     return {"seconds": total, "gemm_seconds": gemm, "parts": parts}
+
+
+def directions_cost(runs: int) -> None:
+    """One call with the directions of the head and without, in turn; a trained head is another tensor in each call, as
+    after a step of its optimizer."""
+    states = load_states()
+    rows = []
+    print("| loss | D | dtype | without, s | with, s | with / without, median | of all rounds |")
+    print("|---|---|---|---|---|---|---|")
+    for dtype in (torch.float32, torch.bfloat16):
+        for d in (576, 2048):
+            hidden, weight, labels, reference = inputs(states, d, dtype, flat=False)
+            for group, members in contestants(labels, reference).items():
+                loss, frozen = members["fused_losses, sparse"]
+                times: dict[int, list[float]] = {0: [], COUNT: []}
+                for _ in range(runs + 1):
+                    for count, seconds in times.items():
+                        x, w = hidden.clone().requires_grad_(), weight if frozen else weight.clone().requires_grad_()
+                        found = softmax.directions_of if count else lambda weight: None
+                        with mock.patch.object(softmax, "directions_of", found):
+                            start = time.perf_counter()
+                            loss(x, w).backward()
+                            seconds.append(time.perf_counter() - start)
+                without, with_them = (seconds[1:] for seconds in times.values())  # the first warms up
+                ratios = [b / a for a, b in zip(without, with_them, strict=True)]
+                row = {"loss": group, "D": d, "dtype": str(dtype).removeprefix("torch.")}
+                rows.append(row | {"without": without, "with": with_them, "ratios": ratios})
+                print(
+                    f"| {group} | {d} | {row['dtype']} | {statistics.median(without):.3f} | "
+                    f"{statistics.median(with_them):.3f} | {statistics.median(ratios):.3f} | "
+                    f"{min(ratios):.2f} to {max(ratios):.2f} |",
+                    flush=True,
+                )
+            save("sparse-directions-cpu", {"N": len(labels), "V": len(weight), "rows": rows})

@@ -153,7 +153,7 @@ class SparseTokenLossesFunction(torch.autograd.Function):
         dense: list[Rows] = []
         with _no_autocast(problem):
             out = backend.empty_statistics(problem)
-            builder = Builder(problem, backend, rows=ctx.needs_input_grad[0])
+            builder = Builder(problem, backend, Needs(*ctx.needs_input_grad[:4]))
             for chunk, entries in builder.scan(out):
                 one = torch.ones_like(entries.tails.nll_left)
                 guesses = [Upstream(nll=one), Upstream(kl=one)] if problem.has_reference else [Upstream(nll=one)]
@@ -215,7 +215,7 @@ class SparseSummedLossFunction(torch.autograd.Function):
         dense: Gradients | None = None
         with _no_autocast(problem):
             out = backend.empty_statistics(problem)
-            builder = Builder(problem, backend, rows=needs.hidden)
+            builder = Builder(problem, backend, needs)
             for chunk, entries in builder.scan(out):
                 at = chunk.tokens
                 here = out.at(at)

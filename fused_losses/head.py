@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, shards
+from .sparse.spectrum import Spectrum, spectrum
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -195,6 +196,25 @@ class LMHead:
         group = shards.group_of(self.weight, "head weight")
         weight, bias = (None if t is None else t.to_local() for t in (self.weight, self.bias))  # type: ignore[attr-defined]
         return replace(self, weight=weight, bias=bias, process_group=group)
+
+    def spectrum(self) -> Spectrum | None:
+        """Leading singular directions of `weight` minus its mean row, and a bound of what is left without them.
+
+        Sparse gradients take it for their certificate (`GradientReport.hidden_bound`) by themselves, and keep it as
+        long as the weight does not change; here it is to look at. A large `sigma`, beside `values`, says that sixteen
+        directions do not have what tells tokens apart, and that more tokens will need exact gradients.
+
+        Returns:
+            `Spectrum`; None where the weight is not finite. `low_rank` is not in it.
+
+        Raises:
+            ValueError: for a head that is spread over ranks.
+
+        Cost: 2·V·D² FLOP, and some 3·D³ in float64; no [V, D] copy.
+        """
+        if self.is_spread or shards.is_dtensor(self.weight):
+            raise ValueError("spectrum: the rows of this head are spread over ranks; gather them into one LMHead")
+        return spectrum(self.weight)
 
     @property
     def is_spread(self) -> bool:

@@ -126,11 +126,13 @@ def token_losses(
             those of "exact"; "auto": sparse where the products are of bfloat16 or float16 (autocast included) and V ≥
             8192, else exact. Gradients of the entropy, and of a divergence with β > 0, have no sparse form: calls that
             ask for them are exact, as the report says.
-        tolerance: of sparse gradients: bound on ‖error‖₁ / ‖gradient‖₁ of the gradient of the logits, all tokens and
-            the caller's upstream weights together, in (0, 1). Tokens that would break it get exact gradients. Ignored
-            for exact gradients. Raising it above the default saves neither memory nor time. `out.gradient_report` has
-            the bound that was reached. The default was measured to give relative L2 errors of 0.2 to 0.7 % for the
-            gradients of nll (docs/method.md).
+        tolerance: of sparse gradients: bound on the relative L2 error of the gradient of hidden, all tokens and the
+            caller's upstream weights together, in (0, 1); 1.5 times it bounds the relative L1 error of the gradient of
+            the logits. Tokens that would break either get exact gradients. Where the first cannot be proved (kernels
+            for GPUs; less than 128 tokens and a trained head) the second alone holds. Ignored for exact gradients.
+            Raising it above the default saves neither memory nor time. `out.gradient_report` has the bounds that were
+            reached. The default was measured to give relative L2 errors of 0.2 to 0.5 % for the gradients of nll
+            (docs/method.md).
         backend: "auto", "triton" or "cuda" (kernels for GPUs), "cpu" (compiled kernels), "torch" (chunked, any device),
             or "reference" (full logits; exact; for checks on small inputs). `fused-losses info` says what "auto" takes.
 
@@ -148,8 +150,10 @@ def token_losses(
     depend on single tokens only. Tokens with exact gradients in sparse mode cost as much as in exact mode. A frozen
     head with a trained low-rank part: exact 3, with a reference 5. lse and logits_at add a gather of N·k rows of the
     head. With a frozen head the gradient of the entropy and of the divergence cost one each.
-    Memory: 96 MiB of chunk buffers; sparse: 8 bytes per entry, of which there are 50 to 300 per
-    token of ordinary text; exact: the gradients in fp32, and with a frozen head [N, D] rows per differentiable loss.
+    Sparse gradients look at a head once, for 2·V·D² FLOP, and again when it has moved far; what they know is kept, 96
+    bytes per row of the head. Memory: 96 MiB of chunk buffers; sparse: 8 bytes per entry, of which there are 50 to 300
+    per token of ordinary text; exact: the gradients in fp32, and with a frozen head [N, D] rows per differentiable
+    loss.
 
     `torch.compile(fullgraph=True)`: the call is part of the graph, with the same numbers; the number of tokens may
     change, a new logit_scale, softcap, temperature, beta or tolerance compiles anew. The report has mode and tolerance

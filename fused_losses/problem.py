@@ -268,6 +268,15 @@ class Segments(NamedTuple):
     values: Tensor  # [entries]
 
 
+class Directions(NamedTuple):
+    """Directions of a head, in which what the entries leave out is taken exactly; sparse/spectrum.py."""
+
+    basis: Tensor  # U [D, k], orthonormal columns
+    rows: Tensor  # G [V, K], nearly (W − 1cᵀ)U, with columns of zeros up to a multiple of 16
+    sigma: float  # at least the largest singular value of W − 1cᵀ − GUᵀ
+    longest: float  # at least the norm of a row of W
+
+
 class Selection(NamedTuple):
     """Which entries of a softmax a scan keeps, and what it makes of the rest."""
 
@@ -276,13 +285,14 @@ class Selection(NamedTuple):
     sampled: Tensor  # tokens, ascending, whose rest makes the profile
     profile: Tensor  # [V], gains Σ p over what the sampled tokens leave out
     with_rows: bool  # the products of entries and weight are wanted too, where the backend has them at hand
+    directions: Tensor | None = None  # [V, K]: what is left out is wanted in these
 
 
 @dataclass
 class Tails:
-    """Per token, [N]: what the entries of a sparse softmax leave out, and the L1 norms of both directions.
+    """Per token, [N]: what the entries of a sparse softmax leave out, and the L1 norms of ∂nll/∂z and ∂kl/∂z.
 
-    Directions are those of the logits before logit_scale, so with a soft-cap's slope in them.
+    z are the logits before logit_scale, so a soft-cap's slope is in these.
     """
 
     nll_left: Tensor  # Σ p over what is left out
@@ -290,6 +300,11 @@ class Tails:
     kl_left: Tensor | None = None  # Σ (p − p_ref) over what is left out
     kl_left_l1: Tensor | None = None  # Σ |p − p_ref| over what is left out
     kl_l1: Tensor | None = None  # ‖∂kl/∂z‖₁
+    # With directions [V, K], of what is left out: its product with them, [N, K]; Σ of its squares.
+    nll_low: Tensor | None = None
+    nll_square: Tensor | None = None
+    kl_low: Tensor | None = None
+    kl_square: Tensor | None = None
 
 
 @dataclass

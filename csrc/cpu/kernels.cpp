@@ -31,6 +31,7 @@ namespace fused_losses::avx512 {
 #define LANES 16
 #include "vector.inc"
 #include "rows.inc"
+#include "directions.inc"
 #include "exact.inc"
 #include "products.inc"
 #undef LANES
@@ -44,6 +45,7 @@ namespace fused_losses::avx2 {
 #define LANES 8
 #include "vector.inc"
 #include "rows.inc"
+#include "directions.inc"
 #include "exact.inc"
 #include "products.inc"
 #undef LANES
@@ -56,6 +58,7 @@ namespace fused_losses::baseline {
 #define LANES 4
 #include "vector.inc"
 #include "rows.inc"
+#include "directions.inc"
 #include "exact.inc"
 #include "products.inc"
 #undef LANES

@@ -34,6 +34,14 @@ struct RowEntries {
   float *nll, *kl;          // [N, capacity] ∂nll/∂z and ∂kl/∂z there
 };
 
+// What the entries leave out, in directions of the head. `matrix` null: not wanted.
+struct RowDirections {
+  int64_t width;            // K, a multiple of 16
+  const float* matrix;      // [V, K]
+  float *nll, *kl;          // [N, K] Σ_v of what is left out of ∂nll/∂z (∂kl/∂z) · matrix[v]
+  float *nll_square, *kl_square;  // [N] Σ of its squares
+};
+
 // Statistics of the exact mode, [N] each; null where not wanted. Those of the reference need r, `divergence` also beta.
 struct ExactResults {
   float* nll;
@@ -61,7 +69,7 @@ using Range = void (*)(int64_t begin, int64_t end, const void* context);
 // One table per instruction set; `kernels()` picks the best that this processor runs.
 struct Kernels {
   const char* name;
-  void (*compact)(const Chunk&, const RowResults&, const RowEntries&, int64_t begin, int64_t end);
+  void (*compact)(const Chunk&, const RowResults&, const RowEntries&, const RowDirections&, int64_t begin, int64_t end);
   void (*tail_profile)(const Chunk&, const float* bound, const float* reference_bound, const float* log_sum,
                        const int64_t* rows, int64_t row_count, float* profile, int64_t begin, int64_t end);
   void (*exact_statistics)(const Chunk&, double beta, const ExactResults&, int64_t begin, int64_t end);

@@ -62,7 +62,8 @@ void compact_op(const Tensor& z, const std::optional<Tensor>& r, bool difference
                 double threshold, Tensor nll, Tensor prediction, std::optional<Tensor> kl,
                 std::optional<Tensor> entropy, std::optional<Tensor> reference_nll,
                 std::optional<Tensor> reference_entropy, Tensor rows, Tensor counts, Tensor columns, Tensor nll_values,
-                std::optional<Tensor> kl_values) {
+                std::optional<Tensor> kl_values, const std::optional<Tensor>& directions, std::optional<Tensor> nll_low,
+                std::optional<Tensor> kl_low, std::optional<Tensor> squares) {
   const Chunk chunk = chunk_of(z, r, difference, labels, softcap);
   const int64_t n = z.size(0), stride = rows.size(1);
   float* v = data<float>(rows);  // [8, rows]: see fused_losses/kernels/schemas.py
@@ -72,7 +73,10 @@ void compact_op(const Tensor& z, const std::optional<Tensor>& r, bool difference
       v + 4 * stride, v + 5 * stride, v + 6 * stride, v + 7 * stride, data<int64_t>(counts)};
   const RowEntries entries = {columns.size(1), (float)threshold, data<int32_t>(columns), data<float>(nll_values),
                               data<float>(kl_values)};
-  parallel(n, [&](int64_t begin, int64_t end) { kernels().compact(chunk, results, entries, begin, end); });
+  float* square = data<float>(squares);  // [2, N]
+  const RowDirections low = {directions ? directions->size(1) : 0, data<float>(directions), data<float>(nll_low),
+                             data<float>(kl_low), square, square ? square + n : nullptr};
+  parallel(n, [&](int64_t begin, int64_t end) { kernels().compact(chunk, results, entries, low, begin, end); });
 }
 
 // The stored entries of [rows, capacity] one after the other.
@@ -186,7 +190,7 @@ void weighted_sum_op(const Tensor& matrix, const Tensor& scale, Tensor out) {
   }
 }
 
-int64_t interface_op() { return 2; }  // INTERFACE of fused_losses/kernels/schemas.py
+int64_t interface_op() { return 3; }  // INTERFACE of fused_losses/kernels/schemas.py
 
 std::string simd_op() { return kernels().name; }
 

@@ -35,6 +35,7 @@ class Backend(Protocol):
     """What every implementation has, as a module or an object; backends/torch.py says what each function does."""
 
     SAMPLED_TOKENS: int
+    HAS_DIRECTIONS: bool
 
     def statistics(self, problem: Problem, keep_rows: bool = False) -> tuple[Statistics, Rows]: ...
     def gradients(self, problem: Problem, upstream: Any, needs: Needs) -> tuple[Statistics, Gradients]: ...

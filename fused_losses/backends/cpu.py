@@ -16,11 +16,11 @@ from ..problem import Entries, Gradients, Needs, Problem, Rows, Segments, Select
 from . import chunks, row_passes, single
 from . import torch as chunked
 from .chunks import Chunk, Product, Stage, empty_gradients, empty_rows, empty_statistics
-from .torch import SAMPLED_TOKENS, UpstreamOf
+from .torch import HAS_DIRECTIONS, SAMPLED_TOKENS, UpstreamOf
 
 __all__ = [
-    "SAMPLED_TOKENS", "add_dense", "columns_product", "dense_rows", "empty_gradients", "empty_statistics", "gradients",
-    "rows_product", "scan", "statistics", "weighted_sum",
+    "HAS_DIRECTIONS", "SAMPLED_TOKENS", "add_dense", "columns_product", "dense_rows", "empty_gradients",
+    "empty_statistics", "gradients", "rows_product", "scan", "statistics", "weighted_sum",
 ]  # fmt: skip
 
 HALF_OR_SINGLE = (torch.float32, torch.bfloat16)
@@ -156,9 +156,19 @@ def _compact(
     columns, nll_values, *kl_values = buffers
     size, with_kl = len(chunk.z), bool(kl_values)
     rows, counts = torch.empty(8, size, dtype=torch.float32), torch.empty(size, dtype=torch.int64)
+    directions = selection.directions
+    tails = Tails(rows[schemas.TAIL], rows[schemas.NLL_L1])
+    squares = None
+    if directions is not None:
+        width = directions.shape[1]
+        tails.nll_low = torch.empty(size, width, dtype=torch.float32)
+        tails.kl_low = torch.empty(size, width, dtype=torch.float32) if with_kl else None
+        squares = torch.empty(2, size, dtype=torch.float32)
+        tails.nll_square, tails.kl_square = squares[0], squares[1] if with_kl else None
     torch.ops.fused_losses.compact(
         *logits, selection.threshold, out.nll, out.prediction, out.kl, out.entropy, out.reference_nll,
         out.reference_entropy, rows, counts, columns, nll_values, kl_values[0] if with_kl else None,
+        directions, tails.nll_low, tails.kl_low, squares,
     )  # fmt: skip
     out.lse.copy_(rows[schemas.LOG_SUM])
     sampled, tokens = selection.sampled, chunk.tokens
@@ -169,7 +179,6 @@ def _compact(
     packed = [torch.empty(total, dtype=source.dtype) for source in buffers]
     for source, target in zip(buffers, packed, strict=True):
         torch.ops.fused_losses.pack(counts, source, target)
-    tails = Tails(rows[schemas.TAIL], rows[schemas.NLL_L1])
     if with_kl:
         tails.kl_left, tails.kl_left_l1 = rows[schemas.KL_TAIL], rows[schemas.KL_TAIL_L1]
         tails.kl_l1 = rows[schemas.KL_L1]

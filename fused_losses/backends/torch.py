@@ -31,6 +31,8 @@ from .single import add_picked_
 
 # The tail profile is made of so many tokens.
 SAMPLED_TOKENS = 1024
+# Whether `scan` takes what is left out in directions of the head.
+HAS_DIRECTIONS = True
 # Numbers that a product gathers at a time.
 GATHERED = 1 << 22
 
@@ -202,11 +204,15 @@ def _compact(
     keep &= (counts <= capacity)[:, None]
     left = z.masked_fill(keep, 0)
     tails = Tails(left.sum(1), z.abs().sum(1))
+    if selection.directions is not None:
+        tails.nll_low, tails.nll_square = left @ selection.directions, left.square().sum(1)
     sampled = sampled[(counts[sampled] <= capacity) & nll[sampled].isfinite()]
     selection.profile.add_(left[sampled].sum(0))
     if r is not None:
         left = r.masked_fill(keep, 0)
         tails.kl_left, tails.kl_left_l1, tails.kl_l1 = left.sum(1), left.abs().sum(1), r.abs().sum(1)
+        if selection.directions is not None:
+            tails.kl_low, tails.kl_square = left @ selection.directions, left.square().sum(1)
     columns = keep.nonzero()[:, 1].int()
     return Entries(torch.where(counts <= capacity, counts, -1), columns, z[keep], None if r is None else r[keep], tails)
 

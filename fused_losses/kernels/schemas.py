@@ -62,11 +62,13 @@ SPLIT = 512
 SCHEMAS = (
     # out[t, v] = hidden[t] · weight[v] + bias[v], float32 from float32 or bfloat16 operands; false: not possible here
     "logits(Tensor hidden, Tensor weight, Tensor? bias, Tensor(a!) out) -> bool",
-    # Statistics and entries of a chunk's logits z, or of r + z with `difference`; counts −1: more than the capacity
+    # Statistics and entries of a chunk's logits z, or of r + z with `difference`; counts −1: more than the capacity.
+    # With directions [V, K], K a multiple of 16: nll_low [N, K] = Σ_v of what is left out of ∂nll/∂z · directions[v],
+    # kl_low likewise, squares [2, N] Σ of its squares
     "compact(Tensor z, Tensor? r, bool difference, Tensor labels, float softcap, float threshold, Tensor(a!) nll, "
     "Tensor(b!) prediction, Tensor(c!)? kl, Tensor(d!)? entropy, Tensor(e!)? reference_nll, "
     "Tensor(f!)? reference_entropy, Tensor(g!) rows, Tensor(h!) counts, Tensor(i!) columns, Tensor(j!) nll_values, "
-    "Tensor(k!)? kl_values) -> ()",
+    "Tensor(k!)? kl_values, Tensor? directions, Tensor(l!)? nll_low, Tensor(m!)? kl_low, Tensor(n!)? squares) -> ()",
     # The counted entries of [N, capacity] (32-bit) one after the other
     "pack(Tensor counts, Tensor source, Tensor(a!) out) -> ()",
     # profile += Σ over the tokens `which` of what is not an entry
@@ -95,7 +97,7 @@ SCHEMAS = (
     "interface() -> int",
 )
 # Raised with every change of a schema or of what its arguments mean, here and in csrc/cpu/ops.cpp.
-INTERFACE = 2
+INTERFACE = 3
 
 # The rows of `kept` [4, N] of `attention`: Σ p·slope over entries but the label's; over all entries Σ gap·slope,
 # Σ |gap·slope|, and the last with TOTALS_SHIFT in place of SHIFT. gap = p − p_ref.

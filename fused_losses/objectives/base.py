@@ -160,8 +160,8 @@ class Objective(nn.Module):
         """What sparse gradients would get wrong here: ‖g − g_exact‖₂ / ‖g_exact‖₂ for the gradient g of each trained
         tensor.
 
-        `tolerance` bounds the gradient of the logits; what that means for the gradients of hidden and weight depends on
-        the head and the data (docs/method.md), so it is worth looking at once for a model. Arguments are those of the
+        The report's bounds are some five times what the errors are on real text, and where they are None nothing is
+        known of dx and dW (docs/method.md), so it is worth looking at once for a model. Arguments are those of the
         call. Runs it twice, with gradient="sparse" at this objective's tolerance and with "exact", whatever its own
         `gradient` is; no `.grad` is touched and no report. Keys: "hidden" (also where it does not require a gradient),
         and of "weight", "bias", "low_rank.b", "low_rank.a" those that require one; 0 where both are 0.

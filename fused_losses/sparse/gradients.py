@@ -3,14 +3,49 @@ for them."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from ..backends import Backend
 from ..backends.chunks import by_column
 from ..problem import Gradients, Needs, Problem, Segments, Upstream
-from .certificate import GradientReport, select
+from .certificate import L1_SHARE, GradientReport, fewest, relative_bound, select
+from .spectrum import norm_bound
 from .weighted import WeightedSparse, sum_of_rows
+
+# So often tokens are chosen by the norm of dx as it is then; after that all are exact.
+ATTEMPTS = 4
+# Rows of the weight's gradient of which its norm is taken: those with the largest entries have nearly all of it.
+MOST_ROWS = 4096
+
+
+@dataclass
+class _Call:
+    """What belongs to one backward."""
+
+    problem: Problem
+    backend: Backend
+    sparse: WeightedSparse
+    upstream: Upstream  # the weights that are in `sparse`
+    needs: Needs
+    factor: float
+
+    @property
+    def scale(self) -> float:
+        """Of a gradient by the logits before logit_scale."""
+        return self.factor * self.problem.head.logit_scale
+
+
+@dataclass
+class _Done:
+    """The gradient of the tokens that are exact, to be multiplied by `scale`. `total` None: there are none."""
+
+    total: Gradients | None
+    scale: float
+    tokens: Tensor  # [N] bool
 
 
 def gradients(
@@ -21,89 +56,152 @@ def gradients(
 
     `upstream`: the weights that are in `sparse`. `dense`: the gradient of the tokens that are done.
     """
-    exact, todo = choose_exact(problem, sparse, report, factor)
-    scale = factor
-    if len(exact):
-        dense = exact_part(problem, backend, exact, upstream, needs, dense, factor)
-        scale = 1.0
-    if len(exact) == todo:
-        assert dense is not None or not todo
-        return _finished(problem, dense, scale, needs)
-    skip = sparse.done.clone()
-    skip[exact] = True
-    return sparse_part(problem, backend, sparse, skip, needs, dense, scale, factor)
-
-
-def choose_exact(
-    problem: Problem, sparse: WeightedSparse, report: GradientReport, factor: float
-) -> tuple[Tensor, int]:  # fmt: skip
-    """The tokens that must get exact gradients, and how many are left to do; notes both and the bound in the report."""
+    call = _Call(problem, backend, sparse, upstream, needs, factor)
     error = torch.where(sparse.done, 0, sparse.error * abs(factor))
-    exact, report.bound = select(error, sparse.norm * abs(factor), sparse.full, problem.tolerance)
-    todo = int((~sparse.done).sum())
-    if len(exact) > todo / 2:
-        exact, report.bound = (~sparse.done).nonzero().flatten(), 0.0 * report.bound
-    report.exact_tokens = len(exact) + len(sparse.done) - todo
-    return exact, todo
+    heavy, _ = select(error, sparse.norm * abs(factor), sparse.full, L1_SHARE * problem.tolerance)
+    done, hidden = _with_exact(call, _Done(dense, factor, sparse.done), heavy), None
+    if needs.hidden and sparse.low is not None and not bool(done.tokens.all()):
+        hidden, done, report.hidden_bound = _held_to_hidden_bound(call, done)
+    report.exact_tokens = int(done.tokens.sum())
+    report.bound = _l1_bound(sparse, done.tokens) if math.isfinite(factor) else math.nan
+    if report.exact_tokens == len(done.tokens):
+        report.hidden_bound = report.bound if needs.hidden else None
+        report.weight_bound = report.bound if needs.weight else None
+        return _finished(problem, done.total, done.scale, needs)
+    result = _sparse_part(call, done, hidden)
+    if needs.weight and sparse.row_error is not None:
+        report.weight_bound = _weight_bound(call, done.tokens, result.weight)
+    return result
 
 
-def exact_part(
-    problem: Problem, backend: Backend, exact: Tensor, upstream: Upstream, needs: Needs, dense: Gradients | None,
-    factor: float,
-) -> Gradients:  # fmt: skip
-    """The exact gradients of some tokens, their logits computed once more, plus what is there already; hidden at its
-    rows."""
-    weights = upstream.rows(exact).each(lambda w: w * factor)
-    _, some = backend.gradients(problem.rows(exact).for_gradients(), lambda _, at: weights.at(at), needs)
+def _held_to_hidden_bound(call: _Call, done: _Done) -> tuple[Tensor, _Done, float]:
+    """dx in fp32, exact for the tokens that have to be, and the bound that it then has."""
+    sparse, tolerance = call.sparse, call.problem.tolerance
+    squares = (sparse.hidden_error * abs(call.scale)).double().square()
+    finite = bool((squares.isfinite() & sparse.norm.isfinite()).all())
+    hidden = _sparse_hidden(call, done)
+    for attempt in range(ATTEMPTS + 1):
+        error = torch.where(done.tokens, 0, squares)  # what is full or not finite is exact already
+        rows = hidden.square().sum(1, dtype=torch.float64).nan_to_num(0, 0, 0)
+        total, norm = torch.stack((error.sum(), rows.sum())).tolist()
+        limit = (tolerance / (1 + tolerance)) ** 2 * norm
+        if total <= limit:
+            break
+        exact, _ = fewest(error, torch.zeros_like(done.tokens), limit if attempt < ATTEMPTS else -1.0)
+        done = _with_exact(call, done, exact)
+        hidden[done.tokens] = done.total.hidden[done.tokens].to(hidden.dtype) * done.scale
+    bound = relative_bound(math.sqrt(total), math.sqrt(norm)) if finite else math.nan
+    return hidden, done, bound
+
+
+def _l1_bound(sparse: WeightedSparse, exact: Tensor) -> float:
+    """What the relative error in L1 norm of the gradient of all logits is at most."""
+    error, norm = torch.where(exact, 0, sparse.error).double(), sparse.norm.double()
+    finite = (sparse.error.isfinite() & norm.isfinite()) | sparse.done
+    numbers = (error.sum(), norm.clamp(min=0).sum(), finite.all().double())
+    error_sum, total, all_finite = torch.stack(numbers).tolist()
+    if not all_finite:
+        return math.nan
+    return error_sum / total if error_sum and total > 0 else 0.0
+
+
+def _weight_bound(call: _Call, exact: Tensor, weight: Tensor) -> float | None:
+    """‖Eᵀx‖ ≤ ‖E‖ · the largest singular value of x; the gradient's norm is at least that of its largest rows."""
+    sparse = call.sparse
+    rows = call.problem.hidden[:, : call.problem.head.weight.shape[1]]
+    errors = torch.where(exact, 0, sparse.row_error * abs(call.scale))
+    error = float(torch.linalg.vector_norm(errors, dtype=torch.float64)) * norm_bound(rows)
+    if len(weight) > MOST_ROWS:
+        counts = torch.bincount(sparse.columns, weights=sparse.values.abs(), minlength=len(weight))
+        weight = weight.index_select(0, counts.topk(MOST_ROWS).indices)
+    norm = float(torch.linalg.vector_norm(weight, dtype=torch.promote_types(weight.dtype, torch.float32)))
+    if not math.isfinite(error + norm):
+        return math.nan
+    bound = relative_bound(error, norm)
+    return bound if bound < math.inf else None
+
+
+def _with_exact(call: _Call, done: _Done, exact: Tensor) -> _Done:
+    """Some tokens more with exact gradients, from logits that are computed once more; all that are left, where that is
+    most of them."""
+    if not len(exact):
+        return done
+    left = (~done.tokens).nonzero().flatten()
+    if len(exact) > len(left) / 2:
+        exact = left
+    problem, needs = call.problem, call.needs
+    weights = call.upstream.rows(exact).each(lambda w: w * call.factor)
+    _, some = call.backend.gradients(problem.rows(exact).for_gradients(), lambda _, at: weights.at(at), needs)
     out = Gradients(weight=some.weight, bias=some.bias, low_rank=some.low_rank)
+    before = done.total
     if needs.hidden:
         out.hidden = torch.zeros_like(problem.hidden, dtype=some.hidden.dtype)
-        if dense is not None and dense.hidden is not None:
-            torch.mul(dense.hidden, factor, out=out.hidden)
+        if before is not None and before.hidden is not None:
+            torch.mul(before.hidden, done.scale, out=out.hidden)
         out.hidden[exact] = some.hidden
-    if dense is not None:
-        pairs = (out.weight, dense.weight), (out.bias, dense.bias), (out.low_rank, dense.low_rank)
-        for total, before in pairs:
-            if total is not None and before is not None:
-                total.add_(before, alpha=factor)
-    return out
+    if before is not None:
+        pairs = (out.weight, before.weight), (out.bias, before.bias), (out.low_rank, before.low_rank)
+        for total, part in pairs:
+            if total is not None and part is not None:
+                total.add_(part, alpha=done.scale)
+    tokens = done.tokens.clone()
+    tokens[exact] = True
+    return _Done(out, 1.0, tokens)
 
 
-def sparse_part(
-    problem: Problem, backend: Backend, sparse: WeightedSparse, skip: Tensor, needs: Needs, dense: Gradients | None,
-    dense_scale: float, factor: float,
-) -> Gradients:  # fmt: skip
-    """Two sparse products and two rank-one updates; tokens that are skipped are in `dense`, to be scaled."""
-    head = problem.head
-    weight = torch.where(skip, 0, sparse.left.new_full(skip.shape, factor * head.logit_scale))
-    segments, left = sparse.segments(weight), torch.where(skip, 0, sparse.left * weight)
+def _row_weights(call: _Call, done: _Done) -> Tensor:
+    """[N] what multiplies the sparse rows: 0 at tokens that are exact."""
+    return torch.where(done.tokens, 0, call.sparse.left.new_full(done.tokens.shape, call.scale))
+
+
+def _sparse_hidden(call: _Call, done: _Done) -> Tensor:
+    """dx: a sparse product, a rank-one update, and what the directions add, the last in fp32."""
+    problem, backend, sparse = call.problem, call.backend, call.sparse
+    head, weight = problem.head, _row_weights(call, done)
+    left = torch.where(done.tokens, 0, sparse.left * weight)
+    factors = [f.to(problem.dtype) for f in (head.weight, head.low_rank) if f is not None]
+    means = [backend.weighted_sum(part, sparse.profile) for part in factors]
+    dtype = problem.hidden.dtype if sparse.low is None else problem.accumulator
+    if sparse.rows is not None:
+        hidden = sum_of_rows([(weight, sparse.rows)], left, torch.cat(means)).to(dtype)
+    else:
+        segments = sparse.segments(weight)
+        products = [
+            backend.rows_product(segments, part, left, mean, dtype) for part, mean in zip(factors, means, strict=True)
+        ]
+        hidden = products[0] if len(products) == 1 else torch.cat(products, 1)
+    if sparse.low is not None:
+        low = torch.where(done.tokens[:, None], 0, sparse.low * weight[:, None])
+        hidden[:, : len(sparse.basis)].addmm_(low, sparse.basis.t())
+    if done.total is not None and done.total.hidden is not None:
+        at = done.tokens.nonzero().flatten()
+        hidden.index_copy_(0, at, (done.total.hidden[at] * done.scale).to(hidden.dtype))
+    return hidden
+
+
+def _sparse_part(call: _Call, done: _Done, hidden: Tensor | None) -> Gradients:
+    """Two sparse products and two rank-one updates, with the exact tokens added. `hidden`: dx, where it is known."""
+    problem, backend, sparse, needs = call.problem, call.backend, call.sparse, call.needs
+    head, dense = problem.head, done.total
     result = Gradients()
-    rows, dim = problem.hidden.to(problem.dtype), head.weight.shape[1]
     if needs.hidden:
-        factors = [f.to(problem.dtype) for f in (head.weight, head.low_rank) if f is not None]
-        means = [backend.weighted_sum(part, sparse.profile) for part in factors]
-        if sparse.rows is not None:
-            result.hidden = sum_of_rows([(weight, sparse.rows)], left, torch.cat(means)).to(problem.hidden.dtype)
-        else:
-            products = [
-                backend.rows_product(segments, part, left, mean, problem.hidden.dtype)
-                for part, mean in zip(factors, means, strict=True)
-            ]
-            result.hidden = products[0] if len(products) == 1 else torch.cat(products, 1)
-        if dense is not None and dense.hidden is not None:
-            at = skip.nonzero().flatten()
-            result.hidden.index_copy_(0, at, (dense.hidden[at] * dense_scale).to(result.hidden.dtype))
+        result.hidden = (_sparse_hidden(call, done) if hidden is None else hidden).to(problem.hidden.dtype)
+    if not needs.head:
+        return result
+    weight = _row_weights(call, done)
+    segments, left = sparse.segments(weight), torch.where(done.tokens, 0, sparse.left * weight)
+    rows, dim = problem.hidden.to(problem.dtype), head.weight.shape[1]
 
     def columns_product(matrix: Tensor, base: Tensor | None, dtype: torch.dtype) -> Tensor:
         mean = backend.weighted_sum(matrix, left)
-        return backend.columns_product(segments, matrix, sparse.profile, mean, base, dense_scale, dtype)
+        return backend.columns_product(segments, matrix, sparse.profile, mean, base, done.scale, dtype)
 
     if needs.weight:
         result.weight = columns_product(rows[:, :dim], None if dense is None else dense.weight, head.weight.dtype)
     if needs.low_rank:
         result.low_rank = columns_product(rows[:, dim:], None if dense is None else dense.low_rank, head.low_rank.dtype)
     if needs.bias:
-        result.bias = _bias(segments, sparse.profile * left.sum(), dense, dense_scale).to(head.bias.dtype)
+        result.bias = _bias(segments, sparse.profile * left.sum(), dense, done.scale).to(head.bias.dtype)
     return result
 
 

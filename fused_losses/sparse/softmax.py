@@ -6,7 +6,8 @@ S' and m' for S and m times the upstream weights, labels subtracted:
 
     dx = S' W + m' (qᵀW)        dW = S'ᵀ x + q (m'ᵀx)
 
-Two sparse products instead of two GEMMs, and nothing but S is kept for backward. For the KL the same entries carry
+In a few directions U of the head (`spectrum`) dx takes the rest itself, in the place of m qᵀ. Two sparse products
+instead of two GEMMs, and nothing but S and N·k numbers are kept for backward. For the KL the same entries carry
 ∂kl/∂z = p − p_ref, and the rest is (m − m_ref) qᵀ.
 """
 
@@ -20,14 +21,17 @@ import torch
 from torch import Tensor
 
 from ..backends import Backend
-from ..problem import Entries, Problem, Selection, Statistics, Tails
+from ..problem import Entries, Needs, Problem, Selection, Statistics, Tails
 from .certificate import parameters
+from .spectrum import directions_of
 
 # Where an entry is two numbers, in [−1, 1], they are kept as float16 of HALF_SCALE times them, so that it takes 8 bytes
-# as others do. Rounding: at most HALF_UNIT of the number, and HALF_FLOOR near 0. A θ finer than FINEST_HALF asks for
-# better.
-HALF_SCALE, HALF_UNIT, HALF_FLOOR = 2.0**15, 2.0**-11, 2.0**-40
+# as others do. A θ finer than FINEST_HALF asks for better.
+HALF_SCALE = 2.0**15
 FINEST_HALF = 1e-6
+# Tokens of a call from which on it takes directions of a head that is trained: they cost a product of so many columns
+# as there are directions, with the whole head.
+FEWEST_TOKENS = 128
 
 
 @dataclass
@@ -45,20 +49,28 @@ class SparseSoftmax:
     # [N, D] what dx takes from the entries (SW), where the backend formed it
     nll_rows: Tensor | None = None
     kl_rows: Tensor | None = None
+    # With directions: U [D, k], qᵀ(W − 1cᵀ)U [K], and [2] float64: sigma and longest of `Directions`.
+    basis: Tensor | None = None
+    profile_low: Tensor | None = None
+    limits: Tensor | None = None
+    # [4, N] what the rounding of the entries adds to a row: L1 and L2 norm of ∂nll/∂z, then of ∂kl/∂z. None: nothing.
+    rounding: Tensor | None = None
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """For `save_for_backward`; `of_tensors` puts them back."""
         t = self.tails
         return (
             self.offsets, self.columns, self.nll_values, self.kl_values,
-            t.nll_left, t.nll_l1, t.kl_left, t.kl_left_l1, t.kl_l1,
-            self.profile, self.full, self.done, self.nll_rows, self.kl_rows,
+            t.nll_left, t.nll_l1, t.kl_left, t.kl_left_l1, t.kl_l1, t.nll_low, t.nll_square, t.kl_low, t.kl_square,
+            self.profile, self.full, self.done, self.nll_rows, self.kl_rows, self.basis, self.profile_low, self.limits,
+            self.rounding,
         )  # fmt: skip
 
     @staticmethod
     def of_tensors(tensors: tuple[Tensor | None, ...]) -> SparseSoftmax:
-        offsets, columns, nll, kl, *tails, profile, full, done, nll_rows, kl_rows = tensors
-        return SparseSoftmax(offsets, columns, nll, kl, Tails(*tails), profile, full, done, nll_rows, kl_rows)
+        offsets, columns, nll, kl = tensors[:4]
+        count = 4 + len(fields(Tails))
+        return SparseSoftmax(offsets, columns, nll, kl, Tails(*tensors[4:count]), *tensors[count:])
 
     @property
     def nbytes(self) -> int:
@@ -69,7 +81,11 @@ class SparseSoftmax:
         if self.kl_values is None or self.nll_values.dtype != torch.float32:
             return self
         nll, kl = (values.mul(HALF_SCALE).half() for values in (self.nll_values, self.kl_values))
-        return replace(self, nll_values=nll, kl_values=kl)
+        rounding = []
+        for half, values in ((nll, self.nll_values), (kl, self.kl_values)):
+            error = _single(half).sub_(values).abs_()
+            rounding += [sums_of_rows(self.offsets, error), sums_of_rows(self.offsets, error.square_()).sqrt_()]
+        return replace(self, nll_values=nll, kl_values=kl, rounding=torch.stack(rounding))
 
 
 def weighted(
@@ -90,17 +106,27 @@ def _single(values: Tensor) -> Tensor:
     return values.float().div_(HALF_SCALE) if values.dtype == torch.float16 else values
 
 
+def sums_of_rows(offsets: Tensor, values: Tensor) -> Tensor:
+    """[N] Σ over the entries of each row."""
+    return torch.segment_reduce(values, "sum", lengths=offsets.diff(), initial=0)
+
+
 class Builder:
     """Collects the entries of one chunk after the other."""
 
-    def __init__(self, problem: Problem, backend: Backend, rows: bool) -> None:
+    def __init__(self, problem: Problem, backend: Backend, needs: Needs) -> None:
         self.problem, self.backend = problem, backend
-        threshold, capacity = parameters(problem.tolerance, problem.head.vocabulary)
         n, device = len(problem.labels), problem.hidden.device
         most = min(n, backend.SAMPLED_TOKENS)
         sampled = torch.arange(most, device=device) * n // max(1, most)
         profile = torch.zeros(problem.head.vocabulary, dtype=problem.accumulator, device=device)
-        self.selection = Selection(threshold, capacity, sampled, profile, rows)
+        self.directions = None
+        if backend.HAS_DIRECTIONS and (n >= FEWEST_TOKENS or not needs.weight):
+            self.directions = directions_of(problem.head.weight)
+        rows = None if self.directions is None else self.directions.rows
+        coarser = self.directions is not None and not problem.has_reference and not needs.weight
+        threshold, capacity = parameters(problem.tolerance, problem.head.vocabulary, coarser)
+        self.selection = Selection(threshold, capacity, sampled, profile, needs.hidden, rows)
         self.chunks: list[Entries] = []
         self.done: list[Tensor] = []
 
@@ -134,15 +160,20 @@ class Builder:
         tails = [c.tails for c in chunks]
         # The sum is of the same value however many threads take part in it.
         total = profile.sum(dtype=torch.float64).to(profile.dtype)
+        profile = torch.where(total > 0, profile / total, 0)
+        found = self.directions
         return SparseSoftmax(
             offsets=offsets,
             columns=join("columns"),
             nll_values=join("nll_values"),
             kl_values=join("kl_values"),
             tails=Tails(*(join(f.name, tails) for f in fields(Tails))),
-            profile=torch.where(total > 0, profile / total, 0),
+            profile=profile,
             full=counts < 0,
             done=torch.cat(self.done),
             nll_rows=join("nll_rows"),
             kl_rows=join("kl_rows"),
+            basis=None if found is None else found.basis,
+            profile_low=None if found is None else self.backend.weighted_sum(found.rows, profile),
+            limits=None if found is None else profile.new_tensor([found.sigma, found.longest], dtype=torch.float64),
         )

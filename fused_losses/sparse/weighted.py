@@ -3,15 +3,17 @@ entries."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..backends import Backend
-from ..problem import Entries, Problem, Segments, Tails, Upstream
-from .certificate import select, shares
-from .softmax import HALF_FLOOR, HALF_UNIT, SparseSoftmax, weighted
+from ..problem import Entries, Problem, Segments, Upstream
+from .certificate import L1_SHARE, select, shares
+from .softmax import SparseSoftmax, sums_of_rows, weighted
+from .spectrum import limits_of_low_rank
 
 ROWS = 1024  # tokens whose rows are in fp32 at a time
 
@@ -34,12 +36,18 @@ class WeightedSparse:
     full: Tensor  # [N] bool: more entries than the capacity, none stored
     done: Tensor  # [N] bool: gradient computed densely in forward
     rows: Tensor | None = None  # [N, D] what dx takes from the entries, where the backend formed it
+    # With directions, [N, k] what dx takes in them besides, and U [D, k]; [N] what the L2 norms are at most of what is
+    # wrong with a row of the gradient of the logits, and with one of dx.
+    low: Tensor | None = None
+    basis: Tensor | None = None
+    row_error: Tensor | None = None
+    hidden_error: Tensor | None = None
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """For `save_for_backward`; `WeightedSparse(*tensors)` puts them back."""
         return (
             self.offsets, self.columns, self.values, self.left, self.error, self.norm, self.profile, self.full,
-            self.done, self.rows,
+            self.done, self.rows, self.low, self.basis, self.row_error, self.hidden_error,
         )  # fmt: skip
 
     @property
@@ -63,16 +71,53 @@ def weigh(
     outside = None
     if single is not None:
         offsets, columns, values, outside = _with_single(offsets, columns, values, single, len(sparse.profile))
+    rounding, rounding_l2 = _rounding(sparse, a, b)
     error, norm = shares(
-        sparse.tails, a, b, lambda: _sums_of_rows(offsets, values.abs()) - (0 if outside is None else outside),
-        _rounding(sparse.tails, sparse.offsets.diff(), sparse.nll_values, a, b), outside,
+        sparse.tails, a, b, lambda: sums_of_rows(offsets, values.abs()) - (0 if outside is None else outside),
+        rounding, outside,
     )  # fmt: skip
     if single is not None:  # whose entries are not there to cancel against
         norm = torch.where(sparse.done | sparse.full, 0, norm)
     parts = [w * left for w, left in ((a, sparse.tails.nll_left), (b, sparse.tails.kl_left)) if w is not None]
     left: Tensor = sum(parts) if parts else torch.zeros_like(sparse.tails.nll_left)  # type: ignore[assignment]
     rows = None if sparse.nll_rows is None else _rows(problem, backend, sparse, upstream, single)
-    return WeightedSparse(offsets, columns, values, left, error, norm, sparse.profile, sparse.full, sparse.done, rows)
+    found = WeightedSparse(offsets, columns, values, left, error, norm, sparse.profile, sparse.full, sparse.done, rows)
+    if sparse.basis is not None:
+        found.basis = sparse.basis
+        found.low = _low(sparse, left, a, b)
+        found.row_error, found.hidden_error = _errors(problem, sparse, a, b, (rounding, rounding_l2))
+    return found
+
+
+def _low(sparse: SparseSoftmax, left: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
+    """[N, k] the rest in the directions, minus left qᵀ in them."""
+    low = -left[:, None] * sparse.profile_low
+    for weight, part in ((a, sparse.tails.nll_low), (b, sparse.tails.kl_low)):
+        if weight is not None:
+            low.addcmul_(weight[:, None], part)
+    return low[:, : sparse.basis.shape[1]].contiguous()
+
+
+def _errors(
+    problem: Problem, sparse: SparseSoftmax, a: Tensor | None, b: Tensor | None,
+    rounding: tuple[Tensor | float, Tensor | float],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """[N] bounds of ‖E_t‖₂, E what is left out minus left qᵀ, and of ‖E_t W‖₂ without the directions.
+
+    For the nll what is left out and q are ≥ 0, so that ‖r − m q‖² ≤ ‖r‖² + m²‖q‖².
+    """
+    tails, width = sparse.tails, torch.linalg.vector_norm(sparse.profile)
+    error = torch.zeros_like(tails.nll_left)
+    if a is not None:
+        error += a.abs() * (tails.nll_square + tails.nll_left.square() * width.square()).sqrt()
+    if b is not None:
+        error += b.abs() * (tails.kl_square.sqrt() + tails.kl_left.abs() * width)
+    sigma, longest = sparse.limits.tolist()
+    if problem.head.low_rank is not None:
+        part, longest_part = limits_of_low_rank(problem.head.low_rank)
+        sigma, longest = math.hypot(sigma, part), math.hypot(longest, longest_part)
+    l1, l2 = rounding
+    return error + l2, error * sigma + l1 * longest
 
 
 def mostly_exact(
@@ -85,20 +130,19 @@ def mostly_exact(
     counts, tails = entries.counts.clamp(min=0), entries.tails
     offsets = counts.new_zeros(len(counts) + 1)
     torch.cumsum(counts, 0, out=offsets[1:])
-    rounding = _rounding(tails, counts, entries.nll_values, a, b)
 
     def values() -> Tensor:
         return weighted(counts, entries.nll_values, entries.kl_values, a, b)
 
     if single is None:
-        error, norm = shares(tails, a, b, lambda: _sums_of_rows(offsets, values().abs()), rounding)
+        error, norm = shares(tails, a, b, lambda: sums_of_rows(offsets, values().abs()))
     else:
         offsets, _, merged, outside = _with_single(offsets, entries.columns, values(), single, vocabulary)
         error, norm = shares(
-            tails, a, b, lambda: _sums_of_rows(offsets, merged.abs()) - outside, rounding, outside
+            tails, a, b, lambda: sums_of_rows(offsets, merged.abs()) - outside, single=outside
         )  # fmt: skip
         norm = torch.where(entries.counts < 0, 0, norm)
-    exact, _ = select(error, norm, entries.counts < 0, tolerance)
+    exact, _ = select(error, norm, entries.counts < 0, L1_SHARE * tolerance)
     return len(exact) > len(error) / 2
 
 
@@ -148,15 +192,13 @@ def single_rows(problem: Problem, backend: Backend, single: Single) -> Tensor:
     return products[0] if len(products) == 1 else torch.cat(products, 1)
 
 
-def _rounding(tails: Tails, counts: Tensor, nll_values: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor | float:
-    if nll_values.dtype != torch.float16:
-        return 0.0
-    norms = ((a, tails.nll_l1), (b, tails.kl_l1))
-    return sum(w.abs() * (HALF_UNIT * l1 + HALF_FLOOR * counts) for w, l1 in norms if w is not None)
-
-
-def _sums_of_rows(offsets: Tensor, values: Tensor) -> Tensor:
-    return torch.segment_reduce(values, "sum", lengths=offsets.diff(), initial=0)
+def _rounding(sparse: SparseSoftmax, a: Tensor | None, b: Tensor | None) -> tuple[Tensor | float, Tensor | float]:
+    """[N] L1 and L2 norm of what the rounding of the entries adds to a row."""
+    if sparse.rounding is None:
+        return 0.0, 0.0
+    pairs = [(w.abs(), norms) for w, norms in zip((a, b), sparse.rounding.view(2, 2, -1), strict=True) if w is not None]
+    l1, l2 = (sum(w * norms[i] for w, norms in pairs) for i in range(2))
+    return l1, l2
 
 
 def _with_single(

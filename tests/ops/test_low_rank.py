@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ import fused_losses as fl
 from fused_losses import backends
 from fused_losses import reference as oracle
 from fused_losses.backends import chunks, row_passes
+from fused_losses.sparse import spectrum
 
 # Adapter off, also where that is said with a head; a copy of the adapter; another on W; the model's own B; another
 # model.
@@ -367,7 +369,8 @@ def test_neither_a_gradient_nor_a_copy_of_a_frozen_weight_is_made(summed, gradie
     def shapes(frozen):
         given = inputs("a", "copy", frozen).cast(torch.float32)
         hidden, head, labels, reference = given.arguments()
-        with coarse(1e-30, capacity=V), Shapes(given.leaves.values()) as seen:
+        blocks = mock.patch.object(spectrum, "ROWS", 16)
+        with coarse(1e-30, capacity=V), blocks, Shapes(given.leaves.values()) as seen:
             if summed:
                 loss = fl.ASFTLoss(gradient=gradient, backend=backend)
                 loss(hidden, head, labels, reference=reference).backward()

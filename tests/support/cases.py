@@ -185,6 +185,7 @@ def coarse(
     threshold /= min(1.0, tolerance / certificate.TOLERANCE) ** 2
     with (
         mock.patch.object(certificate, "THRESHOLD", threshold),
+        mock.patch.object(certificate, "COARSER", 1.0),
         mock.patch.object(certificate, "CAPACITY", capacity),
         mock.patch.object(chunks, "CHUNK_BYTES", chunk_bytes or chunks.CHUNK_BYTES),
     ):

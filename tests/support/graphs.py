@@ -54,7 +54,7 @@ def operator_arguments(
             leaf.requires_grad_(need)
     ref_hidden = None if reference is None else torch.randn(11, D).to(dtype)
     ref_weight = torch.randn(V, D).to(dtype) if reference == "own" else None
-    tolerance = 0.15 if sparse else None
+    tolerance = 0.1 if sparse else None
     return compiled.Call(
         *leaves, labels, ref_hidden, ref_weight, None, None, torch.randint(-1, V, (11, ids)) if ids else None, -100,
         1.5, softcap, 1.0, None, dtype, dtype, D + rank, wanted, entropy_gradient, beta, 20, tolerance, "auto", needs,

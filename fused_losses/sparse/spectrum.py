@@ -1,0 +1,270 @@
+"""Directions of a head: its leading singular vectors, and a bound of what is left without them.
+
+Error rows E of a sparse softmax sum to 0, so E W = E (W − 1cᵀ) for any row c, and what E says in the directions U is
+taken exactly (`Directions`). Then ‖E W‖ ≤ ‖E‖ σ, σ the largest singular value of (W − 1cᵀ)(I − UUᵀ). Any orthonormal U
+is valid, a better one makes σ smaller.
+
+A head that is trained moves a little from call to call. U, c and G = (W − 1cᵀ)U stay, and what is wrong then is
+E(W' − 1cᵀ − GUᵀ): with δ ≥ ‖W' − W‖_F its norm is at most ‖E‖ √((σ + δ)² + δ²), as the parts that W' − W adds outside
+of U and in it are orthogonal. δ is `PROBE_FACTOR` ‖(W' − W)Ω‖_F / √8 of Gaussian Ω [D, 8], of which W Ω is kept. It is
+less than ‖W' − W‖_F with a probability of 1e-6 at the very worst (W' − W of rank one). Where W moved too far, all is
+computed anew.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from ..kernels import schemas
+from ..problem import Directions
+
+COUNT = 16  # directions
+PROBES = 8
+POWER = 10
+# P(χ²_8 < 8 / 7.6²) = 1e-6.
+PROBE_FACTOR = 7.6
+# σ may have grown by this part of itself before the spectrum is computed anew.
+MOST_GROWTH = 0.25
+ROWS = 8192  # of the head at a time
+KEPT = 4  # heads whose spectrum is kept
+_SAMPLED = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class Spectrum:
+    """The largest singular values of a head's weight minus its mean row, W − 1cᵀ.
+
+    Attributes:
+        basis: [D, k] U, orthonormal columns: approximately the right singular vectors, largest first.
+        mean: [D] c.
+        values: [k] the singular values, as ‖(W − 1cᵀ) U_j‖, descending.
+        sigma: upper bound of the largest singular value of (W − 1cᵀ)(I − UUᵀ), rounding included.
+        longest: upper bound of the norm of a row of W.
+    """
+
+    basis: Tensor
+    mean: Tensor
+    values: Tensor
+    sigma: float
+    longest: float
+
+    def __repr__(self) -> str:
+        leading = ", ".join(f"{value:.3g}" for value in self.values[:4].tolist())
+        return f"Spectrum({self.basis.shape[1]} directions of [{leading}, ...], sigma={self.sigma:.4g})"
+
+
+def blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    for part in weight.split(ROWS):
+        yield part.to(dtype)
+
+
+@torch.no_grad()
+def spectrum(weight: Tensor, count: int = COUNT) -> Spectrum | None:
+    """Of a weight [V, D]; None where it is not finite. 2·V·D² FLOP, and some D³ in float64.
+
+    σ² is proved by a Cholesky factorisation: t·I − A has one only where no eigenvalue of A is above t.
+    """
+    weight = weight.detach()
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    dim, device = weight.shape[1], weight.device
+    count = min(count, dim)
+    mean = torch.zeros(dim, dtype=torch.float64, device=device)
+    for part in blocks(weight, dtype):
+        mean += part.sum(0, dtype=torch.float64)
+    mean = (mean / len(weight)).to(dtype)
+    gram = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+    longest = torch.zeros((), dtype=dtype, device=device)
+    for part in blocks(weight, dtype):
+        longest = torch.maximum(longest, part.square().sum(1).amax())
+        part = part - mean
+        gram += part.t() @ part
+    if not bool(gram.isfinite().all()):
+        return None
+    rounding = 4 * torch.finfo(dtype).eps * float(gram.diagonal().sum())
+    basis, rest = _leading(gram, count)
+    left = gram - basis @ (basis.t() @ gram)
+    left = left - (left @ basis) @ basis.t()
+    sigma = math.sqrt(_largest(left, rest) + rounding)
+    values = (basis * (gram @ basis)).sum(0).clamp(min=0).sqrt()
+    # Contiguous: a compiled graph saves it so, and another layout is another order of summation.
+    return Spectrum(basis.to(dtype).contiguous(), mean, values.to(dtype), sigma, math.sqrt(float(longest)) * (1 + 1e-5))
+
+
+def _leading(gram: Tensor, count: int, extra: int = 8, iterations: int = 10) -> tuple[Tensor, Tensor]:
+    """[D, count] orthonormal, close to the leading eigenvectors; and [D, *] where what is left is largest."""
+    dim = len(gram)
+    if dim <= count + extra:
+        vectors = torch.linalg.eigh(gram).eigenvectors.flip(1)
+        return vectors[:, :count], vectors[:, count:]
+    block = _gaussian(dim, count + extra, torch.float64, gram.device)
+    for _ in range(iterations):
+        block = torch.linalg.qr(gram @ block).Q
+    vectors = block @ torch.linalg.eigh(block.t() @ gram @ block).eigenvectors.flip(1)
+    return torch.linalg.qr(vectors[:, :count]).Q, vectors[:, count:]
+
+
+def _largest(matrix: Tensor, start: Tensor, iterations: int = 6) -> float:
+    """At least the largest eigenvalue of a symmetric positive semidefinite matrix, and not much more."""
+    if not start.shape[1]:
+        return 0.0
+    block = torch.linalg.qr(start).Q
+    for _ in range(iterations):
+        block = torch.linalg.qr(matrix @ block).Q
+    bound = 1.01 * float(torch.linalg.eigvalsh(block.t() @ matrix @ block)[-1].clamp(min=0))
+    scale = float(matrix.diagonal().sum().abs())
+    bound += 1e-12 * scale + torch.finfo(torch.float64).tiny
+    matrix = (matrix + matrix.t()) / 2
+    one = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    for _ in range(40):
+        if int(torch.linalg.cholesky_ex(bound * one - matrix).info) == 0:
+            return bound
+        bound *= 1.05
+    return scale
+
+
+def _gaussian(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The same in every run."""
+    generator = torch.Generator().manual_seed(rows)
+    return torch.randn(rows, columns, generator=generator, dtype=torch.float64).to(device, dtype)
+
+
+@torch.no_grad()
+def limits_of_low_rank(b: Tensor) -> tuple[float, float]:
+    """Upper bounds of the largest singular value of B [V, r] minus its mean row, and of the norm of its rows."""
+    part = b.double() - b.double().mean(0)
+    values = torch.linalg.eigvalsh(part.t() @ part)
+    return math.sqrt(max(0.0, float(values[-1]))) * (1 + 1e-6), float(b.double().norm(dim=1).amax())
+
+
+@torch.no_grad()
+def norm_bound(matrix: Tensor) -> float:
+    """At least the largest singular value of a matrix [N, D], in practice at most 1.2 times it.
+
+    Of Gaussian vectors ω_j and A = matrixᵀ matrix: ‖A¹⁰ ω_j‖ ≥ λ¹⁰|g_j| with normal g_j, and all 8 of these are below
+    1/16 with a probability of 4e-11. 20 products of N·D numbers with 8 vectors.
+    """
+    matrix = matrix.to(torch.float64 if matrix.dtype == torch.float64 else torch.float32)
+    block = _gaussian(matrix.shape[1], PROBES, matrix.dtype, matrix.device).t().contiguous()
+    scale = 0.0  # the logarithm of what the block has been divided by
+    for _ in range(POWER):
+        block = (block @ matrix.t()) @ matrix  # in this order a product with a few rows takes a tenth of the time
+        size = block.norm(dim=1).amax()
+        value = float(size)
+        if not math.isfinite(value):
+            return math.inf
+        if value == 0:
+            return 0.0
+        scale += math.log(value)
+        block = block / size
+    return math.exp((scale + math.log(16)) / (2 * POWER))
+
+
+def _times(rows: Tensor, weight: Tensor) -> Tensor:
+    """rows [m, D] times weightᵀ, [m, V], in the dtype of rows; these are numbers that bfloat16 has."""
+    if weight.device.type == "cpu" and schemas.has_logits(weight.dtype) and weight.shape[1] % 2 == 0:
+        out = torch.empty(len(rows), len(weight), dtype=torch.float32)
+        if torch.ops.fused_losses.logits(rows.to(weight.dtype), weight.contiguous(), None, out):
+            return out
+    return torch.cat([rows @ part.t() for part in blocks(weight, rows.dtype)], 1)
+
+
+class _Known:
+    """A head's spectrum, and what it gives for the weight that was seen last."""
+
+    def __init__(self, weight: Tensor, found: Spectrum) -> None:
+        self.spectrum = found
+        probes = _gaussian(weight.shape[1], PROBES, torch.bfloat16, weight.device).t()
+        self.probes = probes.to(found.basis.dtype).contiguous()
+        self.probed = _times(self.probes, weight)
+        basis = found.basis.t().contiguous()
+        rows = torch.cat([basis @ (part - found.mean).t() for part in blocks(weight, basis.dtype)], 1).t()
+        padded = torch.nn.functional.pad(rows, (0, -len(basis) % COUNT)).contiguous()
+        self.directions = Directions(found.basis, padded, found.sigma, found.longest)
+        self._remember(weight)
+
+    def _remember(self, weight: Tensor) -> None:
+        self.storage = StorageWeakRef(weight.untyped_storage())
+        self.seen = _mark(weight)
+
+    def is_of(self, weight: Tensor) -> bool:
+        """Whether the weight is the one seen last, unchanged as far as its version and a sample of it say."""
+        return (
+            not self.storage.expired()
+            and self.storage.cdata == weight.untyped_storage()._cdata
+            and _same_mark(self.seen, _mark(weight))
+        )
+
+    def fits(self, weight: Tensor) -> bool:
+        basis = self.spectrum.basis
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        return (
+            self.probed.shape[1] == weight.shape[0]
+            and basis.shape[0] == weight.shape[1]
+            and basis.dtype == dtype
+            and basis.device == weight.device
+        )
+
+    def moved_to(self, weight: Tensor) -> bool:
+        """Takes the weight for a later state of the head, unless it is too far from the one of the spectrum."""
+        change = float((_times(self.probes, weight) - self.probed).double().norm())
+        moved = PROBE_FACTOR * change / math.sqrt(PROBES)
+        found = self.spectrum
+        if not moved <= MOST_GROWTH * found.sigma:
+            return False
+        sigma = math.hypot(found.sigma + moved, moved)
+        self.directions = self.directions._replace(sigma=sigma, longest=found.longest + moved)
+        self._remember(weight)
+        return True
+
+
+def _mark(weight: Tensor) -> tuple[object, Tensor]:
+    version = None if weight.is_inference() else weight._version
+    flat = weight.detach().reshape(-1) if weight.is_contiguous() else weight.detach()[:, 0]
+    return (version, weight.shape, weight.stride(), weight.dtype, weight.storage_offset()), flat[
+        :: max(1, len(flat) // _SAMPLED)
+    ].clone()
+
+
+def _same_mark(one: tuple[object, Tensor], other: tuple[object, Tensor]) -> bool:
+    return one[0] == other[0] and torch.equal(one[1], other[1])
+
+
+_known: list[_Known] = []  # latest last
+_lock = threading.Lock()
+
+
+@torch.no_grad()
+def directions_of(weight: Tensor) -> Directions | None:
+    """The directions of a head; None where its weight is not finite, or has no more columns than there are directions.
+
+    Computed once for a weight that does not change; see above for one that does.
+    """
+    weight = weight.detach()
+    if weight.shape[1] < 2 or not len(weight):
+        return None
+    with _lock:
+        for known in reversed(_known):
+            if known.fits(weight) and known.is_of(weight):
+                _known.remove(known)
+                _known.append(known)
+                return known.directions
+        for known in reversed(_known):
+            if known.fits(weight) and known.moved_to(weight):
+                _known.remove(known)
+                _known.append(known)
+                return known.directions
+        found = spectrum(weight)
+        if found is None:
+            return None
+        # A head that moved far takes the place of what it was.
+        cdata = weight.untyped_storage()._cdata
+        _known[:] = [k for k in _known if k.storage.expired() or k.storage.cdata != cdata][-KEPT + 1 :]
+        _known.append(_Known(weight, found))
+        return _known[-1].directions
