@@ -81,13 +81,13 @@ def _held_to_hidden_bound(call: _Call, done: _Done) -> tuple[Tensor, _Done, floa
     finite = bool((squares.isfinite() & sparse.norm.isfinite()).all())
     hidden = _sparse_hidden(call, done)
     for attempt in range(ATTEMPTS + 1):
-        error = torch.where(done.tokens, 0, squares)  # what is full or not finite is exact already
+        error = torch.where(done.tokens, 0, squares)
         rows = hidden.square().sum(1, dtype=torch.float64).nan_to_num(0, 0, 0)
         total, norm = torch.stack((error.sum(), rows.sum())).tolist()
         limit = (tolerance / (1 + tolerance)) ** 2 * norm
         if total <= limit:
             break
-        exact, _ = fewest(error, torch.zeros_like(done.tokens), limit if attempt < ATTEMPTS else -1.0)
+        exact, _ = fewest(error, ~error.isfinite(), limit if attempt < ATTEMPTS else -1.0)
         done = _with_exact(call, done, exact)
         hidden[done.tokens] = done.total.hidden[done.tokens].to(hidden.dtype) * done.scale
     bound = relative_bound(math.sqrt(total), math.sqrt(norm)) if finite else math.nan

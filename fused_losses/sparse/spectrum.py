@@ -32,7 +32,7 @@ POWER = 10
 PROBE_FACTOR = 7.6
 # σ may have grown by this part of itself before the spectrum is computed anew.
 MOST_GROWTH = 0.25
-ROWS = 8192  # of the head at a time
+BLOCK = 1 << 22  # numbers of the head at a time, 16 MiB
 KEPT = 4  # heads whose spectrum is kept
 _SAMPLED = 4096
 
@@ -61,13 +61,13 @@ class Spectrum:
 
 
 def blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
-    for part in weight.split(ROWS):
+    for part in weight.split(max(1, BLOCK // weight.shape[1])):
         yield part.to(dtype)
 
 
 @torch.no_grad()
 def spectrum(weight: Tensor, count: int = COUNT) -> Spectrum | None:
-    """Of a weight [V, D]; None where it is not finite. 2·V·D² FLOP, and some D³ in float64.
+    """Of a weight [V, D]; None where it is not finite. 2·V·D² FLOP, and some D³ in float64; 24·D² bytes, and 32 MiB.
 
     σ² is proved by a Cholesky factorisation: t·I − A has one only where no eigenvalue of A is above t.
     """
@@ -89,10 +89,10 @@ def spectrum(weight: Tensor, count: int = COUNT) -> Spectrum | None:
         return None
     rounding = 4 * torch.finfo(dtype).eps * float(gram.diagonal().sum())
     basis, rest = _leading(gram, count)
-    left = gram - basis @ (basis.t() @ gram)
-    left = left - (left @ basis) @ basis.t()
-    sigma = math.sqrt(_largest(left, rest) + rounding)
     values = (basis * (gram @ basis)).sum(0).clamp(min=0).sqrt()
+    gram -= basis @ (basis.t() @ gram)
+    gram -= (gram @ basis) @ basis.t()
+    sigma = math.sqrt(_largest(gram, rest) + rounding)
     # Contiguous: a compiled graph saves it so, and another layout is another order of summation.
     return Spectrum(basis.to(dtype).contiguous(), mean, values.to(dtype), sigma, math.sqrt(float(longest)) * (1 + 1e-5))
 
@@ -120,10 +120,11 @@ def _largest(matrix: Tensor, start: Tensor, iterations: int = 6) -> float:
     bound = 1.01 * float(torch.linalg.eigvalsh(block.t() @ matrix @ block)[-1].clamp(min=0))
     scale = float(matrix.diagonal().sum().abs())
     bound += 1e-12 * scale + torch.finfo(torch.float64).tiny
-    matrix = (matrix + matrix.t()) / 2
-    one = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    shifted = -matrix  # its lower triangle is what the factorisation reads
+    diagonal = matrix.diagonal()
     for _ in range(40):
-        if int(torch.linalg.cholesky_ex(bound * one - matrix).info) == 0:
+        shifted.diagonal().copy_(bound - diagonal)
+        if int(torch.linalg.cholesky_ex(shifted).info) == 0:
             return bound
         bound *= 1.05
     return scale
@@ -183,10 +184,13 @@ class _Known:
         probes = _gaussian(weight.shape[1], PROBES, torch.bfloat16, weight.device).t()
         self.probes = probes.to(found.basis.dtype).contiguous()
         self.probed = _times(self.probes, weight)
-        basis = found.basis.t().contiguous()
-        rows = torch.cat([basis @ (part - found.mean).t() for part in blocks(weight, basis.dtype)], 1).t()
-        padded = torch.nn.functional.pad(rows, (0, -len(basis) % COUNT)).contiguous()
-        self.directions = Directions(found.basis, padded, found.sigma, found.longest)
+        count = found.basis.shape[1]
+        rows = found.basis.new_zeros(len(weight), -(-count // COUNT) * COUNT)
+        start = 0
+        for part in blocks(weight, rows.dtype):
+            rows[start : start + len(part), :count] = (part - found.mean) @ found.basis
+            start += len(part)
+        self.directions = Directions(found.basis, rows, found.sigma, found.longest)
         self._remember(weight)
 
     def _remember(self, weight: Tensor) -> None:

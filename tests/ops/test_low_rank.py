@@ -369,7 +369,7 @@ def test_neither_a_gradient_nor_a_copy_of_a_frozen_weight_is_made(summed, gradie
     def shapes(frozen):
         given = inputs("a", "copy", frozen).cast(torch.float32)
         hidden, head, labels, reference = given.arguments()
-        blocks = mock.patch.object(spectrum, "ROWS", 16)
+        blocks = mock.patch.object(spectrum, "BLOCK", 16 * D)
         with coarse(1e-30, capacity=V), blocks, Shapes(given.leaves.values()) as seen:
             if summed:
                 loss = fl.ASFTLoss(gradient=gradient, backend=backend)

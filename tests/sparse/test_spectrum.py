@@ -230,3 +230,15 @@ def test_tokens_become_exact_until_the_bound_holds():
         assert loss.gradient_report.hidden_bound <= tolerance
         found.append(loss.gradient_report.exact_tokens)
     assert found[0] < found[-1] < 256
+
+
+def test_upstream_weights_beyond_the_range_of_the_bound_are_exact():
+    """Squares of float32 numbers that are no float32 numbers."""
+    hidden, weight, labels = two_halves(1.0, 1)
+    x = hidden.clone().requires_grad_()
+    out = fl.token_losses(x, weight, labels, gradient="sparse")
+    upstream = torch.ones(len(labels))
+    upstream[3] = 3e38
+    (out.nll * upstream).sum().backward()
+    report = out.gradient_report
+    assert x.grad[4:].isfinite().all() and (report.exact_tokens or math.isnan(report.hidden_bound))
