@@ -152,19 +152,18 @@ def norm_bound(matrix: Tensor) -> float:
     1/16 with a probability of 4e-11. 20 products of N·D numbers with 8 vectors.
     """
     matrix = matrix.to(torch.float64 if matrix.dtype == torch.float64 else torch.float32)
+    largest = float(matrix.abs().amax()) if matrix.numel() else 0.0
+    if largest == 0 or not math.isfinite(largest):
+        return largest if largest == 0 else math.inf
+    matrix = matrix / largest  # so that squares stay within the range
     block = _gaussian(matrix.shape[1], PROBES, matrix.dtype, matrix.device).t().contiguous()
     scale = 0.0  # the logarithm of what the block has been divided by
     for _ in range(POWER):
         block = (block @ matrix.t()) @ matrix  # in this order a product with a few rows takes a tenth of the time
         size = block.norm(dim=1).amax()
-        value = float(size)
-        if not math.isfinite(value):
-            return math.inf
-        if value == 0:
-            return 0.0
-        scale += math.log(value)
+        scale += math.log(float(size))
         block = block / size
-    return math.exp((scale + math.log(16)) / (2 * POWER))
+    return largest * math.exp((scale + math.log(16)) / (2 * POWER))
 
 
 def _times(rows: Tensor, weight: Tensor) -> Tensor:

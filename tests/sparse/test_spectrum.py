@@ -76,8 +76,11 @@ def test_norm_bound_is_above_the_largest_singular_value_and_near_it(kind, rows, 
     assert truth <= norm_bound(matrix) * (1 + 1e-6) and norm_bound(matrix) <= 1.3 * truth
 
 
-def test_norm_bound_of_what_is_not_finite():
-    assert norm_bound(torch.tensor([[1.0, math.inf]])) == math.inf
+def test_norm_bound_of_what_is_not_finite_huge_or_nothing():
+    assert norm_bound(torch.tensor([[1.0, math.inf]])) == norm_bound(torch.tensor([[1.0, math.nan]])) == math.inf
+    huge = 1e30 * torch.randn(20, 10)
+    assert float(torch.linalg.svdvals(huge.double())[0]) <= norm_bound(huge) < math.inf
+    assert norm_bound(torch.zeros(3, 4)) == norm_bound(torch.zeros(0, 4)) == 0
 
 
 @pytest.fixture
