@@ -61,6 +61,7 @@ class Spectrum:
 
 
 def blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Its rows in that dtype, some 16 MiB at a time."""
     for part in weight.split(max(1, BLOCK // weight.shape[1])):
         yield part.to(dtype)
 
@@ -245,9 +246,10 @@ _lock = threading.Lock()
 
 @torch.no_grad()
 def directions_of(weight: Tensor) -> Directions | None:
-    """The directions of a head; None where its weight is not finite, or has no more columns than there are directions.
+    """The directions of a weight [V, D], float32 (float64 of float64); None where it is not finite, or D < 2.
 
-    Computed once for a weight that does not change; see above for one that does.
+    Computed once for a weight that does not change; see above for one that does. That it does not is told by its
+    storage, version and a sample of its numbers, so writing to a few rows through `.data` goes unseen.
     """
     weight = weight.detach()
     if weight.shape[1] < 2 or not len(weight):
