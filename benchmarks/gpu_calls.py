@@ -16,7 +16,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from fused_losses.backends import chunks, gpu, gpu_scan
+from fused_losses.backends import chunks, gpu, gpu_scan, gpu_tails
 
 Wrap = Callable[[str, Callable], Callable]
 KERNELS = ("row_statistics", "count_bits", "columns_of_bits", "entry_logits", "attention", "segment_product")
@@ -35,7 +35,7 @@ def wrapped(backend: gpu.Gpu, wrap: Wrap) -> Iterator[None]:
     places = [
         (gpu.row_kernels, "logit_bits", "logit_bits"), (gpu.direction_kernels, "directions", "directions"),
         (gpu.row_kernels, "tail_profile", "tail_profile"), (gpu, "weighted_sum_kernel", "weighted_sum"),
-        (gpu, "_tail_profile", "tail profile"), (gpu, "_times", "product dz W"),
+        (gpu_tails, "add_profile", "tail profile"), (gpu, "_times", "product dz W"),
         (chunks, "add_product", "product dzᵀ x"), (gpu_scan, "bounds", "probe"), (gpu_scan, "join", "join"),
         (chunks, "project", "logits"), (chunks, "by_column", "by column"),
     ]  # fmt: skip

@@ -272,9 +272,18 @@ class Directions(NamedTuple):
     """Directions of a head, in which what the entries leave out is taken exactly; sparse/spectrum.py."""
 
     basis: Tensor  # U [D, k], orthonormal columns
-    rows: Tensor  # G [V, K], nearly (W − 1cᵀ)U, with columns of zeros up to a multiple of 16
+    # G [V, K], nearly (W − 1cᵀ)U, with columns of zeros up to a multiple of 16. In float32, only numbers that
+    # `in_half_precision` does not round: tensor cores take them so.
+    rows: Tensor
     sigma: float  # at least the largest singular value of W − 1cᵀ − GUᵀ
     longest: float  # at least the norm of a row of W
+
+
+def in_half_precision(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """A float32 matrix in float16, divided by a power of two so that its largest number is in [2¹⁴, 2¹⁵]; and the
+    exponent of that power."""
+    exponent = (torch.frexp(matrix.abs().amax()).exponent - 15).clamp(-100, 100)
+    return torch.ldexp(matrix, -exponent).half(), exponent
 
 
 class Selection(NamedTuple):

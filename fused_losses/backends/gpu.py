@@ -35,7 +35,7 @@ from ..problem import (
     Statistics,
     Upstream,
 )  # fmt: skip
-from . import chunks, gpu_scan, row_passes, single
+from . import chunks, gpu_scan, gpu_tails, row_passes, single
 from . import torch as chunked
 from .chunks import empty_gradients, empty_rows, empty_statistics
 from .torch import UpstreamOf
@@ -48,15 +48,14 @@ BIT_BYTES = 32 << 20
 CANDIDATES = 2
 # Where 1 − p[label] is 0 in fp32, its logarithm would let every id through.
 LEAST_WRONG = 1e-30
-# Logits of the sampled tokens at a time.
-PROFILE_BYTES = 32 << 20
 
 
 @dataclass
 class Span:
-    """A chunk of tokens whose logits are nowhere."""
+    """A chunk of tokens whose logits are nowhere, and what the entries leave out of them in directions."""
 
     tokens: slice
+    left_out: gpu_tails.LeftOut | None = None
 
 
 class Gpu:
@@ -65,7 +64,7 @@ class Gpu:
 
     # The tail profile is made of so many tokens; each costs a row of logits.
     SAMPLED_TOKENS = 256
-    HAS_DIRECTIONS = False
+    HAS_DIRECTIONS = True
 
     empty_statistics = staticmethod(empty_statistics)
     empty_gradients = staticmethod(empty_gradients)
@@ -196,16 +195,16 @@ class Gpu:
             return
         _check(problem)
         problem = _cast(problem)
-        tile = gpu_scan.choose_tile(problem)
+        tile = gpu_scan.choose_tile(problem, selection.directions is not None)
         chosen: list[tuple[Tensor, ...]] = []
         if tile is None:
-            spans = self._bits_of_logits(problem, out, selection.threshold)
+            spans = self._bits_of_logits(problem, out, selection.threshold, selection.directions)
         else:
-            spans = self._bits_of_scan(problem, out, selection.threshold, tile)
+            spans = self._bits_of_scan(problem, out, selection.threshold, tile, selection.directions)
         sampled = selection.sampled
         for span, facts, bits in spans:
             entries = self._entries(
-                problem, out, span.tokens, facts, bits, selection.capacity * CANDIDATES, selection.with_rows
+                problem, out, span, facts, bits, selection.capacity * CANDIDATES, selection.with_rows
             )
             # Token i of `sampled` is i·N // len: which are of this chunk is known without waiting for the GPU.
             first, last = (-(-at * len(sampled) // len(out.nll)) for at in (span.tokens.start, span.tokens.stop))
@@ -217,10 +216,10 @@ class Gpu:
             yield span, entries
         if chosen:
             *parts, usable = (torch.cat(parts) for parts in zip(*chosen, strict=True))
-            _tail_profile(problem, *(part[usable] for part in parts), selection.profile)  # type: ignore[call-arg]
+            gpu_tails.add_profile(problem, *(part[usable] for part in parts), selection.profile)  # type: ignore[call-arg]
 
     def _bits_of_logits(
-        self, problem: Problem, out: Statistics, threshold: float
+        self, problem: Problem, out: Statistics, threshold: float, directions: Tensor | None = None
     ) -> Iterator[tuple[Span, Tensor, Tensor]]:
         words = -(-problem.head.vocabulary // row_kernels.BLOCK) * (row_kernels.BLOCK // 32)
         for chunk, facts, _ in self._logit_chunks(problem, out):
@@ -231,17 +230,20 @@ class Gpu:
             bounds = torch.stack([lse + least, facts[Row.REF_TOP] + facts[Row.REF_LOG_SUM] + least])
             bits = torch.empty(len(z), words, dtype=torch.int32, device=z.device)
             row_kernels.logit_bits(z, r, difference, bounds, *scales, bits)  # type: ignore[call-arg]
-            yield Span(chunk.tokens), facts, bits
+            left_out = None
+            if directions is not None:
+                left_out = gpu_tails.of_logits(_row_arguments(problem, chunk), bits, facts, directions)
+            yield Span(chunk.tokens, left_out), facts, bits
 
     def _bits_of_scan(
-        self, problem: Problem, out: Statistics, threshold: float, tile: tiles.Scan
+        self, problem: Problem, out: Statistics, threshold: float, tile: tiles.Scan, directions: Tensor | None = None
     ) -> Iterator[tuple[Span, Tensor, Tensor]]:
         count, vocabulary = len(problem.labels), problem.head.vocabulary
         words = -(-vocabulary // tile.block_v) * tile.block_v // 32
         most = max(tile.block_n, BIT_BYTES // (4 * words) // tile.block_n * tile.block_n)
         size = -(-count // -(-count // most))  # even chunks of whole blocks
         size = -(-size // tile.block_n) * tile.block_n
-        operands = gpu_scan.Operands(problem, tile)
+        operands = gpu_scan.Operands(problem, tile, directions)
         label = operands.label_logits(self.kernels)
         if problem.ids is not None:
             out.logits_at.copy_(operands.logits_at(self.kernels))
@@ -249,16 +251,17 @@ class Gpu:
         bits = torch.empty(size, words, dtype=torch.int32, device=problem.hidden.device)  # one chunk after the other
         for start in range(0, count, size):
             tokens = slice(start, min(start + size, count))
-            partial = operands.run(tokens, known[:, tokens], bits, vocabulary)
+            scanned = operands.run(tokens, known[:, tokens], bits, vocabulary)
             rows = gpu_scan.join(
                 problem,
-                partial,
+                scanned.partial,
                 problem.labels[tokens],
                 [v[tokens] for v in label],
                 known[Known.SHIFT, tokens],
                 out.at(tokens),
             )
-            yield Span(tokens), rows, bits[: tokens.stop - tokens.start]
+            left_out = gpu_tails.of_scan(operands, scanned, known[:, tokens], rows)
+            yield Span(tokens, left_out), rows, bits[: tokens.stop - tokens.start]
 
     def _scan_statistics(self, problem: Problem, out: Statistics, tile: tiles.Scan) -> None:
         operands = gpu_scan.Operands(problem, tile)
@@ -269,13 +272,13 @@ class Gpu:
         if problem.has_reference:
             known = gpu_scan.bounds(operands, label, 1.0)
         everything = slice(0, len(problem.labels))
-        partial = operands.run(everything, known, None, problem.head.vocabulary)
+        partial = operands.run(everything, known, None, problem.head.vocabulary).partial
         gpu_scan.join(problem, partial, problem.labels, label, known[Known.SHIFT], out)
 
     def _entries(
-        self, problem: Problem, out: Statistics, tokens: slice, facts: Tensor, bits: Tensor, capacity: int, rows: bool
+        self, problem: Problem, out: Statistics, span: Span, facts: Tensor, bits: Tensor, capacity: int, rows: bool
     ) -> Entries:
-        head, kernels = problem.head, self.kernels
+        head, kernels, tokens = problem.head, self.kernels, span.tokens
         labels, device = problem.labels[tokens].contiguous(), bits.device
         size, dim = len(labels), head.weight.shape[1]
         counts = torch.empty(size, dtype=torch.int64, device=device)
@@ -317,11 +320,8 @@ class Gpu:
             facts, out.nll[tokens].contiguous(), head.logit_scale, head.softcap or 0.0, values, kl_values, kept,
             nll_rows, kl_rows,
         )  # fmt: skip
-        entries = Entries(
-            counts, columns, values, kl_values, gpu_scan.tails_of(problem, out.nll[tokens], labels, facts, kept)
-        )
-        entries.nll_rows, entries.kl_rows = nll_rows, kl_rows
-        return entries
+        tails = gpu_tails.tails_of(problem, out.nll[tokens], labels, facts, kept, span.left_out)
+        return Entries(counts, columns, values, kl_values, tails, nll_rows, kl_rows)
 
     def dense_rows(self, problem: Problem, span: Span) -> Rows:
         """∂nll/∂x and ∂kl/∂x of a chunk of `scan`, its logits computed once more."""
@@ -379,19 +379,6 @@ class Gpu:
         if scale.dtype != torch.float32:
             return chunked.weighted_sum(matrix, scale)
         return weighted_sum_kernel(matrix.contiguous(), scale.contiguous())
-
-
-def _tail_profile(problem: Problem, tokens: Tensor, lse: Tensor, bits: Tensor, profile: Tensor) -> None:
-    """profile += Σ p·slope over what these tokens leave out, by blocks of the vocabulary: the weight is read once."""
-    head = problem.head
-    hidden, labels = problem.hidden[tokens].to(problem.dtype), problem.labels[tokens]
-    width = max(256, PROFILE_BYTES // (4 * max(1, len(tokens))))
-    for first in range(0, head.vocabulary, width):
-        block = slice(first, min(first + width, head.vocabulary))
-        weight = head.weight[block].to(problem.dtype)
-        z = torch.empty(len(tokens), len(weight), dtype=torch.float32, device=hidden.device)
-        chunks.project(z, hidden, weight, None if head.bias is None else head.bias[block])
-        row_kernels.tail_profile(z, labels, lse, bits, first, head.logit_scale, head.softcap or 0.0, profile)
 
 
 def _row_arguments(problem: Problem, chunk: chunks.Chunk) -> Any:

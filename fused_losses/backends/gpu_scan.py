@@ -1,21 +1,21 @@
 """Around the scan kernels: their operands, what a probe bounds, and how the sums of the parts become statistics.
 
-Beside kernels/triton/scan.py, whose 11 sums (`Sum`) are read here.
+Beside kernels/triton/scan.py, whose sums (`Sum`) are read here, and those of `Left` in `gpu_tails`.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..kernels.schemas import KEPT, KEPT_GAP, KEPT_GAP_L1, KEPT_GAP_L1_OF_TOTALS, Row
+from ..kernels.schemas import Row
 from ..kernels.triton import on_device_of, tiles
 from ..kernels.triton import scan as scans
-from ..kernels.triton.scan import Known, Sum
-from ..problem import Head, Problem, Statistics, Tails
+from ..kernels.triton.scan import Known, Left, Sum
+from ..problem import Head, Problem, Statistics, in_half_precision
 
 # Ids of the probe. On SmolLM2 its bound lets 1.3 times the final entries through.
 PROBE = 4096
@@ -24,11 +24,25 @@ INTERPRETED = type(scans.scan).__name__ == "InterpretedFunction"
 INTERPRETED_TILE = tiles.Scan(0, "any", 16, 64, 32, 2, 4, 1, True, "interpreter")
 
 
-class Operands:
-    """What the scan kernels are given, made once for all chunks."""
+class Scanned(NamedTuple):
+    """What the programs of a scan leave of C tokens, part by part."""
 
-    def __init__(self, problem: Problem, tile: tiles.Scan) -> None:
+    partial: Tensor  # [parts, len(Sum), C]
+    # With directions, what has no bit and is not the label: [parts, len(Left), C]; its products with `directions` times
+    # UNIT, [parts, 1 or 2, C, K].
+    left: Tensor | None
+    low: Tensor | None
+
+
+class Operands:
+    """What the scan kernels are given, made once for all chunks. `directions`: [V, K] float32."""
+
+    def __init__(self, problem: Problem, tile: tiles.Scan, directions: Tensor | None = None) -> None:
         self.problem, self.tile = problem, tile
+        self.directions, self.exponent = directions, torch.zeros(())
+        if directions is not None and problem.dtype != torch.float32:
+            # Nothing is rounded here: they are such numbers.
+            self.directions, self.exponent = in_half_precision(directions)
         self.compiled: Any = None  # the kernel of the last run, as Triton gives it back; None in its interpreter
         dtype, head, own = problem.dtype, problem.head, problem.reference_head
         self.weight = _rows_of(head.weight.to(dtype))
@@ -75,52 +89,61 @@ class Operands:
         d = z if problem.shared_head else z - r
         return [r + d, d, r]
 
-    def run(self, tokens: slice, known: Tensor, bits: Tensor | None, vocabulary: int) -> Tensor:
-        """The scan of some tokens and the first so many ids; sums [parts, SUMS, C]."""
+    def run(self, tokens: slice, known: Tensor, bits: Tensor | None, vocabulary: int) -> Scanned:
+        """The scan of some tokens and the first so many ids; what it leaves in the directions only with bits."""
         problem, tile = self.problem, self.tile
         count, device = tokens.stop - tokens.start, problem.hidden.device
         blocks, all_tiles = -(-count // tile.block_n), -(-vocabulary // tile.block_v)
         per_part = _tiles_per_part(blocks, all_tiles, _processors(device))
         parts = -(-all_tiles // per_part)
         partial = torch.empty(parts, len(Sum), count, dtype=torch.float32, device=device)
+        directions: Any = None if bits is None else self.directions
+        left = low = None
+        if directions is not None:
+            width = directions.shape[1]
+            left = partial.new_empty(parts, len(Left), count)
+            low = partial.new_empty(parts, 1 + problem.has_reference, count, width)
         known = known.contiguous()
         words = bits.shape[1] if bits is not None else 0
-        left = [self.hidden[tokens], self.weight]
+        tensors = [self.hidden[tokens], self.weight]
         if problem.has_reference:
-            left += [self.reference_hidden[tokens], self.reference_weight]
-        strides = [t.stride(0) for t in left]
-        operands: list[Any] = left
+            tensors += [self.reference_hidden[tokens], self.reference_weight]
+        strides = [t.stride(0) for t in tensors]
+        operands: list[Any] = tensors
         if self.descriptors:
             from triton.tools.tensor_descriptor import TensorDescriptor
 
             blocks_of = [tile.block_n, tile.block_v] * 2
             operands = [
-                TensorDescriptor.from_tensor(t, [b, tile.block_d]) for t, b in zip(left, blocks_of, strict=False)
+                TensorDescriptor.from_tensor(t, [b, tile.block_d]) for t, b in zip(tensors, blocks_of, strict=False)
             ]
+            if directions is not None:
+                directions = TensorDescriptor.from_tensor(directions, [tile.block_v // tile.slices, width])
         head, own = problem.head, problem.reference_head
         labels = problem.labels[tokens].contiguous()
         constants = dict(
             **tile.constants, DESCRIPTORS=self.descriptors, FP32=problem.dtype == torch.float32,
-            HAS_BIAS=self.bias is not None, ENTROPY="entropy" in problem.wanted, BITS=bits is not None, **tile.options,
+            HAS_BIAS=self.bias is not None, ENTROPY="entropy" in problem.wanted, BITS=bits is not None,
+            K=0 if low is None else width, **tile.options,
         )  # fmt: skip
         grid = (blocks, parts)
         with on_device_of(partial):
             if not problem.has_reference:
                 self.compiled = scans.scan[grid](
-                    *operands, self.bias, labels, known, bits, partial, head.logit_scale, head.softcap or 0.0, count,
-                    vocabulary, self.weight.shape[1], *strides, words, per_part,
+                    *operands, directions, self.bias, labels, known, bits, partial, left, low, head.logit_scale,
+                    head.softcap or 0.0, count, vocabulary, self.weight.shape[1], *strides, words, per_part,
                     SCALED=head.logit_scale != 1, SOFTCAP=head.softcap is not None, **constants,
                 )  # fmt: skip
             else:
                 reference_scale = (own or head).logit_scale
                 self.compiled = scans.scan_with_reference[grid](
-                    *operands, self.bias, self.reference_bias, labels, known, bits, partial, head.logit_scale,
-                    reference_scale, count, vocabulary, self.weight.shape[1], self.reference_weight.shape[1], *strides,
-                    words, per_part, SHARED=own is None, HAS_REFERENCE_BIAS=self.reference_bias is not None,
+                    *operands, directions, self.bias, self.reference_bias, labels, known, bits, partial, left, low,
+                    head.logit_scale, reference_scale, count, vocabulary, self.weight.shape[1],
+                    self.reference_weight.shape[1], *strides, words, per_part, SHARED=own is None, HAS_REFERENCE_BIAS=self.reference_bias is not None,
                     SCALED=head.logit_scale != 1 or reference_scale != 1,
                     REFERENCE_ENTROPY="reference_entropy" in problem.wanted, **constants,
                 )  # fmt: skip
-        return partial
+        return Scanned(partial, left, low)
 
 
 def bounds(operands: Operands, label: list[Tensor], threshold: float) -> Tensor:
@@ -130,7 +153,7 @@ def bounds(operands: Operands, label: list[Tensor], threshold: float) -> Tensor:
     problem = operands.problem
     count = len(problem.labels)
     known = torch.zeros(len(Known), count, dtype=torch.float32, device=problem.hidden.device)
-    partial = operands.run(slice(0, count), known, None, min(PROBE, problem.head.vocabulary))
+    partial = operands.run(slice(0, count), known, None, min(PROBE, problem.head.vocabulary)).partial
     others = (partial[:, Sum.TOP] + partial[:, Sum.SUM].log()).logsumexp(0)
     lse = torch.logaddexp(others, label[0])
     log_threshold = math.log(threshold)
@@ -233,36 +256,8 @@ def _entropy(
     return share * (total * ((largest - top) + log_sum) - weighted) + torch.exp(-nll) * nll
 
 
-def tails_of(problem: Problem, nll: Tensor, labels: Tensor, known: Tensor, kept: Tensor) -> Tails:
-    rest, wrong = known[Row.REST], -torch.expm1(-nll)
-    tail = rest - kept[KEPT]
-    l1 = 2 * wrong
-    if problem.head.softcap is not None:
-        # Σ p·slope over the others and the label's |p − 1|·slope; the label is an entry, but where there are too many.
-        slope = 1 - (_label_logit(problem, nll, known) / problem.head.softcap) ** 2
-        l1 = (rest + wrong * slope.clamp(min=0)).clamp(min=0)  # rounding, where the soft-cap is all but reached
-    tails = Tails(torch.where(tail < 0, 0, tail), l1)
-    if problem.has_reference:
-        tails.kl_left = known[Row.GAP] - kept[KEPT_GAP]
-        # The totals were summed with another shift c: |p − p_ref| ≤ κ |p' − p_ref| + |κ − 1| p_ref, κ = exp(c − shift).
-        moved = torch.exp(known[Row.TOTALS_SHIFT] - known[Row.SHIFT])
-        left = known[Row.GAP_L1] - kept[KEPT_GAP_L1_OF_TOTALS]
-        ref_tail = tails.nll_left - tails.kl_left
-        tails.kl_left_l1 = moved * torch.where(left < 0, 0, left) + (moved - 1).abs() * torch.where(
-            ref_tail < 0, 0, ref_tail
-        )
-        exact = moved == 1
-        tails.kl_l1 = torch.where(exact, known[Row.GAP_L1], kept[KEPT_GAP_L1] + tails.kl_left.abs())
-    return tails
-
-
-def _label_logit(problem: Problem, nll: Tensor, known: Tensor) -> Tensor:
-    """z of the label: lse − nll, within rounding."""
-    return known[Row.TOP] + known[Row.LOG_SUM] - nll
-
-
-def choose_tile(problem: Problem) -> tiles.Scan | None:
-    """The row of the table for a call; None: chunks of logits instead."""
+def choose_tile(problem: Problem, directed: bool = False) -> tiles.Scan | None:
+    """The row of the table for a call, with directions or without; None: chunks of logits instead."""
     own, head = problem.reference_head, problem.head
     capped = head.softcap is not None or (own is not None and own.softcap is not None)
     more = problem.wanted & {"topk_entropy", "rank", "log_p2"} or problem.beta is not None
@@ -277,6 +272,7 @@ def choose_tile(problem: Problem) -> tiles.Scan | None:
         kind = "shared" if own is None else "own"
     if any(h.width % 8 for h in (head, own) if h is not None):
         return None  # rows that are not whole units of 16 bytes can neither be described nor loaded so
+    kind += tiles.DIRECTED if directed else ""
     return tiles.scan_tile(tiles.architecture(torch.cuda.get_device_capability(problem.hidden.device)), kind)
 
 

@@ -46,11 +46,23 @@ class Workload:
     dtype: torch.dtype
     device: str = "cuda"
 
+    @property
+    def base(self) -> str:
+        """The kind without its directions."""
+        return self.kind.removesuffix(tiles.DIRECTED)
+
+    def directions(self) -> Tensor | None:
+        """Some, [V, 16], of which only the size matters here; None of a kind without."""
+        if self.base == self.kind:
+            return None
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(self.vocabulary, 16, generator=generator).to(self.device)
+
     def problem(self) -> Problem:
         given = measure.language_like(self.tokens, self.width, self.vocabulary, self.dtype, self.device)
-        reference = given.reference_hidden if self.kind in ("shared", "own") else None
-        own = Head(given.weight.clone(), None, 1.0, None) if self.kind == "own" else None
-        softcap = 30.0 if self.kind == "capped" else None
+        reference = given.reference_hidden if self.base in ("shared", "own") else None
+        own = Head(given.weight.clone(), None, 1.0, None) if self.base == "own" else None
+        softcap = 30.0 if self.base == "capped" else None
         head = Head(given.weight, None, 1.0, softcap)
         return Problem(given.hidden, given.labels, head, reference, own, self.dtype)
 
@@ -121,7 +133,7 @@ def candidates(architecture: int, kind: str, itemsize: int, shared_memory: int =
         some = gpu_scan.INTERPRETED_TILE
         return [some._replace(kind=kind), some._replace(kind=kind, block_v=32, slices=1)]
     own = tiles.scan_tile(architecture, kind)
-    accumulators = 2 if kind in ("shared", "own") else 1
+    accumulators = 2 if kind.removesuffix(tiles.DIRECTED) in ("shared", "own") else 1
     registers = 256 if architecture == 100 else 128  # sums of a thread; on Blackwell they are in memory of their own
     found: dict[tuple[int, int], list[Scan]] = {}
     for n, v, d, slices, warps, stages in itertools.product(
@@ -157,7 +169,8 @@ def run(
         jobs = min(6, max(1, (os.cpu_count() or 1) - 1))
     problem, clock = workload.problem(), measure.Clock(workload.device)
     backend: gpu.Gpu = backends.load("triton")  # type: ignore[assignment]
-    truth, logits = _logits(backend, problem, clock, ROUNDS if on_gpu else 1)
+    directions = workload.directions()
+    truth, logits = _logits(backend, problem, directions, clock, ROUNDS if on_gpu else 1)
     tell(f"{workload.kind}, {workload}: logits {logits:.2f} ms, {len(every)} tiles to try")
     stop = time.monotonic() + seconds
     # All are compiled before any is timed, as the processes that do it try them on the same device.
@@ -166,7 +179,7 @@ def run(
     for tile, note in zip(every, notes, strict=False):
         timing = Timing(tile, None, note)
         if not note:
-            timing = _time(backend, problem, tile, truth, clock, ROUNDS if on_gpu else 1)
+            timing = _time(backend, problem, directions, tile, truth, clock, ROUNDS if on_gpu else 1)
         timings.append(timing)
         took = f"{timing.milliseconds:.2f} ms" if timing.milliseconds is not None else timing.note
         tell(f"  {shape_of(tile)}: {took}")
@@ -208,7 +221,7 @@ def _compile(workload: Workload, tile: Scan) -> str:
     """Run a tile once; why it cannot be used, or nothing."""
     try:
         problem = _problem_here(workload)
-        operands = gpu_scan.Operands(problem, tile)
+        operands = gpu_scan.Operands(problem, tile, workload.directions())
         # As the sweep does: the probe without bits, then a chunk with them.
         known = gpu_scan.bounds(operands, operands.label_logits(backends.load("triton").kernels), THRESHOLD)  # type: ignore[attr-defined]
         tokens = slice(0, len(problem.labels))
@@ -235,22 +248,27 @@ def _problem_here(workload: Workload) -> Problem:
     return _problems[workload]
 
 
-def _logits(backend: gpu.Gpu, problem: Problem, clock: measure.Clock, rounds: int) -> tuple[Tensor, float]:
+def _logits(
+    backend: gpu.Gpu, problem: Problem, directions: Tensor | None, clock: measure.Clock, rounds: int
+) -> tuple[Tensor, float]:
     out = backend.empty_statistics(problem)
 
     def sweep() -> None:
-        for _ in backend._bits_of_logits(problem, out, THRESHOLD):
+        for _ in backend._bits_of_logits(problem, out, THRESHOLD, directions):
             pass
 
     taken = measure.median(clock.rounds({"": sweep}, rounds)[""])
     return out.nll.clone(), taken
 
 
-def _time(backend: gpu.Gpu, problem: Problem, tile: Scan, truth: Tensor, clock: measure.Clock, rounds: int) -> Timing:
+def _time(
+    backend: gpu.Gpu, problem: Problem, directions: Tensor | None, tile: Scan, truth: Tensor, clock: measure.Clock,
+    rounds: int,
+) -> Timing:  # fmt: skip
     out = backend.empty_statistics(problem)
 
     def sweep() -> None:
-        for _ in backend._bits_of_scan(problem, out, THRESHOLD, tile):
+        for _ in backend._bits_of_scan(problem, out, THRESHOLD, tile, directions):
             pass
 
     try:

@@ -4,7 +4,10 @@ Error rows E of a sparse softmax sum to 0, so E W = E (W − 1cᵀ) for any row 
 taken exactly (`Directions`). Then ‖E W‖ ≤ ‖E‖ σ, σ the largest singular value of (W − 1cᵀ)(I − UUᵀ). Any orthonormal U
 is valid, a better one makes σ smaller.
 
-A head that is trained moves a little from call to call. U, c and G = (W − 1cᵀ)U stay, and what is wrong then is
+G = (W − 1cᵀ)U is rounded to half precision, once; what is left is then W − 1cᵀ − GUᵀ, and what the rounding changes is
+orthogonal to the rest of it, so that σ grows by next to nothing.
+
+A head that is trained moves a little from call to call. U, c and G stay, and what is wrong then is
 E(W' − 1cᵀ − GUᵀ): with δ ≥ ‖W' − W‖_F its norm is at most ‖E‖ √((σ + δ)² + δ²), as the parts that W' − W adds outside
 of U and in it are orthogonal. δ is `PROBE_FACTOR` ‖(W' − W)Ω‖_F / √8 of Gaussian Ω [D, 8], of which W Ω is kept. It is
 less than ‖W' − W‖_F with a probability of 1e-6 at the very worst (W' − W of rank one). Where W moved too far, all is
@@ -23,7 +26,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..kernels import schemas
-from ..problem import Directions
+from ..problem import Directions, in_half_precision
 
 COUNT = 16  # directions
 PROBES = 8
@@ -190,7 +193,9 @@ class _Known:
         for part in blocks(weight, rows.dtype):
             rows[start : start + len(part), :count] = (part - found.mean) @ found.basis
             start += len(part)
-        self.directions = Directions(found.basis, rows, found.sigma, found.longest)
+        rows, self.rounded = _rounded(rows)
+        sigma = math.hypot(found.sigma, self.rounded)
+        self.directions = Directions(found.basis, rows, sigma, found.longest)
         self._remember(weight)
 
     def _remember(self, weight: Tensor) -> None:
@@ -222,10 +227,19 @@ class _Known:
         found = self.spectrum
         if not moved <= MOST_GROWTH * found.sigma:
             return False
-        sigma = math.hypot(found.sigma + moved, moved)
+        sigma = math.hypot(found.sigma + moved, moved + self.rounded)
         self.directions = self.directions._replace(sigma=sigma, longest=found.longest + moved)
         self._remember(weight)
         return True
+
+
+def _rounded(rows: Tensor) -> tuple[Tensor, float]:
+    """[V, K] as tensor cores take them, and the Frobenius norm of what that changes. float64 stays."""
+    if rows.dtype == torch.float64:
+        return rows, 0.0
+    half, exponent = in_half_precision(rows)
+    rounded = torch.ldexp(half.float(), exponent)
+    return rounded, float((rounded - rows).norm()) * (1 + 1e-3)
 
 
 def _mark(weight: Tensor) -> tuple[object, Tensor]:

@@ -25,11 +25,11 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Several chunks of the scan and of logits."""
-    from fused_losses.backends import gpu, gpu_scan
+    from fused_losses.backends import gpu, gpu_scan, gpu_tails
 
     monkeypatch.setattr(gpu, "BIT_BYTES", 1)
     monkeypatch.setattr(gpu, "LOGIT_BYTES", 1)
-    monkeypatch.setattr(gpu, "PROFILE_BYTES", 1)
+    monkeypatch.setattr(gpu_tails, "PROFILE_BYTES", 1)
     monkeypatch.setattr(gpu_scan, "PROBE", 70)
 
 

@@ -16,7 +16,7 @@ from low_rank_cases import inputs as low_rank_inputs
 from sparse_checks import CERTIFICATE, check_certificate, check_flat_chunks, check_label_borders, check_room, logits_of
 
 import fused_losses as fl
-from fused_losses.backends import gpu, gpu_scan
+from fused_losses.backends import gpu, gpu_scan, gpu_tails
 from fused_losses.sparse import softmax
 
 pytestmark = pytest.mark.usefixtures("small_chunks")
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("small_chunks")
 def path(request, monkeypatch):
     """Both ways to the bits."""
     if request.param == "logits":
-        monkeypatch.setattr(gpu_scan, "choose_tile", lambda problem: None)
+        monkeypatch.setattr(gpu_scan, "choose_tile", lambda problem, directed=False: None)
     return request.param
 
 
@@ -171,7 +171,8 @@ def test_kl_is_accurate_near_the_reference_and_far_from_it(size, reference):
 def test_certificate_holds(**options):
     options["n"] = min(options["n"], 8)
     with (
-        mock.patch.multiple(gpu, BIT_BYTES=1, LOGIT_BYTES=1, PROFILE_BYTES=1),
+        mock.patch.multiple(gpu, BIT_BYTES=1, LOGIT_BYTES=1),
+        mock.patch.object(gpu_tails, "PROFILE_BYTES", 1),
         mock.patch.object(gpu_scan, "PROBE", 70),
     ):
         check_certificate("triton", **options)

@@ -42,7 +42,7 @@ def test_single_logits(gradient):
 
 @pytest.mark.parametrize("reference", REFERENCES, ids=name)
 def test_logits_path(reference, monkeypatch):
-    monkeypatch.setattr("fused_losses.backends.gpu_scan.choose_tile", lambda problem: None)
+    monkeypatch.setattr("fused_losses.backends.gpu_scan.choose_tile", lambda problem, directed=False: None)
     case = make(12, 17, 67, reference=reference, bias=True, softcap=5.0)
     with coarse(1e-30, capacity=67):
         assert max(errors(case, torch.float32, "cuda", gradient="sparse").values()) <= 1.5e-6

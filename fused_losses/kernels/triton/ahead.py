@@ -19,11 +19,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import directions, entries, rows, scan, tiles
+from . import directions, entries, left_out, rows, scan, tiles
 
-ARCHITECTURES = (80, 90, 100)
+ARCHITECTURES = (80, 90, 100, 120)
 # Dynamic shared memory that a block may have, by architecture (CUDA C++ Programming Guide, technical specifications).
-SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 HIDDEN = (576, 2048, 4096, 8192, 16384)
 
 # The names of the kernels' arguments are data: the types follow from them. A name that is not here is an error.
@@ -36,10 +36,10 @@ ARGUMENTS = {
     **dict.fromkeys(
         (
             "a_ptr", "b_ptr", "base_ptr", "bias_ptr", "bounds_ptr", "divergence_ptr", "divergence_weight_ptr",
-            "entropy_ptr", "entropy_weight_ptr", "entry_reference_ptr", "extended_ptr", "kept_ptr", "kl_ptr",
-            "kl_values_ptr", "known_ptr", "log_p2_ptr", "lse_ptr", "nll_ptr", "nll_values_ptr", "partial_ptr",
-            "profile_ptr", "r_ptr", "reference_bias_ptr", "reference_entropy_ptr", "reference_nll_ptr", "rows_ptr",
-            "scale_ptr", "values_ptr", "vector_ptr", "z_ptr",
+            "directions_ptr", "entropy_ptr", "entropy_weight_ptr", "entry_reference_ptr", "extended_ptr", "kept_ptr",
+            "kl_ptr", "kl_values_ptr", "known_ptr", "left_ptr", "log_p2_ptr", "low_ptr", "lse_ptr", "nll_ptr",
+            "nll_values_ptr", "partial_ptr", "profile_ptr", "r_ptr", "reference_bias_ptr", "reference_entropy_ptr",
+            "reference_nll_ptr", "rows_ptr", "scale_ptr", "values_ptr", "vector_ptr", "z_ptr",
         ),
         "*fp32",
     ),
@@ -47,7 +47,7 @@ ARGUMENTS = {
     **dict.fromkeys(
         (
             "C", "D", "D_REF", "N", "V", "capacity", "count", "first", "hot", "rows_per_part", "segments",
-            "tiles_per_part", "width", "words",
+            "blocks_per_part", "tiles_per_part", "width", "words",
         ),
         "i32",
     ),
@@ -127,6 +127,8 @@ def specimens() -> Iterator[Specimen]:
             "row_statistics" + name, rows.row_statistics_kernel, ARCHITECTURES, some | entropy, warps, absent
         )
         no_r = () if some["REFERENCE"] else ("r_ptr",)
+        blocks = left_out.BLOCKS | dict(K=16) | {flag: on for flag, on in some.items() if flag != "BLOCK"}
+        yield Specimen("left_out" + name, left_out.left_out_kernel, ARCHITECTURES, blocks, left_out.OPTIONS, no_r)
         yield Specimen("logit_bits" + name, rows.logit_bits_kernel, ARCHITECTURES, some, warps, no_r)
         weights = dict(HAS_A=True, HAS_B=some["REFERENCE"], SEPARATE=False, HAS_ENTROPY=False, HAS_DIVERGENCE=False)
         none = ("kl_out_ptr", *no_r, *(() if some["REFERENCE"] else ("b_ptr",)))
@@ -187,28 +189,32 @@ def specimens() -> Iterator[Specimen]:
 def scan_specimen(row: tiles.Scan, operand: str = "bf16") -> Specimen:
     """A scan with everything on that the row may have to do: bits, entropies, and for its kind bias, scale and
     soft-cap."""
-    capped, reference = row.kind == "capped", row.kind in ("shared", "own")
+    kind = row.kind.removesuffix(tiles.DIRECTED)
+    capped, reference, directed = kind == "capped", kind in ("shared", "own"), kind != row.kind
     constants: dict[str, Any] = dict(
-        **row.constants, DESCRIPTORS=row.descriptors, FP32=operand == "fp32", HAS_BIAS=capped or row.kind == "own",
-        SCALED=capped, ENTROPY=True, BITS=True,
+        **row.constants, DESCRIPTORS=row.descriptors, FP32=operand == "fp32", HAS_BIAS=capped or kind == "own",
+        SCALED=capped, ENTROPY=True, BITS=True, K=16 if directed else 0,
     )  # fmt: skip
     absent = [] if constants["HAS_BIAS"] else ["bias_ptr"]
+    absent += [] if directed else ["directions", "left_ptr", "low_ptr"]
     if reference:
-        own = row.kind == "own"
+        own = kind == "own"
         constants |= dict(SHARED=not own, HAS_REFERENCE_BIAS=own, REFERENCE_ENTROPY=True)
         absent += [] if own else ["reference_bias_ptr"]
     else:
         constants |= dict(SOFTCAP=capped)
 
-    def operand_type(block: int) -> str:
-        return f"tensordesc<{operand}{[block, row.block_d]}>" if row.descriptors else f"*{operand}"
+    def operand_type(of: str, *block: int) -> str:
+        return f"tensordesc<{of}{list(block)}>" if row.descriptors else f"*{of}"
 
-    left, right = operand_type(row.block_n), operand_type(row.block_v)
-    types = dict(x=left, w=right, reference_x=left, reference_w=right, words="i32")
+    left, right = (operand_type(operand, block, row.block_d) for block in (row.block_n, row.block_v))
+    rows_of = operand_type("fp32" if operand == "fp32" else "fp16", row.block_v // row.slices, 16)
+    types = dict(x=left, w=right, reference_x=left, reference_w=right, directions=rows_of, words="i32")
     expected: dict[int, tuple[str, ...]] = {
         80: ("mma.sync",),
         90: ("wgmma", "cp.async.bulk.tensor") if row.descriptors else ("wgmma",),
         100: ("tcgen05", "cp.async.bulk.tensor") if row.descriptors else ("tcgen05",),
+        120: ("mma.sync",),
     }
     return Specimen(
         f"scan, {row.kind}, {row.block_n}×{row.block_v}×{row.block_d}",

@@ -5,6 +5,10 @@ A program owns a block of tokens and a part of the vocabulary. It goes through t
 The epilogue takes the tile in SLICES, so that its temporaries fit beside the accumulator: whole, it spills. Parts are
 joined afterwards, [parts, N] numbers each (`backends.gpu`).
 
+With directions of the head, [V, K], the epilogue also sums what has no bit and is not the label, and multiplies it with
+them, as attention does with its values: 2·N·V·K FLOP. It is taken as a part of exp(BOUND), so no sum of it is ever
+rescaled, and the operand, a number in [−1, 1] times UNIT, has all its bits in half precision.
+
 Traffic, one pass over N tokens: the weight once from memory, 2·V·D bytes in bf16; N·V/8 bytes of bits; from the L2
 cache 2·N·V·D·(1/BLOCK_N + 1/BLOCK_V) bytes. FLOP: 2·N·V·D, with a reference twice that. Floor: the FLOP over the
 measured rate of a matrix product of that shape; at 128 × 256 the L2 cache must give 96 bytes for 64 kFLOP.
@@ -36,6 +40,17 @@ class Sum(enum.IntEnum):
     GAP_L1 = 10  # Σ w |exp(δ) − 1|
 
 
+class Left(enum.IntEnum):
+    """Rows of `left` [parts, len(Left), N], over what is left out: u = exp(z − BOUND)·slope, and
+    g = exp(r − REF_BOUND) (exp(δ) − 1)."""
+
+    SUM = 0  # Σ u
+    SQUARE = 1  # Σ u²
+    GAP = 2  # Σ g
+    GAP_SQUARE = 3  # Σ g²
+    CROSS = 4  # Σ g u
+
+
 class Known(enum.IntEnum):
     """Rows of `known` [3, N]."""
 
@@ -49,26 +64,31 @@ TOP, SUM, WEIGHTED, SLOPED, INDEX, REF_TOP, REF_SUM, REF_WEIGHTED, SHIFTED, GROW
 )
 SUMS = tl.constexpr(len(Sum))
 BOUND, REF_BOUND, SHIFT = (tl.constexpr(int(row)) for row in Known)
+LEFT_SUM, LEFT_SQUARE, LEFT_GAP, LEFT_GAP_SQUARE, LEFT_CROSS = (tl.constexpr(int(row)) for row in Left)
+LEFTS = tl.constexpr(len(Left))
+UNIT = tl.constexpr(2.0**15)  # half precision ends at 65,504 and has all its bits down to 2⁻¹⁴
+FARTHEST = tl.constexpr(80.0)  # eˣ is finite
 LOWEST = tl.constexpr(-3e38)  # below every logit, and finite: a difference of two of them is not NaN
 
 
 # What changes with the number of tokens is no reason to compile again.
 @triton.jit(do_not_specialize=["N", "tiles_per_part"])
 def scan(
-    x, w, bias_ptr, labels_ptr, known_ptr, bits_ptr, partial_ptr, scale, softcap,
+    x, w, directions, bias_ptr, labels_ptr, known_ptr, bits_ptr, partial_ptr, left_ptr, low_ptr, scale, softcap,
     N, V, D, stride_xn, stride_wv, words, tiles_per_part,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, SLICES: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     FP32: tl.constexpr, HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr,
-    BITS: tl.constexpr,
+    BITS: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """x [N, D] · w [V, D]ᵀ as a stream of tiles; sums into partial [parts, SUMS, N], bits into [N, words].
 
     A bit is set where z > known[BOUND]. Taken from a probe over some ids and the label, that is a lower bound of
-    lse + log(θ √(1 − p[label])), so no entry is missed.
+    lse + log(θ √(1 − p[label])), so no entry is missed. K > 0: directions [V, K]; of what has no bit and is not the
+    label, sums into left [parts, LEFTS, N] and UNIT times the products with these into low [parts, 1, N, K].
 
     Traffic: V·D numbers of w from memory (once, as all blocks of tokens sweep together), N·D of x, N·V/8 bytes of bits.
-    FLOP: 2·N·V·D. Floor: the FLOP over the rate of a matrix product of that shape.
+    FLOP: 2·N·V·(D + K). Floor: the FLOP over the rate of a matrix product of that shape.
     """
     row = tl.program_id(0) * BLOCK_N
     part = tl.program_id(1)
@@ -80,6 +100,9 @@ def scan(
     bound = top
     if BITS:
         bound = tl.load(known_ptr + BOUND * N + rows, mask=valid, other=0.0)
+    if K > 0:
+        left_sum, left_square = weighted, weighted
+        low = tl.zeros((BLOCK_N, K), tl.float32)
 
     WIDTH: tl.constexpr = BLOCK_V // SLICES
     # Nothing is moved out of the loop: addresses kept over a product would not fit beside the accumulator.
@@ -104,7 +127,13 @@ def scan(
             top, total, weighted, index, e = _update(z, column, top, total, weighted, index, ENTROPY)
             if SOFTCAP:
                 u = tl.where(e > 0, z / softcap, 0.0)
-                sloped = sloped * tl.exp(before - top) + tl.sum(e * (1.0 - u * u), 1)
+                e *= 1.0 - u * u
+                sloped = sloped * tl.exp(before - top) + tl.sum(e, 1)
+            if K > 0:
+                left = tl.where(z > bound[:, None], 0.0, e * _moved_to(bound, top)[:, None])
+                left_sum += tl.sum(left, 1)
+                left_square += tl.sum(left * left, 1)
+                low = _times_directions(left, directions, column, columns, V, low, K, DESCRIPTORS, FP32)
 
     out = partial_ptr + part.to(tl.int64) * SUMS * N + rows
     _store_sums(out, N, valid, top, total, index)
@@ -112,26 +141,32 @@ def scan(
         tl.store(out + WEIGHTED * N, weighted, mask=valid)
     if SOFTCAP:
         tl.store(out + SLOPED * N, sloped, mask=valid)
+    if K > 0:
+        out = left_ptr + part.to(tl.int64) * LEFTS * N + rows
+        tl.store(out + LEFT_SUM * N, left_sum, mask=valid)
+        tl.store(out + LEFT_SQUARE * N, left_square, mask=valid)
+        _store_low(low, low_ptr, part, rows, N, K)
 
 
 @triton.jit(do_not_specialize=["N", "tiles_per_part"])
 def scan_with_reference(
-    x, w, reference_x, reference_w, bias_ptr, reference_bias_ptr, labels_ptr, known_ptr, bits_ptr, partial_ptr,
-    scale, reference_scale, N, V, D, D_REF, stride_xn, stride_wv, stride_rn, stride_rv, words,
-    tiles_per_part,
+    x, w, reference_x, reference_w, directions, bias_ptr, reference_bias_ptr, labels_ptr, known_ptr, bits_ptr,
+    partial_ptr, left_ptr, low_ptr, scale, reference_scale, N, V, D, D_REF, stride_xn, stride_wv, stride_rn, stride_rv,
+    words, tiles_per_part,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, SLICES: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     FP32: tl.constexpr, SHARED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_REFERENCE_BIAS: tl.constexpr,
-    SCALED: tl.constexpr, ENTROPY: tl.constexpr, REFERENCE_ENTROPY: tl.constexpr, BITS: tl.constexpr,
+    SCALED: tl.constexpr, ENTROPY: tl.constexpr, REFERENCE_ENTROPY: tl.constexpr, BITS: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """`scan` of the model and of the reference together, for sums over p_ref of functions of z − r.
 
     SHARED: x holds the difference of the hidden states, w serves both, and z = r + x·w. δ = z − r − shift is small near
     the reference, where Σ w (eᵟ − 1 − δ), without cancellation, is what the KL is made of. Without soft-cap: with one,
-    Σ |p − p_ref|·slope needs the final sums.
+    Σ |p − p_ref|·slope needs the final sums. K > 0: as in `scan`; low is [parts, 2, N, K], the products of g the second
+    ones. As REF_BOUND is BOUND − SHIFT, so is u = exp(r − REF_BOUND) exp(δ).
 
-    Traffic: as `scan`, of both models; a shared weight is read from the L2 cache the second time. FLOP: 4·N·V·D. Floor:
-    the FLOP over the rate of a matrix product of that shape.
+    Traffic: as `scan`, of both models; a shared weight is read from the L2 cache the second time. FLOP: 4·N·V·(D + K).
+    Floor: the FLOP over the rate of a matrix product of that shape.
     """
     row = tl.program_id(0) * BLOCK_N
     part = tl.program_id(1)
@@ -146,6 +181,11 @@ def scan_with_reference(
     if BITS:
         bound = tl.load(known_ptr + BOUND * N + rows, mask=valid, other=0.0)
         ref_bound = tl.load(known_ptr + REF_BOUND * N + rows, mask=valid, other=0.0)
+    if K > 0:
+        left_sum, left_square, left_cross = shifted_sum, shifted_sum, shifted_sum
+        left_gap, left_gap_square = shifted_sum, shifted_sum
+        low = tl.zeros((BLOCK_N, K), tl.float32)
+        gap_low = tl.zeros((BLOCK_N, K), tl.float32)
 
     WIDTH: tl.constexpr = BLOCK_V // SLICES
     first = part * tiles_per_part
@@ -175,12 +215,25 @@ def scan_with_reference(
             z = tl.where(other, z, -float("inf"))
             top, total, weighted, index, e = _update(z, column, top, total, weighted, index, ENTROPY)
             r = tl.where(other, r, -float("inf"))
+            if K > 0:
+                out = (z > bound[:, None]) | (r > ref_bound[:, None])
+                left = tl.where(out, 0.0, e * _moved_to(bound, top)[:, None])
+                left_sum += tl.sum(left, 1)
+                left_square += tl.sum(left * left, 1)
+                low = _times_directions(left, directions, column, columns, V, low, K, DESCRIPTORS, FP32)
             before = ref_top
             ref_top, ref_total, ref_weighted, ref_index, e = _update(
                 r, column, ref_top, ref_total, ref_weighted, ref_index, REFERENCE_ENTROPY
             )
             shrink = tl.exp(before - ref_top)
             delta = tl.where(other, d - shift[:, None], 0.0)
+            if K > 0:
+                ref_left = tl.where(out, 0.0, e * _moved_to(ref_bound, ref_top)[:, None])
+                gap = tl.where(tl.abs(delta) < 1.0, ref_left * (growth(delta) + delta), left - ref_left)
+                left_gap += tl.sum(gap, 1)
+                left_gap_square += tl.sum(gap * gap, 1)
+                left_cross += tl.sum(gap * left, 1)
+                gap_low = _times_directions(gap, directions, column, columns, V, gap_low, K, DESCRIPTORS, FP32)
             shifted_sum = shifted_sum * shrink + tl.sum(e * delta, 1)
             grown = growth(delta)
             growth_sum = growth_sum * shrink + tl.sum(e * grown, 1)
@@ -193,6 +246,15 @@ def scan_with_reference(
         tl.store(out + WEIGHTED * N, weighted, mask=valid)
     if REFERENCE_ENTROPY:
         tl.store(out + REF_WEIGHTED * N, ref_weighted, mask=valid)
+    if K > 0:
+        out = left_ptr + part.to(tl.int64) * LEFTS * N + rows
+        tl.store(out + LEFT_SUM * N, left_sum, mask=valid)
+        tl.store(out + LEFT_SQUARE * N, left_square, mask=valid)
+        tl.store(out + LEFT_GAP * N, left_gap, mask=valid)
+        tl.store(out + LEFT_GAP_SQUARE * N, left_gap_square, mask=valid)
+        tl.store(out + LEFT_CROSS * N, left_cross, mask=valid)
+        _store_low(low, low_ptr, 2 * part, rows, N, K)
+        _store_low(gap_low, low_ptr, 2 * part + 1, rows, N, K)
 
 
 @triton.jit
@@ -209,6 +271,31 @@ def _store_reference_sums(out, N, valid, ref_top, ref_total, shifted_sum, growth
     tl.store(out + SHIFTED * N, shifted_sum, mask=valid)
     tl.store(out + GROWTH * N, growth_sum, mask=valid)
     tl.store(out + GAP_L1 * N, gap_sum, mask=valid)
+
+
+@triton.jit
+def _moved_to(bound, top):
+    """exp(top − bound), by which a part of exp(top) is one of exp(bound); finite, as 0 · ∞ would be NaN."""
+    return tl.exp(tl.minimum(top - bound, FARTHEST))
+
+
+@triton.jit
+def _times_directions(
+    left, directions, column, columns, V, low, K: tl.constexpr, DESCRIPTORS: tl.constexpr, FP32: tl.constexpr
+):
+    """low + UNIT · left · directions[columns]."""
+    if DESCRIPTORS:
+        rows = directions.load([column, 0])
+    else:
+        offsets = columns[:, None] * K + tl.arange(0, K)[None, :]
+        rows = tl.load(directions + offsets, mask=(columns < V)[:, None], other=0.0)
+    return tl.dot((left * UNIT).to(rows.dtype), rows, low, input_precision="ieee" if FP32 else "tf32")
+
+
+@triton.jit
+def _store_low(low, low_ptr, part, rows, N, K: tl.constexpr):
+    where = low_ptr + (part.to(tl.int64) * N + rows)[:, None] * K + tl.arange(0, K)[None, :]
+    tl.store(where, low, mask=(rows < N)[:, None])
 
 
 @triton.jit

@@ -14,7 +14,9 @@ class Scan(NamedTuple):
     """A row of the table: what it is for, then the tile."""
 
     architecture: int  # compute capability × 10, of the smallest that takes it
-    kind: str  # plain; capped: with soft-cap or bias; shared, own: with a reference, by whose head
+    kind: (
+        str  # plain; capped: with soft-cap or bias; shared, own: with a reference, by whose head; or DIRECTED of these
+    )
     block_n: int
     block_v: int
     block_d: int
@@ -36,28 +38,50 @@ class Scan(NamedTuple):
 # Multiply and add in one instruction; Triton 3.10 no longer does so by itself.
 FUSED = dict(enable_fp_fusion=True)
 COMPILED = "largest that compiles without spills; not timed"
+# What a kind's name ends with where the head's directions are given: sums and products more, so tiles are smaller.
+DIRECTED = "-directions"
 SCANS = (
     Scan(80, "plain", 128, 128, 32, 2, 8, 4, False, COMPILED),
     Scan(80, "capped", 128, 128, 32, 2, 8, 3, False, COMPILED),
     Scan(80, "shared", 64, 128, 64, 2, 8, 2, False, COMPILED),
     Scan(80, "own", 64, 64, 32, 2, 8, 3, False, COMPILED),
+    Scan(80, "plain-directions", 128, 128, 32, 2, 8, 4, False, COMPILED),
+    Scan(80, "capped-directions", 128, 64, 32, 2, 8, 4, False, COMPILED),
+    Scan(80, "shared-directions", 64, 64, 32, 2, 8, 3, False, COMPILED),
+    Scan(80, "own-directions", 64, 64, 32, 2, 8, 3, False, COMPILED),
     Scan(90, "plain", 128, 256, 64, 2, 8, 3, True, COMPILED),
     Scan(90, "capped", 128, 128, 64, 2, 8, 4, True, COMPILED),
     Scan(90, "shared", 128, 128, 64, 4, 8, 4, True, COMPILED),
     Scan(90, "own", 128, 64, 64, 2, 8, 4, True, COMPILED),
+    Scan(90, "plain-directions", 128, 256, 64, 4, 8, 3, True, COMPILED),
+    Scan(90, "capped-directions", 128, 128, 64, 2, 8, 4, True, COMPILED),
+    Scan(90, "shared-directions", 64, 128, 64, 4, 8, 4, True, COMPILED),
+    Scan(90, "own-directions", 64, 128, 64, 4, 8, 4, True, COMPILED),
     Scan(100, "plain", 128, 256, 64, 4, 8, 3, True, COMPILED),
     Scan(100, "capped", 128, 256, 64, 4, 8, 3, True, COMPILED),
     Scan(100, "shared", 128, 128, 64, 4, 8, 4, True, COMPILED),
     Scan(100, "own", 128, 128, 64, 4, 8, 4, True, COMPILED),
+    Scan(100, "plain-directions", 128, 256, 64, 4, 8, 3, True, COMPILED),
+    Scan(100, "capped-directions", 128, 256, 64, 4, 8, 3, True, COMPILED),
+    Scan(100, "shared-directions", 128, 64, 64, 2, 8, 4, True, COMPILED),
+    Scan(100, "own-directions", 128, 64, 64, 2, 8, 4, True, COMPILED),
+    Scan(120, "plain", 128, 128, 32, 2, 8, 4, False, COMPILED),
+    Scan(120, "capped", 128, 128, 32, 2, 8, 3, False, COMPILED),
+    Scan(120, "shared", 64, 128, 64, 2, 8, 2, False, COMPILED),
+    Scan(120, "own", 64, 64, 32, 2, 8, 3, False, COMPILED),
+    Scan(120, "plain-directions", 128, 64, 32, 2, 8, 4, False, COMPILED),
+    Scan(120, "capped-directions", 128, 64, 32, 2, 8, 4, False, COMPILED),
+    Scan(120, "shared-directions", 64, 32, 32, 1, 8, 3, False, COMPILED),
+    Scan(120, "own-directions", 64, 32, 32, 1, 8, 3, False, COMPILED),
 )
-KINDS = ("plain", "capped", "shared", "own")
+KINDS = tuple(kind + end for end in ("", DIRECTED) for kind in ("plain", "capped", "shared", "own"))
 
 
 def architecture(capability: tuple[int, int]) -> int:
-    """Of the table: 80 for everything that has neither Hopper's wgmma nor Blackwell's tcgen05, consumer Blackwell
-    included."""
+    """Of the table: 80 for everything that has neither Hopper's wgmma nor Blackwell's tcgen05; consumer Blackwell has
+    rows of its own, with the same instructions as 80."""
     major = capability[0]
-    return {9: 90, 10: 100}.get(major, 80)
+    return {9: 90, 10: 100, 12: 120}.get(major, 80)
 
 
 def scan_tile(arch: int, kind: str) -> Scan:
