@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 def triton_table(found: dict[tuple[str, int], ahead.Resources]) -> str:
     """Registers / shared memory in KiB, one column an architecture; all without spills."""
     names = list(dict.fromkeys(name for name, _ in found))
-    lines = ["| kernel | " + " | ".join(f"sm_{a}" for a in ahead.ARCHITECTURES) + " |", "|---|" + "---|" * 3]
+    lines = ["| kernel | " + " | ".join(f"sm_{a}" for a in ahead.ARCHITECTURES) + " |", "|---" * 5 + "|"]
     for name in names:
         cells = []
         for architecture in ahead.ARCHITECTURES:

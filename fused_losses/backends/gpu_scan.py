@@ -139,7 +139,8 @@ class Operands:
                 self.compiled = scans.scan_with_reference[grid](
                     *operands, directions, self.bias, self.reference_bias, labels, known, bits, partial, left, low,
                     head.logit_scale, reference_scale, count, vocabulary, self.weight.shape[1],
-                    self.reference_weight.shape[1], *strides, words, per_part, SHARED=own is None, HAS_REFERENCE_BIAS=self.reference_bias is not None,
+                    self.reference_weight.shape[1], *strides, words, per_part, SHARED=own is None,
+                    HAS_REFERENCE_BIAS=self.reference_bias is not None,
                     SCALED=head.logit_scale != 1 or reference_scale != 1,
                     REFERENCE_ENTROPY="reference_entropy" in problem.wanted, **constants,
                 )  # fmt: skip

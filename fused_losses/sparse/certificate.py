@@ -62,7 +62,7 @@ class GradientReport:
             not finite, None before backward.
         hidden_bound: certified bound of ‖error‖₂ / ‖gradient‖₂ for the gradient of the hidden states, all tokens
             together: at most `tolerance`. None besides where nothing was proved: without a gradient of the hidden
-            states, with the backends for GPUs, and in a call of less than 128 tokens whose head is trained.
+            states, and in a call of less than 128 tokens whose head is trained.
         weight_bound: the same for the gradient of the weight, in the Frobenius norm; nothing is held to it. None where
             there is no such gradient, or nothing was proved.
         note: why gradients are exact where sparse ones were asked for, or would have been by default.

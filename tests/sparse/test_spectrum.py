@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fused_losses as fl
+from fused_losses.problem import in_half_precision
 from fused_losses.sparse import spectrum as spectra
 from fused_losses.sparse.spectrum import directions_of, norm_bound, spectrum
 
@@ -159,6 +160,14 @@ def test_memory_that_is_used_again_is_another_head(computed):
         holds(weight, directions_of(weight))
         del weight
     assert len(spectra._known) <= spectra.KEPT
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_directions_are_numbers_of_half_precision(computed, size):
+    """What tensor cores multiply is what is certified."""
+    found = directions_of(torch.randn(300, 40) * size)
+    half, exponent = in_half_precision(found.rows)
+    assert torch.equal(torch.ldexp(half.float(), exponent), found.rows) and half.abs().amax() >= 2**14
 
 
 def test_nothing_is_said_of_a_weight_that_is_not_finite(computed):

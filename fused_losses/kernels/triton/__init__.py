@@ -1,5 +1,5 @@
-"""The Triton kernels: `scan` (the product that writes no logits), `rows` (over a chunk's logits), `entries` (over kept
-ones)."""
+"""The Triton kernels: `scan` (the product that writes no logits), `rows` (over a chunk's logits), `left_out` (what the
+entries leave out of these), `entries` (over kept ones)."""
 
 from __future__ import annotations
 
