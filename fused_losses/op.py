@@ -128,10 +128,10 @@ def token_losses(
             ask for them are exact, as the report says.
         tolerance: of sparse gradients: bound on the relative L2 error of the gradient of hidden, all tokens and the
             caller's upstream weights together, in (0, 1); 1.5 times it bounds the relative L1 error of the gradient of
-            the logits. Tokens that would break either get exact gradients. Where the first cannot be proved (less
-            than 128 tokens and a trained head) the second alone holds. Ignored for exact gradients. Raising it above the default saves neither memory nor time. `out.gradient_report` has the bounds that were
-            reached. The default was measured to give relative L2 errors of 0.2 to 0.5 % for the gradients of nll
-            (docs/method.md).
+            the logits. Tokens that would break either get exact gradients. Where the first cannot be proved (less than
+            128 tokens and a trained head) the second alone holds. Ignored for exact gradients. Raising it above the
+            default saves neither memory nor time. `out.gradient_report` has the bounds that were reached. The default
+            was measured to give relative L2 errors of 0.2 to 0.5 % for the gradients of nll (docs/method.md).
         backend: "auto", "triton" or "cuda" (kernels for GPUs), "cpu" (compiled kernels), "torch" (chunked, any device),
             or "reference" (full logits; exact; for checks on small inputs). `fused-losses info` says what "auto" takes.
 

@@ -31,9 +31,10 @@ def path(request, monkeypatch):
 
 
 @pytest.fixture
-def exact_bound(monkeypatch):
-    """A probe over all ids, whose bound is the threshold itself: the entries are those of other backends."""
+def same_entries(monkeypatch):
+    """As other backends have them: a probe over all ids, whose bound is the threshold itself, and nothing rounded."""
     monkeypatch.setattr(gpu_scan, "PROBE", 1 << 20)
+    monkeypatch.setattr(softmax.SparseSoftmax, "halved", lambda self: self)
 
 
 def problem_of(case: Case, dtype: torch.dtype) -> Problem:
@@ -56,7 +57,7 @@ def logits(hidden: Tensor, head: Head) -> Tensor:
     return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
 
 
-def deviations(problem: Problem, threshold: float = 3e-3) -> dict[str, float]:
+def deviations(problem: Problem, threshold: float = 5e-3) -> dict[str, float]:
     """Relative error of each field of `Tails` that directions give, beside float64 with the entries that were kept."""
     backend, (n, v) = backends.load("triton"), (len(problem.labels), problem.head.vocabulary)
     rows = directions_of(problem.head.weight).rows
@@ -65,7 +66,7 @@ def deviations(problem: Problem, threshold: float = 3e-3) -> dict[str, float]:
     counts, columns = (torch.cat([getattr(c, f) for c in chunks]) for f in ("counts", "columns"))
     kept = torch.zeros(n, v, dtype=torch.bool)
     kept[torch.repeat_interleave(torch.arange(n), counts), columns.long()] = True
-    assert 2 * n < kept.sum() < 0.7 * n * v
+    assert n < kept.sum() < 0.95 * n * v, kept.sum() / n
     z = logits(problem.hidden, problem.head)
     slope = torch.ones_like(z) if problem.head.softcap is None else 1 - (z / problem.head.softcap) ** 2
     p, truth = z.softmax(1), {}
@@ -85,8 +86,9 @@ def deviations(problem: Problem, threshold: float = 3e-3) -> dict[str, float]:
 @pytest.mark.parametrize("reference", REFERENCES, ids=name)
 def test_what_is_left_out_equals_float64(head, reference, path):
     found = deviations(problem_of(make(21, 17, 300, **head, reference=reference), torch.float32))
-    # Measured up to 3e-6; a sum of squares is rounded up, by 1e-5 and more where the reference is far.
-    assert all(error <= (3e-4 if field == "kl_square" else 6e-6) for field, error in found.items()), found
+    # Measured 9e-7; Σ (p − p_ref) cancels, 5e-6; the scan rounds its Σ (p − p_ref)² up, 3e-5.
+    limits = {"kl_left": 1.5e-5, "kl_square": 9e-5}
+    assert all(error <= limits.get(field, 2.1e-6) for field, error in found.items()), found
 
 
 @pytest.mark.pairwise
@@ -95,8 +97,7 @@ def test_what_is_left_out_equals_float64(head, reference, path):
 def test_half_precision_operands_of_the_directions(head, reference):
     case = make(21, 16, 300, **head, reference=reference).rounded(torch.float16)
     found = deviations(problem_of(case, torch.float16))
-    for field, error in found.items():
-        assert error <= 6e-4, (field, error)
+    assert max(found.values()) <= 8e-4, found  # measured 2.8e-4
 
 
 @pytest.mark.parametrize("near", [1e-3, 5.0])
@@ -107,15 +108,16 @@ def test_kl_near_the_reference_and_far_from_it(near, reference, path):
     if reference == "own":
         case.reference_weight[:] = case.weight
     found = deviations(problem_of(case.rounded(torch.float32), torch.float32))
-    limit = 2e-3 if (near, reference) == (1e-3, "own") else 3e-5
-    assert all(error <= limit for field, error in found.items() if field != "kl_square"), found
+    limit = 6e-4 if near < 1 else 7e-6  # measured 2.1e-4: near, p − p_ref has the rounding of the sums; and 2.5e-6
+    assert found.pop("kl_square") <= 4e-4 and max(found.values()) <= limit, found  # far the scan rounds 1.2e-4 up
 
 
 @pytest.mark.pairwise
-@pytest.mark.parametrize("head", HEADS, ids=name)
+@pytest.mark.parametrize("head", [h for h in HEADS if "softcap" not in h], ids=name)
 @pytest.mark.parametrize("reference", REFERENCES, ids=name)
 @pytest.mark.parametrize("frozen", [False, True], ids=name)
-def test_gradients_and_certificates_are_those_of_the_backend_torch(head, reference, frozen, path, exact_bound):
+def test_gradients_and_certificates_are_those_of_the_backend_torch(head, reference, frozen, path, same_entries):
+    # Not with a soft-cap, where "torch" compares p·slope with the threshold and so has fewer entries.
     case = make(24, 17, 200, **head, reference=reference, frozen=frozen, ignored=0, spread=3.0).rounded(torch.float32)
     with coarse(2e-3, tolerance=0.9), mock.patch.object(softmax, "FEWEST_TOKENS", 1):
         (got, report), (other, expected) = (
@@ -132,7 +134,7 @@ def test_gradients_and_certificates_are_those_of_the_backend_torch(head, referen
 
 @pytest.mark.each_value
 @pytest.mark.parametrize("reference", [None, "off", "copy", "other model"])
-def test_lora_on_the_head_as_the_backend_torch(reference, path, exact_bound):
+def test_lora_on_the_head_as_the_backend_torch(reference, path, same_entries):
     found = []
     for backend in ("triton", "torch"):
         given = low_rank_inputs("a", reference, True, bias=True, scale=0.8, shape=(12, 17, 200), spread=3.0)
@@ -145,25 +147,21 @@ def test_lora_on_the_head_as_the_backend_torch(reference, path, exact_bound):
 def test_entries_drown_none_of_what_is_left_out(path):
     """Entries of 0.5 beside rests of 1e-6 each: a difference of sums would have no right digit."""
     n, v = 8, 300
-    weight = torch.randn(v, 16)
-    z = torch.full((n, v), -14.0) + 0.3 * torch.randn(n, v)
-    z[:, :2] = 0.0
-    hidden = torch.linalg.lstsq(torch.eye(v), z.T).solution.T  # of the identity as a head
-    problem = Problem(hidden, torch.zeros(n, dtype=torch.int64), Head(torch.eye(v), None, 1.0, None), None, None,
-                      torch.float32, tolerance=0.1)  # fmt: skip
-    assert weight.shape == (v, 16)
+    hidden = -14.0 + 0.3 * torch.randn(n, v)
+    hidden[:, :2] = 0.0
+    head = Head(torch.eye(v), None, 1.0, None)  # so hidden are the logits
+    problem = Problem(hidden, torch.zeros(n, dtype=torch.int64), head, None, None, torch.float32, tolerance=0.1)
     rows = directions_of(torch.eye(v)).rows
-    backend, out = backends.load("triton"), None
-    out = backend.empty_statistics(problem)
+    backend = backends.load("triton")
     selection = Selection(1e-4, v, torch.arange(n), torch.zeros(v), False, rows)
-    tails = [entries.tails for _, entries in backend.scan(problem, out, selection)]
-    left = z.double().softmax(1)[:, 2:]
+    tails = [entries.tails for _, entries in backend.scan(problem, backend.empty_statistics(problem), selection)]
+    left = hidden.double().softmax(1)[:, 2:]
     assert relative(torch.cat([t.nll_left for t in tails]), left.sum(1)) < 3e-6
     assert relative(torch.cat([t.nll_square for t in tails]), left.square().sum(1)) < 3e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=name)
-def test_a_head_made_to_mislead_does_not(dtype, path):
+def test_a_head_made_to_mislead_does_not(dtype):
     """Groups of ids that no token mixes, told apart along one direction: with one profile alone dx is off by far."""
     g = torch.Generator().manual_seed(0)
     n, d, v = 32, 16, 600
