@@ -173,7 +173,7 @@ def test_tune_without_triton_names_the_remedy(fresh_triton, monkeypatch, capsys)
         (["tune", "--hidden", "0"], "--hidden: expected a whole number at least 1, got '0'"),
         (["tune", "--seconds", "nan"], "--seconds: expected a number at least 0, got 'nan'"),
         (["tune", "--dtype", "int8"], "--dtype: expected bfloat16 or float16, got 'int8'"),
-        (["tune", "--kind", "round"], "--kind: expected some of plain, capped, shared, own, got round"),
+        (["tune", "--kind", "round"], "--kind: expected some of plain, capped, shared, own, plain-directions, "),
         (["tune", "--output", "/nowhere/tiles.json"], "--output: expected a file in a folder that exists"),
     ],
 )
