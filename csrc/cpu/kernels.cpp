@@ -22,7 +22,8 @@
 // For what stands in an inner loop: a vector that passes through memory costs more than most of these.
 #define FL_INLINE inline __attribute__((always_inline))
 #define FL_TABLE(name) \
-  {name, compact, tail_profile, exact_statistics, exact_directions, rows_product, columns_product, weighted_sum}
+  {name, compact, tail_profile, exact_statistics, exact_directions, rows_product, columns_product, weighted_sum, \
+   refine, quantize_tokens, quantize_weight, multiply_int8, scale_products}
 
 #if FL_X86
 #pragma GCC push_options
@@ -34,6 +35,8 @@ namespace fused_losses::avx512 {
 #include "directions.inc"
 #include "exact.inc"
 #include "products.inc"
+#include "quantize.inc"
+#include "refine.inc"
 #undef LANES
 static const Kernels table = FL_TABLE("AVX-512");
 }  // namespace fused_losses::avx512
@@ -48,6 +51,8 @@ namespace fused_losses::avx2 {
 #include "directions.inc"
 #include "exact.inc"
 #include "products.inc"
+#include "quantize.inc"
+#include "refine.inc"
 #undef LANES
 static const Kernels table = FL_TABLE("AVX2");
 }  // namespace fused_losses::avx2
@@ -61,6 +66,8 @@ namespace fused_losses::baseline {
 #include "directions.inc"
 #include "exact.inc"
 #include "products.inc"
+#include "quantize.inc"
+#include "refine.inc"
 #undef LANES
 static const Kernels table = FL_TABLE("128-bit SIMD");
 }  // namespace fused_losses::baseline

@@ -42,6 +42,20 @@ struct RowDirections {
   float *nll_square, *kl_square;  // [N] Σ of its squares
 };
 
+// What logits are where they are computed again from operands that are not rounded: softcap · tanh(scale / softcap ·
+// (hidden · weight + low_hidden · low_rank + bias)), with `difference` of z scale · (hidden · weight + low_hidden ·
+// low_rank).
+struct Operands {
+  const float *hidden, *reference;  // [N, D] of z and of r; null without r
+  const void* weight;               // [V, D]
+  Element element;
+  int64_t dim;
+  const float *low_rank, *low_hidden, *low_reference;  // [V, R], [N, R] and [N, R], or null
+  int64_t rank;
+  const float* bias;                // [V] or null
+  float scale, softcap;             // 0: no soft-cap
+};
+
 // Statistics of the exact mode, [N] each; null where not wanted. Those of the reference need r, `divergence` also beta.
 struct ExactResults {
   float* nll;
@@ -64,6 +78,9 @@ struct Sparse {
   const float* values;      // [nnz]
 };
 
+// Rows of the weight that are quantised together, for `int8_logits`.
+constexpr int64_t INT8_VOCABULARY = 64;
+
 using Range = void (*)(int64_t begin, int64_t end, const void* context);
 
 // One table per instruction set; `kernels()` picks the best that this processor runs.
@@ -85,6 +102,17 @@ struct Kernels {
   // partial[hidden] += Σ_v scale[v] · matrix[v], for v in [begin, end)
   void (*weighted_sum)(int64_t hidden, const void* matrix, Element, const float* scale, float* partial, int64_t begin,
                        int64_t end);
+  // Logits from 8-bit products computed again where p or p_ref is above threshold · √(1 − p[label]), and at the label.
+  void (*refine)(float* z, float* r, bool difference, int64_t vocabulary, const int64_t* labels, float threshold,
+                 const Operands&, int64_t begin, int64_t end);
+  // See quantize.inc.
+  void (*quantize_tokens)(const void* hidden, Element, const float* channel, int64_t count, int64_t hidden_size,
+                          int64_t padded, uint8_t* out, float* scales);
+  void (*quantize_weight)(const void* weight, Element, const float* channel, int64_t rows, int64_t hidden_size,
+                          int64_t padded, uint8_t* out, float* scales, int32_t* sums);
+  void (*multiply_int8)(const uint8_t* tokens, const uint8_t* weight, int64_t count, int64_t padded, int32_t* products);
+  void (*scale_products)(const int32_t* products, const int32_t* sums, float scale, const float* scales,
+                         const float* bias, int64_t count, float* out);
 };
 
 const Kernels& kernels();
@@ -93,6 +121,14 @@ const Kernels& kernels();
 // they are missing; then nothing was written.
 bool logits(const void* hidden, const void* weight, Element, const float* bias, float* out, int64_t tokens,
             int64_t vocabulary, int64_t hidden_size);
+
+// out[t, v] = hidden[t] · weight[v] + bias[v] in float32, from products of 8-bit numbers of hidden · inverse and weight ·
+// channel. `inverse` and `channel` [D], or null: ones.
+void int8_logits(const void* hidden, Element, const float* inverse, const void* weight, Element weight_element,
+                 const float* channel, const float* bias, float* out, int64_t tokens, int64_t vocabulary,
+                 int64_t hidden_size);
+// Whether oneDNN has the micro-kernel for this processor.
+bool int8_is_fast();
 
 // f(begin, end) over [0, count) in parallel, on PyTorch's threads.
 void parallel(int64_t count, Range, const void* context);

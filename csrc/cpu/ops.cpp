@@ -54,6 +54,28 @@ bool logits_op(const Tensor& hidden, const Tensor& weight, const std::optional<T
                 hidden.size(0), weight.size(0), hidden.size(1));
 }
 
+void int8_logits_op(const Tensor& hidden, const std::optional<Tensor>& inverse, const Tensor& weight,
+                    const std::optional<Tensor>& channel, const std::optional<Tensor>& bias, Tensor out) {
+  int8_logits(hidden.data_ptr(), element(hidden), data<float>(inverse), weight.data_ptr(), element(weight),
+              data<float>(channel), data<float>(bias), data<float>(out), hidden.size(0), weight.size(0),
+              hidden.size(1));
+}
+
+void refine_op(Tensor z, std::optional<Tensor> r, bool difference, const Tensor& labels, double threshold,
+               const Tensor& hidden, const std::optional<Tensor>& reference, const Tensor& weight,
+               const std::optional<Tensor>& low_rank, const std::optional<Tensor>& low_hidden,
+               const std::optional<Tensor>& low_reference, const std::optional<Tensor>& bias, double scale,
+               double softcap) {
+  const Operands operands = {
+      data<float>(hidden), data<float>(reference), weight.data_ptr(), element(weight), weight.size(1),
+      data<float>(low_rank), data<float>(low_hidden), data<float>(low_reference), low_rank ? low_rank->size(1) : 0,
+      data<float>(bias), (float)scale, (float)softcap};
+  parallel(z.size(0), [&](int64_t begin, int64_t end) {
+    kernels().refine(data<float>(z), data<float>(r), difference, z.size(1), data<int64_t>(labels), (float)threshold,
+                     operands, begin, end);
+  });
+}
+
 Chunk chunk_of(const Tensor& z, const std::optional<Tensor>& r, bool difference, const Tensor& labels, double softcap) {
   return {z.size(1), data<float>(z), data<float>(r), difference, data<int64_t>(labels), (float)softcap};
 }
@@ -190,14 +212,18 @@ void weighted_sum_op(const Tensor& matrix, const Tensor& scale, Tensor out) {
   }
 }
 
-int64_t interface_op() { return 3; }  // INTERFACE of fused_losses/kernels/schemas.py
+int64_t interface_op() { return 4; }  // INTERFACE of fused_losses/kernels/schemas.py
 
 std::string simd_op() { return kernels().name; }
+
+bool int8_is_fast_op() { return int8_is_fast(); }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fused_losses, CPU, m) {
   m.impl("logits", TORCH_BOX(&logits_op));
+  m.impl("int8_logits", TORCH_BOX(&int8_logits_op));
+  m.impl("refine", TORCH_BOX(&refine_op));
   m.impl("compact", TORCH_BOX(&compact_op));
   m.impl("pack", TORCH_BOX(&pack_op));
   m.impl("tail_profile", TORCH_BOX(&tail_profile_op));
@@ -209,6 +235,7 @@ STABLE_TORCH_LIBRARY_IMPL(fused_losses, CPU, m) {
 }
 STABLE_TORCH_LIBRARY_IMPL(fused_losses, CompositeExplicitAutograd, m) {
   m.impl("simd", TORCH_BOX(&simd_op));
+  m.impl("int8_is_fast", TORCH_BOX(&int8_is_fast_op));
   m.impl("interface", TORCH_BOX(&interface_op));
 }
 

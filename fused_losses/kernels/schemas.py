@@ -62,6 +62,13 @@ SPLIT = 512
 SCHEMAS = (
     # out[t, v] = hidden[t] · weight[v] + bias[v], float32 from float32 or bfloat16 operands; false: not possible here
     "logits(Tensor hidden, Tensor weight, Tensor? bias, Tensor(a!) out) -> bool",
+    # As logits, from products of 8-bit numbers of hidden · inverse and of weight · channel
+    "int8_logits(Tensor hidden, Tensor? inverse, Tensor weight, Tensor? channel, Tensor? bias, Tensor(a!) out) -> ()",
+    # Logits from 8-bit products (z, r and `difference` as in compact) computed again where p or p_ref is above
+    # threshold · √(1 − p[label]): hidden [N, D], reference [N, D], low_hidden and low_reference [N, R] float32
+    "refine(Tensor(a!) z, Tensor(b!)? r, bool difference, Tensor labels, float threshold, Tensor hidden, "
+    "Tensor? reference, Tensor weight, Tensor? low_rank, Tensor? low_hidden, Tensor? low_reference, Tensor? bias, "
+    "float scale, float softcap) -> ()",
     # Statistics and entries of a chunk's logits z, or of r + z with `difference`; counts −1: more than the capacity.
     # With directions [V, K], K a multiple of 16: nll_low [N, K] = Σ_v of what is left out of ∂nll/∂z · directions[v],
     # kl_low likewise, squares [2, N] Σ of its squares
@@ -94,10 +101,11 @@ SCHEMAS = (
     # out = Σ_v scale[v] · matrix[v]
     "weighted_sum(Tensor matrix, Tensor scale, Tensor(a!) out) -> ()",
     "simd() -> str",
+    "int8_is_fast() -> bool",
     "interface() -> int",
 )
 # Raised with every change of a schema or of what its arguments mean, here and in csrc/cpu/ops.cpp.
-INTERFACE = 3
+INTERFACE = 4
 
 # The rows of `kept` [4, N] of `attention`: Σ p·slope over entries but the label's; over all entries Σ gap·slope,
 # Σ |gap·slope|, and the last with TOTALS_SHIFT in place of SHIFT. gap = p − p_ref.
@@ -132,7 +140,7 @@ for _schema in SCHEMAS + GPU_SCHEMAS:
     torch.library.define(f"fused_losses::{_name}", _schema.removeprefix(_name))
     if _name == "logits":
         torch.library.register_fake("fused_losses::logits", lambda hidden, weight, bias, out: True)
-    elif _name not in ("simd", "interface", "cuda_interface"):
+    elif _name not in ("simd", "int8_is_fast", "interface", "cuda_interface"):
         torch.library.register_fake(f"fused_losses::{_name}", lambda *args: None)
 
 
