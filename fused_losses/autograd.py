@@ -6,14 +6,15 @@ import copy
 import functools
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from . import shards
-from .backends import Backend
+from .backends import Backend, int8
 from .backends.single import picked_slopes, picked_weights
-from .problem import DIFFERENTIABLE, OUTPUTS, TENSORS, Gradients, Needs, Problem, Rows, Statistics, Upstream
+from .problem import DIFFERENTIABLE, OUTPUTS, TENSORS, Gradients, Int8, Needs, Problem, Rows, Statistics, Upstream
 from .sparse import gradients as sparse_gradients
 from .sparse import softmax
 from .sparse.certificate import GradientReport
@@ -258,6 +259,17 @@ class SparseSummedLossFunction(torch.autograd.Function):
             )  # fmt: skip
         ctx.publish(ctx.report)
         return total.hidden, total.weight, total.bias, total.low_rank, *_nothing(5)
+
+
+def with_scan(problem: Problem, backend: str, gradient: bool, report: GradientReport) -> Problem:
+    """With products of 8-bit numbers where they were asked for and can be had; else the report says why not."""
+    if problem.int8 is None:
+        return problem
+    why = int8.missing(problem, backend)
+    if why is None and gradient and problem.tolerance is None:
+        why = "gradients are exact"
+    report.scan_note = why
+    return replace(problem, int8=Int8() if why is None else None)
 
 
 def upstream_of(gradients: Iterable[Tensor | None]) -> Upstream:

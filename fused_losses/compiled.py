@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from . import backends, checks
-from .autograd import SparseTokenLossesFunction, TokenLossesFunction, upstream_of
+from .autograd import SparseTokenLossesFunction, TokenLossesFunction, upstream_of, with_scan
 from .head import LMHead, calls_other_ranks
-from .problem import DIFFERENTIABLE, OUTPUTS, Head, Problem, Upstream, valid_index
+from .problem import DIFFERENTIABLE, OUTPUTS, Head, Int8, Problem, Upstream, valid_index
 from .sparse.certificate import GradientReport
 
 F = TypeVar("F", bound=Callable)
@@ -55,6 +55,7 @@ class Call(NamedTuple):
     top_k: int
     tolerance: float | None
     backend: str
+    int8: bool
     needs: list[bool]  # whether hidden, weight, bias and low_rank need a gradient
     handle: Tensor | None  # of the objective, for `publish`
 
@@ -82,7 +83,7 @@ class Call(NamedTuple):
         wanted = frozenset(filter(None, self.wanted.split(",")))
         return Problem(
             self.hidden, self.labels, head, self.reference_hidden, reference, self.dtype, self.ids, wanted,
-            self.entropy_gradient, self.beta, False, self.top_k, self.tolerance,
+            self.entropy_gradient, self.beta, False, self.top_k, self.tolerance, Int8() if self.int8 else None,
         )  # fmt: skip
 
     def valid_problem(self, index: Tensor | None) -> Problem:
@@ -104,7 +105,7 @@ _CALL = (
     "Tensor? reference_weight, Tensor? reference_bias, Tensor? reference_low_rank, Tensor? ids, int ignore_index, "
     "float logit_scale, float? softcap, float reference_logit_scale, float? reference_softcap, ScalarType dtype, "
     "ScalarType hidden_dtype, SymInt width, str wanted, bool entropy_gradient, float? beta, SymInt top_k, "
-    "float? tolerance, str backend, bool[] needs, Tensor? handle"
+    "float? tolerance, str backend, bool int8, bool[] needs, Tensor? handle"
 )
 SCHEMAS = {
     # Outputs that are not wanted are empty.
@@ -218,9 +219,12 @@ def handle(objective: Any) -> Tensor | None:
         return torch.tensor(number, device="cpu")
 
 
-def publish(handle: Tensor | None, report: GradientReport) -> None:
+def publish(handle: Tensor | None, report: GradientReport, backward: bool = False) -> None:
     objective = None if handle is None else _objectives.get(int(handle))
     if objective is not None:
+        before = objective.gradient_report
+        if backward and before is not None and before.tokens == report.tokens:  # that of the forward
+            report.scan, report.value_error, report.scan_note = before.scan, before.value_error, before.scan_note
         objective.gradient_report = report
 
 
@@ -280,12 +284,14 @@ def unpack(saved: Tensor, layout: Tensor) -> tuple[list[Tensor | None], list[int
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     call = Call(*arguments)
     labels = call.labels
-    module = backends.load(backends.choose(call.backend, labels.device.type))
+    backend = backends.choose(call.backend, labels.device.type)
+    module = backends.load(backend)
     index = valid_index(labels, call.ignore_index)
     problem = call.valid_problem(index)
     checks.labels(problem.labels, call.ignore_index, problem.head.vocabulary)
 
     context, report = Context(call.needs), GradientReport("none", len(problem.labels))
+    problem = with_scan(problem, backend, any(call.needs), report)
     tensors = (problem.hidden, call.weight, call.bias, call.low_rank)
     kept: list[Tensor | None] = []
     if report.begin(call.tolerance, any(call.needs)):
@@ -295,6 +301,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
         outputs = TokenLossesFunction.forward(context, *tensors, problem, module, any(call.needs))
         if call.keeps_rows:
             kept = list(context.saved_tensors[len(problem.tensors()) :])
+    report.note_scan(problem.int8)
     publish(call.handle, report)
     del context, tensors, problem  # now `kept` alone holds its tensors, and `pack` frees one after the other
     saved, layout = pack(kept, labels.device, (report.entries, report.saved_bytes))
@@ -325,7 +332,7 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     report = GradientReport("none", len(labels) if index is None else len(index))
     sparse = report.begin(call.tolerance, True)
     kept, (report.entries, report.saved_bytes) = unpack(saved, layout)
-    context: Any = Context(call.needs, report=report, publish=lambda report: publish(call.handle, report))
+    context: Any = Context(call.needs, report=report, publish=lambda report: publish(call.handle, report, True))
     context.keep_rows, context.dtype = call.keeps_rows, call.hidden_dtype
     context.backend = backends.load(backends.choose(call.backend, labels.device.type))
     context.problem = call.valid_problem(index)

@@ -87,6 +87,7 @@ def token_losses(
     gradient: str = "auto",
     tolerance: float = TOLERANCE,
     backend: str = "auto",
+    scan: str = "auto",
 ) -> TokenLosses:
     """Per-token losses of a language-model head, without ever holding [tokens × vocabulary] logits.
 
@@ -134,6 +135,12 @@ def token_losses(
             was measured to give relative L2 errors of 0.2 to 0.5 % for the gradients of nll (docs/method.md).
         backend: "auto", "triton" or "cuda" (kernels for GPUs), "cpu" (compiled kernels), "torch" (chunked, any device),
             or "reference" (full logits; exact; for checks on small inputs). `fused-losses info` says what "auto" takes.
+        scan: "int8": with the backend "cpu", the products of the forward are of 8-bit numbers, and the logits whose p
+            stands out are computed again from the full ones: a fraction of the time, and values that are off by a
+            tenth of what bfloat16 logits are (docs/method.md). `gradient_report.value_error` says how much that was on
+            tokens that were measured; where it is too much, and where such products cannot be had (the report says
+            why), and for exact gradients, the products are full. Certified bounds then hold for the gradient of the
+            values as computed. "full", and for now "auto": full products.
 
     A head spread over the ranks of a process group (`LMHead`) takes "exact" or "auto", which is exact there, and
     "torch" or "auto".
@@ -163,7 +170,7 @@ def token_losses(
     others; the per-token form with upstream vectors, and the difference form of the KL, are this package's. beta and
     temperature as in arXiv 2306.13649 and TRL.
     """
-    options = Options(ignore_index, gradient, tolerance, backend)
+    options = Options(ignore_index, gradient, tolerance, backend, scan)
     outputs = Outputs(ids, beta, temperature, entropy_gradient)
     asked, top_k = check_wanted(wanted, 20)
     tokens = prepare(hidden, head, labels, reference, options, outputs)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import backends, checks, shards
 from .head import LMHead, LowRank, Reference, _same_tensor, as_head
 from .labels import plain
-from .problem import Head, Problem, valid_index
+from .problem import Head, Int8, Problem, valid_index
 from .sparse.certificate import SMALLEST_VOCABULARY, GradientReport
 from .tokens import Tokens, TracedTokens
 from .validation import (
@@ -120,6 +120,7 @@ def prepare(
         hidden=rows[0], labels=flat, head=inner, reference_hidden=rows[1], reference_head=reference_head, dtype=dtype,
         ids=_ids(outputs, select, flat != options.ignore_index if tracing else None, inner.vocabulary),
         entropy_gradient=outputs.entropy_gradient, beta=beta or None, divergence_is_kl=beta == 0, tolerance=tolerance,
+        int8=Int8() if options.scan == "int8" else None,
     )  # fmt: skip
     if tracing:
         report = GradientReport("none", None, entries=None, saved_bytes=None, note=note)

@@ -66,6 +66,14 @@ class Needs(NamedTuple):
         return self.weight or self.bias or self.low_rank
 
 
+@dataclass
+class Int8:
+    """That a sweep takes products of 8-bit numbers, and what was measured of them."""
+
+    value_error: float | None = None  # mean |error of the nll| of the tokens that were measured
+    note: str | None = None  # why the products are full ones from some token on
+
+
 TENSORS = 10  # of a `Problem`; their order is data, see `tensors`
 
 
@@ -87,6 +95,7 @@ class Problem:
     top_k: int = 20
     # None: exact gradients. Else sparse ones, with this bound on their relative L1 error.
     tolerance: float | None = None
+    int8: Int8 | None = None  # None: full products
 
     @property
     def has_reference(self) -> bool:

@@ -12,7 +12,13 @@ from torch import Tensor
 
 from . import backends, checks
 from . import reference as full_logits
-from .autograd import SparseSummedLossFunction, SparseTokenLossesFunction, SummedLossFunction, TokenLossesFunction
+from .autograd import (
+    SparseSummedLossFunction,
+    SparseTokenLossesFunction,
+    SummedLossFunction,
+    TokenLossesFunction,
+    with_scan,
+)
 from .checks import MissingAttribute
 from .problem import DIFFERENTIABLE, GIVEN, OPTIONAL, OUTPUTS, Head, Needs, Problem, Statistics
 from .sparse.certificate import GradientReport
@@ -153,7 +159,7 @@ class Tokens:
         """Some statistics of the model alone, without gradients, by a pass of their own; the report stays as it is."""
         problem = replace(
             want(self.problem, wanted, top_k), reference_hidden=None, reference_head=None, ids=None, beta=None,
-            entropy_gradient=False,
+            entropy_gradient=False, int8=None,
         )  # fmt: skip
         if self.backend == "reference":
             return full_logits_statistics(problem)
@@ -164,12 +170,14 @@ class Tokens:
         sparse = self.begin_report()
         if self.backend == "reference":
             return full_logits_statistics(problem)
+        problem = with_scan(problem, self.backend, any(self.needs()), self.report)
         head, backend = problem.head, backends.load(self.backend)
         tensors = (problem.hidden, head.weight, head.bias, head.low_rank)
         if sparse:
             outputs = SparseTokenLossesFunction.apply(*tensors, problem, backend, self.report, self.publish)
         else:
             outputs = TokenLossesFunction.apply(*tensors, problem, backend, torch.is_grad_enabled())
+        self.report.note_scan(problem.int8)
         return Statistics(**dict(zip(OUTPUTS, outputs, strict=True)))
 
     def summed(
@@ -192,12 +200,16 @@ class Tokens:
         return total
 
     def _summed(self, of_chunk: Callable[[Statistics, slice], Tensor], wanted: frozenset[str], top_k: int) -> Tensor:
-        problem = want(self.problem, wanted, top_k)
+        sparse = self.begin_report()
+        problem = with_scan(want(self.problem, wanted, top_k), self.backend, any(self.needs()), self.report)
         head, backend = problem.head, backends.load(self.backend)
         tensors = (problem.hidden, head.weight, head.bias, head.low_rank)
-        if self.begin_report():
-            return SparseSummedLossFunction.apply(*tensors, problem, backend, self.report, self.publish, of_chunk)
-        return SummedLossFunction.apply(*tensors, problem, backend, torch.is_grad_enabled(), of_chunk)
+        if sparse:
+            total = SparseSummedLossFunction.apply(*tensors, problem, backend, self.report, self.publish, of_chunk)
+        else:
+            total = SummedLossFunction.apply(*tensors, problem, backend, torch.is_grad_enabled(), of_chunk)
+        self.report.note_scan(problem.int8)
+        return total
 
 
 @dataclass(frozen=True)
@@ -242,7 +254,7 @@ class TracedTokens(Tokens):
             problem.head.logit_scale, problem.head.softcap, reference.logit_scale, reference.softcap,
             problem.dtype, problem.hidden.dtype, problem.hidden.shape[1],
             ",".join(sorted(wanted)), problem.entropy_gradient, problem.beta, top_k, problem.tolerance, self.backend,
-            list(self.needs()), self.handle,
+            problem.int8 is not None, list(self.needs()), self.handle,
         )  # fmt: skip
         there = {
             "kl": problem.has_reference, "reference_nll": problem.has_reference, "logits_at": problem.ids is not None,

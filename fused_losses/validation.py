@@ -19,6 +19,7 @@ from .problem import Head
 from .sparse.certificate import TOLERANCE
 
 GRADIENTS = ("auto", "exact", "sparse")
+SCANS = ("auto", "full", "int8")
 MOST_IDS = 128
 
 
@@ -30,6 +31,7 @@ class Options:
     gradient: str = "auto"
     tolerance: float = TOLERANCE
     backend: str = "auto"
+    scan: str = "auto"
 
     def __post_init__(self) -> None:
         gradient, backend, tolerance = self.gradient, self.backend, self.tolerance
@@ -39,6 +41,11 @@ class Options:
             raise ValueError(
                 "gradient='sparse' with backend='reference', which has full logits and is always exact; leave one of "
                 "the two"
+            )
+        if not isinstance(self.scan, str) or self.scan not in SCANS:
+            raise ValueError(
+                f"scan: expected one of {', '.join(SCANS)}, got {self.scan!r}; 'int8' takes products of 8-bit numbers "
+                "on a CPU"
             )
         bound = checks.number(tolerance)
         if bound is None or not 0 < bound < 1:

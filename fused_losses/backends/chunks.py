@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import enum
+import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,8 @@ from ..problem import OPTIONAL, Gradients, Head, Needs, Problem, Rows, Statistic
 CHUNK_BYTES = 96 << 20
 # Columns of the head that are converted at a time where a product needs another dtype.
 COLUMNS = 4096
-# Fills its first argument with hidden @ weight.T + bias, in fp32 whatever the operands' dtype.
+# Fills its first argument with hidden @ weight.T + bias, in fp32 whatever the operands' dtype. It may have the attributes
+# takes_wide: hidden may be fp32 where the weight is not; whole: the same with all digits, where it drops some.
 Product = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], object]
 
 
@@ -78,6 +80,7 @@ class Chunk:
     entropy: Tensor | None = None  # [C, V] for ∂entropy/∂z
     divergence: Tensor | None = None  # [C, V] for ∂divergence/∂z
     stage: Stage = Stage.PRODUCTS
+    refill: Callable[[Chunk], None] | None = None  # by full products, where these are not: to PRODUCTS once more
 
     def enter(self, stage: Stage, *allowed: Stage) -> None:
         """To `stage`, from one of `allowed`."""
@@ -184,9 +187,23 @@ def logit_chunks(
             model.fill(z, hidden, low_rank_rows, rounded=half[:here] if round_logits else None)
             if r is not None:
                 reference.fill(r, *reference.split(problem.reference_hidden[tokens]))
-        yield Chunk(
+        chunk = Chunk(
             tokens, hidden, model.weight, z, r, half, model.low_rank, low_rank_rows, is_difference, entropy, divergence
         )  # fmt: skip
+        whole = getattr(product, "whole", None)
+        if whole is not None:
+            chunk.refill = functools.partial(_refill, problem, replace(model, multiply=whole), low_rank_rows)
+        yield chunk
+
+
+def _refill(problem: Problem, model: _Operands, low_rank_rows: Tensor | None, chunk: Chunk) -> None:
+    """The products of a chunk by those of `model`, without a reference or with one on the same head."""
+    assert problem.reference_head is None
+    chunk.stage, chunk.difference = Stage.PRODUCTS, False
+    if chunk.r is None:
+        model.fill(chunk.z, chunk.hidden, low_rank_rows)
+    else:
+        chunk.difference = _shared_logits(problem, model, chunk.tokens, chunk.z, chunk.r)
 
 
 @dataclass(frozen=True)
@@ -227,7 +244,8 @@ class _Operands:
         """Without the bias, of a difference of hidden states in fp32; False: not done, as its dtype would round it."""
         dim = self.weight.shape[1]
         wide = difference[:, :dim]
-        narrow = wide if self.multiply is project else wide.to(self.weight.dtype)
+        takes_wide = getattr(self.multiply, "takes_wide", self.multiply is project)
+        narrow = wide if takes_wide else wide.to(self.weight.dtype)
         if narrow.dtype != wide.dtype and not _holds(narrow, wide):
             return False
         self.multiply(out, narrow, self.weight, None)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..kernels import schemas
 from ..problem import Entries, Gradients, Needs, Problem, Rows, Segments, Selection, Statistics, Tails, Upstream
-from . import chunks, row_passes, single
+from . import chunks, int8, row_passes, single
 from . import torch as chunked
 from .chunks import Chunk, Product, Stage, empty_gradients, empty_rows, empty_statistics
 from .torch import HAS_DIRECTIONS, SAMPLED_TOKENS, UpstreamOf
@@ -31,6 +31,11 @@ def statistics(problem: Problem, keep_rows: bool = False) -> tuple[Statistics, R
     if problem.accumulator != torch.float32:
         return chunked.statistics(problem, keep_rows)
     out = empty_statistics(problem)
+    if problem.int8 is not None:
+        assert not keep_rows
+        for _ in scan(problem, out, _nothing_kept(problem)):
+            pass
+        return out, Rows()
     rows = empty_rows(problem, len(problem.labels)) if keep_rows else Rows()
     several = sum(kept is not None for kept in rows.tensors()) > 1
     for chunk in _exact_chunks(problem, narrow=keep_rows, extra=4 * problem.head.vocabulary * several):
@@ -135,21 +140,35 @@ def scan(problem: Problem, out: Statistics, selection: Selection) -> Iterator[tu
     values = 1 + problem.has_reference
     capacity = selection.capacity
     buffers: tuple[Tensor, ...] = ()
-    for chunk in chunks.logit_chunks(problem, product(problem), narrow=True, extra=capacity * 4 * (1 + values)):
+    sweep = None
+    if problem.int8 is not None:
+        sweep = int8.Sweep(problem, product(problem) or chunks.project, lambda some: statistics(some)[0])
+    multiply = product(problem) if sweep is None else sweep.product
+    for chunk in chunks.logit_chunks(problem, multiply, narrow=True, extra=capacity * 4 * (1 + values)):
         size = len(chunk.z)
         if not buffers:
             buffers = (
                 torch.empty(size, capacity, dtype=torch.int32),
                 *(torch.empty(size, capacity, dtype=torch.float32) for _ in range(values)),
             )
-        yield chunk, _compact(problem, out.at(chunk.tokens), chunk, selection, [b[:size] for b in buffers])
+        here = [b[:size] for b in buffers]
+        yield chunk, _compact(problem, out.at(chunk.tokens), chunk, selection, here, sweep)
+
+
+def _nothing_kept(problem: Problem) -> Selection:
+    """Of a scan for its statistics alone."""
+    profile = torch.zeros(problem.head.vocabulary)
+    return Selection(int8.THRESHOLD, 1, torch.empty(0, dtype=torch.int64), profile, False)
 
 
 def _compact(
-    problem: Problem, out: Statistics, chunk: Chunk, selection: Selection, buffers: list[Tensor]
+    problem: Problem, out: Statistics, chunk: Chunk, selection: Selection, buffers: list[Tensor],
+    sweep: int8.Sweep | None,
 ) -> Entries:  # fmt: skip
     """The statistics and the entries of a chunk of products, of which logits are made."""
     finish(problem, chunk)
+    if sweep is not None:
+        sweep.refine(chunk, selection.threshold)
     row_passes.more_statistics(problem, chunk, out)
     labels, softcap = problem.labels[chunk.tokens].contiguous(), problem.head.softcap or 0.0
     logits = (chunk.z, chunk.r, chunks.keeps_difference(problem, chunk), labels, softcap)
@@ -171,6 +190,9 @@ def _compact(
         directions, tails.nll_low, tails.kl_low, squares,
     )  # fmt: skip
     out.lse.copy_(rows[schemas.LOG_SUM])
+    if sweep is not None and sweep.is_off(out, chunk.tokens):
+        chunk.refill(chunk)
+        return _compact(problem, out, chunk, selection, buffers, sweep)
     sampled, tokens = selection.sampled, chunk.tokens
     here = sampled[(sampled >= tokens.start) & (sampled < tokens.stop)] - tokens.start
     here = here[(counts[here] >= 0) & out.nll[here].isfinite()]
@@ -195,9 +217,16 @@ def finish(problem: Problem, chunk: Chunk) -> None:
         chunks.finish(problem, chunk.z[rows], None if chunk.r is None else chunk.r[rows], chunk.difference)
 
 
+def _fill_whole(problem: Problem, chunk: Chunk) -> None:
+    """Exact gradients take exact logits, whatever the scan took."""
+    if chunk.refill is not None:
+        chunk.refill(chunk)
+
+
 def dense_rows(problem: Problem, chunk: Chunk) -> Rows:
     if problem.accumulator != torch.float32:
         return chunked.dense_rows(problem, chunk)
+    _fill_whole(problem, chunk)
     rows, again = empty_rows(problem, len(chunk.z)), empty_statistics(problem.part(chunk.tokens).for_gradients())
     _keep_rows(problem, chunk, again, _exact_statistics(problem, chunk, again), rows, slice(None))
     return rows
@@ -207,6 +236,7 @@ def add_dense(problem: Problem, chunk: Chunk, out: Statistics, upstream: Upstrea
     if problem.accumulator != torch.float32:
         chunked.add_dense(problem, chunk, out, upstream, total)
         return
+    _fill_whole(problem, chunk)
     again = empty_statistics(problem.part(chunk.tokens).for_gradients())  # only `known` is not there
     _add(problem, chunk, again, _exact_statistics(problem, chunk, again), upstream, total)
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..labels import plain
 from ..objectives import CrossEntropyLoss, Objective
+from ..objectives.base import OPTIONS
 from ..objectives.options import not_made
 from . import trl, wrappers
 from .call import Batch, Call
@@ -306,7 +307,7 @@ class Patch:
         own = self.eval_loss == "objective" or self.source is not None or plain
         if own or not evaluating:
             return self.loss
-        options = {name: getattr(self.loss, name) for name in ("ignore_index", "gradient", "tolerance", "backend")}
+        options = {name: getattr(self.loss, name) for name in OPTIONS}
         return CrossEntropyLoss(**options)
 
     def _not_the_objective(self, model: nn.Module) -> str:

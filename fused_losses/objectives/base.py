@@ -37,7 +37,7 @@ from .options import (
 HeadLike = LMHead | Tensor | nn.Linear
 
 
-OPTIONS = ("ignore_index", "gradient", "tolerance", "backend")  # of every objective
+OPTIONS = ("ignore_index", "gradient", "tolerance", "backend", "scan")  # of every objective
 
 
 class Objective(nn.Module):
@@ -57,7 +57,7 @@ class Objective(nn.Module):
     trainable parameters and other tensors with a gradient in `token_loss`; ValueError for unknown names in `wanted`,
     and a loss that is not one number per token or has no gradient where one is needed.
 
-    Options of every objective: `ignore_index`, `gradient`, `tolerance` and `backend`, as in `token_losses`.
+    Options of every objective: `ignore_index`, `gradient`, `tolerance`, `backend` and `scan`, as in `token_losses`.
     `gradient_report` says how gradients are formed: of the last call, and after a backward with sparse gradients, of
     the call that this was of.
 
@@ -96,12 +96,13 @@ class Objective(nn.Module):
         gradient: str = "auto",
         tolerance: float = TOLERANCE,
         backend: str = "auto",
+        scan: str = "auto",
         **unknown: Any,
     ) -> None:
         super().__init__()
         for name in unknown:
             raise TypeError(unknown_option(type(self), name))
-        options = Options(ignore_index, gradient, tolerance, backend)
+        options = Options(ignore_index, gradient, tolerance, backend, scan)
         check_wanted(self.wanted, self.top_k)
         for name in OPTIONS:
             setattr(self, name, getattr(options, name))

@@ -56,7 +56,7 @@ class Distillation(Objective):
     ) -> Tensor:
         if not self.has_two_softmaxes:
             return loss
-        options = Options(self.ignore_index, "exact", self.tolerance, self.backend)
+        options = Options(self.ignore_index, "exact", self.tolerance, self.backend, self.scan)
         tokens = replace(prepare(hidden, head, labels, None, options), observer=self._observer)
         return loss + tokens.summed(self._weighted_nll, frozenset()) / item_count(num_items, tokens.count)
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..problem import Tails
+from ..problem import Int8, Tails
 
 # Measured on SmolLM2 (docs/method.md): within it no token of ordinary text needs exact gradients.
 TOLERANCE = 0.1
@@ -66,6 +66,10 @@ class GradientReport:
         weight_bound: the same for the gradient of the weight, in the Frobenius norm; nothing is held to it. None where
             there is no such gradient, or nothing was proved.
         note: why gradients are exact where sparse ones were asked for, or would have been by default.
+        scan: "full"; "int8": the products of the forward were of 8-bit numbers, from the first token on at least.
+        value_error: mean |error of the nll| of that, in nats, measured on some tokens of the call; not a bound. None
+            for "full".
+        scan_note: why products are full where scan="int8" was asked for.
     """
 
     mode: str
@@ -78,6 +82,9 @@ class GradientReport:
     hidden_bound: float | None = None
     weight_bound: float | None = None
     note: str | None = None
+    scan: str = "full"
+    value_error: float | None = None
+    scan_note: str | None = None
 
     def begin(self, tolerance: float | None, wanted: bool) -> bool:
         """Whether gradients will be sparse; notes it. `wanted`: whether there will be any."""
@@ -89,7 +96,18 @@ class GradientReport:
             self.bound = self.hidden_bound = self.weight_bound = 0.0
         return sparse
 
+    def note_scan(self, int8: Int8 | None) -> None:
+        """After a scan: with which products it was."""
+        if int8 is not None:
+            self.scan, self.value_error, self.scan_note = "int8", int8.value_error, int8.note
+
     def __str__(self) -> str:
+        text = self._of_gradients()
+        if self.value_error is not None:
+            text += f"; products of 8-bit numbers, the nll off by {self.value_error:.2g} nats on average where measured"
+        return f"{text}; full products, as {self.scan_note}" if self.scan_note else text
+
+    def _of_gradients(self) -> str:
         if self.mode != "sparse":
             kind = "exact" if self.mode == "exact" else "no"
             text = f"{kind} gradients" + ("" if self.tokens is None else f" for {self.tokens} tokens")

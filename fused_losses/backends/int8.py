@@ -1,0 +1,171 @@
+"""The sweep with products of 8-bit numbers, `scan="int8"`.
+
+Each token and each row of the head has a scale of its own, so an element of either is wrong by at most 1/254 of the
+largest of its row. That is enough where only sums are wanted; logits whose p stands out are computed again from the
+full numbers (`refine`). Where a few channels are much larger than others, x and W share them between each other:
+x·W = (x / c)·(c W), c by a sample. What is wrong with the nll then is measured on a few tokens, and where it is more
+than `MOST_ERROR` the sweep goes on with full products.
+
+Source: scales per row and per token, and c = √(max|x| / max|W|) per channel, are SmoothQuant's (arXiv 2211.10438).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..kernels import schemas
+from ..problem import Problem, Statistics
+from . import chunks
+from .chunks import Chunk, Product
+
+# Nats, of the sampled tokens' nll on average. Measured on real text: 0.0003 to 0.0015, and 0.013 to 0.025 with ordinary
+# bfloat16 logits.
+MOST_ERROR = 0.01
+# Part of the mean KL, which is small and has to be right beside the nll.
+MOST_KL_ERROR = 0.02
+THRESHOLD = 1e-4  # of p, from which on logits are exact in a pass without gradients; times √(1 − p[label])
+MEASURED = 16  # tokens, fewer in calls of less than 64 times as many
+SAMPLED_ROWS = 64, 512  # of x and W: what the channels' factors are chosen by
+LARGEST_WIDTH = 1 << 15  # 255 · 127 · D must stay below 2^31
+GAIN = 0.9  # channels are shared where that makes the error of logits less than so much of it
+
+
+def missing(problem: Problem, backend: str) -> str | None:
+    """Why a sweep cannot take products of 8-bit numbers; None where it can."""
+    if backend != "cpu" or schemas.load() is not None:
+        return f"the backend {backend} has no products of 8-bit numbers (cpu has)"
+    if problem.dtype not in (torch.float32, torch.bfloat16):
+        return f"the products are of {str(problem.dtype).removeprefix('torch.')}"
+    if problem.head.weight.shape[1] > LARGEST_WIDTH:
+        return f"hidden states have more than {LARGEST_WIDTH} numbers"
+    if problem.reference_head is not None:
+        return "the reference has a head of its own, and p − p_ref would be the difference of two roundings"
+    others = [name for name, there in (
+        ("ids", problem.ids is not None), ("beta", problem.beta is not None),
+        ("entropy_gradient", problem.entropy_gradient), ("rank", "rank" in problem.wanted),
+    ) if there]  # fmt: skip
+    return f"{others[0]} needs all logits as they are" if others else None
+
+
+class Int8Product:
+    """x Wᵀ + b of 8-bit numbers; of full ones, by `whole`, once `full` is set."""
+
+    def __init__(self, channel: Tensor | None, whole: Product) -> None:
+        self.channel = channel
+        self.inverse = None if channel is None else channel.reciprocal()
+        self.whole, self.full = whole, False
+
+    @property
+    def takes_wide(self) -> bool:
+        return self.whole is chunks.project if self.full else True
+
+    def __call__(self, out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        if self.full:
+            self.whole(out, hidden, weight, bias)
+            return
+        bias = None if bias is None else bias.float().contiguous()
+        torch.ops.fused_losses.int8_logits(hidden.contiguous(), self.inverse, weight, self.channel, bias, out)
+
+
+class Sweep:
+    """What a scan with 8-bit products needs besides those: exact logits that matter, and what the rest is off by."""
+
+    def __init__(self, problem: Problem, whole: Product, exact: Callable[[Problem], Statistics]) -> None:
+        self.problem, self.found = problem, problem.int8
+        assert self.found is not None
+        self.product = Int8Product(channel_of(problem), whole)
+        count = len(problem.labels)
+        measured = min(MEASURED, max(2, count // 64), count)
+        self.sample = torch.arange(measured) * count // max(1, measured)
+        self.truth = exact(replace(problem.rows(self.sample).for_gradients(), int8=None)) if count else None
+        self.errors: list[Tensor] = []
+        self.kl_errors: list[Tensor] = []
+
+    def refine(self, chunk: Chunk, threshold: float) -> None:
+        """Exact logits, in place of those of a chunk, where p > threshold · √(1 − p[label]); and the labels'."""
+        if self.product.full:
+            return
+        problem, dim = self.problem, chunk.weight.shape[1]
+        rows, head, keeps = problem.hidden[chunk.tokens], problem.head, chunks.keeps_difference(problem, chunk)
+        reference = None if chunk.r is None else problem.reference_hidden[chunk.tokens]
+        if keeps:
+            rows = rows.float() - chunks.widened(reference, rows.shape[1]).float()
+        low_rank, bias = (None if t is None else t.float().contiguous() for t in (head.low_rank, head.bias))
+
+        def split(part: Tensor | None, exact: bool) -> tuple[Tensor | None, Tensor | None]:
+            if part is None:
+                return None, None
+            x = part[:, :dim] if exact else part[:, :dim].to(chunk.weight.dtype)
+            low = part[:, dim:] if part.shape[1] > dim and low_rank is not None else None
+            return x.float().contiguous(), None if low is None else low.float().contiguous()
+
+        (hidden, low_hidden), (of_reference, low_reference) = split(rows, keeps), split(reference, False)
+        torch.ops.fused_losses.refine(
+            chunk.z, chunk.r, keeps, problem.labels[chunk.tokens].contiguous(), threshold, hidden, of_reference,
+            chunk.weight, low_rank, low_hidden, low_reference, bias, head.logit_scale, head.softcap or 0.0,
+        )  # fmt: skip
+
+    def is_off(self, out: Statistics, tokens: slice) -> bool:
+        """Measures the statistics of a chunk, `out`; whether its products, and those that follow, are to be full."""
+        if self.product.full:
+            return False
+        at = ((self.sample >= tokens.start) & (self.sample < tokens.stop)).nonzero().flatten()
+        here = self.sample[at] - tokens.start
+        self.errors.append(_errors(out.nll[here], self.truth.nll[at]))
+        nll, limit = float(torch.cat(self.errors).mean()), MOST_ERROR
+        self.found.value_error = nll
+        what = f"the nll was off by {nll:.2g} nats on average, more than {limit:g}"
+        too_much = not nll <= limit
+        if out.kl is not None and not too_much:
+            self.kl_errors.append(_errors(out.kl[here], self.truth.kl[at]))
+            seen = self.truth.kl[: sum(map(len, self.kl_errors))]
+            limit = MOST_KL_ERROR * float(seen[seen.isfinite()].sum()) / max(1, len(seen)) + 1e-5
+            kl = float(torch.cat(self.kl_errors).mean())
+            too_much, what = not kl <= limit, f"the KL was off by {kl:.2g} nats on average, more than {limit:.2g}"
+        if not (too_much and len(here)):
+            return False
+        self.product.full = True
+        self.found.note = f"{what}, on the {sum(map(len, self.errors))} tokens that were measured"
+        return True
+
+
+def _errors(found: Tensor, truth: Tensor) -> Tensor:
+    """|found − truth|; 0 where both are not finite."""
+    return torch.where(found.isfinite() | truth.isfinite(), (found - truth).abs(), 0)
+
+
+@torch.no_grad()
+def channel_of(problem: Problem) -> Tensor | None:
+    """[D] c, what W is multiplied by and x divided by; None where that gains little."""
+    weight = problem.head.weight
+    dim = weight.shape[1]
+    x, w = (
+        _spread(rows, most)[:, :dim].float() for rows, most in zip((problem.hidden, weight), SAMPLED_ROWS, strict=True)
+    )
+    if not len(x) or not len(w):
+        return None
+    of_x, of_w = x.abs().amax(0), w.abs().amax(0)
+    channel = (of_x / of_w).sqrt()
+    usable = (of_x > 0) & (of_w > 0) & channel.isfinite()
+    if not bool(usable.any()):
+        return None
+    middle = channel[usable].log().mean().exp()
+    channel = torch.where(usable, (channel / middle).clamp(1e-3, 1e3), 1.0)
+    truth = x @ w.t()
+    plain = (_rounded(x) @ _rounded(w).t() - truth).square().mean()
+    shared = (_rounded(x / channel) @ _rounded(w * channel).t() - truth).square().mean()
+    return channel if bool(shared < GAIN**2 * plain) else None
+
+
+def _spread(rows: Tensor, most: int) -> Tensor:
+    """At most so many of them, evenly spaced."""
+    return rows[:: -(-len(rows) // most)] if len(rows) else rows
+
+
+def _rounded(rows: Tensor) -> Tensor:
+    scale = (rows.abs().amax(1, keepdim=True) / 127).clamp(min=torch.finfo(rows.dtype).tiny)
+    return (rows / scale).round() * scale
