@@ -20,7 +20,7 @@ namespace at::native::cpublas {
 namespace fused_losses {
 namespace {
 
-constexpr int64_t TOKENS = 64, DEPTH = 512;  // a block of the weight of that depth stays in the first cache
+constexpr int64_t TOKENS = 64, DEPTH = 512;  // a block of the weight of about that depth stays in the first cache
 
 template <class T>
 struct Aligned {
@@ -54,6 +54,7 @@ void int8_logits(const void* hidden, Element element, const float* inverse, cons
   const auto row = [D](const void* rows, Element of, int64_t i) {
     return (const char*)rows + i * D * (of == Element::Float32 ? 4 : 2);
   };
+  const int64_t depth = (padded / ((padded + DEPTH / 2) / DEPTH > 0 ? (padded + DEPTH / 2) / DEPTH : 1) + 63) / 64 * 64;
   const bool fast = int8_is_fast();
   Aligned<uint8_t> tokens(N * padded);
   Aligned<float> token_scales(N);
@@ -71,9 +72,9 @@ void int8_logits(const void* hidden, Element element, const float* inverse, cons
       kernels().quantize_weight(row(weight, weight_element, first), weight_element, channel, rows, D, padded,
                                 block.data, scales.data, sums.data);
       if (fast) {
-        for (int64_t k = 0; k < padded; k += DEPTH)
+        for (int64_t k = 0; k < padded; k += depth)
           for (int64_t t = 0; t < N; t += TOKENS)
-            at::native::cpublas::brgemm(std::min(TOKENS, N - t), W, std::min(DEPTH, padded - k), padded, W, W, k > 0,
+            at::native::cpublas::brgemm(std::min(TOKENS, N - t), W, std::min(depth, padded - k), padded, W, W, k > 0,
                                         tokens.data + t * padded + k, (const signed char*)block.data + k * W,
                                         tile.data + t * W, true);
       } else {

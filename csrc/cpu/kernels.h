@@ -79,7 +79,7 @@ struct Sparse {
 };
 
 // Rows of the weight that are quantised together, for `int8_logits`.
-constexpr int64_t INT8_VOCABULARY = 64;
+constexpr int64_t INT8_VOCABULARY = 128;
 
 using Range = void (*)(int64_t begin, int64_t end, const void* context);
 

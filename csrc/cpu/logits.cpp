@@ -26,7 +26,7 @@ namespace at::native::cpublas {
 namespace fused_losses {
 namespace {
 
-constexpr int64_t TOKENS = 64, VOCABULARY = 64;
+constexpr int64_t MOST_TOKENS = 64, VOCABULARY = 64;  // of a panel and a block
 // Terms of a dot product that are summed before they are added to the others, in bytes of an operand's row: short sums
 // round less. Measured: half the error of sums of 512, in the same time.
 constexpr int64_t DEPTH_BYTES = 256;
@@ -41,13 +41,13 @@ struct Aligned {
   T* data;
 };
 
-// Tokens [first, first + TOKENS) as [D][TOKENS]; bfloat16 in pairs, [D / 2][TOKENS][2]. Zeros beyond the last token.
+// `tokens` rows as [D][tokens]; bfloat16 in pairs, [D / 2][tokens][2]. Zeros beyond the last valid one.
 template <class T>
-void pack(const T* hidden, T* panel, int64_t valid, int64_t D) {
+void pack(const T* hidden, T* panel, int64_t tokens, int64_t valid, int64_t D) {
   constexpr int64_t pair = 4 / sizeof(T);
-  for (int64_t t = 0; t < TOKENS; t++)
+  for (int64_t t = 0; t < tokens; t++)
     for (int64_t d = 0; d < D; d += pair) {
-      T* to = panel + d * TOKENS + t * pair;
+      T* to = panel + d * tokens + t * pair;
       if (t < valid) std::memcpy(to, hidden + t * D + d, 4);
       else std::memset(to, 0, 4);
     }
@@ -62,30 +62,31 @@ bool product(const T* hidden, const T* weight, const float* bias, float* out, in
   if (!brgemm || !at::native::cpublas::brgemm_release || (vnni && D % 2)) return false;
 
   constexpr int64_t DEPTH = DEPTH_BYTES / sizeof(T);
-  const int64_t panels = (N + TOKENS - 1) / TOKENS, blocks = (V + VOCABULARY - 1) / VOCABULARY;
-  Aligned<T> packed(panels * TOKENS * D);
+  const int64_t tokens = N <= 16 ? 16 : N <= 32 ? 32 : MOST_TOKENS;
+  const int64_t panels = (N + tokens - 1) / tokens, blocks = (V + VOCABULARY - 1) / VOCABULARY;
+  Aligned<T> packed(panels * tokens * D);
   parallel(panels, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; p++)
-      pack(hidden + p * TOKENS * D, packed.data + p * TOKENS * D, std::min(TOKENS, N - p * TOKENS), D);
+      pack(hidden + p * tokens * D, packed.data + p * tokens * D, tokens, std::min(tokens, N - p * tokens), D);
   });
   parallel(blocks, [&](int64_t begin, int64_t end) {
-    Aligned<float> tile(panels * TOKENS * VOCABULARY);
+    Aligned<float> tile(panels * tokens * VOCABULARY);
     for (int64_t block = begin; block < end; block++) {
       const int64_t first = block * VOCABULARY, rows = std::min(VOCABULARY, V - first);
       for (int64_t k = 0; k < D; k += DEPTH) {
         const int64_t depth = std::min(DEPTH, D - k);
         for (int64_t p = 0; p < panels; p++)
-          brgemm(rows, TOKENS, depth, D, TOKENS, TOKENS, k > 0, (const Argument*)(weight + first * D + k),
-                 (const Argument*)(packed.data + p * TOKENS * D + k * TOKENS), tile.data + p * TOKENS * VOCABULARY,
+          brgemm(rows, tokens, depth, D, tokens, tokens, k > 0, (const Argument*)(weight + first * D + k),
+                 (const Argument*)(packed.data + p * tokens * D + k * tokens), tile.data + p * tokens * VOCABULARY,
                  vnni);
       }
       for (int64_t t = 0; t < N; t++) {
-        const float* from = tile.data + t / TOKENS * TOKENS * VOCABULARY + t % TOKENS;
+        const float* from = tile.data + t / tokens * tokens * VOCABULARY + t % tokens;
         float* to = out + t * V + first;
         if (bias)
-          for (int64_t v = 0; v < rows; v++) to[v] = from[v * TOKENS] + bias[first + v];
+          for (int64_t v = 0; v < rows; v++) to[v] = from[v * tokens] + bias[first + v];
         else
-          for (int64_t v = 0; v < rows; v++) to[v] = from[v * TOKENS];
+          for (int64_t v = 0; v < rows; v++) to[v] = from[v * tokens];
       }
     }
     at::native::cpublas::brgemm_release(vnni);

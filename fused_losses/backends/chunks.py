@@ -16,7 +16,7 @@ from ..problem import OPTIONAL, Gradients, Head, Needs, Problem, Rows, Statistic
 CHUNK_BYTES = 96 << 20
 # Columns of the head that are converted at a time where a product needs another dtype.
 COLUMNS = 4096
-# Fills its first argument with hidden @ weight.T + bias, in fp32 whatever the operands' dtype. It may have the attributes
+# Fills its first argument with hidden @ weight.T + bias, in fp32 whatever the operands' dtype. It may have attributes:
 # takes_wide: hidden may be fp32 where the weight is not; whole: the same with all digits, where it drops some.
 Product = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], object]
 
