@@ -40,6 +40,19 @@ bool processor_has_vnni() {
 #endif
 }
 
+void quantise_block(const Int8Head& head, int64_t block, uint8_t* out, float* scales, int32_t* sums) {
+  const int64_t first = block * INT8_VOCABULARY, size = head.element == Element::Float32 ? 4 : 2;
+  kernels().quantize_weight((const char*)head.weight + first * head.hidden * size, head.element, head.channel,
+                            std::min(INT8_VOCABULARY, head.vocabulary - first), head.hidden, head.padded(), out, scales,
+                            sums);
+}
+
+// About DEPTH, and `padded` in pieces of nearly the same size.
+int64_t depth_of(int64_t padded) {
+  const int64_t pieces = std::max<int64_t>(1, (padded + DEPTH / 2) / DEPTH);
+  return (padded / pieces + 63) / 64 * 64;
+}
+
 }  // namespace
 
 bool int8_is_fast() {
@@ -48,41 +61,50 @@ bool int8_is_fast() {
   return fast;
 }
 
-void int8_logits(const void* hidden, Element element, const float* inverse, const void* weight, Element weight_element,
-                 const float* channel, const float* bias, float* out, int64_t N, int64_t V, int64_t D) {
-  const int64_t padded = (D + 3) / 4 * 4, W = INT8_VOCABULARY, panels = (N + TOKENS - 1) / TOKENS;
-  const auto row = [D](const void* rows, Element of, int64_t i) {
-    return (const char*)rows + i * D * (of == Element::Float32 ? 4 : 2);
-  };
-  const int64_t depth = (padded / ((padded + DEPTH / 2) / DEPTH > 0 ? (padded + DEPTH / 2) / DEPTH : 1) + 63) / 64 * 64;
+void int8_head(const Int8Head& head) {
+  parallel(head.kept, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; block++)
+      quantise_block(head, block, head.blocks + block * head.padded() * INT8_VOCABULARY,
+                     head.scales + block * INT8_VOCABULARY, head.sums + block * INT8_VOCABULARY);
+  });
+}
+
+void int8_logits(const void* hidden, Element element, const float* inverse, const Int8Head& head, const float* bias,
+                 float* out, int64_t N) {
+  const int64_t V = head.vocabulary, D = head.hidden, padded = head.padded(), W = INT8_VOCABULARY;
+  const int64_t panels = (N + TOKENS - 1) / TOKENS, depth = depth_of(padded);
+  const int64_t size = element == Element::Float32 ? 4 : 2;
   const bool fast = int8_is_fast();
   Aligned<uint8_t> tokens(N * padded);
   Aligned<float> token_scales(N);
   parallel(panels, [&](int64_t begin, int64_t end) {
     const int64_t first = begin * TOKENS, last = std::min(end * TOKENS, N);
-    kernels().quantize_tokens(row(hidden, element, first), element, inverse, last - first, D, padded,
+    kernels().quantize_tokens((const char*)hidden + first * D * size, element, inverse, last - first, D, padded,
                               tokens.data + first * padded, token_scales.data + first);
   });
   parallel((V + W - 1) / W, [&](int64_t begin, int64_t end) {
-    Aligned<uint8_t> block(padded * W);
-    Aligned<float> scales(W);
-    Aligned<int32_t> sums(W), tile(N * W);
-    for (int64_t first = begin * W; first < std::min(end * W, V); first += W) {
-      const int64_t rows = std::min(W, V - first);
-      kernels().quantize_weight(row(weight, weight_element, first), weight_element, channel, rows, D, padded,
-                                block.data, scales.data, sums.data);
+    Aligned<uint8_t> own(padded * W);
+    Aligned<float> own_scales(W);
+    Aligned<int32_t> own_sums(W), tile(N * W);
+    for (int64_t block = begin; block < end; block++) {
+      const bool kept = block < head.kept;
+      const uint8_t* weight = kept ? head.blocks + block * padded * W : own.data;
+      const float* scales = kept ? head.scales + block * W : own_scales.data;
+      const int32_t* sums = kept ? head.sums + block * W : own_sums.data;
+      if (!kept) quantise_block(head, block, own.data, own_scales.data, own_sums.data);
       if (fast) {
         for (int64_t k = 0; k < padded; k += depth)
           for (int64_t t = 0; t < N; t += TOKENS)
             at::native::cpublas::brgemm(std::min(TOKENS, N - t), W, std::min(depth, padded - k), padded, W, W, k > 0,
-                                        tokens.data + t * padded + k, (const signed char*)block.data + k * W,
+                                        tokens.data + t * padded + k, (const signed char*)weight + k * W,
                                         tile.data + t * W, true);
       } else {
-        kernels().multiply_int8(tokens.data, block.data, N, padded, tile.data);
+        kernels().multiply_int8(tokens.data, weight, N, padded, tile.data);
       }
+      const int64_t first = block * W, rows = std::min(W, V - first);
       for (int64_t t = 0; t < N; t++)
-        kernels().scale_products(tile.data + t * W, sums.data, token_scales.data[t], scales.data,
-                                 bias ? bias + first : nullptr, rows, out + t * V + first);
+        kernels().scale_products(tile.data + t * W, sums, token_scales.data[t], scales, bias ? bias + first : nullptr,
+                                 rows, out + t * V + first);
     }
     if (fast) at::native::cpublas::brgemm_release(true);
   });

@@ -23,7 +23,7 @@
 #define FL_INLINE inline __attribute__((always_inline))
 #define FL_TABLE(name) \
   {name, compact, tail_profile, exact_statistics, exact_directions, rows_product, columns_product, weighted_sum, \
-   refine, quantize_tokens, quantize_weight, multiply_int8, scale_products}
+   quantize_tokens, quantize_weight, multiply_int8, scale_products}
 
 #if FL_X86
 #pragma GCC push_options
@@ -32,11 +32,11 @@ namespace fused_losses::avx512 {
 #define LANES 16
 #include "vector.inc"
 #include "rows.inc"
+#include "products.inc"
+#include "refine.inc"
 #include "directions.inc"
 #include "exact.inc"
-#include "products.inc"
 #include "quantize.inc"
-#include "refine.inc"
 #undef LANES
 static const Kernels table = FL_TABLE("AVX-512");
 }  // namespace fused_losses::avx512
@@ -48,11 +48,11 @@ namespace fused_losses::avx2 {
 #define LANES 8
 #include "vector.inc"
 #include "rows.inc"
+#include "products.inc"
+#include "refine.inc"
 #include "directions.inc"
 #include "exact.inc"
-#include "products.inc"
 #include "quantize.inc"
-#include "refine.inc"
 #undef LANES
 static const Kernels table = FL_TABLE("AVX2");
 }  // namespace fused_losses::avx2
@@ -63,11 +63,11 @@ namespace fused_losses::baseline {
 #define LANES 4
 #include "vector.inc"
 #include "rows.inc"
+#include "products.inc"
+#include "refine.inc"
 #include "directions.inc"
 #include "exact.inc"
-#include "products.inc"
 #include "quantize.inc"
-#include "refine.inc"
 #undef LANES
 static const Kernels table = FL_TABLE("128-bit SIMD");
 }  // namespace fused_losses::baseline

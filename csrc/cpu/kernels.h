@@ -10,8 +10,8 @@ enum class Element { Float32, BFloat16 };
 // Logits of one chunk and what `compact` makes of them. N tokens here are the chunk's; row-major, contiguous.
 struct Chunk {
   int64_t vocabulary;
-  const float* z;           // [N, V] logits; with `difference`, logits minus r
-  const float* r;           // [N, V] logits of the reference, or null
+  float* z;                 // [N, V] logits; with `difference`, logits minus r
+  float* r;                 // [N, V] logits of the reference, or null
   bool difference;
   const int64_t* labels;    // [N]
   float softcap;            // 0: none. Only for the slope 1 − (z/softcap)²; the logits are capped already
@@ -86,7 +86,9 @@ using Range = void (*)(int64_t begin, int64_t end, const void* context);
 // One table per instruction set; `kernels()` picks the best that this processor runs.
 struct Kernels {
   const char* name;
-  void (*compact)(const Chunk&, const RowResults&, const RowEntries&, const RowDirections&, int64_t begin, int64_t end);
+  // With `operands` the chunk's logits are from 8-bit products, and written where they are computed again.
+  void (*compact)(const Chunk&, const RowResults&, const RowEntries&, const RowDirections&, const Operands* operands,
+                  int64_t begin, int64_t end);
   void (*tail_profile)(const Chunk&, const float* bound, const float* reference_bound, const float* log_sum,
                        const int64_t* rows, int64_t row_count, float* profile, int64_t begin, int64_t end);
   void (*exact_statistics)(const Chunk&, double beta, const ExactResults&, int64_t begin, int64_t end);
@@ -102,9 +104,6 @@ struct Kernels {
   // partial[hidden] += Σ_v scale[v] · matrix[v], for v in [begin, end)
   void (*weighted_sum)(int64_t hidden, const void* matrix, Element, const float* scale, float* partial, int64_t begin,
                        int64_t end);
-  // Logits from 8-bit products computed again where p or p_ref is above threshold · √(1 − p[label]), and at the label.
-  void (*refine)(float* z, float* r, bool difference, int64_t vocabulary, const int64_t* labels, float threshold,
-                 const Operands&, int64_t begin, int64_t end);
   // See quantize.inc.
   void (*quantize_tokens)(const void* hidden, Element, const float* channel, int64_t count, int64_t hidden_size,
                           int64_t padded, uint8_t* out, float* scales);
@@ -122,11 +121,25 @@ const Kernels& kernels();
 bool logits(const void* hidden, const void* weight, Element, const float* bias, float* out, int64_t tokens,
             int64_t vocabulary, int64_t hidden_size);
 
+// weight · channel in 8 bits, a block of INT8_VOCABULARY rows after the other; `channel` [D], or null: ones. The first
+// `kept` blocks are there once `int8_head` has made them, the others are made where they are needed.
+struct Int8Head {
+  const void* weight;  // [V, D]
+  Element element;
+  const float* channel;
+  int64_t vocabulary, hidden, kept;
+  uint8_t* blocks;     // [kept, padded / 4, INT8_VOCABULARY, 4]
+  float* scales;       // [kept · INT8_VOCABULARY]
+  int32_t* sums;
+
+  int64_t padded() const { return (hidden + 3) / 4 * 4; }
+};
+
+void int8_head(const Int8Head&);
 // out[t, v] = hidden[t] · weight[v] + bias[v] in float32, from products of 8-bit numbers of hidden · inverse and weight ·
-// channel. `inverse` and `channel` [D], or null: ones.
-void int8_logits(const void* hidden, Element, const float* inverse, const void* weight, Element weight_element,
-                 const float* channel, const float* bias, float* out, int64_t tokens, int64_t vocabulary,
-                 int64_t hidden_size);
+// channel. `inverse` [D], or null: ones.
+void int8_logits(const void* hidden, Element, const float* inverse, const Int8Head&, const float* bias, float* out,
+                 int64_t tokens);
 // Whether oneDNN has the micro-kernel for this processor.
 bool int8_is_fast();
 

@@ -54,26 +54,22 @@ bool logits_op(const Tensor& hidden, const Tensor& weight, const std::optional<T
                 hidden.size(0), weight.size(0), hidden.size(1));
 }
 
-void int8_logits_op(const Tensor& hidden, const std::optional<Tensor>& inverse, const Tensor& weight,
-                    const std::optional<Tensor>& channel, const std::optional<Tensor>& bias, Tensor out) {
-  int8_logits(hidden.data_ptr(), element(hidden), data<float>(inverse), weight.data_ptr(), element(weight),
-              data<float>(channel), data<float>(bias), data<float>(out), hidden.size(0), weight.size(0),
-              hidden.size(1));
+Int8Head int8_head_of(const Tensor& weight, const std::optional<Tensor>& channel, const Tensor& blocks,
+                      const Tensor& scales, const Tensor& sums) {
+  return {weight.data_ptr(), element(weight), data<float>(channel), weight.size(0), weight.size(1), blocks.size(0),
+          data<uint8_t>(blocks), data<float>(scales), data<int32_t>(sums)};
 }
 
-void refine_op(Tensor z, std::optional<Tensor> r, bool difference, const Tensor& labels, double threshold,
-               const Tensor& hidden, const std::optional<Tensor>& reference, const Tensor& weight,
-               const std::optional<Tensor>& low_rank, const std::optional<Tensor>& low_hidden,
-               const std::optional<Tensor>& low_reference, const std::optional<Tensor>& bias, double scale,
-               double softcap) {
-  const Operands operands = {
-      data<float>(hidden), data<float>(reference), weight.data_ptr(), element(weight), weight.size(1),
-      data<float>(low_rank), data<float>(low_hidden), data<float>(low_reference), low_rank ? low_rank->size(1) : 0,
-      data<float>(bias), (float)scale, (float)softcap};
-  parallel(z.size(0), [&](int64_t begin, int64_t end) {
-    kernels().refine(data<float>(z), data<float>(r), difference, z.size(1), data<int64_t>(labels), (float)threshold,
-                     operands, begin, end);
-  });
+void int8_head_op(const Tensor& weight, const std::optional<Tensor>& channel, Tensor blocks, Tensor scales,
+                  Tensor sums) {
+  int8_head(int8_head_of(weight, channel, blocks, scales, sums));
+}
+
+void int8_logits_op(const Tensor& hidden, const std::optional<Tensor>& inverse, const Tensor& weight,
+                    const std::optional<Tensor>& channel, const Tensor& blocks, const Tensor& scales,
+                    const Tensor& sums, const std::optional<Tensor>& bias, Tensor out) {
+  int8_logits(hidden.data_ptr(), element(hidden), data<float>(inverse),
+              int8_head_of(weight, channel, blocks, scales, sums), data<float>(bias), data<float>(out), hidden.size(0));
 }
 
 Chunk chunk_of(const Tensor& z, const std::optional<Tensor>& r, bool difference, const Tensor& labels, double softcap) {
@@ -85,8 +81,16 @@ void compact_op(const Tensor& z, const std::optional<Tensor>& r, bool difference
                 std::optional<Tensor> entropy, std::optional<Tensor> reference_nll,
                 std::optional<Tensor> reference_entropy, Tensor rows, Tensor counts, Tensor columns, Tensor nll_values,
                 std::optional<Tensor> kl_values, const std::optional<Tensor>& directions, std::optional<Tensor> nll_low,
-                std::optional<Tensor> kl_low, std::optional<Tensor> squares) {
+                std::optional<Tensor> kl_low, std::optional<Tensor> squares, const std::optional<Tensor>& hidden,
+                const std::optional<Tensor>& reference, const std::optional<Tensor>& weight,
+                const std::optional<Tensor>& low_rank, const std::optional<Tensor>& low_hidden,
+                const std::optional<Tensor>& low_reference, const std::optional<Tensor>& bias, double scale) {
   const Chunk chunk = chunk_of(z, r, difference, labels, softcap);
+  const Operands operands = {
+      data<float>(hidden), data<float>(reference), weight ? weight->data_ptr() : nullptr,
+      weight ? element(*weight) : Element::Float32, weight ? weight->size(1) : 0, data<float>(low_rank),
+      data<float>(low_hidden), data<float>(low_reference), low_rank ? low_rank->size(1) : 0, data<float>(bias),
+      (float)scale, (float)softcap};
   const int64_t n = z.size(0), stride = rows.size(1);
   float* v = data<float>(rows);  // [8, rows]: see fused_losses/kernels/schemas.py
   const RowResults results = {
@@ -98,7 +102,9 @@ void compact_op(const Tensor& z, const std::optional<Tensor>& r, bool difference
   float* square = data<float>(squares);  // [2, N]
   const RowDirections low = {directions ? directions->size(1) : 0, data<float>(directions), data<float>(nll_low),
                              data<float>(kl_low), square, square ? square + n : nullptr};
-  parallel(n, [&](int64_t begin, int64_t end) { kernels().compact(chunk, results, entries, low, begin, end); });
+  parallel(n, [&](int64_t begin, int64_t end) { 
+    kernels().compact(chunk, results, entries, low, hidden ? &operands : nullptr, begin, end);
+  });
 }
 
 // The stored entries of [rows, capacity] one after the other.
@@ -223,7 +229,7 @@ bool int8_is_fast_op() { return int8_is_fast(); }
 STABLE_TORCH_LIBRARY_IMPL(fused_losses, CPU, m) {
   m.impl("logits", TORCH_BOX(&logits_op));
   m.impl("int8_logits", TORCH_BOX(&int8_logits_op));
-  m.impl("refine", TORCH_BOX(&refine_op));
+  m.impl("int8_head", TORCH_BOX(&int8_head_op));
   m.impl("compact", TORCH_BOX(&compact_op));
   m.impl("pack", TORCH_BOX(&pack_op));
   m.impl("tail_profile", TORCH_BOX(&tail_profile_op));

@@ -167,9 +167,6 @@ def _compact(
 ) -> Entries:  # fmt: skip
     """The statistics and the entries of a chunk of products, of which logits are made."""
     finish(problem, chunk)
-    if sweep is not None:
-        sweep.refine(chunk, selection.threshold)
-    row_passes.more_statistics(problem, chunk, out)
     labels, softcap = problem.labels[chunk.tokens].contiguous(), problem.head.softcap or 0.0
     logits = (chunk.z, chunk.r, chunks.keeps_difference(problem, chunk), labels, softcap)
     columns, nll_values, *kl_values = buffers
@@ -188,7 +185,9 @@ def _compact(
         *logits, selection.threshold, out.nll, out.prediction, out.kl, out.entropy, out.reference_nll,
         out.reference_entropy, rows, counts, columns, nll_values, kl_values[0] if with_kl else None,
         directions, tails.nll_low, tails.kl_low, squares,
+        *(int8.NO_OPERANDS if sweep is None else sweep.operands(chunk)),
     )  # fmt: skip
+    row_passes.more_statistics(problem, chunk, out)  # after the logits that are computed again
     out.lse.copy_(rows[schemas.LOG_SUM])
     if sweep is not None and sweep.is_off(out, chunk.tokens):
         chunk.refill(chunk)

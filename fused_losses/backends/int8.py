@@ -2,7 +2,7 @@
 
 Each token and each row of the head has a scale of its own, so an element of either is wrong by at most 1/254 of the
 largest of its row. That is enough where only sums are wanted; logits whose p stands out are computed again from the
-full numbers (`refine`). Where a few channels are much larger than others, x and W share them between each other:
+full numbers (`Sweep.operands`). Where a few channels are much larger than others, x and W share them between each other:
 x·W = (x / c)·(c W), c by a sample. What is wrong with the nll then is measured on a few tokens, and where it is more
 than `MOST_ERROR` the sweep goes on with full products.
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,9 @@ MOST_KL_ERROR = 0.02
 THRESHOLD = 1e-4  # of p, from which on logits are exact in a pass without gradients; times √(1 − p[label])
 MEASURED = 16  # tokens, fewer in calls of less than 64 times as many
 SAMPLED_ROWS = 64, 512  # of x and W: what the channels' factors are chosen by
+NO_OPERANDS = (*[None] * 7, 1.0)
+BLOCK = 128  # rows of the head that are quantised together: INT8_VOCABULARY of csrc/cpu/kernels.h
+KEPT_BYTES = 64 << 20  # of the head in 8 bits, for the chunks that follow
 LARGEST_WIDTH = 1 << 15  # 255 · 127 · D must stay below 2^31
 GAIN = 0.9  # channels are shared where that makes the error of logits less than so much of it
 
@@ -52,12 +56,17 @@ def missing(problem: Problem, backend: str) -> str | None:
 
 
 class Int8Product:
-    """x Wᵀ + b of 8-bit numbers; of full ones, by `whole`, once `full` is set."""
+    """x Wᵀ + b of 8-bit numbers; of full ones, by `whole`, once `full` is set.
 
-    def __init__(self, channel: Tensor | None, whole: Product) -> None:
+    `again`: there will be several products with the same head, of which the first KEPT_BYTES then stay in 8 bits.
+    """
+
+    def __init__(self, channel: Tensor | None, whole: Product, again: bool) -> None:
         self.channel = channel
         self.inverse = None if channel is None else channel.reciprocal()
         self.whole, self.full = whole, False
+        self.kept_bytes = KEPT_BYTES if again else 0
+        self.head: tuple[Tensor, ...] | None = None
 
     @property
     def takes_wide(self) -> bool:
@@ -67,8 +76,21 @@ class Int8Product:
         if self.full:
             self.whole(out, hidden, weight, bias)
             return
+        if self.head is None:
+            self.head = self._head(weight)
         bias = None if bias is None else bias.float().contiguous()
-        torch.ops.fused_losses.int8_logits(hidden.contiguous(), self.inverse, weight, self.channel, bias, out)
+        torch.ops.fused_losses.int8_logits(
+            hidden.contiguous(), self.inverse, weight, self.channel, *self.head, bias, out
+        )  # fmt: skip
+
+    def _head(self, weight: Tensor) -> tuple[Tensor, ...]:
+        quads = -(-weight.shape[1] // 4)
+        count = min(-(-len(weight) // BLOCK), self.kept_bytes // (4 * quads * BLOCK))
+        blocks = torch.empty(count, quads, BLOCK, 4, dtype=torch.uint8)
+        scales, sums = torch.empty(count * BLOCK), torch.empty(count * BLOCK, dtype=torch.int32)
+        if count:
+            torch.ops.fused_losses.int8_head(weight, self.channel, blocks, scales, sums)
+        return blocks, scales, sums
 
 
 class Sweep:
@@ -77,18 +99,19 @@ class Sweep:
     def __init__(self, problem: Problem, whole: Product, exact: Callable[[Problem], Statistics]) -> None:
         self.problem, self.found = problem, problem.int8
         assert self.found is not None
-        self.product = Int8Product(channel_of(problem), whole)
         count = len(problem.labels)
+        again = problem.has_reference or 4 * count * problem.head.vocabulary > chunks.CHUNK_BYTES
+        self.product = Int8Product(channel_of(problem), whole, again)
         measured = min(MEASURED, max(2, count // 64), count)
         self.sample = torch.arange(measured) * count // max(1, measured)
         self.truth = exact(replace(problem.rows(self.sample).for_gradients(), int8=None)) if count else None
         self.errors: list[Tensor] = []
         self.kl_errors: list[Tensor] = []
 
-    def refine(self, chunk: Chunk, threshold: float) -> None:
-        """Exact logits, in place of those of a chunk, where p > threshold · √(1 − p[label]); and the labels'."""
+    def operands(self, chunk: Chunk) -> tuple[Any, ...]:
+        """What `compact` makes exact logits of a chunk from; nothing where they are exact already."""
         if self.product.full:
-            return
+            return NO_OPERANDS
         problem, dim = self.problem, chunk.weight.shape[1]
         rows, head, keeps = problem.hidden[chunk.tokens], problem.head, chunks.keeps_difference(problem, chunk)
         reference = None if chunk.r is None else problem.reference_hidden[chunk.tokens]
@@ -96,17 +119,17 @@ class Sweep:
             rows = rows.float() - chunks.widened(reference, rows.shape[1]).float()
         low_rank, bias = (None if t is None else t.float().contiguous() for t in (head.low_rank, head.bias))
 
-        def split(part: Tensor | None, exact: bool) -> tuple[Tensor | None, Tensor | None]:
+        def split(part: Tensor | None, wide: bool) -> tuple[Tensor | None, Tensor | None]:
+            """[x, u] in float32, x rounded as the full product would; `wide`: nor would that."""
             if part is None:
                 return None, None
-            x = part[:, :dim] if exact else part[:, :dim].to(chunk.weight.dtype)
+            x = part[:, :dim] if wide else part[:, :dim].to(chunk.weight.dtype)
             low = part[:, dim:] if part.shape[1] > dim and low_rank is not None else None
             return x.float().contiguous(), None if low is None else low.float().contiguous()
 
         (hidden, low_hidden), (of_reference, low_reference) = split(rows, keeps), split(reference, False)
-        torch.ops.fused_losses.refine(
-            chunk.z, chunk.r, keeps, problem.labels[chunk.tokens].contiguous(), threshold, hidden, of_reference,
-            chunk.weight, low_rank, low_hidden, low_reference, bias, head.logit_scale, head.softcap or 0.0,
+        return (
+            hidden, of_reference, chunk.weight, low_rank, low_hidden, low_reference, bias, head.logit_scale,
         )  # fmt: skip
 
     def is_off(self, out: Statistics, tokens: slice) -> bool:

@@ -124,7 +124,8 @@ class Builder:
         if backend.HAS_DIRECTIONS and (n >= FEWEST_TOKENS or not needs.weight):
             self.directions = directions_of(problem.head.weight)
         rows = None if self.directions is None else self.directions.rows
-        coarser = self.directions is not None and not problem.has_reference and not needs.weight
+        free = not needs.weight or problem.int8 is not None
+        coarser = self.directions is not None and not problem.has_reference and free
         threshold, capacity = parameters(problem.tolerance, problem.head.vocabulary, coarser)
         self.selection = Selection(threshold, capacity, sampled, profile, needs.hidden, rows)
         self.chunks: list[Entries] = []
