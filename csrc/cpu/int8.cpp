@@ -20,7 +20,7 @@ namespace at::native::cpublas {
 namespace fused_losses {
 namespace {
 
-constexpr int64_t TOKENS = 64, DEPTH = 512;  // a block of the weight of about that depth stays in the first cache
+constexpr int64_t TOKENS = 128, DEPTH = 512;  // a block of the weight of about that depth stays in the first cache
 
 template <class T>
 struct Aligned {
