@@ -135,6 +135,14 @@ def accuracy() -> None:
         row["frozen"] = {
             "entries": report.entries / report.tokens, "certified": report.hidden_bound, "dx": relative(frozen[0], dx),
         }  # fmt: skip
+        eighth, report = fused(hidden, weight, labels, a, b, reference, gradient="sparse", scan="int8")
+        row["int8"] = {
+            "entries": report.entries / report.tokens, "certified": [report.hidden_bound, report.weight_bound],
+            "errors": [relative(g, t) for g, t in zip(eighth, (dx, dw), strict=True)],
+            "value_error": report.value_error, "note": report.scan_note,
+        }  # fmt: skip
+        if reference is None and loss == "cross-entropy":
+            row["values"] = value_errors(hidden, weight, labels)
         keep = keep_rule(certificate.THRESHOLD, labels)
 
         def drop(at, p, dz, keep=keep, reference=reference):
@@ -152,8 +160,56 @@ def accuracy() -> None:
         row["plain bf16"] = [relative(g, t) for g, t in zip(plain, (dx, dw), strict=True)]
         rows.append(row)
         tqdm.write(accuracy_line(row))
+        tqdm.write(int8_line(row))
     content = {"threshold": certificate.THRESHOLD, "rows": rows, "curve": curve(states), "groups": groups()}
     save("sparse-accuracy", content)
+
+
+# Edges of the histogram of a token's error, in nats.
+EDGES = torch.logspace(-6, 0, 37)
+
+
+@torch.no_grad()
+def value_errors(hidden: Tensor, weight: Tensor, labels: Tensor) -> dict[str, dict]:
+    """|error of the nll| of each token, against float64: of 8-bit products, and of bf16 logits, as plain PyTorch."""
+    parts = [slice(start, start + 256) for start in range(0, len(labels), 256)]
+    double = weight.double()
+    truth = torch.cat([F.cross_entropy(hidden[at].double() @ double.T, labels[at], reduction="none") for at in parts])
+    x16, w16 = hidden.bfloat16(), weight.bfloat16()
+    found = {
+        "int8": fl.token_losses(hidden, weight, labels, scan="int8").nll,
+        "bf16 logits": torch.cat(
+            [F.cross_entropy((x16[at] @ w16.T).float(), labels[at], reduction="none") for at in parts]
+        ),
+    }
+    result = {}
+    for name, nll in found.items():
+        error = (nll.double() - truth).abs()
+        counts = torch.histogram(error.float().clamp(EDGES[0], EDGES[-1]), EDGES).hist
+        bias = (nll.double() - truth).mean().item()
+        result[name] = {
+            "mean": error.mean().item(), "largest": error.max().item(), "bias": bias, "histogram": counts.tolist(),
+        }  # fmt: skip
+    return result
+
+
+def int8_line(row: dict) -> str:
+    """A row of the table of 8-bit products; of those texts whose values were looked at."""
+    found, values = row["int8"], row.get("values")
+    kl = "" if row["kl"] is None else f" {row['kl']:.4f}"
+    errors, certified = (
+        " / ".join(f"{100 * e:.{digits}f}" for e in found[name]) for name, digits in (("errors", 2), ("certified", 1))
+    )
+    cells = "– | –"
+    if values is not None:
+        cells = " | ".join(
+            f"{values[name]['mean']:.4f} / {values[name]['largest']:.3f}" for name in ("int8", "bf16 logits")
+        )
+    ours = " / ".join(f"{100 * e:.2f}" for e in row["ours"])
+    return (
+        f"| {row['text']} | {row['loss']}{kl} | {found['entries']:.0f} | {errors} | {ours} | {certified} | {cells} | "
+        f"{found['value_error']:.4f} |"
+    )
 
 
 def saved_megabytes(report: fl.GradientReport, vocabulary: int, tokens: int = 8192) -> float:

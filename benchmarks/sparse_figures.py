@@ -6,7 +6,7 @@ import json
 import os
 
 import texts
-from sparse_accuracy import accuracy_line, groups_line
+from sparse_accuracy import EDGES, accuracy_line, groups_line, int8_line
 from sparse_speed import speed_line
 from sparse_states import PICTURES, RESULTS
 
@@ -15,7 +15,9 @@ def figures() -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    error_figure(json.loads((RESULTS / "sparse-accuracy.json").read_text()))
+    record = json.loads((RESULTS / "sparse-accuracy.json").read_text())
+    error_figure(record)
+    value_figure(record["rows"])
     time_figure(json.loads((RESULTS / "sparse-speed-cpu.json").read_text())["split"])
     training = RESULTS / "training.json"
     if training.is_file():
@@ -57,21 +59,42 @@ def error_figure(record: dict) -> None:
     _write(figure, "sparse-error.png", top=0.93)
 
 
-def time_figure(split: list[dict]) -> None:
-    """Shares of one call's time."""
+def value_figure(rows: list[dict]) -> None:
+    """Histograms of a token's error of the nll: 8-bit products, and bf16 logits."""
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(9, 3.2))
-    labels = [f"D = {s['D']}, {s['dtype']}" for s in split]
+    shown = [row for row in rows if row["text"] in texts.TUNED and "values" in row]
+    figure, axes = plt.subplots(1, len(shown), figsize=(9, 3.4), sharey=True)
+    styles = {"int8": ("tab:blue", "-"), "bf16 logits": ("tab:red", "--")}
+    for axis, row in zip(axes, shown, strict=True):
+        for name, (color, style) in styles.items():
+            found = row["values"][name]
+            share = [100 * count / row["N"] for count in found["histogram"]]
+            axis.stairs(share, EDGES.tolist(), color=color, linestyle=style, linewidth=1.6,
+                        label=f"{name}: mean {found['mean']:.2g}, largest {found['largest']:.2g}")  # fmt: skip
+        axis.set(xscale="log", title=row["text"], xlabel="|error of the nll| of a token, nats")
+        axis.legend(fontsize=8, loc="upper left")
+        axis.set_ylim(0, 16)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("% of tokens")
+    _write(figure, "int8-error.png")
+
+
+def time_figure(split: list[dict]) -> None:
+    """Seconds of one call by part, beside those of the forward product."""
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(9, 4.4))
+    labels = [f"D = {s['D']}, {s['dtype']}{', int8' if s['scan'] == 'int8' else ''}" for s in split]
     left = [0.0] * len(labels)
     colors = ("tab:gray", "tab:green", "tab:olive", "tab:blue", "tab:orange", "tab:red")
     for (part, _), color in zip(split[0]["parts"].items(), colors, strict=True):
-        share = [s["parts"][part] / s["seconds"] * 100 for s in split]
-        axis.barh(labels, share, left=left, label=part, color=color)
-        left = [a + b for a, b in zip(left, share, strict=True)]
-    alone = [s["gemm_seconds"] / s["seconds"] * 100 for s in split]
-    axis.plot(alone, labels, "k|", markersize=24, markeredgewidth=2, label="torch.mm alone")
-    axis.set(xlabel="% of forward + backward, cross-entropy, N = 2048, V = 49,152", xlim=(0, 5 + max([100, *alone])))
+        seconds = [s["parts"][part] for s in split]
+        axis.barh(labels, seconds, left=left, label=part, color=color, edgecolor="white", linewidth=0.5)
+        left = [a + b for a, b in zip(left, seconds, strict=True)]
+    alone = [s["gemm_seconds"] for s in split]
+    axis.plot(alone, labels, "k|", markersize=20, markeredgewidth=2, label="torch.mm of the forward alone")
+    axis.set(xlabel="seconds of forward + backward, cross-entropy, N = 2048, V = 49,152")
     axis.invert_yaxis()
     handles, names = axis.get_legend_handles_labels()
     figure.legend(handles, names, fontsize=8, ncols=3, loc="upper center", markerscale=0.4)
@@ -85,12 +108,16 @@ def training_figure(runs: dict) -> None:
     names = sorted({key.rsplit(" ", 1)[0] for key in runs}, reverse=True)
     figure, axes = plt.subplots(2, len(names), figsize=(3 * len(names), 4.6), sharex=True, squeeze=False)
     for column, name in enumerate(names):
-        exact, sparse = (runs[f"{name} {g}"]["losses"] for g in ("exact", "sparse"))
+        exact = runs[f"{name} exact"]["losses"]
         axes[0][column].plot(exact, color="black", label="exact")
-        axes[0][column].plot(sparse, "--", color="tab:red", label="sparse")
         axes[0][column].set(title=name)
-        difference = [100 * abs(a - b) / abs(a) for a, b in zip(exact, sparse, strict=True)]
-        axes[1][column].plot(difference, color="tab:red")
+        for kind, color, style in (("sparse", "tab:red", "--"), ("int8", "tab:blue", ":")):
+            if f"{name} {kind}" not in runs:
+                continue
+            losses = runs[f"{name} {kind}"]["losses"]
+            axes[0][column].plot(losses, style, color=color, label="sparse" if kind == "sparse" else "sparse, int8")
+            difference = [100 * abs(a - b) / abs(a) for a, b in zip(exact, losses, strict=True)]
+            axes[1][column].plot(difference, style, color=color)
         axes[1][column].axhline(0.5, color="black", linewidth=1, linestyle=":")
         axes[1][column].set(xlabel="step", ylim=(0, 0.6))
     axes[0][0].set_ylabel("loss")
@@ -110,6 +137,13 @@ def tables() -> None:
     print("|---|---|---|---|---|---|---|---|---|---|")
     for row in record["rows"]:
         print(accuracy_line(row))
+    print(
+        "\n| text | loss | entries | dx / dW, % | full products | certified | nll, int8: mean / largest | "
+        "nll, bf16 logits | measured |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    for row in record["rows"]:
+        print(int8_line(row))
     print("\n| distance | halves in the call | directions | L1 bound, % | certified, % | exact tokens | dx / dW, % |")
     print("|---|---|---|---|---|---|---|")
     for row in record["groups"]:
@@ -119,11 +153,12 @@ def tables() -> None:
         saved = ", ".join(f"{r['loss']} {r['saved_MB_per_8192']:.1f} MB" for r in rows)
         print(f"saved for backward, N = 8192, {kind}: {saved}")
     split = json.loads((RESULTS / "sparse-speed-cpu.json").read_text())
-    print("\n| D | dtype | s | torch.mm, s |", " | ".join(split["split"][0]["parts"]), "|")
-    print("|---|---|---|---|" + "---|" * len(split["split"][0]["parts"]))
+    print("\n| D | dtype | products | s | torch.mm, s |", " | ".join(split["split"][0]["parts"]), "|")
+    print("|---|---|---|---|---|" + "---|" * len(split["split"][0]["parts"]))
     for row in split["split"]:
         parts = " | ".join(f"{100 * seconds / row['seconds']:.0f} %" for seconds in row["parts"].values())
-        print(f"| {row['D']} | {row['dtype']} | {row['seconds']:.2f} | {row['gemm_seconds']:.2f} | {parts} |")
+        head = f"| {row['D']} | {row['dtype']} | {row['scan']} | {row['seconds']:.2f} |"
+        print(f"{head} {row['gemm_seconds']:.2f} | {parts} |")
     for dtype in ("float32", "bfloat16"):
         print(f"\n{dtype}\n\n| distribution | loss | D | | s | in forward GEMMs | time / ours |")
         print("|---|---|---|---|---|---|---|")
@@ -131,12 +166,17 @@ def tables() -> None:
             if row["dtype"] == dtype:
                 print(speed_line(row).replace(f" {dtype} |", ""))
     training = json.loads((RESULTS / "training.json").read_text())["runs"]
-    print("\n| | loss, first and last step | largest difference at any step | largest bound |\n|---|---|---|---|")
+    print("\n| | loss, first and last step | largest difference at any step | mean | largest L1 bound |")
+    print("|---|---|---|---|---|")
     for name in dict.fromkeys(key.rsplit(" ", 1)[0] for key in training):
-        exact, sparse = (training[f"{name} {g}"]["losses"] for g in ("exact", "sparse"))
-        worst = max(abs(a - b) / abs(a) for a, b in zip(exact, sparse, strict=True))
-        bound = max(training[f"{name} sparse"]["bounds"])
-        print(f"| {name} | {exact[0]:.3f}, {exact[-1]:.3f} | {100 * worst:.2f} % | {100 * bound:.1f} % |")
+        exact = training[f"{name} exact"]["losses"]
+        for kind in ("sparse", "int8"):
+            if f"{name} {kind}" in training:
+                losses = training[f"{name} {kind}"]["losses"]
+                differences = [abs(a - b) / abs(a) for a, b in zip(exact, losses, strict=True)]
+                worst, mean = max(differences), sum(differences) / len(differences)
+                bound = max(training[f"{name} {kind}"]["bounds"])
+                print(f"| {name}, {kind} | {exact[0]:.3f}, {exact[-1]:.3f} | {worst:.2%} | {mean:.2%} | {bound:.1%} |")
 
 
 def _write(figure, name: str, top: float | None = None) -> None:

@@ -51,11 +51,11 @@ def contestants(labels: Tensor, reference: Tensor) -> dict[str, dict[str, tuple[
 
     def ours(loss, **kwargs):
         result = {}
-        for gradient in ("sparse", "exact"):
-            module = loss(gradient=gradient)
+        for name, options in KINDS.items():
+            module = loss(**options)
             shaped = (lambda x: x.view(8, -1, x.shape[1])) if loss is fl.TALRLoss else (lambda x: x)
             y = rows if loss is fl.TALRLoss else labels
-            result[f"fused_losses, {gradient}"] = lambda x, w, module=module, shaped=shaped, y=y: module(
+            result[f"fused_losses, {name}"] = lambda x, w, module=module, shaped=shaped, y=y: module(
                 shaped(x), w, y, **kwargs
             )
         return result
@@ -80,7 +80,11 @@ def contestants(labels: Tensor, reference: Tensor) -> dict[str, dict[str, tuple[
     return result | {"cross-entropy, frozen head": frozen}
 
 
-FIRST = ("cross-entropy",)  # groups measured before the others, with all rounds
+KINDS = {
+    "sparse": {"gradient": "sparse"}, "sparse, int8": {"gradient": "sparse", "scan": "int8"},
+    "exact": {"gradient": "exact"},
+}  # fmt: skip
+FIRST = ("cross-entropy", "cross-entropy, frozen head")  # groups measured before the others, with all rounds
 
 
 def speed(runs: int) -> None:
@@ -110,7 +114,8 @@ def speed(runs: int) -> None:
                             rows.append(where | {"loss": group, "name": name} | figures)
                             print(speed_line(rows[-1]), flush=True)
                     if first and not flat:
-                        split.append(where | time_split(hidden, weight, labels))
+                        for scan in ("full", "int8"):
+                            split.append(where | {"scan": scan} | time_split(hidden, weight, labels, scan))
                     save("sparse-speed-cpu", {"N": 2048, "V": len(weight), "rows": rows, "split": split})
 
 
@@ -155,18 +160,19 @@ def measure(hidden: Tensor, weight: Tensor, members: dict, runs: int) -> dict[st
 
 
 PARTS = {
-    "logits": "logits (GEMM)", "compact": "row statistics, compaction", "pack": "row statistics, compaction",
+    **dict.fromkeys(("logits", "int8_logits", "int8_head"), "logits (GEMM)"),
+    "compact": "row statistics, compaction", "pack": "row statistics, compaction",
     "tail_profile": "tail profile", "weighted_sum": "tail profile", "rows_product": "dx = S'W + m'(qᵀW)",
     "columns_product": "dW = S'ᵀx + q(m'ᵀx)",
 }  # fmt: skip
 
 
-def time_split(hidden: Tensor, weight: Tensor, labels: Tensor) -> dict:
+def time_split(hidden: Tensor, weight: Tensor, labels: Tensor, scan: str) -> dict:
     """Where one call of cross-entropy spends its time, with compiled kernels."""
     from torch.profiler import profile
 
     x, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    loss = fl.CrossEntropyLoss(gradient="sparse")
+    loss = fl.CrossEntropyLoss(gradient="sparse", scan=scan)
     loss(x, w, labels).backward()
     x.grad = w.grad = None
     start = time.perf_counter()

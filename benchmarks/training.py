@@ -1,9 +1,11 @@
-"""Training with exact and with sparse gradients: SmolLM2-135M-Instruct, all parameters and LoRA, TALR and LAwF.
+"""Training with exact and with sparse gradients, and with 8-bit products besides: SmolLM2-135M-Instruct, all parameters
+and LoRA, TALR and LAwF.
 
     python benchmarks/training.py [--steps 60]
 
 Both runs of a pair start from the same weights and see the same batches in float32, AdamW with a learning rate that
-falls linearly to 0 (the default of transformers' Trainer); only `gradient=` differs. Writes
+falls linearly to 0 (the default of transformers' Trainer); only `gradient=` and `scan=` differ. LAwF with all
+parameters has a reference with a head of its own, and so no 8-bit products. Writes
 benchmarks/results/training.json after every finished run, and goes on from there when started again.
 """
 
@@ -26,6 +28,9 @@ from fused_losses.demo.model import hidden_states
 RESULTS = Path(__file__).parent / "results" / "training.json"
 LEARNING_RATE = {"full": 5e-6, "LoRA": 1e-4}
 ROWS, LENGTH = 4, 48
+KINDS = {
+    "exact": {"gradient": "exact"}, "sparse": {"gradient": "sparse"}, "int8": {"gradient": "sparse", "scan": "int8"},
+}  # fmt: skip
 
 
 def batches(tokenizer, steps: int) -> list[torch.Tensor]:
@@ -36,7 +41,7 @@ def batches(tokenizer, steps: int) -> list[torch.Tensor]:
     return [windows[torch.randint(len(windows), (ROWS,), generator=g)] for _ in range(steps)]
 
 
-def run(parameters: str, loss_name: str, gradient: str, steps: int) -> dict:
+def run(parameters: str, loss_name: str, kind: str, steps: int) -> dict:
     base, tokenizer = texts.model_and_tokenizer()
     original = copy.deepcopy(base.lm_head.weight.detach())
     torch.manual_seed(0)
@@ -50,13 +55,13 @@ def run(parameters: str, loss_name: str, gradient: str, steps: int) -> dict:
         model = base.requires_grad_(True)
         reference_model = copy.deepcopy(base).requires_grad_(False) if loss_name == "LAwF" else None
     head = base.lm_head.weight
-    loss_of = {"TALR": fl.TALRLoss, "LAwF": fl.LAwFLoss}[loss_name](gradient=gradient)
+    loss_of = {"TALR": fl.TALRLoss, "LAwF": fl.LAwFLoss}[loss_name](**KINDS[kind])
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=LEARNING_RATE[parameters], weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     losses, bounds = [], []
     data = batches(tokenizer, steps)
-    for step in trange(steps, desc=f"{parameters} {loss_name} {gradient}"):
+    for step in trange(steps, desc=f"{parameters} {loss_name} {kind}"):
         ids, labels = data[step][:, :-1], data[step][:, 1:]
         options = {}
         if loss_name == "LAwF":
@@ -93,19 +98,21 @@ def main() -> None:
     options = parser.parse_args()
     for parameters in options.parameters:
         for loss_name in ("TALR", "LAwF"):
-            for gradient in ("exact", "sparse"):
-                key = f"{parameters} {loss_name} {gradient}"
+            kinds = [kind for kind in KINDS if (parameters, loss_name, kind) != ("full", "LAwF", "int8")]
+            for kind in kinds:
+                key = f"{parameters} {loss_name} {kind}"
                 if key not in record_of(options.steps)["runs"]:
-                    result = run(parameters, loss_name, gradient, options.steps)
+                    result = run(parameters, loss_name, kind, options.steps)
                     record = record_of(options.steps)
                     record["runs"][key] = result
                     temporary = RESULTS.with_suffix(f".{parameters}.tmp")
                     temporary.write_text(json.dumps(record, indent=1))
                     os.replace(temporary, RESULTS)
             runs = record_of(options.steps)["runs"]
-            exact, sparse = (runs[f"{parameters} {loss_name} {g}"]["losses"] for g in ("exact", "sparse"))
-            worst = max(abs(a - b) / abs(a) for a, b in zip(exact, sparse, strict=True))
-            print(f"{parameters} {loss_name}: loss {exact[0]:.4f} to {exact[-1]:.4f}, largest difference {worst:.3%}")
+            exact, *others = (runs[f"{parameters} {loss_name} {kind}"]["losses"] for kind in kinds)
+            for kind, losses in zip(kinds[1:], others, strict=True):
+                worst = max(abs(a - b) / abs(a) for a, b in zip(exact, losses, strict=True))
+                print(f"{parameters} {loss_name} {kind}: to {exact[-1]:.4f}, largest difference {worst:.3%}")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from .row_passes import row_passes
 from .single import add_picked_
 
 # The tail profile is made of so many tokens.
-SAMPLED_TOKENS = 256
+SAMPLED_TOKENS = 1024
 # Whether `scan` takes what is left out in directions of the head.
 HAS_DIRECTIONS = True
 # Numbers that a product gathers at a time.

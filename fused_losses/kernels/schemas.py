@@ -65,8 +65,8 @@ SCHEMAS = (
     # blocks uint8 [B, D' / 4, 128, 4], D' a multiple of 4: the first 128 B rows of weight · channel in 8 bits, row v of
     # a block as blocks[b, :, v]; scales [128 B]; sums [128 B] int32 of a row's numbers
     "int8_head(Tensor weight, Tensor? channel, Tensor(a!) blocks, Tensor(b!) scales, Tensor(c!) sums) -> ()",
-    # As logits, from products of 8-bit numbers of hidden · inverse and of weight · channel: of `blocks`, and where these
-    # end made on the way
+    # As logits, from products of 8-bit numbers of hidden · inverse and of weight · channel: those of `blocks`, and where
+    # these end made on the way
     "int8_logits(Tensor hidden, Tensor? inverse, Tensor weight, Tensor? channel, Tensor blocks, Tensor scales, "
     "Tensor sums, Tensor? bias, Tensor(a!) out) -> ()",
     # Statistics and entries of a chunk's logits z, or of r + z with `difference`; counts −1: more than the capacity.
@@ -74,8 +74,8 @@ SCHEMAS = (
     # kl_low likewise, squares [2, N] Σ of its squares. With `hidden` [N, D], of z, and `reference`, of r, both float32,
     # logits are taken for those of 8-bit products and computed again from these operands where p or p_ref is above
     # threshold · √(1 − p[label]); low_hidden and low_reference [N, R] are float32 too
-    "compact(Tensor(o!) z, Tensor(p!)? r, bool difference, Tensor labels, float softcap, float threshold, Tensor(a!) nll, "
-    "Tensor(b!) prediction, Tensor(c!)? kl, Tensor(d!)? entropy, Tensor(e!)? reference_nll, "
+    "compact(Tensor(o!) z, Tensor(p!)? r, bool difference, Tensor labels, float softcap, float threshold, "
+    "Tensor(a!) nll, Tensor(b!) prediction, Tensor(c!)? kl, Tensor(d!)? entropy, Tensor(e!)? reference_nll, "
     "Tensor(f!)? reference_entropy, Tensor(g!) rows, Tensor(h!) counts, Tensor(i!) columns, Tensor(j!) nll_values, "
     "Tensor(k!)? kl_values, Tensor? directions, Tensor(l!)? nll_low, Tensor(m!)? kl_low, Tensor(n!)? squares, "
     "Tensor? hidden, Tensor? reference, Tensor? weight, Tensor? low_rank, Tensor? low_hidden, Tensor? low_reference, "
