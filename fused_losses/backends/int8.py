@@ -3,8 +3,8 @@
 Each token and each row of the head has a scale of its own, so an element of either is wrong by at most 1/254 of the
 largest of its row. That is enough where only sums are wanted; logits whose p stands out are computed again from the
 full numbers (`Sweep.operands`). Where a few channels are much larger than others, x and W share them between each
-other: x·W = (x / c)·(c W), c by a sample. What is wrong with the nll then is measured on a few tokens, and where it is more
-than `MOST_ERROR` the sweep goes on with full products.
+other: x·W = (x / c)·(c W), c by a sample. What is wrong with the nll then is measured on a few tokens, and where it is
+more than `MOST_ERROR` the sweep goes on with full products.
 
 Source: scales per row and per token, and c = √(max|x| / max|W|) per channel, are SmoothQuant's (arXiv 2211.10438).
 """
