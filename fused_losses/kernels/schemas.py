@@ -65,8 +65,8 @@ SCHEMAS = (
     # blocks uint8 [B, D' / 4, 128, 4], D' a multiple of 4: the first 128 B rows of weight · channel in 8 bits, row v of
     # a block as blocks[b, :, v]; scales [128 B]; sums [128 B] int32 of a row's numbers
     "int8_head(Tensor weight, Tensor? channel, Tensor(a!) blocks, Tensor(b!) scales, Tensor(c!) sums) -> ()",
-    # As logits, from products of 8-bit numbers of hidden · inverse and of weight · channel: those of `blocks`, and made on
-    # the way where these end
+    # As logits, from products of 8-bit numbers of hidden · inverse and of weight · channel, of `blocks` and made on the
+    # way where these end
     "int8_logits(Tensor hidden, Tensor? inverse, Tensor weight, Tensor? channel, Tensor blocks, Tensor scales, "
     "Tensor sums, Tensor? bias, Tensor(a!) out) -> ()",
     # Statistics and entries of a chunk's logits z, or of r + z with `difference`; counts −1: more than the capacity.

@@ -57,6 +57,6 @@ def operator_arguments(
     tolerance = 0.1 if sparse else None
     return compiled.Call(
         *leaves, labels, ref_hidden, ref_weight, None, None, torch.randint(-1, V, (11, ids)) if ids else None, -100,
-        1.5, softcap, 1.0, None, dtype, dtype, D + rank, wanted, entropy_gradient, beta, 20, tolerance, "auto", needs,
-        None,
+        1.5, softcap, 1.0, None, dtype, dtype, D + rank, wanted, entropy_gradient, beta, 20, tolerance, "auto",
+        False, needs, None,
     )  # fmt: skip
