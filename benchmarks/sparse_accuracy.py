@@ -54,11 +54,16 @@ class Truth:
         return dx, dw
 
 
-def fused(hidden, weight, labels, a, b, reference, frozen=False, **options):
-    """Both gradients of Σ a·nll + b·kl by this package (of a frozen head one), and the report."""
+def fused(hidden, weight, labels, a, b, reference, frozen=False, shared=False, **options):
+    """Both gradients of Σ a·nll + b·kl by this package (of a frozen head one), and the report. `shared`: the reference
+    is on the head that is trained, as 8-bit products need it."""
     x, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_(not frozen)
     out = fl.token_losses(
-        x, w, labels, reference=None if reference is None else fl.Reference(reference, weight), **options
+        x,
+        w,
+        labels,
+        reference=None if reference is None else fl.Reference(reference, None if shared else weight),
+        **options,
     )
     (out.nll * a).sum().backward() if b is None else (out.nll * a + out.kl * b).sum().backward()
     return (x.grad, w.grad), out.gradient_report
@@ -135,7 +140,7 @@ def accuracy() -> None:
         row["frozen"] = {
             "entries": report.entries / report.tokens, "certified": report.hidden_bound, "dx": relative(frozen[0], dx),
         }  # fmt: skip
-        eighth, report = fused(hidden, weight, labels, a, b, reference, gradient="sparse", scan="int8")
+        eighth, report = fused(hidden, weight, labels, a, b, reference, shared=True, gradient="sparse", scan="int8")
         row["int8"] = {
             "entries": report.entries / report.tokens, "certified": [report.hidden_bound, report.weight_bound],
             "errors": [relative(g, t) for g, t in zip(eighth, (dx, dw), strict=True)],

@@ -1,4 +1,4 @@
-"""What is certified of dx, dW and the logits' gradient is above the truth, for distributions, heads and weights of every
+"""What is certified of dx, dW and the logits' gradient is above the truth, for heads, distributions and weights of every
 kind; 3,000 calls with `--exhaustive`."""
 
 import math
