@@ -1,4 +1,4 @@
-"""What is certified of dx, dW and the logits' gradient is above the truth, for heads, distributions and weights of every
+"""What is certified of dx, dW and the logits' gradient is above the truth, for heads, distributions and weights of each
 kind; 3,000 calls with `--exhaustive`."""
 
 import math
