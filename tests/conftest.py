@@ -53,7 +53,7 @@ def pytest_ignore_collect(collection_path, config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Fast files first, then the longest; without --exhaustive the cases of `covering`, and none marked `exhaustive`."""
+    """Fast files first, then the longest; without --exhaustive the cases of `covering`, none marked `exhaustive`."""
     order = dict.fromkeys(FAST, 0) | {name: place for place, name in enumerate(LONG, 1)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
     if grids.EXHAUSTIVE:
