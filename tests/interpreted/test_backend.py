@@ -77,7 +77,7 @@ def test_a_label_that_a_bias_rules_out(gradient, path):
         assert relative(found[gradient], truth[gradient]) <= 1.5e-6, gradient
 
 
-@pytest.mark.pairwise
+@pytest.mark.each_value
 @pytest.mark.parametrize("head", HEADS, ids=name)
 @pytest.mark.parametrize("reference", REFERENCES, ids=name)
 @pytest.mark.parametrize("frozen", [False, True], ids=name)
