@@ -27,9 +27,8 @@ GRIDS :=
 FILES := -n 2 --dist loadfile --no-loadscope-reorder
 
 test: lint
-	$(BIN)/python -m pytest $(GRIDS) $(FILES) -m 'not slow and not gpu'
+	$(BIN)/python -m pytest $(GRIDS) $(FILES) -m 'not gpu'
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(GRIDS) -n 2 tests/interpreted
-	$(BIN)/python -m pytest $(GRIDS) $(FILES) -m slow
 
 test-all: GRIDS := --exhaustive
 test-all: test

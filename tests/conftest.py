@@ -24,6 +24,16 @@ FAST = frozenset(
     )
 )  # fmt: skip
 
+# Those that take longest begin early: of two workers neither has one for itself at the end. Longest first.
+LONG = tuple(
+    f"test_{name}.py"
+    for name in (
+        "compile", "gpu_commands", "examples", "installation", "demo", "session_speed", "topk_real_model", "package",
+        "resume", "distributed", "endings", "train", "vocab_parallel", "nvcc", "annotate_command", "callback", "trl",
+        "trainers", "cpu_exact_kernels", "patch_others", "compiled_models", "causal_models",
+    )
+)  # fmt: skip
+
 
 def pytest_addoption(parser):
     parser.addoption(
@@ -43,13 +53,14 @@ def pytest_ignore_collect(collection_path, config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Fast files first; without --exhaustive the cases of `covering`, and none of a test marked `exhaustive`."""
-    items.sort(key=lambda item: item.path.name not in FAST)
+    """Fast files first, then the longest; without --exhaustive the cases of `covering`, none marked `exhaustive`."""
+    order = dict.fromkeys(FAST, 0) | {name: place for place, name in enumerate(LONG, 1)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
     if grids.EXHAUSTIVE:
         return
     left_out = [item for item in items if item.get_closest_marker("exhaustive")]
     for marker, together in (("pairwise", 2), ("each_value", 1)):
-        marked = [item for item in items if item.get_closest_marker(marker)]
+        marked = [i for i in items if i.get_closest_marker(marker) and not i.get_closest_marker("exhaustive")]
         for name, cases in itertools.groupby(marked, key=lambda item: item.nodeid.partition("[")[0]):
             cases = list(cases)
             values = [[(key, id(v)) for key, v in item.callspec.params.items()] for item in cases]

@@ -144,11 +144,9 @@ def _pass_with_reference(
     if shared_difference is None:
         d = log_p - log_r
     else:
-        d = shared_difference.sub_((top - top_ref) + (log_sum - log_sum_ref))
-        # The largest logits carry their rounding into d. Where both models are sure of the label its nll does not.
-        at_label = (out.reference_nll - out.nll)[:, None]
-        sure = torch.maximum(out.nll, out.reference_nll)[:, None] < 0.5
-        d.scatter_(1, labels, torch.where(sure, at_label, d.gather(1, labels)))
+        # The largest logit is a rounded sum: what is taken off is made of its parts, which are not.
+        at_top = shared_difference.gather(1, prediction)
+        d = shared_difference.sub_(at_top).sub_(log_r.gather(1, prediction) + log_sum)
 
     p_ref = scratch.copy_(log_r).exp_()
     if out.reference_entropy is not None:
@@ -165,7 +163,8 @@ def _pass_with_reference(
     # p − p_ref = p_ref · expm1(d) keeps its relative accuracy where the two models nearly agree.
     gap = torch.where(d.abs() < 1, torch.expm1(d).mul_(p_ref), log_p.exp() - p_ref if p is None else p - p_ref)
     # Σ gap is 0 up to rounding; with it the error of d cancels to first order and the sum has no negative part.
-    out.kl.copy_((gap.sum(1) - row_dot(p_ref, d)).clamp_(min=0))
+    gaps = gap.sum(1, keepdim=True)
+    out.kl.copy_((gaps[:, 0] - row_dot(p_ref, d)).clamp_(min=0))
     if out.divergence is not None:
         divergence, student = mixture_sums(problem.beta, p, p_ref, d, gap)
         out.divergence.copy_(divergence.clamp(min=0))
@@ -174,7 +173,9 @@ def _pass_with_reference(
     if directions:
         if rows.entropy is not None:
             torch.add(log_p, out.entropy[:, None], out=rows.entropy).mul_(p).neg_()
-        rows.r.copy_(gap)
+        # So it does here. Where one id has nearly all of p, its gap is as small as all others together, and less than
+        # that error.
+        torch.addcmul(gap, p, gaps, value=-1, out=rows.r)
         rows.z.copy_(p).scatter_(1, labels, torch.expm1(-out.nll)[:, None])
 
 

@@ -26,7 +26,7 @@ def smollm():
 
 def test_a_page_does_not_have_to_wait(smollm, show_table):
     tokenizer, model = smollm
-    session = AnchorSession(model, tokenizer, max_new_tokens=200)
+    session = AnchorSession(model, tokenizer, max_new_tokens=100)
     session.start("Tell me a long story about a river and the people who live beside it.")
     times = {}
 
@@ -47,9 +47,10 @@ def test_a_page_does_not_have_to_wait(smollm, show_table):
     prompt = session.prompt_ids
     timed("a given answer", lambda: anchors_from_answer(model, tokenizer, [], answer, prompt_ids=prompt, end=False))
     show_table("\n".join(f"{name:28} {seconds:8.3f} s of CPU" for name, seconds in times.items()))
-    # Of both cores together, as other work may run beside it: 1 s and 2 s by the clock on two cores alone.
+    # Of both cores together, as other work may run beside it: by the clock on two cores alone 1 s, and 2 s for the
+    # statistics of 200 tokens.
     assert times["replace in the middle"] + times["first token after it"] < 2
-    assert times["statistics of all tokens"] < 4 and count > 100
+    assert times["statistics of all tokens"] < 0.02 * count and count > 50
 
 
 def test_statistics_are_those_of_one_forward(smollm):

@@ -24,7 +24,7 @@ def pytest_collection_modifyitems(items):
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.gpu)
             if os.environ.get("FUSED_LOSSES_GPU_DRY") == "1":  # a GPU gets every case
-                item.add_marker(pytest.mark.pairwise)
+                item.add_marker(pytest.mark.each_value)
             if machine.SKIP:
                 item.add_marker(pytest.mark.skip(reason=machine.SKIP))
 

@@ -45,7 +45,7 @@ def test_check(tmp_path):
     found = result(tmp_path / "out")
     assert found["facts"]["device"].startswith("dry run") and found["facts"]["date"]
     checks = [check for group in found["groups"].values() for check in group["checks"]]
-    assert sum(check["outcome"] == "passed" for check in checks) > 40
+    assert sum(check["outcome"] == "passed" for check in checks) > 20
     assert all(check["error"] <= check["bound"] for check in checks if "bound" in check)
     assert all(check["reason"] for check in checks if check["outcome"] == "skipped")
     memcheck = found["sanitizers"].pop("memcheck")

@@ -1,5 +1,6 @@
 """Peak resident memory of one forward and backward, each in a process of its own."""
 
+import os
 import subprocess
 import sys
 
@@ -48,7 +49,10 @@ def peak_memory(what, gradient):
     # What would be as large as the logits shows with half the tokens too; a small D makes the products cheap.
     size = (8192, 576) if grids.EXHAUSTIVE else (4096, 128)
     command = [sys.executable, "-c", MEMORY, what, gradient, *map(str, size)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+    # Every tensor has pages of its own, which go when it does. By itself glibc keeps up to 32 MiB of what is freed, or
+    # not, as small blocks lie.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=1800, env=environment)
     assert result.returncode == 0, result.stderr
     peak = float(result.stdout.split()[-1])
     print(f"{what}, {gradient}: {peak:.0f} MiB above inputs and gradients")
@@ -65,4 +69,5 @@ def test_peak_memory_of_full_logits():
 def test_peak_memory(what):
     """V = 49152, float32; peak resident memory above inputs and gradients, in MiB."""
     exact, sparse = peak_memory(what, "exact"), peak_memory(what, "sparse")
-    assert exact < 256 and sparse < exact + 14  # measured −5 to +5; where an allocation lies decides
+    # Measured 104 to 108 and 2 to 14 less, of 768 for all logits; of twice as many tokens 105 to 154 and 18 to 58 less.
+    assert exact < (200 if grids.EXHAUSTIVE else 128) and sparse < exact + 2

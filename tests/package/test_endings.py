@@ -74,6 +74,7 @@ def test_help_says_the_statuses(capsys):
         assert ("1 a limit is broken" in said) == (name == "check")
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("rich", [True, False], ids=["rich", "plain"])
 @pytest.mark.parametrize(
     "words, codes", [(("info",), {141}), (("train", "--help"), {0, 141}), ((), {2, 141})], ids=["table", "help", "none"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
 
 EXHAUSTIVE = False  # set by conftest.py before tests are imported
@@ -22,11 +22,18 @@ def covering(cases: Sequence[Sequence[Hashable]], together: int, chance: random.
     `chance`: seeded by a test's name, it makes similar tests leave out different cases.
     """
     met = [set(itertools.combinations(case, min(together, len(case)))) for case in cases]
+    having = defaultdict(list)
+    for at, groups in enumerate(met):
+        for group in groups:
+            having[group].append(at)
     order = chance.sample(range(len(cases)), len(cases))
-    missing, chosen, taken = set().union(*met), set(), Counter()
-    while missing:
-        best = max(order, key=lambda at: (len(met[at] & missing), -sum(taken[value] for value in cases[at])))
+    gains, chosen, taken = [len(groups) for groups in met], set(), Counter()
+    while (most := max(gains, default=0)) > 0:
+        new = (at for at in order if gains[at] == most)
+        best = min(new, key=lambda at: sum(taken[value] for value in cases[at]))
         chosen.add(best)
-        missing -= met[best]
         taken.update(cases[best])
+        for group in met[best]:
+            for at in having.pop(group, ()):
+                gains[at] -= 1
     return chosen

@@ -207,7 +207,8 @@ def row_statistics_kernel(
             ref_log_sum, shift, BLOCK, REFERENCE, DIFFERENCE, SOFTCAP, REFERENCE_SOFTCAP,
         )  # fmt: skip
         # Σ gap is 0 up to rounding; with it the error of the shift cancels to first order.
-        kl = tl.sum(gaps) - tl.sum(expected)
+        missed = tl.sum(gaps)
+        kl = missed - tl.sum(expected)
         tl.store(kl_ptr + t + one, tl.where(kl < 0, 0.0, kl) + tl.zeros((1,), tl.float32))
         tl.store(reference_nll_ptr + t + one, ref_nll)
         if REFERENCE_ENTROPY:
@@ -216,9 +217,14 @@ def row_statistics_kernel(
             tl.store(reference_entropy_ptr + t + one, entropy + tl.exp(-ref_nll) * ref_nll)
         tl.store(out + REF_TOP * C, ref_largest)
         tl.store(out + REF_LOG_SUM * C, ref_log_sum)
-        tl.store(out + SHIFT * C, shift)
+        # Each gap is off by p times what the shift is: where one id has nearly all of p, that is more than its gap.
+        tl.store(out + SHIFT * C, shift + missed)
         tl.store(out + TOTALS_SHIFT * C, shift)
-        tl.store(out + GAP * C, tl.sum(sloped_gaps) + tl.zeros((1,), tl.float32))
+        sloped_p = -expm1(-nll) + tl.exp(-nll)
+        if SOFTCAP:
+            u = label_z / softcap
+            sloped_p = share * sloped + tl.exp(-nll) * (1 - u * u)
+        tl.store(out + GAP * C, tl.sum(sloped_gaps) - missed * sloped_p)
         tl.store(out + GAP_L1 * C, tl.sum(sizes) + tl.zeros((1,), tl.float32))
 
 

@@ -1,0 +1,33 @@
+"""bfloat16 where all rows of the head have a large part in common: of a direction, which sums to 0, nothing of it is
+left, and of a rounded direction something is."""
+
+import pytest
+import torch
+from cases import relative
+
+import fused_losses as fl
+
+V, D, N = 4000, 64, 64
+
+
+def gradients(hidden, weight, labels, dtype, **options):
+    leaves = [x.to(dtype, copy=True).requires_grad_() for x in (hidden, weight)]
+    fl.CrossEntropyLoss(**options)(*leaves, labels).backward()
+    return [x.grad for x in leaves]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("times", [0, 10, 1000])
+def test_gradients(times, backend):
+    common = torch.randn(D)
+    weight = ((torch.randn(V, D) + times * common) / D**0.5).bfloat16()
+    hidden = torch.randn(N, D)
+    hidden = (
+        hidden - (hidden @ common)[:, None] * common / (common @ common)
+    ).bfloat16()  # so that logits are not huge
+    labels = torch.randint(V, (N,))
+    truth = gradients(hidden, weight, labels, torch.float64, backend="reference")
+    ours = gradients(hidden, weight, labels, torch.bfloat16, backend=backend, gradient="exact")
+    d_hidden, d_weight = (relative(a, b) for a, b in zip(ours, truth, strict=True))
+    assert d_hidden < 3.5e-3  # measured 1.7e-3 to 2.4e-3; without the correction 4.5e-3 and 0.26
+    assert d_weight < 3e-3
