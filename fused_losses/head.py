@@ -113,7 +113,7 @@ class LMHead:
     "torch"). A reference head of its own must be spread in the same way.
 
     Communication: per call 8 integers are gathered; per sweep over the tokens and chunk of these one all-gather of 4
-    numbers per token and rank (fp32; entropy 1 more, top-k entropy k more, a reference 4, its entropy 1 more), so a
+    numbers per token and rank (fp32; entropy 1 more, top-k entropy k more, a reference 5, its entropy 1 more), so a
     chunk of 96 MiB of this rank's logits waits once; and one all-reduce of the [N, D] gradient of hidden in fp32 (a
     frozen head under `token_losses`: in forward, with a reference 2). Objectives whose weights depend on single tokens
     sweep once, a trainable head under `token_losses` twice. Logits never travel. GEMMs: as exact gradients of one rank

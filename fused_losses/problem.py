@@ -195,7 +195,7 @@ class Statistics:
     divergence: Tensor | None = None
     # Only inside a sweep over one rank's rows of the head (backends/sharded.py).
     normaliser: Tensor | None = None  # [N, 2] the largest logit, and log Σ exp(z − it)
-    reference_normaliser: Tensor | None = None
+    reference_normaliser: Tensor | None = None  # [N, 3] the reference's, and lse − its lse
     top_logits: Tensor | None = None  # [N, k]
 
     def at(self, tokens: slice) -> Statistics:

@@ -135,18 +135,15 @@ def _pass_with_reference(
     top_ref, ref_prediction = log_r.max(1, keepdim=True)
     log_sum_ref = _log_softmax_(log_r, top_ref, ref_prediction, scratch)
     out.lse.copy_((top + log_sum)[:, 0])
-    if out.normaliser is not None:
-        torch.cat([top, log_sum], 1, out=out.normaliser)
-        torch.cat([top_ref, log_sum_ref], 1, out=out.reference_normaliser)
     out.nll.copy_(-log_p.gather(1, labels)[:, 0])
     out.reference_nll.copy_(-log_r.gather(1, labels)[:, 0])
     # d = log p − log p_ref; from the difference of the hidden states where that is to be had.
     if shared_difference is None:
-        d = log_p - log_r
+        d, shift = log_p - log_r, (top - top_ref) + (log_sum - log_sum_ref)
     else:
         # The largest logit is a rounded sum: what is taken off is made of its parts, which are not.
-        at_top = shared_difference.gather(1, prediction)
-        d = shared_difference.sub_(at_top).sub_(log_r.gather(1, prediction) + log_sum)
+        at_top, sums = shared_difference.gather(1, prediction), log_r.gather(1, prediction) + log_sum
+        d, shift = shared_difference.sub_(at_top).sub_(sums), at_top + sums
 
     p_ref = scratch.copy_(log_r).exp_()
     if out.reference_entropy is not None:
@@ -165,6 +162,9 @@ def _pass_with_reference(
     # Σ gap is 0 up to rounding; with it the error of d cancels to first order and the sum has no negative part.
     gaps = gap.sum(1, keepdim=True)
     out.kl.copy_((gaps[:, 0] - row_dot(p_ref, d)).clamp_(min=0))
+    if out.normaliser is not None:
+        torch.cat([top, log_sum], 1, out=out.normaliser)
+        torch.cat([top_ref, log_sum_ref, shift + gaps], 1, out=out.reference_normaliser)
     if out.divergence is not None:
         divergence, student = mixture_sums(problem.beta, p, p_ref, d, gap)
         out.divergence.copy_(divergence.clamp(min=0))

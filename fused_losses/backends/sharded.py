@@ -72,11 +72,11 @@ def sweep(problem: Problem, out: Statistics, directions: bool, product: Product 
         if rows:
             row_passes.row_passes(local, part, replace(chunk, entropy=None, divergence=None), directions)
         chunk.stage = Stage.DIRECTIONS if directions else Stage.SPENT
-        log_p, log_r = _combine(problem, part, owner[at], out.at(at))
+        log_p, log_r, gap = _combine(problem, part, owner[at], out.at(at))
         if logits is not None:
             _of_kept_logits(problem, chunk, logits, out.at(at), part, directions)
         if directions and rows:
-            _whole_directions(problem, part, chunk, nearest[at], mine[at], out.nll[at], log_p, log_r)
+            _whole_directions(problem, part, chunk, nearest[at], mine[at], out.nll[at], log_p, log_r, gap)
         yield chunk
 
 
@@ -88,15 +88,17 @@ def _part(problem: Problem, out: Statistics) -> Statistics:
         nll=torch.zeros_like(out.nll),
         prediction=torch.zeros_like(out.prediction),
         normaliser=normaliser,
-        reference_normaliser=normaliser.clone() if problem.has_reference else None,
+        reference_normaliser=torch.nn.functional.pad(normaliser, (0, 1)) if problem.has_reference else None,
         top_logits=None if out.topk_entropy is None else out.nll.new_empty(len(out.nll), k),
         lse=torch.zeros_like(out.nll),
         **{name: None if getattr(out, name) is None else torch.zeros_like(out.nll) for name in SHARED[1:]},
     )
 
 
-def _combine(problem: Problem, part: Statistics, owner: Tensor, out: Statistics) -> tuple[Tensor, Tensor | None]:
-    """Fill `out` from the parts of all ranks. Returns log P_i and log R_i of this rank, [C] each."""
+def _combine(
+    problem: Problem, part: Statistics, owner: Tensor, out: Statistics
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Fill `out` from the parts of all ranks. Returns log P_i, log R_i and P_i − R_i of this rank, [C] each."""
     shard = problem.head.shard
     # As the bits of a float: it is copied and never computed with.
     prediction = (part.prediction + shard.start).to(torch.int32 if out.nll.itemsize == 4 else torch.int64)
@@ -113,6 +115,7 @@ def _combine(problem: Problem, part: Statistics, owner: Tensor, out: Statistics)
     top, log_sum, predictions = (next(everyone) for _ in range(3))
     log_p = _log_masses(top, log_sum)
     log_r = _log_masses(next(everyone), next(everyone)) if problem.has_reference else None
+    shift = next(everyone) if problem.has_reference else None
     of = {name: next(everyone) for name in names}
     p, owner = log_p.exp(), owner[None]
     heaviest = log_p.max(0, keepdim=True).indices  # of a rank without rows, and without mass, nothing can be read off
@@ -128,14 +131,18 @@ def _combine(problem: Problem, part: Statistics, owner: Tensor, out: Statistics)
         k = min(problem.top_k, problem.head.vocabulary)
         out.topk_entropy.copy_(row_passes.entropy_of(candidates.topk(k, dim=1).values))
     if log_r is None:
-        return log_p[shard.rank], None
-    r, d = log_r.exp(), log_p - log_r
+        return log_p[shard.rank], None, None
+    # log P − log R from what each rank knows best: of a head that both models share, from its difference of logits.
+    r, d = log_r.exp(), shift - (shift + log_r).logsumexp(0)
     out.reference_nll.copy_((of["reference_nll"] - log_r).gather(0, owner)[0])
     if out.reference_entropy is not None:
         out.reference_entropy.copy_((r * (of["reference_entropy"] - log_r)).sum(0))
     # KL(R ‖ P) in the form that backends/torch.py has for one rank.
-    out.kl.copy_((_gap(log_p, log_r) - r * d + r * of["kl"]).sum(0).clamp_(min=0))
-    return log_p[shard.rank], log_r[shard.rank]
+    gap = torch.where(d.abs() < 1, torch.expm1(d) * r, p - r)
+    out.kl.copy_((gap - r * d + r * of["kl"]).sum(0).clamp_(min=0))
+    # Σ gap is 0 but for the error of d, by P times which each is off.
+    gap -= p * gap.sum(0)
+    return log_p[shard.rank], log_r[shard.rank], gap[shard.rank]
 
 
 def _log_masses(top: Tensor, log_sum: Tensor) -> Tensor:
@@ -149,15 +156,9 @@ def _log_masses(top: Tensor, log_sum: Tensor) -> Tensor:
     return relative - torch.log1p(others)
 
 
-def _gap(log_p: Tensor, log_r: Tensor) -> Tensor:
-    """P − R, of full relative accuracy where the two nearly agree."""
-    r, d = log_r.exp(), log_p - log_r
-    return torch.where(d.abs() < 1, torch.expm1(d) * r, log_p.exp() - r)
-
-
 def _whole_directions(
     problem: Problem, part: Statistics, chunk: Chunk, labels: Tensor, mine: Tensor, nll: Tensor, log_p: Tensor,
-    log_r: Tensor | None,
+    log_r: Tensor | None, gap: Tensor | None,
 ) -> None:  # fmt: skip
     """From the directions of this rank's rows alone, in the chunk's buffers, to its entries of those of the whole
     vocabulary."""
@@ -169,7 +170,7 @@ def _whole_directions(
     at_label = (-part.nll).exp()
     if r is not None:
         z.scatter_(1, labels, (at_label * slope)[:, None])  # p_i, where the label's 1 had been taken off
-        r.mul_(log_r.exp()[:, None]).addcmul_(z, _gap(log_p, log_r)[:, None])
+        r.mul_(log_r.exp()[:, None]).addcmul_(z, gap[:, None])
     z.mul_(p[:, None]).scatter_(1, labels, (torch.where(mine, torch.expm1(-nll), at_label * p) * slope)[:, None])
 
 
@@ -237,5 +238,5 @@ def _of_kept_logits(
 
 
 def _reference_lse(group: object, part: Statistics) -> Tensor:
-    top, log_sum = shards.gathered(group, part.reference_normaliser).unbind(-1)
+    top, log_sum, _ = shards.gathered(group, part.reference_normaliser).unbind(-1)
     return (top + log_sum).logsumexp(0)

@@ -37,4 +37,6 @@ def test_top_32_with_the_rest_as_a_class_trains_as_the_whole_vocabulary(curves):
     """Over 60 steps too: docs/benchmarks.md."""
     whole = curves["whole vocabulary"]
     for name in BUCKETS:
-        assert (curves[name] / whole - 1).abs().max() < 0.01, name
+        away = (curves[name] / whole - 1).abs().max()
+        print(f"{name}: {away:.2%}")
+        assert away < 0.005, name  # measured 0.19 %; 2 % with the teacher's probabilities reversed, 3 % untrained

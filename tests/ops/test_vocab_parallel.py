@@ -138,9 +138,9 @@ def test_all_labels_ignored(ranks):
 @pytest.mark.parametrize("name", COUNTED)
 def test_one_collective_per_chunk_and_one_of_the_gradient(two_ranks, name, frozen):
     per_token, reference = name.startswith("per-token"), name.endswith("reference")
-    numbers = [4 + 4 * reference + per_token * (1 + reference)]  # `token_losses` takes the entropies too
+    numbers = [4 + 5 * reference + per_token * (1 + reference)]  # `token_losses` takes the entropies too
     if per_token and not frozen:
-        numbers.append(4 + 4 * reference)  # backward does not
+        numbers.append(4 + 5 * reference)  # backward does not
     sweeps = [("all_gather", count * tokens) for count in numbers for tokens in (16, 16, 1)]
     reductions = 2 if per_token and frozen and reference else 1
     expected = [("all_gather", 8)] + sweeps + reductions * [("all_reduce", 33 * D)]
