@@ -107,11 +107,12 @@ class Gpu:
 
     def _values(
         self, problem: Problem, eight: gpu_int8.Eight | None, out: Statistics | None = None,
-        threshold: float = gpu_int8.THRESHOLD,
+        threshold: float | None = None,
     ) -> Statistics:  # fmt: skip
         """Statistics alone, by a scan where there is a tile for one."""
         out = empty_statistics(problem) if out is None else out
         if eight is not None:
+            threshold = gpu_int8.THRESHOLD if threshold is None else threshold
             for _ in self._bits_of_scan(_cast(problem), out, threshold, eight.tile, eight=eight):
                 pass
         elif problem.labels.numel() and (tile := gpu_scan.choose_tile(problem)):

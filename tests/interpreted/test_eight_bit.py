@@ -97,6 +97,7 @@ def test_a_row_that_is_not_finite_has_the_scale_nan():
     assert gpu_int8.rows_of(matrix, None, INT8)[1].isfinite().tolist() == [True, False, False]
 
 
+# Limits here are three times what was measured.
 @pytest.mark.pairwise
 @pytest.mark.parametrize("head", HEADS, ids=name)
 @pytest.mark.parametrize("directed", [False, True])
@@ -116,18 +117,18 @@ def test_sums_are_those_of_the_quantised_numbers_without_a_bit(head, directed, d
 
     z = z.masked_fill(kept, -torch.inf).scatter(1, problem.labels[:, None], -torch.inf)
     top, moved = gpu_scan._moved(found.partial[:, Sum.TOP])
-    assert relative(top, z.amax(1)) <= 1e-6
+    assert relative(top, z.amax(1)) <= 3.3e-7
     total = (found.partial[:, Sum.SUM] * moved).sum(0)
-    assert relative(total, (z - z.amax(1, keepdim=True)).exp().sum(1)) <= 1e-6
+    assert relative(total, (z - z.amax(1, keepdim=True)).exp().sum(1)) <= 8.4e-7
     if directed:
         slope = 1.0 if problem.head.softcap is None else 1 - (z.clamp(min=-100) / problem.head.softcap) ** 2
         left = (z - known[Known.BOUND].double()[:, None]).exp() * slope
-        assert relative(found.left.sum(0)[Left.SUM], left.sum(1)) <= 1e-6
-        assert relative(found.left.sum(0)[Left.SQUARE], left.square().sum(1)) <= 1e-6
-        assert relative(found.low.sum(0)[0] / UNIT.value, left @ rows.double()) <= 1e-6
+        assert relative(found.left.sum(0)[Left.SUM], left.sum(1)) <= 2e-7
+        assert relative(found.left.sum(0)[Left.SQUARE], left.square().sum(1)) <= 4.8e-7
+        assert relative(found.low.sum(0)[0] / UNIT.value, left @ rows.double()) <= 6.3e-7
 
 
-@pytest.mark.pairwise
+@pytest.mark.each_value
 @pytest.mark.parametrize("head", HEADS, ids=name)
 @pytest.mark.parametrize("directed", [False, True])
 def test_what_is_kept_counts_with_its_exact_logits(head, directed):
@@ -138,24 +139,25 @@ def test_what_is_kept_counts_with_its_exact_logits(head, directed):
     z = torch.where(kept, z, logits(problem, in_8_bits(problem, INT8)))
     lse, at = z.logsumexp(1), torch.arange(9)
     p = (z - lse[:, None]).exp()
-    assert (out.nll - (lse - z[at, problem.labels])).abs().max() <= 3e-6
-    assert (out.lse - lse).abs().max() <= 3e-6
-    assert relative(out.entropy, (p * (lse[:, None] - z)).sum(1)) <= 1e-6
+    assert (out.nll - (lse - z[at, problem.labels])).abs().max() <= 1.9e-6
+    assert (out.lse - lse).abs().max() <= 1.3e-6
+    assert relative(out.entropy, (p * (lse[:, None] - z)).sum(1)) <= 3.3e-7
     assert torch.equal(out.prediction, z.argmax(1))
     slope = torch.ones_like(z) if problem.head.softcap is None else 1 - (z / problem.head.softcap) ** 2
     values = p * slope
     values[at, problem.labels] -= slope[at, problem.labels]
-    assert relative(torch.cat([c.nll_values for c in found]), values[kept]) <= 1e-6
+    assert relative(torch.cat([c.nll_values for c in found]), values[kept]) <= 5e-7
     left = torch.cat([c.tails.nll_left for c in found])
     assert relative(left, (p * slope).masked_fill(kept, 0).sum(1)) <= 3e-6
 
 
-def test_values_without_gradients():
+def test_values_without_gradients(monkeypatch):
+    monkeypatch.setattr(gpu_int8, "THRESHOLD", 0.05)
     problem = problem_of((10, 16, 130))
     out = backends.load("triton").statistics(problem)[0]
     exact = logits(problem, None)
     truth = exact.logsumexp(1) - exact.gather(1, problem.labels[:, None])[:, 0]
-    assert 0 < (out.nll - truth).abs().mean() <= 3e-3 and problem.int8.value_error <= 3e-3
+    assert 1e-5 <= (out.nll - truth).abs().mean() <= 2 * problem.int8.value_error <= 2.4e-3  # 0.0006, 0.0008
 
 
 def test_tokens_with_too_many_entries_have_values_of_full_products():
@@ -166,7 +168,7 @@ def test_tokens_with_too_many_entries_have_values_of_full_products():
     assert full[:4].all() and not full.all()
     z = logits(problem, None)
     truth = z.logsumexp(1) - z.gather(1, problem.labels[:, None])[:, 0]
-    assert (out.nll - truth)[full].abs().max() <= 3e-6
+    assert (out.nll - truth)[full].abs().max() <= 1.3e-6
 
 
 def test_an_error_that_is_too_large_turns_to_full_products():
@@ -176,7 +178,7 @@ def test_an_error_that_is_too_large_turns_to_full_products():
     out, *_ = scan(problem, threshold=0.05)
     z = logits(problem, None)
     assert problem.int8.value_error > gpu_int8.MOST_ERROR and "nats on average" in problem.int8.note
-    assert (out.nll - (z.logsumexp(1) - z.gather(1, problem.labels[:, None])[:, 0])).abs().max() <= 3e-6
+    assert (out.nll - (z.logsumexp(1) - z.gather(1, problem.labels[:, None])[:, 0])).abs().max() <= 1.6e-6
 
 
 def test_a_token_of_nan_stays_the_only_one():
@@ -190,4 +192,4 @@ def test_half_precision():
     problem = problem_of((9, 16, 130), torch.float16)
     out, _, kept = scan(problem)
     z = torch.where(kept, logits(problem, None), logits(problem, in_8_bits(problem, INT8)))
-    assert (out.lse - z.logsumexp(1)).abs().max() <= 3e-6
+    assert (out.lse - z.logsumexp(1)).abs().max() <= 2e-6
