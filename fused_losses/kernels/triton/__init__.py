@@ -1,4 +1,4 @@
-"""The Triton kernels: `scan` (the product that writes no logits), `quantized` (what a scan with operands of 8 bits needs
+"""The Triton kernels: `scan` (the product that writes no logits), `quantized` (what a scan of 8-bit operands needs
 besides), `rows` (over a chunk's logits), `left_out` (what the entries leave out of these), `entries` (over kept
 ones)."""
 
