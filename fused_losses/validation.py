@@ -44,8 +44,7 @@ class Options:
             )
         if not isinstance(self.scan, str) or self.scan not in SCANS:
             raise ValueError(
-                f"scan: expected one of {', '.join(SCANS)}, got {self.scan!r}; 'int8' takes products of 8-bit numbers "
-                "on a CPU"
+                f"scan: expected one of {', '.join(SCANS)}, got {self.scan!r}; 'int8' takes products of 8-bit numbers"
             )
         bound = checks.number(tolerance)
         if bound is None or not 0 < bound < 1:

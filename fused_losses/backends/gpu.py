@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ from ..problem import (
     Statistics,
     Upstream,
 )  # fmt: skip
-from . import chunks, gpu_scan, gpu_tails, row_passes, single
+from . import chunks, gpu_int8, gpu_scan, gpu_tails, int8, row_passes, single
 from . import torch as chunked
 from .chunks import empty_gradients, empty_rows, empty_statistics
 from .torch import UpstreamOf
@@ -56,6 +57,7 @@ class Span:
 
     tokens: slice
     left_out: gpu_tails.LeftOut | None = None
+    columns: gpu_scan.Columns | None = None  # where they were needed before the entries
 
 
 class Gpu:
@@ -81,12 +83,8 @@ class Gpu:
             return chunked.statistics(problem, keep_rows)
         out = empty_statistics(problem)
         if not keep_rows:
-            if problem.labels.numel() and (tile := gpu_scan.choose_tile(problem)):
-                self._scan_statistics(_cast(problem), out, tile)
-                return out, Rows()
-            for _ in self._logit_chunks(problem, out):
-                pass
-            return out, Rows()
+            eight = None if problem.int8 is None else gpu_int8.begin(_cast(problem), False, self._values)
+            return self._values(problem, eight, out), Rows()
         rows = empty_rows(problem, len(problem.labels))
         scale, dtype = problem.head.logit_scale, problem.dtype
         for chunk, facts, extended in self._logit_chunks(problem, out):
@@ -105,6 +103,23 @@ class Gpu:
             if r is not None:
                 rows.kl[chunk.tokens] = _times_head(r, chunk).mul_(scale)
         return out, rows
+
+    def _values(
+        self, problem: Problem, eight: gpu_int8.Eight | None, out: Statistics | None = None,
+        threshold: float | None = None,
+    ) -> Statistics:  # fmt: skip
+        """Statistics alone, by a scan where there is a tile for one."""
+        out = empty_statistics(problem) if out is None else out
+        if eight is not None:
+            threshold = int8.THRESHOLD if threshold is None else threshold
+            for _ in self._bits_of_scan(_cast(problem), out, threshold, eight.tile, eight=eight):
+                pass
+        elif problem.labels.numel() and (tile := gpu_scan.choose_tile(problem)):
+            self._scan_statistics(_cast(problem), out, tile)
+        else:
+            for _ in self._logit_chunks(problem, out):
+                pass
+        return out
 
     def gradients(self, problem: Problem, upstream: UpstreamOf, needs: Needs) -> tuple[Statistics, Gradients]:
         """Statistics and Σ_t a_t ∂nll_t + b_t ∂kl_t: 3 GEMMs, 2 where one gradient is not wanted, one more with a
@@ -195,17 +210,17 @@ class Gpu:
             return
         _check(problem)
         problem = _cast(problem)
-        tile = gpu_scan.choose_tile(problem, selection.directions is not None)
+        directed, capacity = selection.directions is not None, selection.capacity * CANDIDATES
+        eight = gpu_int8.begin(problem, directed, partial(self._values, threshold=selection.threshold))
+        tile = gpu_scan.choose_tile(problem, directed) if eight is None else eight.tile
         chosen: list[tuple[Tensor, ...]] = []
         if tile is None:
             spans = self._bits_of_logits(problem, out, selection.threshold, selection.directions)
         else:
-            spans = self._bits_of_scan(problem, out, selection.threshold, tile, selection.directions)
+            spans = self._bits_of_scan(problem, out, selection.threshold, tile, selection.directions, eight, capacity)
         sampled = selection.sampled
         for span, facts, bits in spans:
-            entries = self._entries(
-                problem, out, span, facts, bits, selection.capacity * CANDIDATES, selection.with_rows
-            )
+            entries = self._entries(problem, out, span, facts, bits, capacity, selection.with_rows)
             # Token i of `sampled` is i·N // len: which are of this chunk is known without waiting for the GPU.
             first, last = (-(-at * len(sampled) // len(out.nll)) for at in (span.tokens.start, span.tokens.stop))
             here = sampled[first:last]
@@ -236,14 +251,17 @@ class Gpu:
             yield Span(chunk.tokens, left_out), facts, bits
 
     def _bits_of_scan(
-        self, problem: Problem, out: Statistics, threshold: float, tile: tiles.Scan, directions: Tensor | None = None
-    ) -> Iterator[tuple[Span, Tensor, Tensor]]:
+        self, problem: Problem, out: Statistics, threshold: float, tile: tiles.Scan, directions: Tensor | None = None,
+        eight: gpu_int8.Eight | None = None, capacity: int = gpu_int8.CAPACITY,
+    ) -> Iterator[tuple[Span, Tensor, Tensor]]:  # fmt: skip
+        """`capacity`: entries of a token; with `eight`, a token that has more gets its statistics from full
+        products."""
         count, vocabulary = len(problem.labels), problem.head.vocabulary
         words = -(-vocabulary // tile.block_v) * tile.block_v // 32
         most = max(tile.block_n, BIT_BYTES // (4 * words) // tile.block_n * tile.block_n)
         size = -(-count // -(-count // most))  # even chunks of whole blocks
         size = -(-size // tile.block_n) * tile.block_n
-        operands = gpu_scan.Operands(problem, tile, directions)
+        operands = gpu_scan.Operands(problem, tile, directions, eight)
         label = operands.label_logits(self.kernels)
         if problem.ids is not None:
             out.logits_at.copy_(operands.logits_at(self.kernels))
@@ -252,16 +270,17 @@ class Gpu:
         for start in range(0, count, size):
             tokens = slice(start, min(start + size, count))
             scanned = operands.run(tokens, known[:, tokens], bits, vocabulary)
+            here, labels, sums, found = out.at(tokens), problem.labels[tokens], scanned.partial, None
+            if eight is not None:
+                found = gpu_scan.columns_of(self.kernels, labels.contiguous(), bits, min(capacity, vocabulary))
+                sums = gpu_int8.with_kept(operands, self.kernels, tokens, found, sums)
             rows = gpu_scan.join(
-                problem,
-                scanned.partial,
-                problem.labels[tokens],
-                [v[tokens] for v in label],
-                known[Known.SHIFT, tokens],
-                out.at(tokens),
-            )
+                problem, sums, labels, [v[tokens] for v in label], known[Known.SHIFT, tokens], here
+            )  # fmt: skip
+            if found is not None and len(full := (found.counts < 0).nonzero().flatten()):
+                gpu_int8.put_in(here, full, self._values(problem.part(tokens).rows(full), None))
             left_out = gpu_tails.of_scan(operands, scanned, known[:, tokens], rows)
-            yield Span(tokens, left_out), rows, bits[: tokens.stop - tokens.start]
+            yield Span(tokens, left_out, found), rows, bits[: tokens.stop - tokens.start]
 
     def _scan_statistics(self, problem: Problem, out: Statistics, tile: tiles.Scan) -> None:
         operands = gpu_scan.Operands(problem, tile)
@@ -281,13 +300,10 @@ class Gpu:
         head, kernels, tokens = problem.head, self.kernels, span.tokens
         labels, device = problem.labels[tokens].contiguous(), bits.device
         size, dim = len(labels), head.weight.shape[1]
-        counts = torch.empty(size, dtype=torch.int64, device=device)
-        kernels.count_bits(bits, labels, min(capacity, head.vocabulary), counts)
-        offsets = counts.new_zeros(size + 1)
-        torch.cumsum(counts.clamp(min=0), 0, out=offsets[1:])
-        total = int(offsets[-1])
-        columns = torch.empty(total, dtype=torch.int32, device=device)
-        kernels.columns_of_bits(bits, labels, offsets, columns)
+        found = span.columns or gpu_scan.columns_of(kernels, labels, bits, min(capacity, head.vocabulary))
+        span.columns = None
+        counts, offsets, columns = found
+        total = len(columns)
 
         def empty(wanted: bool, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
             return torch.empty(shape, dtype=dtype, device=device) if wanted else None

@@ -34,11 +34,22 @@ class Scanned(NamedTuple):
     low: Tensor | None
 
 
-class Operands:
-    """What the scan kernels are given, made once for all chunks. `directions`: [V, K] float32."""
+class Columns(NamedTuple):
+    """Which ids of C tokens have a bit, the label's among them."""
 
-    def __init__(self, problem: Problem, tile: tiles.Scan, directions: Tensor | None = None) -> None:
-        self.problem, self.tile = problem, tile
+    counts: Tensor  # [C] int64; −1: more than the capacity, then there are none here
+    offsets: Tensor  # [C + 1] int64
+    columns: Tensor  # [entries] int32
+
+
+class Operands:
+    """What the scan kernels are given, made once for all chunks. `directions`: [V, K] float32; `eight`: what the scan
+    takes in place of hidden and weight, with scales of their rows (`gpu_int8.Eight`)."""
+
+    def __init__(
+        self, problem: Problem, tile: tiles.Scan, directions: Tensor | None = None, eight: Any = None
+    ) -> None:  # fmt: skip
+        self.problem, self.tile, self.eight = problem, tile, eight
         self.directions, self.exponent = directions, torch.zeros(())
         if directions is not None and problem.dtype != torch.float32:
             # Nothing is rounded here: they are such numbers.
@@ -58,6 +69,8 @@ class Operands:
                 self.hidden = (problem.hidden.float() - problem.reference_hidden.float()).to(dtype)
                 self.bias = None
         tensors = [self.hidden, self.weight, self.reference_hidden, self.reference_weight]
+        if eight is not None:
+            tensors = [eight.hidden, eight.weight]
         self.descriptors = tile.descriptors and all(_aligned(t) for t in tensors if t is not None)
 
     def label_logits(self, kernels: Any) -> list[Tensor]:
@@ -91,7 +104,7 @@ class Operands:
 
     def run(self, tokens: slice, known: Tensor, bits: Tensor | None, vocabulary: int) -> Scanned:
         """The scan of some tokens and the first so many ids; what it leaves in the directions only with bits."""
-        problem, tile = self.problem, self.tile
+        problem, tile, eight = self.problem, self.tile, self.eight
         count, device = tokens.stop - tokens.start, problem.hidden.device
         blocks, all_tiles = -(-count // tile.block_n), -(-vocabulary // tile.block_v)
         per_part = _tiles_per_part(blocks, all_tiles, _processors(device))
@@ -108,6 +121,9 @@ class Operands:
         tensors = [self.hidden[tokens], self.weight]
         if problem.has_reference:
             tensors += [self.reference_hidden[tokens], self.reference_weight]
+        scales: tuple[Any, Any] = (None, None)
+        if eight is not None:
+            tensors, scales = [eight.hidden[tokens], eight.weight], (eight.hidden_scale[tokens], eight.weight_scale)
         strides = [t.stride(0) for t in tensors]
         operands: list[Any] = tensors
         if self.descriptors:
@@ -130,9 +146,10 @@ class Operands:
         with on_device_of(partial):
             if not problem.has_reference:
                 self.compiled = scans.scan[grid](
-                    *operands, directions, self.bias, labels, known, bits, partial, left, low, head.logit_scale,
-                    head.softcap or 0.0, count, vocabulary, self.weight.shape[1], *strides, words, per_part,
-                    SCALED=head.logit_scale != 1, SOFTCAP=head.softcap is not None, **constants,
+                    *operands, *scales, directions, self.bias, labels, known, bits, partial, left, low,
+                    head.logit_scale, head.softcap or 0.0, count, vocabulary, tensors[1].shape[1], *strides, words,
+                    per_part, SCALED=head.logit_scale != 1, SOFTCAP=head.softcap is not None,
+                    SCALES=eight is not None, INT8=tensors[1].dtype == torch.int8, **constants,
                 )  # fmt: skip
             else:
                 reference_scale = (own or head).logit_scale
@@ -165,6 +182,18 @@ def bounds(operands: Operands, label: list[Tensor], threshold: float) -> Tensor:
         known[Known.REF_BOUND] = log_threshold + 0.5 * (others - lse) + ref_lse
         known[Known.SHIFT] = lse - ref_lse
     return known
+
+
+def columns_of(kernels: Any, labels: Tensor, bits: Tensor, capacity: int) -> Columns:
+    """Of tokens with these labels, the first rows of `bits`; at most so many of each."""
+    bits = bits[: len(labels)]
+    counts = torch.empty(len(labels), dtype=torch.int64, device=bits.device)
+    kernels.count_bits(bits, labels, capacity, counts)
+    offsets = counts.new_zeros(len(labels) + 1)
+    torch.cumsum(counts.clamp(min=0), 0, out=offsets[1:])
+    columns = torch.empty(int(offsets[-1]), dtype=torch.int32, device=bits.device)
+    kernels.columns_of_bits(bits, labels, offsets, columns)
+    return Columns(counts, offsets, columns)
 
 
 def join(
@@ -257,8 +286,9 @@ def _entropy(
     return share * (total * ((largest - top) + log_sum) - weighted) + torch.exp(-nll) * nll
 
 
-def choose_tile(problem: Problem, directed: bool = False) -> tiles.Scan | None:
-    """The row of the table for a call, with directions or without; None: chunks of logits instead."""
+def choose_tile(problem: Problem, directed: bool = False, eight_bit: bool = False) -> tiles.Scan | None:
+    """The row of the table for a call, with directions or without, with operands of 8 bits or full ones; None: chunks
+    of logits instead."""
     own, head = problem.reference_head, problem.head
     capped = head.softcap is not None or (own is not None and own.softcap is not None)
     more = problem.wanted & {"topk_entropy", "rank", "log_p2"} or problem.beta is not None
@@ -273,7 +303,7 @@ def choose_tile(problem: Problem, directed: bool = False) -> tiles.Scan | None:
         kind = "shared" if own is None else "own"
     if any(h.width % 8 for h in (head, own) if h is not None):
         return None  # rows that are not whole units of 16 bytes can neither be described nor loaded so
-    kind += tiles.DIRECTED if directed else ""
+    kind += (tiles.DIRECTED if directed else "") + (tiles.EIGHT_BIT if eight_bit else "")
     return tiles.scan_tile(tiles.architecture(torch.cuda.get_device_capability(problem.hidden.device)), kind)
 
 

@@ -40,9 +40,10 @@ GAIN = 0.9  # channels are shared where that makes the error of logits less than
 
 def missing(problem: Problem, backend: str) -> str | None:
     """Why a sweep cannot take products of 8-bit numbers; None where it can."""
-    if backend != "cpu" or schemas.load() is not None:
-        return f"the backend {backend} has no products of 8-bit numbers (cpu has)"
-    if problem.dtype not in (torch.float32, torch.bfloat16):
+    on_gpu = backend in ("triton", "cuda")
+    if not on_gpu and (backend != "cpu" or schemas.load() is not None):
+        return f"the backend {backend} has no products of 8-bit numbers (cpu, triton and cuda have)"
+    if problem.dtype not in (torch.float32, torch.bfloat16, *([torch.float16] if on_gpu else [])):
         return f"the products are of {str(problem.dtype).removeprefix('torch.')}"
     if problem.head.weight.shape[1] > LARGEST_WIDTH:
         return f"hidden states have more than {LARGEST_WIDTH} numbers"

@@ -99,7 +99,8 @@ class GradientReport:
     def note_scan(self, int8: Int8 | None) -> None:
         """After a scan: with which products it was."""
         if int8 is not None:
-            self.scan, self.value_error, self.scan_note = "int8", int8.value_error, int8.note
+            self.value_error, self.scan_note = int8.value_error, int8.note
+            self.scan = "full" if int8.note is not None and int8.value_error is None else "int8"
 
     def __str__(self) -> str:
         text = self._of_gradients()

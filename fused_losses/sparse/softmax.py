@@ -32,8 +32,8 @@ FINEST_HALF = 1e-6
 # Tokens of a call from which on it takes directions of a head that is trained: they cost a product of so many columns
 # as there are directions, with the whole head.
 FEWEST_TOKENS = 128
-# With products of 8-bit numbers a profile of all tokens would take as much of the time as dx. It matters to dW alone.
-INT8_FEWER = 4
+# With products of 8-bit numbers a profile of more tokens would take as much of the time as dx. It matters to dW alone.
+INT8_SAMPLED = 256
 
 
 @dataclass
@@ -119,7 +119,7 @@ class Builder:
     def __init__(self, problem: Problem, backend: Backend, needs: Needs) -> None:
         self.problem, self.backend = problem, backend
         n, device = len(problem.labels), problem.hidden.device
-        most = min(n, backend.SAMPLED_TOKENS // (INT8_FEWER if problem.int8 is not None else 1))
+        most = min(n, backend.SAMPLED_TOKENS if problem.int8 is None else min(backend.SAMPLED_TOKENS, INT8_SAMPLED))
         sampled = torch.arange(most, device=device) * n // max(1, most)
         profile = torch.zeros(problem.head.vocabulary, dtype=problem.accumulator, device=device)
         self.directions = None

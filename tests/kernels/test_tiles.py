@@ -14,7 +14,8 @@ from fused_losses.kernels.triton import ahead, tiles
 ROOT = Path(__file__).parents[2]
 SPECIMENS = list(ahead.specimens())
 USES = [(s, architecture) for s in SPECIMENS for architecture in s.architectures]
-SCANS = {ahead.scan_specimen(row).name: tiles.KINDS.index(row.kind) for row in tiles.SCANS}
+ALL_SCANS, ALL_KINDS = (*tiles.SCANS, *tiles.EIGHT_BIT_SCANS), (*tiles.KINDS, *tiles.EIGHT_BIT_KINDS)
+SCANS = {ahead.scan_specimen(row).name: ALL_KINDS.index(row.kind) for row in ALL_SCANS}
 TURN = {s.name: ahead.ARCHITECTURES[SCANS.get(s.name, number) % 4] for number, s in enumerate(SPECIMENS)}
 FOUND: dict[tuple[str, int], ahead.Resources] = {}
 PINNED = re.search(r"^triton==(\S+)", (ROOT / "constraints.txt").read_text(), re.M)[1]
@@ -43,8 +44,8 @@ def test_scan_compiles_for_other_operands(operand):
 
 
 def test_there_is_a_row_for_every_kind_and_architecture():
-    assert {(row.architecture, row.kind) for row in tiles.SCANS} == {
-        (a, k) for a in ahead.ARCHITECTURES for k in tiles.KINDS
+    assert {(row.architecture, row.kind) for row in ALL_SCANS} == {
+        (a, k) for a in ahead.ARCHITECTURES for k in ALL_KINDS
     }
     capabilities = {(7, 5): 80, (8, 0): 80, (8, 9): 80, (9, 0): 90, (10, 0): 100, (10, 3): 100, (12, 0): 120}
     assert {c: tiles.architecture(c) for c in capabilities} == capabilities

@@ -1,5 +1,6 @@
-"""The Triton kernels: `scan` (the product that writes no logits), `rows` (over a chunk's logits), `left_out` (what the
-entries leave out of these), `entries` (over kept ones)."""
+"""The Triton kernels: `scan` (the product that writes no logits), `quantized` (what a scan of 8-bit operands needs
+besides), `rows` (over a chunk's logits), `left_out` (what the entries leave out of these), `entries` (over kept
+ones)."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import directions, entries, left_out, rows, scan, tiles
+from . import directions, entries, left_out, quantized, rows, scan, tiles
 
 ARCHITECTURES = (80, 90, 100, 120)
 # Dynamic shared memory that a block may have, by architecture (CUDA C++ Programming Guide, technical specifications).
@@ -36,10 +36,11 @@ ARGUMENTS = {
     **dict.fromkeys(
         (
             "a_ptr", "b_ptr", "base_ptr", "bias_ptr", "bounds_ptr", "divergence_ptr", "divergence_weight_ptr",
-            "directions_ptr", "entropy_ptr", "entropy_weight_ptr", "entry_reference_ptr", "extended_ptr", "kept_ptr",
-            "kl_ptr", "kl_values_ptr", "known_ptr", "left_ptr", "log_p2_ptr", "low_ptr", "lse_ptr", "nll_ptr",
-            "nll_values_ptr", "partial_ptr", "profile_ptr", "r_ptr", "reference_bias_ptr", "reference_entropy_ptr",
-            "reference_nll_ptr", "rows_ptr", "scale_ptr", "values_ptr", "vector_ptr", "z_ptr",
+            "directions_ptr", "entropy_ptr", "entropy_weight_ptr", "entry_reference_ptr", "extended_ptr", "factor_ptr",
+            "kept_ptr", "kl_ptr", "kl_values_ptr", "known_ptr", "left_ptr", "log_p2_ptr", "low_ptr", "lse_ptr",
+            "nll_ptr", "nll_values_ptr", "partial_ptr", "profile_ptr", "r_ptr", "reference_bias_ptr",
+            "reference_entropy_ptr", "reference_nll_ptr", "rows_ptr", "scale_ptr", "values_ptr", "vector_ptr",
+            "w_scale_ptr", "x_scale_ptr", "z_ptr",
         ),
         "*fp32",
     ),
@@ -47,7 +48,7 @@ ARGUMENTS = {
     **dict.fromkeys(
         (
             "C", "D", "D_REF", "N", "V", "capacity", "count", "first", "hot", "rows_per_part", "segments",
-            "blocks_per_part", "tiles_per_part", "width", "words",
+            "blocks_per_part", "rows", "tiles_per_part", "width", "words",
         ),
         "i32",
     ),
@@ -112,7 +113,7 @@ def compile_for(specimen: Specimen, architecture: int) -> Resources:
 
 
 def specimens() -> Iterator[Specimen]:
-    for row in tiles.SCANS:
+    for row in (*tiles.SCANS, *tiles.EIGHT_BIT_SCANS):
         yield scan_specimen(row)
     flags = dict(DIFFERENCE=False, REFERENCE=False, SOFTCAP=False, REFERENCE_SOFTCAP=False, BLOCK=rows.BLOCK)
     both = flags | dict(REFERENCE=True, DIFFERENCE=True)
@@ -162,6 +163,13 @@ def specimens() -> Iterator[Specimen]:
     yield Specimen("count_bits", entries.count_bits_kernel, ARCHITECTURES, dict(BLOCK=1024), small)
     yield Specimen("columns_of_bits", entries.columns_of_bits_kernel, ARCHITECTURES, dict(WORDS=entries.WORDS), small)
     yield Specimen("weighted_sum", entries.weighted_sum_kernel, ARCHITECTURES, dict(BLOCK=16, BLOCK_D=256), small)
+    for kind in ("i8", "fp8e4nv"):
+        of = tuple(a for a in ARCHITECTURES if (a in tiles.FLOAT8) != (kind == "i8"))
+        constants = dict(HAS_FACTOR=True, INT8=kind == "i8", **quantized.BLOCKS)
+        out = dict(out_ptr=f"*{kind}")
+        yield Specimen(f"quantize_rows, {kind}", quantized.quantize_rows_kernel, of, constants, small, (), out)
+    capped_sums = dict(SOFTCAP=True, BLOCK=quantized.KEPT_BLOCK)
+    yield Specimen("kept_sums", quantized.kept_sums_kernel, ARCHITECTURES, capped_sums, small)
     for dim in HIDDEN:
         with_rows = dim <= tiles.ROWS_UP_TO
         plain = dict(
@@ -189,8 +197,12 @@ def specimens() -> Iterator[Specimen]:
 def scan_specimen(row: tiles.Scan, operand: str = "bf16") -> Specimen:
     """A scan with everything on that the row may have to do: bits, entropies, and for its kind bias, scale and
     soft-cap."""
-    kind = row.kind.removesuffix(tiles.DIRECTED)
-    capped, reference, directed = kind == "capped", kind in ("shared", "own"), kind != row.kind
+    with_directions = row.kind.removesuffix(tiles.EIGHT_BIT)
+    kind = with_directions.removesuffix(tiles.DIRECTED)
+    capped, reference, directed = kind == "capped", kind in ("shared", "own"), kind != with_directions
+    eight = with_directions != row.kind
+    if eight:
+        operand = "fp8e4nv" if row.architecture in tiles.FLOAT8 else "i8"
     constants: dict[str, Any] = dict(
         **row.constants, DESCRIPTORS=row.descriptors, FP32=operand == "fp32", HAS_BIAS=capped or kind == "own",
         SCALED=capped, ENTROPY=True, BITS=True, K=16 if directed else 0,
@@ -202,7 +214,8 @@ def scan_specimen(row: tiles.Scan, operand: str = "bf16") -> Specimen:
         constants |= dict(SHARED=not own, HAS_REFERENCE_BIAS=own, REFERENCE_ENTROPY=True)
         absent += [] if own else ["reference_bias_ptr"]
     else:
-        constants |= dict(SOFTCAP=capped)
+        constants |= dict(SOFTCAP=capped, SCALES=eight, INT8=operand == "i8")
+        absent += [] if eight else ["x_scale_ptr", "w_scale_ptr"]
 
     def operand_type(of: str, *block: int) -> str:
         return f"tensordesc<{of}{list(block)}>" if row.descriptors else f"*{of}"
@@ -216,6 +229,12 @@ def scan_specimen(row: tiles.Scan, operand: str = "bf16") -> Specimen:
         100: ("tcgen05", "cp.async.bulk.tensor") if row.descriptors else ("tcgen05",),
         120: ("mma.sync",),
     }
+    if eight:
+        integers = ".s32.s8.s8.s32"
+        expected = {
+            80: ("mma.sync", integers), 90: ("wgmma", ".s32.s8.s8", "cp.async.bulk.tensor"),
+            100: ("tcgen05.mma.cta_group::1.kind::f8f6f4", "cp.async.bulk.tensor"), 120: ("mma.sync", integers),
+        }  # fmt: skip
     return Specimen(
         f"scan, {row.kind}, {row.block_n}×{row.block_v}×{row.block_d}",
         scan.scan_with_reference if reference else scan.scan,

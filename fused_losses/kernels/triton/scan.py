@@ -9,6 +9,9 @@ With directions of the head, [V, K], the epilogue also sums what has no bit and 
 them, as attention does with its values: 2·N·V·K FLOP. It is taken as a part of exp(BOUND), so no sum of it is ever
 rescaled, and the operand, a number in [−1, 1] times UNIT, has all its bits in half precision.
 
+Operands may be of 8 bits (`quantized`), each row of either with a scale. What has a bit then is in no sum: its logits
+are computed from the full rows, and `quantized.kept_sums` makes of them one part more.
+
 Traffic, one pass over N tokens: the weight once from memory, 2·V·D bytes in bf16; N·V/8 bytes of bits; from the L2
 cache 2·N·V·D·(1/BLOCK_N + 1/BLOCK_V) bytes. FLOP: 2·N·V·D, with a reference twice that. Floor: the FLOP over the
 measured rate of a matrix product of that shape; at 128 × 256 the L2 cache must give 96 bytes for 64 kFLOP.
@@ -74,18 +77,21 @@ LOWEST = tl.constexpr(-3e38)  # below every logit, and finite: a difference of t
 # What changes with the number of tokens is no reason to compile again.
 @triton.jit(do_not_specialize=["N", "tiles_per_part"])
 def scan(
-    x, w, directions, bias_ptr, labels_ptr, known_ptr, bits_ptr, partial_ptr, left_ptr, low_ptr, scale, softcap,
-    N, V, D, stride_xn, stride_wv, words, tiles_per_part,
+    x, w, x_scale_ptr, w_scale_ptr, directions, bias_ptr, labels_ptr, known_ptr, bits_ptr, partial_ptr, left_ptr,
+    low_ptr, scale, softcap, N, V, D, stride_xn, stride_wv, words, tiles_per_part,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, SLICES: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     FP32: tl.constexpr, HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr,
-    BITS: tl.constexpr, K: tl.constexpr,
+    BITS: tl.constexpr, K: tl.constexpr, SCALES: tl.constexpr, INT8: tl.constexpr,
 ):  # fmt: skip
     """x [N, D] · w [V, D]ᵀ as a stream of tiles; sums into partial [parts, SUMS, N], bits into [N, words].
 
     A bit is set where z > known[BOUND]. Taken from a probe over some ids and the label, that is a lower bound of
     lse + log(θ √(1 − p[label])), so no entry is missed. K > 0: directions [V, K]; of what has no bit and is not the
     label, sums into left [parts, LEFTS, N] and UNIT times the products with these into low [parts, 1, N, K].
+
+    SCALES: operands of 8 bits, x_scale [N] and w_scale [V] of their rows; with BITS, partial is over ids without a bit.
+    INT8: they are integers, summed in int32.
 
     Traffic: V·D numbers of w from memory (once, as all blocks of tokens sweep together), N·D of x, N·V/8 bytes of bits.
     FLOP: 2·N·V·(D + K). Floor: the FLOP over the rate of a matrix product of that shape.
@@ -100,6 +106,8 @@ def scan(
     bound = top
     if BITS:
         bound = tl.load(known_ptr + BOUND * N + rows, mask=valid, other=0.0)
+    if SCALES:
+        x_scale = tl.load(x_scale_ptr + rows, mask=valid, other=0.0)
     if K > 0:
         left_sum, left_square = weighted, weighted
         low = tl.zeros((BLOCK_N, K), tl.float32)
@@ -109,19 +117,25 @@ def scan(
     first = part * tiles_per_part
     for tile in tl.range(first, min(first + tiles_per_part, tl.cdiv(V, BLOCK_V)), disable_licm=True):
         acc = _product_tile(
-            x, w, row, tile * BLOCK_V, N, V, D, stride_xn, stride_wv, BLOCK_N, BLOCK_V, BLOCK_D, DESCRIPTORS, FP32
-        )
+            x, w, row, tile * BLOCK_V, N, V, D, stride_xn, stride_wv,
+            BLOCK_N, BLOCK_V, BLOCK_D, DESCRIPTORS, FP32, INT8,
+        )  # fmt: skip
         slices = _slices(acc, SLICES)
         for i in tl.static_range(SLICES):
             z = slices[i]
             column = tile * BLOCK_V + i * WIDTH
             columns = column + tl.arange(0, WIDTH)
+            if SCALES:
+                w_scale = tl.load(w_scale_ptr + columns, mask=columns < V, other=0.0)
+                z = z.to(tl.float32) * x_scale[:, None] * w_scale[None, :]
             z = _finish(z, bias_ptr, columns, V, scale, HAS_BIAS, SCALED)
             if SOFTCAP:
                 z = soft_cap(z, softcap)
             z = tl.where((columns < V)[None, :], z, -float("inf"))
             if BITS:
                 _store_bits(z > bound[:, None], bits_ptr, rows, column, words)
+                if SCALES:
+                    z = tl.where(z > bound[:, None], -float("inf"), z)
             z = tl.where(columns[None, :] == label[:, None], -float("inf"), z)
             before = top
             top, total, weighted, index, e = _update(z, column, top, total, weighted, index, ENTROPY)
@@ -302,12 +316,14 @@ def _store_low(low, low_ptr, part, rows, N, K: tl.constexpr):
 def _product_tile(
     a, b, row, column, N, V, D, stride_a, stride_b,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, DESCRIPTORS: tl.constexpr, FP32: tl.constexpr,
+    INT8: tl.constexpr = False,
 ):  # fmt: skip
-    """a[row :] · b[column :]ᵀ, [BLOCK_N, BLOCK_V] in fp32; 0 beyond the last row or column."""
-    acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    """a[row :] · b[column :]ᵀ, [BLOCK_N, BLOCK_V] in fp32, of integers in int32; 0 beyond the last row or column."""
+    SUM_TYPE: tl.constexpr = tl.int32 if INT8 else tl.float32
+    acc = tl.zeros((BLOCK_N, BLOCK_V), SUM_TYPE)
     if DESCRIPTORS:
         for k in range(0, tl.cdiv(D, BLOCK_D)):
-            acc = tl.dot(a.load([row, k * BLOCK_D]), b.load([column, k * BLOCK_D]).T, acc)
+            acc = tl.dot(a.load([row, k * BLOCK_D]), b.load([column, k * BLOCK_D]).T, acc, out_dtype=SUM_TYPE)
     else:
         rows = row + tl.arange(0, BLOCK_N)
         columns = column + tl.arange(0, BLOCK_V)
@@ -316,9 +332,9 @@ def _product_tile(
         right_ptr = b + columns.to(tl.int64)[:, None] * stride_b + ks[None, :]
         for k in range(0, tl.cdiv(D, BLOCK_D)):
             inside = ks < D - k * BLOCK_D
-            left = tl.load(left_ptr, mask=(rows < N)[:, None] & inside[None, :], other=0.0)
-            right = tl.load(right_ptr, mask=(columns < V)[:, None] & inside[None, :], other=0.0)
-            acc = tl.dot(left, right.T, acc, input_precision="ieee" if FP32 else "tf32")
+            left = tl.load(left_ptr, mask=(rows < N)[:, None] & inside[None, :], other=0)
+            right = tl.load(right_ptr, mask=(columns < V)[:, None] & inside[None, :], other=0)
+            acc = tl.dot(left, right.T, acc, input_precision="ieee" if FP32 else "tf32", out_dtype=SUM_TYPE)
             left_ptr += BLOCK_D
             right_ptr += BLOCK_D
     return acc

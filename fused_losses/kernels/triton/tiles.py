@@ -74,7 +74,30 @@ SCANS = (
     Scan(120, "shared-directions", 64, 32, 32, 1, 8, 3, False, COMPILED),
     Scan(120, "own-directions", 64, 32, 32, 1, 8, 3, False, COMPILED),
 )
+# What a kind's name ends with where the operands are of 8 bits, and where these are floats (e4m3) and no integers: on
+# sm_100 integers would go through the old mma.sync.
+EIGHT_BIT = "-8bit"
+FLOAT8 = (100,)
+EIGHT_BIT_SCANS = (
+    Scan(80, "plain-8bit", 128, 128, 64, 2, 8, 4, False, COMPILED),
+    Scan(80, "capped-8bit", 128, 128, 64, 2, 8, 3, False, COMPILED),
+    Scan(80, "plain-directions-8bit", 128, 128, 64, 2, 8, 4, False, COMPILED),
+    Scan(80, "capped-directions-8bit", 128, 64, 64, 2, 8, 4, False, COMPILED),
+    Scan(90, "plain-8bit", 128, 256, 128, 2, 8, 3, True, COMPILED),
+    Scan(90, "capped-8bit", 128, 128, 128, 2, 8, 4, True, COMPILED),
+    Scan(90, "plain-directions-8bit", 128, 256, 128, 4, 8, 3, True, COMPILED),
+    Scan(90, "capped-directions-8bit", 128, 128, 128, 2, 8, 4, True, COMPILED),
+    Scan(100, "plain-8bit", 128, 256, 128, 4, 8, 3, True, COMPILED),
+    Scan(100, "capped-8bit", 128, 256, 128, 4, 8, 3, True, COMPILED),
+    Scan(100, "plain-directions-8bit", 128, 256, 128, 4, 8, 3, True, COMPILED),
+    Scan(100, "capped-directions-8bit", 128, 256, 128, 4, 8, 3, True, COMPILED),
+    Scan(120, "plain-8bit", 128, 128, 64, 2, 8, 4, False, COMPILED),
+    Scan(120, "capped-8bit", 128, 128, 64, 2, 8, 3, False, COMPILED),
+    Scan(120, "plain-directions-8bit", 128, 64, 64, 2, 8, 4, False, COMPILED),
+    Scan(120, "capped-directions-8bit", 128, 64, 64, 2, 8, 4, False, COMPILED),
+)
 KINDS = tuple(kind + end for end in ("", DIRECTED) for kind in ("plain", "capped", "shared", "own"))
+EIGHT_BIT_KINDS = tuple(kind + end + EIGHT_BIT for end in ("", DIRECTED) for kind in ("plain", "capped"))
 
 
 def architecture(capability: tuple[int, int]) -> int:
@@ -86,7 +109,7 @@ def architecture(capability: tuple[int, int]) -> int:
 
 def scan_tile(arch: int, kind: str) -> Scan:
     """The row for a call."""
-    return next(row for row in SCANS if (row.architecture, row.kind) == (arch, kind))
+    return next(row for row in (*SCANS, *EIGHT_BIT_SCANS) if (row.architecture, row.kind) == (arch, kind))
 
 
 # Of a token's hidden size: up to here the attention holds what it accumulates in registers.
