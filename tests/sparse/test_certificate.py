@@ -182,8 +182,8 @@ def test_single_logits_are_merged_with_keys_of_either_size(vocabulary):
 
 def test_all_tokens_are_exact_after_the_last_attempt():
     """Where every attempt fails to keep the bound of dx: here there is but the last one."""
-    case = make(64, 16, 900, ignored=0, spread=3.0, frozen=True)
-    with coarse(2e-2, tolerance=0.02), mock.patch.multiple(gradients, ATTEMPTS=0, L1_SHARE=1e9):
-        got, report = run_with_report(case, torch.float32, "auto", "sparse", tolerance=0.02)
+    case = make(64, 64, 900, ignored=0, spread=3.0, frozen=True)
+    with coarse(2e-2, tolerance=0.1), mock.patch.multiple(gradients, ATTEMPTS=0, L1_SHARE=1e9):
+        got, report = run_with_report(case, torch.float32, "auto", "sparse", tolerance=0.1)
     assert report.exact_tokens == 64 and report.hidden_bound == 0
     assert relative(got["d_hidden"], run(case, torch.float64, "reference")["d_hidden"]) < 1e-6
