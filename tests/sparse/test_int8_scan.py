@@ -11,12 +11,15 @@ import low_rank_cases
 import pytest
 import torch
 from cases import HEADS, Case, coarse, make, name, near_the_reference, relative, run, run_with_report
+from graphs import operator_arguments, results
+from patched_llama import batch, llama_at, step
 from sparse_checks import needs_kernels
 from test_objective_twins import NAMES, TABLE, case_of, errors, ours, twin
 
 import fused_losses as fl
 from fused_losses import backends
 from fused_losses.backends import chunks, int8
+from fused_losses.sparse import softmax
 
 pytestmark = needs_kernels
 FLOATS = [torch.float32, torch.bfloat16]
@@ -195,8 +198,8 @@ def test_flat_chunks_get_gradients_of_exact_logits(reference, frozen, summed):
         def token_loss(self, out):
             return out.nll if out.kl is None else out.nll + out.kl
 
-    options = dict(gradient="sparse", backend="cpu", scan="int8", tolerance=0.03)
-    with coarse(2e-3, chunk_bytes=1, tolerance=0.03):
+    options = dict(gradient="sparse", backend="cpu", scan="int8", tolerance=0.025)
+    with coarse(2e-3, chunk_bytes=1, tolerance=0.025):
         if summed:
             hidden, head, ref = case.inputs(torch.float32)
             loss = Both(**options)
@@ -236,9 +239,7 @@ def test_full_products_where_8_bits_are_too_few(dtype, reference, grad):
             mock.patch.multiple(int8, GAIN=0.0, THRESHOLD=1e-2),
         ):  # fmt: skip
             hidden, head, ref = case.inputs(dtype)
-            out = fl.token_losses(
-                hidden, head, case.labels, reference=ref, backend="cpu", gradient="sparse", scan=scan
-            )
+            out = fl.token_losses(hidden, head, case.labels, reference=ref, backend="cpu", gradient="sparse", scan=scan)
             if grad:
                 (out.nll.sum() + (out.kl.sum() if reference else 0)).backward()
         results[scan] = out, (hidden.grad, head.weight.grad)
@@ -248,7 +249,9 @@ def test_full_products_where_8_bits_are_too_few(dtype, reference, grad):
     assert report.scan_note == (
         f"the nll was off by {report.value_error:.2g} nats on average, more than 0.01, measured on 1 of 130 tokens"
     )
-    assert "products of 8-bit numbers, the nll off by" in str(report) and "; full products, as the nll was" in str(report)
+    assert "products of 8-bit numbers, the nll off by" in str(report) and "; full products, as the nll was" in str(
+        report
+    )
     pairs = [(out.nll, full.nll), *zip(gradients, full_gradients, strict=True)] + [(out.kl, full.kl)] * reference
     for got, expected in pairs:
         if expected is not None:
@@ -282,9 +285,8 @@ def test_shared_channels():
     case.hidden[:, 5] = case.hidden[:, 5].sign() * 300
     case.weight[:, 5] *= 0.02
     _, shared = taken(case)
-    with mock.patch.object(int8, "GAIN", 0.0):
-        with coarse(1e-3):
-            _, alone = run_with_report(case, torch.float32, "cpu", "sparse", scan="int8")
+    with mock.patch.object(int8, "GAIN", 0.0), coarse(1e-3):
+        _, alone = run_with_report(case, torch.float32, "cpu", "sparse", scan="int8")
     assert 5 * shared.value_error < alone.value_error
 
 
@@ -393,3 +395,72 @@ def test_some_of_the_head_stays_in_8_bits(kept):
         got, _ = taken(case, chunk_bytes=1)
     assert all(torch.equal(got[output], expected[output]) for output in expected)
     assert chunks.CHUNK_BYTES > 1
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("reference", [None, "shared"])
+@pytest.mark.parametrize("frozen", [False, True], ids=name)
+def test_in_a_graph(reference, frozen):
+    """The same numbers and the same report, after backward too."""
+    torch._dynamo.reset()
+    case = make(40, 32, 900, spread=4.0, reference=reference, frozen=frozen)
+    loss = fl.TALRLoss if reference is None else fl.LAwFLoss
+    found = []
+    for compiled in (False, True):
+        objective = loss(gradient="sparse", backend="cpu", scan="int8")
+
+        def call(hidden, weight, ref_hidden, labels, marked, objective=objective):
+            if ref_hidden is None:
+                return objective(hidden.sin() * 2, weight, labels)
+            given = fl.Reference(ref_hidden)
+            return objective(hidden.sin() * 2, weight, labels, confidence=marked, reference=given)
+
+        hidden, head, ref = case.inputs(torch.float32)
+        shaped = [
+            None if x is None else x.detach().view(2, 20, -1) for x in (hidden, None if ref is None else ref.hidden)
+        ]
+        labels = case.labels.view(2, 20)
+        arguments = (
+            shaped[0].requires_grad_(), head.weight, shaped[1], labels, (labels % 3 == 0).float(),
+        )  # fmt: skip
+        # In a graph no upstream weight is known in forward; with a KL float16 numbers would be kept there.
+        with coarse(1e-3), mock.patch.object(softmax, "FINEST_HALF", 1.0):
+            function = torch.compile(call, fullgraph=True, backend="aot_eager") if compiled else call
+            found.append((results(function, arguments), objective.gradient_report))
+    (eager, plain), (graph, report) = found
+    for got, expected in zip(graph, eager, strict=True):
+        torch.testing.assert_close(got, expected, rtol=2e-5, atol=1e-6)
+    assert report.scan == plain.scan == "int8" and report.value_error == pytest.approx(plain.value_error, rel=1e-3)
+    assert (report.scan_note, report.tokens) == (None, plain.tokens)
+    assert report.bound == pytest.approx(plain.bound, rel=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("reference", [None, "shared"])
+def test_operator(reference):
+    """Schema, fakes and autograd as torch.library promises them."""
+    call = operator_arguments(sparse=True, reference=reference, int8=True)
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(torch.ops.fused_losses.losses_forward.default, tuple(call), test_utils=checks)
+
+
+def test_patched_model():
+    """In training by the objective, in evaluation by cross-entropy with the same options."""
+    inputs = batch(rows=4, length=24)
+    model, found = llama_at(0), {}
+    for scan in ("int8", "full"):
+        loss = fl.TALRLoss(gradient="sparse", backend="cpu", scan=scan)
+        with fl.patched(model, loss), mock.patch.object(int8, "THRESHOLD", 0.1), coarse(1e-2):
+            model.train()
+            out, gradients = step(model, **inputs)
+            report = loss.gradient_report
+            model.eval()
+            with torch.no_grad():
+                evaluated = model(**inputs)
+            found[scan] = out.loss.detach(), evaluated.loss, gradients
+        assert (report.scan, report.scan_note, report.mode) == (scan, None, "sparse")
+    (loss, evaluated, gradients), (full, full_evaluated, full_gradients) = found["int8"], found["full"]
+    for got, expected in ((loss, full), (evaluated, full_evaluated)):
+        assert 1e-8 < abs(got / expected - 1) < 1e-3
+    for parameter in full_gradients:
+        assert relative(gradients[parameter], full_gradients[parameter]) < 0.05, parameter
