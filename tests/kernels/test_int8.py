@@ -80,3 +80,16 @@ def test_other_instruction_sets(wanted, found):
         env={**os.environ, "PYTHONPATH": pythonpath(), "FUSED_LOSSES_SIMD": wanted, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
+
+
+def test_without_the_micro_kernel():
+    """oneDNN may be told to leave VNNI alone; its micro-kernel then throws."""
+    code = (
+        "import int8_products, torch; from fused_losses.kernels import schemas; assert schemas.load() is None; "
+        "assert not torch.ops.fused_losses.int8_is_fast(); int8_products.check_logits(torch.float32, 65, 20, 130)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=600,
+        env={**os.environ, "PYTHONPATH": pythonpath(), "ONEDNN_MAX_CPU_ISA": "AVX512_CORE", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr

@@ -54,7 +54,7 @@ def test_values_and_gradients(dtype, head, reference, frozen, near, temperature,
     got, report = taken(case, dtype, chunk_bytes=chunk_bytes, temperature=temperature)
     truth = run(case, torch.float64, "reference", temperature=temperature)
     assert got.keys() == truth.keys()
-    assert report.exact_tokens < report.tokens or head.get("softcap") == 4  # which is flat
+    assert report.exact_tokens < report.tokens or "softcap" in head  # which may be flat
     for output in truth:
         assert relative(got[output], truth[output]) < 3 * MOST[output], output
 
