@@ -263,8 +263,8 @@ class SparseSummedLossFunction(torch.autograd.Function):
 
 def with_scan(problem: Problem, backend: str, gradient: bool, report: GradientReport) -> Problem:
     """With products of 8-bit numbers where they were asked for and can be had; else the report says why not."""
-    if problem.int8 is None:
-        return problem
+    if problem.int8 is None or not len(problem.labels):
+        return replace(problem, int8=None)
     why = int8.missing(problem, backend)
     if why is None and gradient and problem.tolerance is None:
         why = "gradients are exact"

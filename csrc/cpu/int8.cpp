@@ -7,9 +7,10 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <memory>
+#include <exception>
 #include <new>
 #include <string>
+#include <vector>
 
 namespace at::native::cpublas {
 [[gnu::weak]] void brgemm(int64_t M, int64_t N, int64_t K, int64_t ld_a, int64_t ld_b, int64_t ld_c, bool add_C,
@@ -53,11 +54,28 @@ int64_t depth_of(int64_t padded) {
   return (padded / pieces + 63) / 64 * 64;
 }
 
+// Tried on a product of ones: oneDNN may be told to leave VNNI alone (ONEDNN_MAX_CPU_ISA), and then throws.
+bool has_micro_kernel() {
+  if (!at::native::cpublas::brgemm || !at::native::cpublas::brgemm_release || !processor_has_vnni() ||
+      kernels().name != std::string("AVX-512"))
+    return false;
+  try {
+    constexpr int64_t DEPTH_TRIED = 64;
+    const std::vector<uint8_t> ones(DEPTH_TRIED * INT8_VOCABULARY, 1);
+    std::vector<int32_t> products(INT8_VOCABULARY);
+    at::native::cpublas::brgemm(1, INT8_VOCABULARY, DEPTH_TRIED, DEPTH_TRIED, INT8_VOCABULARY, INT8_VOCABULARY, false,
+                                ones.data(), (const signed char*)ones.data(), products.data(), true);
+    at::native::cpublas::brgemm_release(true);
+    return std::count(products.begin(), products.end(), DEPTH_TRIED) == INT8_VOCABULARY;
+  } catch (const std::exception&) {
+    return false;
+  }
+}
+
 }  // namespace
 
 bool int8_is_fast() {
-  static const bool fast = at::native::cpublas::brgemm && at::native::cpublas::brgemm_release && processor_has_vnni() &&
-                           kernels().name == std::string("AVX-512");
+  static const bool fast = has_micro_kernel();
   return fast;
 }
 

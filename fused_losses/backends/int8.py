@@ -153,7 +153,7 @@ class Sweep:
         if not (too_much and len(here)):
             return False
         self.product.full = True
-        self.found.note = f"{what}, on the {sum(map(len, self.errors))} tokens that were measured"
+        self.found.note = f"{what}, measured on {sum(map(len, self.errors))} of {len(self.problem.labels)} tokens"
         return True
 
 

@@ -190,7 +190,7 @@ def fewest(error: Tensor, forced: Tensor, limit: float) -> tuple[Tensor, float]:
     order = left.argsort(descending=True, stable=True)
     # What is left when the k largest are taken out; from the small end, so that it does not cancel.
     remaining = torch.cat([left[order].flip(0).cumsum(0).flip(0), left.new_zeros(1)])
-    count = int((remaining > limit).sum())
+    count = int((remaining[:-1] > limit).sum())  # all, where the limit is below 0
     chosen[order[:count]] = True
     return chosen.nonzero().flatten().to(error.device), float(remaining[count])
 

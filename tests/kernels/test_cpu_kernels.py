@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import relative
-from cpu_products import check_products, check_rounding_of_bf16
+from cpu_products import check_products, check_rounding_of_bf16, check_slices
 from processes import pythonpath
 from sparse_checks import needs_kernels
 
@@ -18,10 +18,17 @@ from fused_losses.kernels import schemas
 @needs_kernels
 @pytest.mark.parametrize("matrix_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("d", [1, 17, 64, 131])
+@pytest.mark.parametrize("d", [1, 17, 64, 131, 513])
 @pytest.mark.parametrize("base", [False, True], ids=["alone", "onto-base"])
 def test_products(matrix_dtype, out_dtype, d, base):
     check_products(matrix_dtype, out_dtype, d, base)
+
+
+@needs_kernels
+@pytest.mark.parametrize("matrix_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sums_of_columns_in_slices(matrix_dtype, out_dtype):
+    check_slices(matrix_dtype, out_dtype)
 
 
 @needs_kernels
@@ -60,7 +67,7 @@ def test_logits_are_sums_of_short_sums(dtype, most):
 SIMD = """
 import itertools, sys, torch
 from cases import HEADS, REFERENCES, coarse, errors, make, relative, run
-from cpu_products import check_products, check_rounding_of_bf16
+from cpu_products import check_products, check_rounding_of_bf16, check_slices
 from fused_losses.kernels import schemas
 
 FLOATS = torch.float32, torch.bfloat16
@@ -74,6 +81,8 @@ for reference, head in itertools.product(REFERENCES, HEADS):
         assert max(relative(ours[k], plain[k]) for k in ours) < 1e-5
 for matrix_dtype, out_dtype, d in itertools.product(FLOATS, FLOATS, (1, 17, 64)):
     check_products(matrix_dtype, out_dtype, d, True)
+for matrix_dtype, out_dtype in itertools.product(FLOATS, FLOATS):
+    check_slices(matrix_dtype, out_dtype)
 check_rounding_of_bf16()
 """
 

@@ -6,10 +6,11 @@ import sys
 
 import grids
 import pytest
+from sparse_checks import needs_kernels
 
 MEMORY = r"""
 import re, sys, torch, torch.nn.functional as F, fused_losses as fl
-what, gradient, n, d, v = *sys.argv[1:3], *map(int, sys.argv[3:]), 49152
+what, gradient, scan, n, d, v = *sys.argv[1:4], *map(int, sys.argv[4:]), 49152
 torch.set_num_threads(1)
 torch.manual_seed(0)
 # Logits of standard deviation 1 are flat, of 4.5 they have about as many large entries as on hard text.
@@ -23,39 +24,40 @@ before = memory("VmRSS")
 if what == "dense":
     loss = F.cross_entropy(hidden @ weight.T, labels)
 elif what == "per-token":
-    out = fl.token_losses(hidden, weight, labels, gradient=gradient)
+    out = fl.token_losses(hidden, weight, labels, gradient=gradient, scan=scan)
     loss = out.nll.mean()
 elif what == "talr":
-    objective = fl.TALRLoss(gradient=gradient)
+    objective = fl.TALRLoss(gradient=gradient, scan=scan)
     loss = objective(hidden.view(8, -1, d), weight, labels.view(8, -1))
 elif what == "lawf":
     reference = fl.Reference(hidden.detach() + 0.01)
-    objective = fl.LAwFLoss(gradient=gradient)
+    objective = fl.LAwFLoss(gradient=gradient, scan=scan)
     loss = objective(hidden, weight, labels, confidence=(labels % 10 == 0).float(), reference=reference)
 else:
-    objective = fl.CrossEntropyLoss(gradient=gradient)
+    objective = fl.CrossEntropyLoss(gradient=gradient, scan=scan)
     loss = objective(hidden, weight, labels)
 loss.backward()
 peak = memory("VmHWM") - before - gradients
 if gradient == "sparse":
     report = out.gradient_report if what == "per-token" else objective.gradient_report
     assert report.exact_tokens == 0 and report.entries > 200 * n, report
+    assert report.scan == scan and report.scan_note is None, report
 assert hidden.grad.isfinite().all() and weight.grad.abs().sum() > 0
 print(peak)
 """
 
 
-def peak_memory(what, gradient):
+def peak_memory(what, gradient, scan="full"):
     # What would be as large as the logits shows with half the tokens too; a small D makes the products cheap.
     size = (8192, 576) if grids.EXHAUSTIVE else (4096, 128)
-    command = [sys.executable, "-c", MEMORY, what, gradient, *map(str, size)]
+    command = [sys.executable, "-c", MEMORY, what, gradient, scan, *map(str, size)]
     # Every tensor has pages of its own, which go when it does. By itself glibc keeps up to 32 MiB of what is freed, or
     # not, as small blocks lie.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     result = subprocess.run(command, capture_output=True, text=True, timeout=1800, env=environment)
     assert result.returncode == 0, result.stderr
     peak = float(result.stdout.split()[-1])
-    print(f"{what}, {gradient}: {peak:.0f} MiB above inputs and gradients")
+    print(f"{what}, {gradient}, {scan}: {peak:.0f} MiB above inputs and gradients")
     return peak
 
 
@@ -71,3 +73,11 @@ def test_peak_memory(what):
     exact, sparse = peak_memory(what, "exact"), peak_memory(what, "sparse")
     # Measured 104 to 108 and 2 to 14 less, of 768 for all logits; of twice as many tokens 105 to 154 and 18 to 58 less.
     assert exact < (200 if grids.EXHAUSTIVE else 128) and sparse < exact + 2
+
+
+@pytest.mark.slow
+@needs_kernels
+@pytest.mark.parametrize("what", ["cross-entropy", "per-token", "lawf"])
+def test_peak_memory_of_8_bit_products(what):
+    """Above full products: part of the head in 8 bits, and of each token."""
+    assert peak_memory(what, "sparse", "int8") < peak_memory(what, "sparse") + 64 + 16

@@ -7,13 +7,13 @@ from unittest import mock
 import grids
 import pytest
 import torch
-from cases import coarse, make, relative, run
+from cases import coarse, make, relative, run, run_with_report
 from hypothesis import given, settings
 from sparse_checks import BACKENDS, CERTIFICATE, V, check_certificate, logits_of
 
 import fused_losses as fl
 from fused_losses import reference as oracle
-from fused_losses.sparse import certificate, softmax
+from fused_losses.sparse import certificate, gradients, softmax
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -178,3 +178,12 @@ def test_single_logits_are_merged_with_keys_of_either_size(vocabulary):
     starts, at, values, outside = _with_single(offsets, columns, torch.ones(5), single, vocabulary)
     assert starts.tolist() == [0, 3, 4, 7] and at.tolist() == [3, 5, 7, 4, 0, 7, 99]
     assert values.tolist() == [1, 2, 2, 7, 1, 1, 6] and outside.tolist() == [2, 7, 0]
+
+
+def test_all_tokens_are_exact_after_the_last_attempt():
+    """Where every attempt fails to keep the bound of dx: here there is but the last one."""
+    case = make(64, 64, 900, ignored=0, spread=3.0, frozen=True)
+    with coarse(2e-2, tolerance=0.1), mock.patch.multiple(gradients, ATTEMPTS=0, L1_SHARE=1e9):
+        got, report = run_with_report(case, torch.float32, "auto", "sparse", tolerance=0.1)
+    assert report.exact_tokens == 64 and report.hidden_bound == 0
+    assert relative(got["d_hidden"], run(case, torch.float64, "reference")["d_hidden"]) < 1e-6

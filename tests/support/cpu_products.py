@@ -36,6 +36,29 @@ def check_products(matrix_dtype, out_dtype, d, base):
         assert relative(module.weighted_sum(w, q), q.double() @ w.double()) < 1e-6
 
 
+def check_slices(matrix_dtype, out_dtype):
+    """Sums of columns in slices of D, vectors and single numbers, whatever the output's address; with a base or not."""
+    n, v, d = 21, 40, 300
+    g = torch.Generator().manual_seed(0)
+    dense = torch.where(torch.rand(n, v, generator=g) < 0.3, torch.randn(n, v, generator=g), 0)
+    dense[:, 7] = 0
+    at = dense.nonzero()
+    offsets = torch.zeros(n + 1, dtype=torch.int64)
+    offsets[1:] = (dense != 0).sum(1).cumsum(0)
+    x, scale, vector = torch.randn(n, d, generator=g).to(matrix_dtype), torch.randn(v), torch.randn(d)
+    base = torch.randn(v, d, generator=g)
+    truth = dense.double().T @ x.double() + scale.double()[:, None] * vector
+    for shift, onto in ((0, None), (0, base), (1, None), (3, base)):
+        buffer = torch.full((v * d + 8,), torch.nan, dtype=out_dtype)
+        out = buffer[shift : shift + v * d].view(v, d)
+        torch.ops.fused_losses.columns_product(
+            offsets, at[:, 1].int(), dense[dense != 0], x, scale, vector, onto, -0.5, out
+        )  # fmt: skip
+        expected = truth if onto is None else truth - 0.5 * onto
+        assert relative(out, expected) < (2.5e-3 if out_dtype == torch.bfloat16 else 1e-6)
+        assert buffer[:shift].isnan().all() and buffer[shift + v * d :].isnan().all()
+
+
 def check_rounding_of_bf16():
     """To nearest, ties to even; NaN stays NaN."""
     x = torch.tensor([[1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 3.0e38, torch.nan, torch.inf] * 4])

@@ -39,7 +39,7 @@ def assert_same(function, make_inputs=inputs, exactly=False, compiled_function=N
 
 def operator_arguments(
     sparse=False, reference=None, frozen=False, grad=True, ignored=2, dtype=torch.float32, strided=False, bias=True,
-    wanted="entropy", softcap=None, rank=0, ids=0, beta=None, entropy_gradient=False,
+    wanted="entropy", softcap=None, rank=0, ids=0, beta=None, entropy_gradient=False, int8=False,
 ):  # fmt: skip
     hidden, weight, labels = torch.randn(11, D).to(dtype), torch.randn(V, D).to(dtype), torch.randint(V, (11,))
     if strided:
@@ -57,6 +57,6 @@ def operator_arguments(
     tolerance = 0.1 if sparse else None
     return compiled.Call(
         *leaves, labels, ref_hidden, ref_weight, None, None, torch.randint(-1, V, (11, ids)) if ids else None, -100,
-        1.5, softcap, 1.0, None, dtype, dtype, D + rank, wanted, entropy_gradient, beta, 20, tolerance, "auto",
-        False, needs, None,
+        1.5, softcap, 1.0, None, dtype, dtype, D + rank, wanted, entropy_gradient, beta, 20, tolerance, "auto", int8,
+        needs, None,
     )  # fmt: skip
