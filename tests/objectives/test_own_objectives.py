@@ -211,4 +211,4 @@ def test_an_unknown_option_lists_those_there_are(cls, option, meant):
     message = str(error.value)
     assert message.startswith(f"{cls.__name__}: has no option {option}; ")
     assert ("did you mean" not in message) if meant is None else f"did you mean {meant}?" in message
-    assert message.endswith("ignore_index, gradient, tolerance, backend")
+    assert message.endswith("ignore_index, gradient, tolerance, backend, scan")
