@@ -291,7 +291,7 @@ def test_shared_channels():
 
 
 MISSING = {
-    "torch": (dict(backend="torch"), {}, "the backend torch has no products of 8-bit numbers (cpu, triton and cuda have)"),
+    "torch": (dict(backend="torch"), {}, "the backend torch has no products of 8-bit numbers"),
     "float64": (dict(dtype=torch.float64), {}, "the products are of float64"),
     "own head": (dict(), dict(reference="own"), "the reference has a head of its own, and p"),
     "ids": (dict(asked="ids"), {}, "ids needs all logits as they are"),
