@@ -1,14 +1,13 @@
 // The forward product from 8-bit operands: rows of the weight are quantised on the way, a block at a time, in a core's
-// cache, so that there is no copy of the head. Tokens have scales of their own, and so have the weight's rows.
+// cache, so that the head is not copied, but for the part that `int8_head` keeps. Tokens have scales of their own, and
+// so have the weight's rows.
 //
 // Products: oneDNN's u8 · s8 micro-kernel, which PyTorch exports (see logits.cpp), where the processor has VNNI or AMX;
 // else `multiply_int8`. Tokens have an offset of 128, which the sums of the weight's rows take out again.
 #include "kernels.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <exception>
-#include <new>
 #include <string>
 #include <vector>
 
@@ -23,16 +22,6 @@ namespace {
 
 constexpr int64_t TOKENS = 128, DEPTH = 512;  // a block of the weight of about that depth stays in the first cache
 
-template <class T>
-struct Aligned {
-  explicit Aligned(int64_t count) : data((T*)std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64)) {
-    if (!data) throw std::bad_alloc();
-  }
-  ~Aligned() { std::free(data); }
-  Aligned(const Aligned&) = delete;
-  T* data;
-};
-
 bool processor_has_vnni() {
 #if defined(__x86_64__) && defined(__GNUC__)
   return __builtin_cpu_supports("avx512vnni");
@@ -41,7 +30,7 @@ bool processor_has_vnni() {
 #endif
 }
 
-void quantise_block(const Int8Head& head, int64_t block, uint8_t* out, float* scales, int32_t* sums) {
+void quantize_block(const Int8Head& head, int64_t block, uint8_t* out, float* scales, int32_t* sums) {
   const int64_t first = block * INT8_VOCABULARY, size = head.element == Element::Float32 ? 4 : 2;
   kernels().quantize_weight((const char*)head.weight + first * head.hidden * size, head.element, head.channel,
                             std::min(INT8_VOCABULARY, head.vocabulary - first), head.hidden, head.padded(), out, scales,
@@ -82,7 +71,7 @@ bool int8_is_fast() {
 void int8_head(const Int8Head& head) {
   parallel(head.kept, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; block++)
-      quantise_block(head, block, head.blocks + block * head.padded() * INT8_VOCABULARY,
+      quantize_block(head, block, head.blocks + block * head.padded() * INT8_VOCABULARY,
                      head.scales + block * INT8_VOCABULARY, head.sums + block * INT8_VOCABULARY);
   });
 }
@@ -109,7 +98,7 @@ void int8_logits(const void* hidden, Element element, const float* inverse, cons
       const uint8_t* weight = kept ? head.blocks + block * padded * W : own.data;
       const float* scales = kept ? head.scales + block * W : own_scales.data;
       const int32_t* sums = kept ? head.sums + block * W : own_sums.data;
-      if (!kept) quantise_block(head, block, own.data, own_scales.data, own_sums.data);
+      if (!kept) quantize_block(head, block, own.data, own_scales.data, own_sums.data);
       if (fast) {
         for (int64_t k = 0; k < padded; k += depth)
           for (int64_t t = 0; t < N; t += TOKENS)
@@ -125,6 +114,7 @@ void int8_logits(const void* hidden, Element element, const float* inverse, cons
                                  rows, out + t * V + first);
     }
     if (fast) at::native::cpublas::brgemm_release(true);
+    end_streams();
   });
 }
 

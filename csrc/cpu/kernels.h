@@ -2,8 +2,28 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
+#include <new>
 
 namespace fused_losses {
+
+// Uninitialised memory that begins on a line of the cache.
+template <class T>
+struct Aligned {
+  explicit Aligned(int64_t count) : data((T*)std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64)) {
+    if (!data) throw std::bad_alloc();
+  }
+  ~Aligned() { std::free(data); }
+  Aligned(const Aligned&) = delete;
+  T* data;
+};
+
+// Before other threads read what was written by `stream` of vector.inc.
+inline void end_streams() {
+#if defined(__x86_64__)
+  __builtin_ia32_sfence();
+#endif
+}
 
 enum class Element { Float32, BFloat16 };
 

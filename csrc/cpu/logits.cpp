@@ -31,16 +31,6 @@ constexpr int64_t MOST_TOKENS = 64, VOCABULARY = 64;  // of a panel and a block
 // round less. Measured: half the error of sums of 512, in the same time.
 constexpr int64_t DEPTH_BYTES = 256;
 
-template <class T>
-struct Aligned {
-  explicit Aligned(int64_t count) : data((T*)std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64)) {
-    if (!data) throw std::bad_alloc();
-  }
-  ~Aligned() { std::free(data); }
-  Aligned(const Aligned&) = delete;
-  T* data;
-};
-
 // `tokens` rows as [D][tokens]; bfloat16 in pairs, [D / 2][tokens][2]. Zeros beyond the last valid one.
 template <class T>
 void pack(const T* hidden, T* panel, int64_t tokens, int64_t valid, int64_t D) {

@@ -102,7 +102,7 @@ void compact_op(const Tensor& z, const std::optional<Tensor>& r, bool difference
   float* square = data<float>(squares);  // [2, N]
   const RowDirections low = {directions ? directions->size(1) : 0, data<float>(directions), data<float>(nll_low),
                              data<float>(kl_low), square, square ? square + n : nullptr};
-  parallel(n, [&](int64_t begin, int64_t end) { 
+  parallel(n, [&](int64_t begin, int64_t end) {
     kernels().compact(chunk, results, entries, low, hidden ? &operands : nullptr, begin, end);
   });
 }

@@ -152,7 +152,7 @@ class Sweep:
             too_much, what = not kl <= limit, f"the KL was off by {kl:.2g} nats on average, more than {limit:.2g}"
         if not (too_much and len(here)):
             return False
-        self.product.full = True
+        self.product.full, self.product.head = True, None
         self.found.note = f"{what}, measured on {sum(map(len, self.errors))} of {len(self.problem.labels)} tokens"
         return True
 
