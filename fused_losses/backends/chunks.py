@@ -209,7 +209,7 @@ def logit_chunks(
             common,
         )  # fmt: skip
         whole = getattr(product, "whole", None)
-        if whole is not None:
+        if whole is not None and not product.full:
             chunk.refill = functools.partial(_refill, problem, replace(model, multiply=whole), low_rank_rows)
         yield chunk
 
@@ -217,7 +217,7 @@ def logit_chunks(
 def _refill(problem: Problem, model: _Operands, low_rank_rows: Tensor | None, chunk: Chunk) -> None:
     """The products of a chunk by those of `model`, without a reference or with one on the same head."""
     assert problem.reference_head is None
-    chunk.stage, chunk.difference = Stage.PRODUCTS, False
+    chunk.stage, chunk.difference, chunk.refill = Stage.PRODUCTS, False, None
     if chunk.r is None:
         model.fill(chunk.z, chunk.hidden, low_rank_rows)
     else:

@@ -153,6 +153,9 @@ def scan(problem: Problem, out: Statistics, selection: Selection) -> Iterator[tu
             )
         here = [b[:size] for b in buffers]
         yield chunk, _compact(problem, out.at(chunk.tokens), chunk, selection, here, sweep)
+        if sweep is not None:
+            # Where an exact gradient took this chunk's full products, that of the next is likely to take its own.
+            sweep.product.flat = chunk.stage is not Stage.LOGITS
 
 
 def _nothing_kept(problem: Problem) -> Selection:

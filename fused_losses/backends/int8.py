@@ -57,7 +57,7 @@ def missing(problem: Problem, backend: str) -> str | None:
 
 
 class Int8Product:
-    """x Wᵀ + b of 8-bit numbers; of full ones, by `whole`, once `full` is set.
+    """x Wᵀ + b of 8-bit numbers; of full ones, by `whole`, while `full` is set.
 
     `again`: there will be several products with the same head, of which the first KEPT_BYTES then stay in 8 bits.
     """
@@ -65,9 +65,14 @@ class Int8Product:
     def __init__(self, channel: Tensor | None, whole: Product, again: bool) -> None:
         self.channel = channel
         self.inverse = None if channel is None else channel.reciprocal()
-        self.whole, self.full = whole, False
+        self.whole = whole
+        self.off = self.flat = False  # too much so; chunks get exact gradients anyway
         self.kept_bytes = KEPT_BYTES if again else 0
         self.head: tuple[Tensor, ...] | None = None
+
+    @property
+    def full(self) -> bool:
+        return self.off or self.flat
 
     @property
     def takes_wide(self) -> bool:
@@ -152,7 +157,7 @@ class Sweep:
             too_much, what = not kl <= limit, f"the KL was off by {kl:.2g} nats on average, more than {limit:.2g}"
         if not (too_much and len(here)):
             return False
-        self.product.full, self.product.head = True, None
+        self.product.off, self.product.head = True, None
         self.found.note = f"{what}, measured on {sum(map(len, self.errors))} of {len(self.problem.labels)} tokens"
         return True
 

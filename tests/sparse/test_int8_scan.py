@@ -215,6 +215,32 @@ def test_flat_chunks_get_gradients_of_exact_logits(reference, frozen, summed):
     assert relative(d_hidden, truth) < 0.02
 
 
+@pytest.mark.parametrize("frozen", [False, True], ids=name)
+def test_the_chunk_after_a_flat_one_has_full_products(frozen):
+    """16 tokens a chunk, the second and third of five flat: no chunk has two full products."""
+    case = make(80, 64, 1500, frozen=frozen, ignored=0, spread=5.0)
+    case.hidden[16:48] *= 0.05
+    full, plain = [], int8.Int8Product.__call__
+
+    def call(product, *operands):
+        full.append(product.full)
+        plain(product, *operands)
+
+    with (
+        mock.patch.object(int8.Int8Product, "__call__", call), coarse(2e-3, chunk_bytes=1, tolerance=0.025),
+        mock.patch.object(chunks, "_refill", wraps=chunks._refill) as refill,
+    ):  # fmt: skip
+        hidden, head, _ = case.inputs(torch.float32)
+        options = dict(gradient="sparse", backend="cpu", scan="int8", tolerance=0.025)
+        # With a frozen head, or weights that are known in forward, flat chunks get their gradients there.
+        if frozen:
+            fl.token_losses(hidden, head, case.labels, **options)
+        else:
+            fl.CrossEntropyLoss(**options)(hidden, head, case.labels)
+    # The fourth has them as the third was flat, and the fifth has not, as the fourth was not.
+    assert full == [False, False, True, True, False] and refill.call_count == 1
+
+
 def hard_for_8_bits(n: int = 130, d: int = 64, v: int = 1500) -> Case:
     """In each hidden state another number is a thousand times as large as the others, and finds nothing in the head."""
     case = make(n, d, v, reference="shared", ignored=0, spread=3.0)
