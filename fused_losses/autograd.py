@@ -230,11 +230,11 @@ class SparseSummedLossFunction(torch.autograd.Function):
                 builder.add(entries, done=flat)
                 weights.append((upstream, at))
                 del chunk  # its buffers go before the entries are joined
-            sparse = builder.finish()
+            sparse, half = builder.finish(), builder.selection.threshold >= softmax.FINEST_HALF
             del builder, entries
             upstream = _joined(weights, out)
             single = picked_weights(problem, picked_slopes(problem, out), upstream)
-            kept = weigh(problem, backend, sparse, upstream, single)
+            kept = weigh(problem, backend, sparse, upstream, single, half)
             del sparse
         weights_saved = (upstream.nll, upstream.kl, upstream.lse, upstream.logits_at)
         dense = dense or Gradients()

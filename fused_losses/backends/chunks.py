@@ -209,7 +209,7 @@ def logit_chunks(
             common,
         )  # fmt: skip
         whole = getattr(product, "whole", None)
-        if whole is not None and not product.full:
+        if whole is not None and not getattr(product, "full", False):
             chunk.refill = functools.partial(_refill, problem, replace(model, multiply=whole), low_rank_rows)
         yield chunk
 

@@ -112,7 +112,9 @@ def _weight_bound(call: _Call, exact: Tensor, weight: Tensor) -> float | None:
     errors = torch.where(exact, 0, sparse.row_error * abs(call.scale))
     error = float(torch.linalg.vector_norm(errors, dtype=torch.float64)) * norm_bound(rows)
     if len(weight) > MOST_ROWS:
-        counts = torch.bincount(sparse.columns, weights=sparse.values.abs(), minlength=len(weight))
+        counts = torch.bincount(
+            sparse.columns, weights=sparse.segments(torch.ones_like(sparse.left)).values.abs(), minlength=len(weight)
+        )
         weight = weight.index_select(0, counts.topk(MOST_ROWS).indices)
     norm = float(torch.linalg.vector_norm(weight, dtype=torch.promote_types(weight.dtype, torch.float32)))
     if not math.isfinite(error + norm):

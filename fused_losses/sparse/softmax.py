@@ -25,8 +25,8 @@ from ..problem import Entries, Needs, Problem, Selection, Statistics, Tails
 from .certificate import parameters
 from .spectrum import directions_of
 
-# Where an entry is two numbers, in [−1, 1], they are kept as float16 of HALF_SCALE times them, so that it takes 8 bytes
-# as others do. A θ finer than FINEST_HALF asks for better.
+# Entries, which are in [−1, 1], are kept as float16 of HALF_SCALE times them: of 6 bytes, 8 with a reference. A θ finer
+# than FINEST_HALF asks for better.
 HALF_SCALE = 2.0**15
 FINEST_HALF = 1e-6
 # Tokens of a call from which on it takes directions of a head that is trained: they cost a product of so many columns
@@ -55,7 +55,7 @@ class SparseSoftmax:
     basis: Tensor | None = None
     profile_low: Tensor | None = None
     limits: Tensor | None = None
-    # [4, N] what the rounding of the entries adds to a row: L1 and L2 norm of ∂nll/∂z, then of ∂kl/∂z. None: nothing.
+    # [2 or 4, N] what the rounding of the entries adds to a row: L1 and L2 norm of ∂nll/∂z, then of ∂kl/∂z. None: 0.
     rounding: Tensor | None = None
 
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -79,15 +79,18 @@ class SparseSoftmax:
         return sum(t.nbytes for t in self.tensors() if t is not None)
 
     def halved(self) -> SparseSoftmax:
-        """The same in less memory where an entry is two float32 numbers; the certificate counts what that rounds."""
-        if self.kl_values is None or self.nll_values.dtype != torch.float32:
+        """The same in less memory; the certificate counts what that rounds."""
+        if self.nll_values.dtype != torch.float32:
             return self
-        nll, kl = (values.mul(HALF_SCALE).half() for values in (self.nll_values, self.kl_values))
+        halves: list[Tensor | None] = []
         rounding = []
-        for half, values in ((nll, self.nll_values), (kl, self.kl_values)):
-            error = _single(half).sub_(values).abs_()
-            rounding += [sums_of_rows(self.offsets, error), sums_of_rows(self.offsets, error.square_()).sqrt_()]
-        return replace(self, nll_values=nll, kl_values=kl, rounding=torch.stack(rounding))
+        for values in (self.nll_values, self.kl_values):
+            half = None if values is None else values.mul(HALF_SCALE).half()
+            halves.append(half)
+            if half is not None:
+                error = _single(half).sub_(values).abs_()
+                rounding += [sums_of_rows(self.offsets, error), sums_of_rows(self.offsets, error.square_()).sqrt_()]
+        return replace(self, nll_values=halves[0], kl_values=halves[1], rounding=torch.stack(rounding))
 
 
 def weighted(

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..backends import Backend
 from ..problem import Entries, Problem, Segments, Upstream
 from .certificate import L1_SHARE, select, shares
-from .softmax import SparseSoftmax, sums_of_rows, weighted
+from .softmax import HALF_SCALE, SparseSoftmax, sums_of_rows, weighted
 from .spectrum import limits_of_low_rank
 
 ROWS = 1024  # tokens whose rows are in fp32 at a time
@@ -28,7 +28,7 @@ class WeightedSparse:
 
     offsets: Tensor  # [N + 1] int64
     columns: Tensor  # [entries] int32, in each row ascending
-    values: Tensor  # [entries]
+    values: Tensor  # [entries], with `scale` float16 of HALF_SCALE times what they are, by the scale of their row
     left: Tensor  # [N] the sum of what the entries leave out
     error: Tensor  # [N] what the error of the row is at most, in L1 norm
     norm: Tensor  # [N] what the row's L1 norm is at least
@@ -42,12 +42,14 @@ class WeightedSparse:
     basis: Tensor | None = None
     row_error: Tensor | None = None
     hidden_error: Tensor | None = None
+    scale: Tensor | None = None  # [N]
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """For `save_for_backward`; `WeightedSparse(*tensors)` puts them back."""
         return (
             self.offsets, self.columns, self.values, self.left, self.error, self.norm, self.profile, self.full,
             self.done, self.rows, self.low, self.basis, self.row_error, self.hidden_error,
+            self.scale,
         )  # fmt: skip
 
     @property
@@ -56,15 +58,20 @@ class WeightedSparse:
 
     def segments(self, factor: Tensor) -> Segments:
         """The entries times a factor of each token."""
+        factor = factor if self.scale is None else factor * self.scale
         return Segments(
             self.offsets, self.columns, weighted(self.offsets.diff(), self.values, None, factor, None)
         )  # fmt: skip
 
 
 def weigh(
-    problem: Problem, backend: Backend, sparse: SparseSoftmax, upstream: Upstream, single: Single | None
-) -> WeightedSparse:
-    """S' = a ∂nll/∂z + b ∂kl/∂z at the entries, plus single logits: where one is no entry, it becomes one."""
+    problem: Problem, backend: Backend, sparse: SparseSoftmax, upstream: Upstream, single: Single | None,
+    half: bool = False,
+) -> WeightedSparse:  # fmt: skip
+    """S' = a ∂nll/∂z + b ∂kl/∂z at the entries, plus single logits: where one is no entry, it becomes one.
+
+    `half`: in float16, to be saved; the certificate counts what that rounds.
+    """
     a, b = upstream.softmax, upstream.kl
     offsets, columns = sparse.offsets, sparse.columns
     values = weighted(offsets.diff(), sparse.nll_values, sparse.kl_values, a, b)
@@ -72,6 +79,10 @@ def weigh(
     if single is not None:
         offsets, columns, values, outside = _with_single(offsets, columns, values, single, len(sparse.profile))
     rounding, rounding_l2 = _rounding(sparse, a, b)
+    stored, scale = values, None
+    if half and values.dtype == torch.float32:
+        stored, scale, (l1, l2) = _halved(offsets, values)
+        rounding, rounding_l2 = rounding + l1, rounding_l2 + l2
     error, norm = shares(
         sparse.tails, a, b, lambda: sums_of_rows(offsets, values.abs()) - (0 if outside is None else outside),
         rounding, outside,
@@ -81,7 +92,9 @@ def weigh(
     parts = [w * left for w, left in ((a, sparse.tails.nll_left), (b, sparse.tails.kl_left)) if w is not None]
     left: Tensor = sum(parts) if parts else torch.zeros_like(sparse.tails.nll_left)  # type: ignore[assignment]
     rows = None if sparse.nll_rows is None else _rows(problem, backend, sparse, upstream, single)
-    found = WeightedSparse(offsets, columns, values, left, error, norm, sparse.profile, sparse.full, sparse.done, rows)
+    found = WeightedSparse(
+        offsets, columns, stored, left, error, norm, sparse.profile, sparse.full, sparse.done, rows, scale=scale
+    )
     if sparse.basis is not None:
         found.basis = sparse.basis
         found.low = _low(sparse, left, a, b)
@@ -192,11 +205,25 @@ def single_rows(problem: Problem, backend: Backend, single: Single) -> Tensor:
     return products[0] if len(products) == 1 else torch.cat(products, 1)
 
 
+def _halved(offsets: Tensor, values: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Values as `WeightedSparse.values` has them, [N] scales, and [N] L1 and L2 norm of what that rounds."""
+    counts = offsets.diff()
+    largest = torch.segment_reduce(values.abs(), "max", lengths=counts, initial=0)
+    scale = torch.where(largest.isfinite(), largest, 1).clamp(min=torch.finfo(values.dtype).tiny * HALF_SCALE)
+    half = weighted(counts, values, None, HALF_SCALE / scale, None).half()
+    error = weighted(counts, half, None, scale, None).sub_(values).abs_()
+    return half, scale, (sums_of_rows(offsets, error), sums_of_rows(offsets, error.square()).sqrt_())
+
+
 def _rounding(sparse: SparseSoftmax, a: Tensor | None, b: Tensor | None) -> tuple[Tensor | float, Tensor | float]:
     """[N] L1 and L2 norm of what the rounding of the entries adds to a row."""
     if sparse.rounding is None:
         return 0.0, 0.0
-    pairs = [(w.abs(), norms) for w, norms in zip((a, b), sparse.rounding.view(2, 2, -1), strict=True) if w is not None]
+    pairs = [
+        (w.abs(), norms)
+        for w, norms in zip((a, b), sparse.rounding.unflatten(0, (-1, 2)), strict=False)
+        if w is not None
+    ]
     l1, l2 = (sum(w * norms[i] for w, norms in pairs) for i in range(2))
     return l1, l2
 

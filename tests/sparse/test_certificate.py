@@ -108,6 +108,36 @@ def test_rounding_of_kept_entries_is_in_the_certificate(backend, weights):
     assert report_single.bound < 1e-6 and 5e-5 < error < report.bound < 6e-4  # measured 1.8e-4 and 5e-4
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("summed", [False, True], ids=["per-token", "summed"])
+def test_entries_are_float16(backend, summed):
+    """6 bytes each; what that rounds is in all three bounds. Weights of very different size have their own scale."""
+    case = make(300, 32, 3000, ignored=0, spread=4.0)
+    case = replace(case, nll_upstream=10.0 ** torch.linspace(-12, 3, 300, dtype=torch.float64))
+    truth = run(case, torch.float64, "reference")
+    found = {}
+    for finest in (softmax.FINEST_HALF, 1.0):
+        with coarse(1e-6), mock.patch.multiple(softmax, FINEST_HALF=finest, FEWEST_TOKENS=1):
+            hidden, head, _ = case.inputs(torch.float32)
+            if summed:
+                loss = fl.WeightedLoss(gradient="sparse", backend=backend)
+                loss(hidden, head, case.labels, weights=case.nll_upstream.float(), num_items=1).backward()
+                report = loss.gradient_report
+            else:
+                out = fl.token_losses(hidden, head, case.labels, gradient="sparse", backend=backend)
+                (out.nll * case.nll_upstream).sum().backward()
+                report = out.gradient_report
+        found[finest] = hidden.grad, head.weight.grad, report
+    (dx, dw, report), (_, _, single) = found.values()
+    assert report.saved_bytes < single.saved_bytes - 1.9 * report.entries
+    rows = (dx - truth["d_hidden"]).norm(dim=1) / truth["d_hidden"].norm(dim=1)
+    assert rows.max() < 6e-4  # measured 4e-4; float16 rounds by 2.4e-4 at most
+    assert relative(dx, truth["d_hidden"]) < report.hidden_bound < 6e-4  # measured 9e-5 and 3e-4
+    assert relative(dw, truth["d_weight"]) < report.weight_bound < 9e-4  # measured 1e-4 and 4e-4
+    assert single.bound < report.bound and single.hidden_bound < report.hidden_bound
+    assert single.weight_bound < report.weight_bound
+
+
 @pytest.mark.parametrize("halves", [1, 2])
 def test_what_sparse_gradients_get_wrong_without_directions(halves):
     """Two halves of the vocabulary that no token mixes and one direction of the head tells apart.
