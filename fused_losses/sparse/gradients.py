@@ -106,11 +106,17 @@ def _l1_bound(sparse: WeightedSparse, exact: Tensor) -> float:
 
 
 def _weight_bound(call: _Call, exact: Tensor, weight: Tensor) -> float | None:
-    """‖Eᵀx‖ ≤ ‖E‖ · the largest singular value of x; the gradient's norm is at least that of its largest rows."""
+    """‖Eᵀx‖ = ‖(R⁻¹E)ᵀ R x‖ ≤ ‖R⁻¹E‖ · the largest singular value of R x, with R² the norms of the rows of E, so that
+    tokens with little error do not count; the gradient's norm is at least that of its largest rows."""
     sparse = call.sparse
     rows = call.problem.hidden[:, : call.problem.head.weight.shape[1]]
     errors = torch.where(exact, 0, sparse.row_error * abs(call.scale))
-    error = float(torch.linalg.vector_norm(errors, dtype=torch.float64)) * norm_bound(rows)
+    largest = float(errors.amax())
+    if largest and math.isfinite(largest):
+        each = errors / largest
+        error = largest * math.sqrt(float(each.sum(dtype=torch.float64))) * norm_bound(each.sqrt()[:, None] * rows)
+    else:
+        error = largest
     if len(weight) > MOST_ROWS:
         counts = torch.bincount(
             sparse.columns, weights=sparse.segments(torch.ones_like(sparse.left)).values.abs(), minlength=len(weight)

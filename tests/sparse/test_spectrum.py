@@ -74,7 +74,7 @@ def test_directions_are_the_leading_ones():
 def test_norm_bound_is_above_the_largest_singular_value_and_near_it(kind, rows, columns, seed):
     matrix = weight_of(kind, rows, columns, seed)
     truth = float(torch.linalg.svdvals(matrix.double())[0])
-    assert truth <= norm_bound(matrix) * (1 + 1e-6) and norm_bound(matrix) <= 1.3 * truth
+    assert truth <= norm_bound(matrix) * (1 + 1e-6) and norm_bound(matrix) <= 1.25 * truth
 
 
 def test_norm_bound_of_what_is_not_finite_huge_or_nothing():
