@@ -17,6 +17,8 @@ import torch.distributed as dist
 from distributed_ranks import CASES, Ranks
 from processes import leave
 
+from fused_losses.sparse import softmax
+
 
 def work(rank: int, world: int, directory: str) -> None:
     """All cases of a world size on one rank; results are written to `directory`.
@@ -24,6 +26,7 @@ def work(rank: int, world: int, directory: str) -> None:
     Nothing runs after a failure: ranks are out of step then.
     """
     torch.set_num_threads(1)
+    softmax.FINEST_HALF = 1.0  # float16 entries are another matter
     warnings.simplefilter("error")
     warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers the old way
     results: dict[str, Any] = {}
