@@ -153,20 +153,21 @@ class Bench:
 
     def rate(self, shape: Shape) -> float | None:
         """FLOP/s of the product of this shape, into the operands' dtype."""
-        for product in self.content.get("ceilings", {}).get("products", []):
-            if tuple(product["shape"]) == shape:
-                return product["flop_per_s"][str(DTYPE)]
+        for row in self.content.get("ceilings", {}).get("products", []):
+            if tuple(row["shape"]) == shape:
+                return row["flop_per_s"][str(DTYPE)]
         return None
 
     def floors(self) -> None:
         for shape in [MAIN, *([] if self.options.quick else OTHERS[:1])]:
             if self.late(f"floors, {shape}"):
                 return
+            given = self.inputs("language-like", shape)
             print(f"\nfloors, {shape}\n{gpu_floors.LINE}", flush=True)
-            steps, rows = gpu_floors.steps(self.inputs("language-like", shape))
+            steps, rows = gpu_floors.steps(given)
             self.content["floors"] += gpu_floors.timed(rows, self.interleaved(steps), shape)
             self.save()
-            del steps
+            del given, steps
             _tidy()
 
     # --- losses

@@ -88,6 +88,11 @@ def test_bench(tmp_path):
     found = result(tmp_path)
     rows = {(row["objective"], row["name"]): row for row in found["losses"]}
     assert rows["TALR", "fused_losses, sparse"]["report"]["bound"] <= 0.15
+    eight = [row for row in found["losses"] if row["name"] == "fused_losses, sparse, int8"]
+    assert [(row["objective"], row["frozen"]) for row in eight] == [("TALR", False), ("TALR", True)]
+    assert all(row["report"]["scan"] == "int8" and 0 <= row["nll_error"] < 0.004 for row in eight)
+    assert rows["forward", "fused_losses, exact, int8"]["nll_error"] < 0.004
+    assert rows["TALR", "eager"]["nll_error"] > rows["TALR", "fused_losses, sparse"]["nll_error"]
     # float16, and a sparse gradient of a few tokens.
     assert all(
         row.get("d_hidden_error", 0) < 0.05 for (_, name), row in rows.items() if name.startswith("fused_losses")
@@ -97,10 +102,14 @@ def test_bench(tmp_path):
     names = {row["name"] for row in found["kernels"]}
     assert names >= {
         "attention", "attention, LAwF", "columns_of_bits", "count_bits", "directions", "entry_logits", "logit_bits",
-        "row_statistics", "row_statistics, LAwF", "scan alone", "scan with a reference", "segment_product",
-        "tail_profile", "weighted_sum",
+        "scan alone", "scan with a reference, directions", "segment_product",
+        "tail_profile", "weighted_sum", "scan alone, directions", "scan alone, directions, 8 bits", "left_out",
+        "quantize_rows", "kept_sums",
     }  # fmt: skip
     assert {s["objective"] for s in found["splits"]} == {"TALR", "LAwF"} and "attention" in found["splits"][0]["ms"]
+    assert {"quantize_rows", "kept_sums", "scan alone, directions, 8 bits"} <= found["splits"][1]["ms"].keys()
+    floors = {row["name"]: row for row in found["floors"]}
+    assert len(floors) == 8 and all(row["ms"] > 0 for row in floors.values()), floors
     assert found["ceilings"]["memory_bytes_per_s"] > 0 and found["targets"] and "failed" not in " ".join(found["notes"])
 
 
