@@ -1,8 +1,9 @@
 """How fast and how exact the losses are on this GPU, beside others: `make gpu-bench`.
 
-    python benchmarks/gpu_bench.py [--quick] [--dry] [--sections ceilings losses split kernels] [--out FOLDER]
+    python benchmarks/gpu_bench.py [--quick] [--dry] [--sections ceilings floors losses split kernels] [--out FOLDER]
 
-First the ceilings: memory and cache bandwidth by copies, matrix products of the losses' shapes on random data.
+First the ceilings: memory and cache bandwidth by copies, matrix products of the losses' shapes on random data. Then the
+floors: one product of full, int8 and fp8 numbers by PyTorch, and by the scans with nothing or everything beside it.
 Then forward + backward of the losses in interleaved rounds, with peak memory, the gradient report and errors against
 float64; where the time of sparse gradients goes; and each kernel, with the arguments that a call gives it, against its
 floor: the larger of FLOP / measured product rate and bytes / measured bandwidth.
@@ -35,9 +36,11 @@ from gpu_common import (  # first: sets the dry mode
 )
 
 import gpu_calls  # isort: skip
+import gpu_floors  # isort: skip
 import gpu_peers  # isort: skip
 import torch
-from gpu_peers import OURS, Truth, relative
+from gpu_floors import GEMM, beside, product, reason_of
+from gpu_peers import EIGHT_BIT, OURS, Truth, relative
 from torch import Tensor
 
 from fused_losses import backends
@@ -49,27 +52,33 @@ DTYPE = torch.float16 if DRY else torch.bfloat16
 Shape = tuple[int, int, int]
 MAIN: Shape = (8, 16, 70) if DRY else (8192, 4096, 128256)
 OTHERS: list[Shape] = [] if DRY else [(8192, 576, 49152), (8192, 2048, 151936), (2048, 4096, 128256)]
-SECTIONS = ("ceilings", "losses", "split", "kernels")
+SECTIONS = ("ceilings", "floors", "losses", "split", "kernels")
 # (objective, head frozen)
 EVERYTHING = [
-    ("TALR", False), ("TALR", True), ("cross-entropy", False), ("cross-entropy", True), ("LAwF", True), ("KL", True),
-    ("forward", True),
+    ("TALR", False), ("TALR", True), ("cross-entropy", False), ("cross-entropy", True), ("LAwF", True), ("LAwF", False),
+    ("KL", True), ("forward", True),
 ]  # fmt: skip
 if DRY:
-    EVERYTHING = [("TALR", False), ("KL", True), ("forward", True)]
+    EVERYTHING = [("TALR", False), ("TALR", True), ("KL", True), ("forward", True)]
 SOME = [("cross-entropy", False), ("TALR", False), ("LAwF", True)]
 # Kernels that do more with a reference.
 KERNELS_OF_LAWF = ("attention", "row_statistics", "directions", "logit_bits")
-GEMM = "x Wᵀ, one product"
 # Of (objective, frozen, contestant) at MAIN: what takes at most so many times the one product, or at most so many MiB.
 TARGETS = [
     ("TALR", False, "sparse", "gemms", 1.5), ("TALR", True, "sparse", "gemms", 1.25),
+    ("TALR", False, f"sparse{EIGHT_BIT}", "gemms", 1.0), ("TALR", True, f"sparse{EIGHT_BIT}", "gemms", 0.75),
+    ("TALR", False, f"sparse{EIGHT_BIT}", "nll_error", 0.004),
+    ("TALR", False, f"sparse{EIGHT_BIT}", "d_hidden_error", 0.008),
     ("LAwF", True, "sparse", "gemms", 2.5),
     # Exact: within 10 % of its products; 3 of cross-entropy, 2 with a frozen head.
     ("cross-entropy", False, "exact", "gemms", 3.3), ("cross-entropy", True, "exact", "gemms", 2.2),
     ("TALR", False, "sparse", "extra_mib", 64), ("LAwF", True, "sparse", "extra_mib", 64),
     ("cross-entropy", False, "exact", "extra_mib", 256), ("cross-entropy", True, "exact", "extra_mib", 256),
 ]  # fmt: skip
+UNITS = {
+    "gemms": "× the one product", "extra_mib": "MiB beside inputs and gradients", "nll_error": "nats a token",
+    "d_hidden_error": "of dx",
+}  # fmt: skip
 SLOW = 300.0  # ms of a contestant from which on a few rounds will do
 
 
@@ -79,8 +88,8 @@ class Bench:
         self.rounds = 1 if DRY else 7 if options.quick else 20
         self.clock = Clock(DEVICE)
         self.content: dict[str, Any] = {
-            "facts": facts(), "rounds": self.rounds, "dtype": str(DTYPE), "inputs": [], "losses": [], "splits": [],
-            "kernels": [], "notes": [],
+            "facts": facts(), "rounds": self.rounds, "dtype": str(DTYPE), "inputs": [], "floors": [], "losses": [],
+            "splits": [], "kernels": [], "notes": [],
         }  # fmt: skip
         self.path = result_path("gpu-bench", self.content["facts"]["device"], options.out)
 
@@ -134,7 +143,7 @@ class Bench:
             rates = {}
             for out_dtype in (DTYPE, torch.float32):
                 out = torch.empty(n, v, dtype=out_dtype, device=DEVICE)
-                rates[str(out_dtype)] = flop / typical(lambda x=x, w=w, out=out: _product(x, w, out)) * 1e3
+                rates[str(out_dtype)] = flop / typical(lambda x=x, w=w, out=out: product(x, w, out)) * 1e3
                 del out
             self.content["ceilings"]["products"].append({"shape": [n, d, v], "flop_per_s": rates})
             texts = ", ".join(f"{rate / 1e12:.0f} TFLOP/s into {name[6:]}" for name, rate in rates.items())
@@ -144,10 +153,22 @@ class Bench:
 
     def rate(self, shape: Shape) -> float | None:
         """FLOP/s of the product of this shape, into the operands' dtype."""
-        for product in self.content.get("ceilings", {}).get("products", []):
-            if tuple(product["shape"]) == shape:
-                return product["flop_per_s"][str(DTYPE)]
+        for row in self.content.get("ceilings", {}).get("products", []):
+            if tuple(row["shape"]) == shape:
+                return row["flop_per_s"][str(DTYPE)]
         return None
+
+    def floors(self) -> None:
+        for shape in [MAIN, *([] if self.options.quick else OTHERS[:1])]:
+            if self.late(f"floors, {shape}"):
+                return
+            given = self.inputs("language-like", shape)
+            print(f"\nfloors, {shape}\n{gpu_floors.LINE}", flush=True)
+            steps, rows = gpu_floors.steps(given)
+            self.content["floors"] += gpu_floors.timed(rows, self.interleaved(steps), shape)
+            self.save()
+            del given, steps
+            _tidy()
 
     # --- losses
 
@@ -199,24 +220,18 @@ class Bench:
             try:
                 rows[name] |= self.alone(step, *leaves, loss, truth, expected)
                 steps[name] = step
-            except gpu_peers.Missing as error:
-                rows[name]["reason"] = str(error)
             except Exception as error:  # a peer that breaks must not end the run
-                rows[name]["reason"] = (
-                    f"failed: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
-                )
-                if "CUDA error" in str(error):
-                    raise  # nothing after it would mean anything
+                rows[name]["reason"] = reason_of(error)
             _tidy()
         n, _, v = shape
         out = torch.empty(n, v, dtype=DTYPE, device=DEVICE)
-        steps = {GEMM: lambda: _product(given.hidden, given.weight, out), **steps}
+        steps = {GEMM: lambda: product(given.hidden, given.weight, out), **steps}
         rows = {GEMM: where | {"name": GEMM}, **rows}
         times = self.interleaved(steps)
         for name, row in rows.items():
             if name in times:
                 row["ms"] = median(times[name])
-                row["gemms"] = median([t / g for t, g in zip(times[name], times[GEMM], strict=False)])
+                row["gemms"] = beside(times[name], times[GEMM])
                 row["rounds"] = times[name]
             self.content["losses"].append(row)
             print(line_of(row), flush=True)
@@ -243,11 +258,16 @@ class Bench:
             row["d_hidden_error"] = relative(x.grad[truth.tokens], expected[0])
             if w.grad is not None:
                 row["d_weight_error"] = relative(w.grad[truth.ids], expected[1])
+        if hasattr(loss, "nll"):
+            error = (loss.nll(x, w).detach().double() - truth.nll).abs()
+            row |= {"nll_error": error.mean().item(), "largest_nll_error": error.max().item()}
         report = getattr(getattr(loss, "module", None), "gradient_report", None)
         if report is not None:
             row["report"] = {
-                "mode": report.mode, "bound": report.bound, "exact_tokens": report.exact_tokens,
-                "entries": report.entries, "saved_bytes": report.saved_bytes,
+                "mode": report.mode, "bound": report.bound, "hidden_bound": report.hidden_bound,
+                "weight_bound": report.weight_bound, "exact_tokens": report.exact_tokens, "entries": report.entries,
+                "saved_bytes": report.saved_bytes, "scan": report.scan, "value_error": report.value_error,
+                "scan_note": report.scan_note,
             }  # fmt: skip
         return row
 
@@ -265,11 +285,11 @@ class Bench:
     def splits(self) -> None:
         for backend in self.backends():
             module = backends.load(backend)
-            for objective, frozen in (("TALR", False), ("LAwF", True)):
-                if self.late(f"split of {objective}"):
+            for objective, frozen, eight_bit in (("TALR", False, ""), ("TALR", True, EIGHT_BIT), ("LAwF", True, "")):
+                if self.late(f"split of {objective}{eight_bit}"):
                     return
                 given = self.inputs("language-like", MAIN)
-                loss = _ours(objective, given, backend)
+                loss = _ours(objective, given, backend, f"sparse{eight_bit}")
                 step = _step(loss, *_leaves(given, False, frozen))
                 step()
                 runs = [gpu_calls.split(module, step, not DRY) for _ in range(self.rounds)]
@@ -278,10 +298,11 @@ class Bench:
                 )
                 parts = {name: median([run.get(name, 0.0) for run in runs]) for name in names}
                 self.content["splits"].append({
-                    "backend": backend, "objective": objective, "frozen": frozen, "shape": list(MAIN), "ms": parts
+                    "backend": backend, "objective": objective, "frozen": frozen, "gradient": f"sparse{eight_bit}",
+                    "shape": list(MAIN), "ms": parts,
                 })  # fmt: skip
                 texts = ", ".join(f"{name} {ms:.2f}" for name, ms in parts.items() if ms >= 0.005)
-                print(f"\nms of sparse {objective} ({backend}), {MAIN}: {texts}", flush=True)
+                print(f"\nms of sparse {objective}{eight_bit} ({backend}), {MAIN}: {texts}", flush=True)
                 self.save()
                 _tidy()
 
@@ -303,8 +324,9 @@ class Bench:
             done: set[str] = set()
             # Calls that between them use every kernel.
             for objective, frozen, gradient in (
-                ("TALR", False, "sparse"), ("LAwF", True, "sparse"), ("cross-entropy", False, "exact"),
-                ("LAwF", True, "exact"), ("EAFT", False, "sparse"), ("forward", True, "exact"),
+                ("TALR", False, "sparse"), ("TALR", True, f"sparse{EIGHT_BIT}"), ("LAwF", True, "sparse"),
+                ("cross-entropy", False, "exact"), ("cross-entropy", True, "sparse"),
+                ("LAwF", True, "exact"), ("EAFT", True, "sparse"), ("forward", True, "exact"),
             ):  # fmt: skip
                 if self.late(f"kernels of {objective}"):
                     return
@@ -326,7 +348,8 @@ class Bench:
         floor = None
         if ceilings is not None:
             floor = 1e3 * max(
-                work.get("flop", 0) / (self.rate(MAIN) or float("inf")),
+                work.get("flop", 0) / (self.rate(MAIN) or float("inf"))
+                + work.get("flop8", 0) / (gpu_floors.rate_of_8_bits(self.content["floors"], MAIN) or float("inf")),
                 work.get("bytes", 0) / ceilings["memory_bytes_per_s"],
                 work.get("cached", 0) / ceilings["cache_bytes_per_s"],
             )
@@ -347,20 +370,20 @@ class Bench:
             )  # fmt: skip
             value = row.get(figure)
             state = "not measured" if value is None else "met" if value <= most else "missed"
-            unit = "× the one product" if figure == "gemms" else "MiB beside inputs and gradients"
+            unit = UNITS[figure]
             found.append({
                 "objective": objective, "frozen": frozen, "gradient": gradient, "figure": figure, "most": most,
                 "value": value, "state": state,
             })  # fmt: skip
             text = f"{objective}, {'frozen' if frozen else 'trainable'} head, {gradient}"
-            print(f"  {text:42} {'-' if value is None else f'{value:.2f}':>8} of {most:<6} {unit}: {state}")
+            print(f"  {text:42} {'-' if value is None else f'{value:.3g}':>8} of {most:<6} {unit}: {state}")
         self.content["targets"] = found
         self.save()
 
 
 LINE = (
-    f"{'':36} {'ms':>8} {'products':>8} {'extra MiB':>9} {'dx, %':>7} {'dW, %':>7} {'bound, %':>8} {'entries':>7} "
-    f"{'exact':>6}"
+    f"{'':36} {'ms':>8} {'products':>8} {'extra MiB':>9} {'nll':>8} {'dx, %':>7} {'dW, %':>7} {'bound, %':>8} "
+    f"{'entries':>7} {'exact':>6}"
 )
 
 
@@ -378,19 +401,11 @@ def line_of(row: dict) -> str:
     bound = report.get("bound")
     return (
         f"{row['name']:36} {text(row.get('ms'), '.2f'):>8} {text(row.get('gemms'), '.2f'):>8} "
-        f"{text(row.get('extra_mib'), '.0f'):>9} {text(errors[0], '.2f'):>7} {text(errors[1], '.2f'):>7} "
+        f"{text(row.get('extra_mib'), '.0f'):>9} {text(row.get('nll_error'), '.1g'):>8} "
+        f"{text(errors[0], '.2f'):>7} {text(errors[1], '.2f'):>7} "
         f"{text(None if bound is None else 100 * bound, '.2f'):>8} "
         f"{text(None if entries is None else entries / tokens, '.0f'):>7} {text(report.get('exact_tokens'), 'd'):>6}"
     )
-
-
-def _product(x: Tensor, w: Tensor, out: Tensor) -> None:
-    if out.dtype == x.dtype:
-        torch.mm(x, w.T, out=out)
-    elif x.is_cuda:
-        torch.mm(x, w.T, out_dtype=out.dtype, out=out)
-    else:
-        out.copy_(x.float() @ w.T.float())
 
 
 def _leaves(given: measure.Inputs, forward: bool, frozen: bool) -> tuple[Tensor, Tensor]:
@@ -420,7 +435,7 @@ def _ours(objective: str, given: measure.Inputs, backend: str, gradient: str = "
         return lambda x, w: module(x, w, given.labels)
     if objective == "forward":
         return lambda x, w: fl.token_losses(x, w, given.labels, backend=backend).nll.mean()
-    members = gpu_peers.contestants(objective, given, (gradient,))
+    members = gpu_peers.contestants(objective, given, (gradient.removesuffix(EIGHT_BIT),))
     module = members[f"{OURS}{gradient}"].module  # type: ignore[attr-defined]
     module.backend = backend
     return members[f"{OURS}{gradient}"]
@@ -446,7 +461,9 @@ def main() -> None:
     bench = Bench(options)
     print(", ".join(f"{k} {v}" for k, v in bench.content["facts"].items()))
     failed = False
-    for name, section in zip(SECTIONS, (bench.ceilings, bench.losses, bench.splits, bench.kernels), strict=True):
+    for name, section in zip(
+        SECTIONS, (bench.ceilings, bench.floors, bench.losses, bench.splits, bench.kernels), strict=True
+    ):
         if name not in options.sections or bench.late(name):
             continue
         try:

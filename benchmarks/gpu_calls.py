@@ -16,7 +16,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from fused_losses.backends import chunks, gpu, gpu_scan, gpu_tails
+from fused_losses.backends import chunks, gpu, gpu_int8, gpu_scan, gpu_tails
 
 Wrap = Callable[[str, Callable], Callable]
 KERNELS = ("row_statistics", "count_bits", "columns_of_bits", "entry_logits", "attention", "segment_product")
@@ -24,9 +24,11 @@ KERNELS = ("row_statistics", "count_bits", "columns_of_bits", "entry_logits", "a
 
 def _scan_name(operands: Any, tokens: slice, known: Tensor, bits: Tensor | None, vocabulary: int) -> str:
     kind = "with a reference" if operands.problem.has_reference else "alone"
+    eight = "" if operands.eight is None else ", 8 bits"
     if bits is not None:
-        return f"scan {kind}"
-    return f"probe {kind}" if vocabulary < operands.problem.head.vocabulary else f"scan without bits {kind}"
+        return f"scan {kind}{'' if operands.directions is None else ', directions'}{eight}"
+    probe = vocabulary < operands.problem.head.vocabulary
+    return f"probe {kind}{eight}" if probe else f"scan without bits {kind}{eight}"
 
 
 @contextlib.contextmanager
@@ -38,6 +40,8 @@ def wrapped(backend: gpu.Gpu, wrap: Wrap) -> Iterator[None]:
         (gpu_tails, "add_profile", "tail profile"), (gpu, "_times", "product dz W"),
         (chunks, "add_product", "product dzᵀ x"), (gpu_scan, "bounds", "probe"), (gpu_scan, "join", "join"),
         (chunks, "project", "logits"), (chunks, "by_column", "by column"),
+        (gpu_tails.kernels, "left_out", "left_out"), (gpu_int8.kernels, "quantize_rows", "quantize_rows"),
+        (gpu_int8.kernels, "kept_sums", "kept_sums"), (gpu_int8, "channel_of", "channels"),
     ]  # fmt: skip
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(backend, "kernels", kernels))
@@ -113,19 +117,32 @@ def split(backend: gpu.Gpu, function: Callable[[], object], cuda: bool) -> dict[
 
 
 def work(name: str, args: tuple) -> dict[str, float]:
-    """The least that a call must do: "flop" of products, "bytes" of memory, "cached" bytes that L2 may give."""
+    """The least that a call must do: "flop" of products, "flop8" of those of 8 bits, "bytes" of memory, "cached" bytes
+    that L2 may give."""
     if name.startswith(("scan", "probe ")):
-        operands, tokens, _, _, vocabulary = args
-        widths = operands.weight.shape[1] + (
-            operands.reference_weight.shape[1] if operands.problem.has_reference else 0
-        )
-        return {"flop": 2.0 * (tokens.stop - tokens.start) * vocabulary * widths}
+        operands, tokens, _, bits, vocabulary = args
+        reference = operands.problem.has_reference
+        logits = 2.0 * (tokens.stop - tokens.start) * vocabulary
+        of_directions = 0
+        if bits is not None and operands.directions is not None:
+            of_directions = (1 + reference) * operands.directions.shape[1]
+        if operands.eight is not None:
+            return {"flop8": logits * operands.weight.shape[1], "flop": logits * of_directions}
+        widths = operands.weight.shape[1] + (operands.reference_weight.shape[1] if reference else 0)
+        return {"flop": logits * (widths + of_directions)}
     if name in ("row_statistics", "logit_bits", "directions"):
         z, r = args[:2]
         passes = {"row_statistics": 4, "logit_bits": 1, "directions": 1}[name] if r is not None else 1
         read = 4.0 * z.numel() * passes * (1 if r is None or name == "row_statistics" else 2)
         written = {"directions": lambda: z.numel() * args[12].element_size(), "logit_bits": lambda: args[-1].nbytes}
         return {"bytes": read + written.get(name, lambda: 0)()}
+    if name == "left_out":
+        z, r, bits = args[0], args[1], args[8]
+        return {"bytes": 4.0 * z.numel() * (1 if r is None else 2) + bits.nbytes}
+    if name == "quantize_rows":
+        return {"bytes": float(args[0].nbytes + args[2].nbytes)}
+    if name == "kept_sums":
+        return {"bytes": float(args[0].nbytes + args[3].nbytes + 24 * len(args[1]))}
     if name == "tail_profile":
         return {"bytes": 4.0 * args[0].numel()}
     if name == "count_bits":

@@ -25,8 +25,10 @@ from pathlib import Path
 
 from gpu_common import DRY, RESULTS, ROOT, build_kernels, facts, require_gpu, result_path, save
 
-KERNELS, LOSSES = "tests/gpu/test_gpu_kernels.py", "tests/gpu/test_gpu_losses.py"
-# Groups by what they compile, so that no two compile the same. Name: (file, -k).
+KERNELS, LOSSES, DIRECTIONS, INT8 = (
+    f"tests/gpu/test_gpu_{name}.py" for name in ("kernels", "losses", "directions", "int8")
+)
+# Groups by what they compile, so that no two compile the same. Name: (files, -k).
 GROUPS = {
     "rows of logits": (KERNELS, "statistics or logit_bits or directions or tail_profile"),
     "bits, products of entries": (KERNELS, "bits_to_columns or entry_logits or products"),
@@ -39,19 +41,31 @@ GROUPS = {
     "objectives": (LOSSES, "objectives"),
     "near the reference, certificate": (LOSSES, "near_the_reference or certificate"),
     "same results, large sizes": (LOSSES, "same_results or more_logits"),
+    "left out, float32 and float16": (DIRECTIONS, "left_out and not bfloat16"),
+    "left out, bfloat16": (DIRECTIONS, "left_out and bfloat16"),
+    "directions, float32": (DIRECTIONS, "not left_out and float32"),
+    "directions, float16": (DIRECTIONS, "not left_out and float16 and not bfloat16"),
+    "directions, bfloat16": (DIRECTIONS, "not left_out and bfloat16"),
+    "8 bits, kernels": (INT8, "quantize or row_that or scan_of or kept_sums"),
+    "8 bits, float16": (INT8, "(losses or lora or values) and float16 and not bfloat16"),
+    "8 bits, bfloat16": (INT8, "(losses or lora or values) and bfloat16"),
+    "8 bits, full products, same results": (INT8, "full_products or same_results or token_of"),
     "surroundings": (LOSSES, "aligned or another_device or compiled or asked_for or bad_logits"),
 }
 # A few small cases of every kernel; the sanitizer makes them a hundred times as slow.
-SANITIZED = (KERNELS, "(N40 or N37-D17 or 7-33) and not float32 and not bfloat16")
+SANITIZED = (
+    f"{KERNELS} {DIRECTIONS} {INT8}",
+    "(N40 or N37-D17 or 7-33) and not float32 and not bfloat16 and (not left_out or plain)",
+)
 SANITIZERS = {"memcheck": ["--report-api-errors", "no"], "racecheck": []}
 if DRY:  # all in two processes, which take longer to start than to run
-    GROUPS = {"kernels": (KERNELS, "test"), "losses": (LOSSES, "test")}
+    GROUPS = {"kernels": (KERNELS, "test"), "losses": (f"{LOSSES} {DIRECTIONS} {INT8}", "test")}
     SANITIZED = (KERNELS, "7-33")
 
 
 def run_group(where: tuple[str, str], log: Path, prefix: list[str], seconds: float) -> tuple[list[dict], str]:
     """The checks' results, and why there are not more of them, if so."""
-    file, which = where
+    files, which = where
     # Warnings of a GPU's libraries are no failures here.
     command = [*prefix, sys.executable, "-m", "pytest", "-q", "--tb=short", "-W", "default", "-p", "no:cacheprovider"]
     environment = {
@@ -64,7 +78,7 @@ def run_group(where: tuple[str, str], log: Path, prefix: list[str], seconds: flo
     trouble, output = "", ""
     try:
         done = subprocess.run(
-            [*command, file, "-k", which], cwd=ROOT, env=environment, timeout=seconds, text=True,
+            [*command, *files.split(), "-k", which], cwd=ROOT, env=environment, timeout=seconds, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         output = done.stdout

@@ -18,6 +18,7 @@ from fused_losses.kernels.measure import Inputs
 SEQUENCES = 8  # of TALR, N / 8 tokens each
 ANCHORS = 20  # of LAwF, every so many tokens
 OURS = "fused_losses, "
+EIGHT_BIT = ", int8"  # of what takes scan="int8": losses without a reference
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -47,13 +48,16 @@ def compiled(function: Loss) -> Loss:
     return torch.compile(function, dynamic=False, backend="eager" if DRY else "inductor")
 
 
-def ours(make: Callable[..., Callable[[Tensor, Tensor], Tensor]], gradients: tuple[str, ...]) -> dict[str, Loss]:
-    """`make(gradient, backend)` for what runs here; the backend that "auto" takes has no name in brackets."""
+def ours(make: Callable[..., Loss], gradients: tuple[str, ...], eight_bit: bool = False) -> dict[str, Loss]:
+    """`make(gradient, backend)` for what runs here; the backend that "auto" takes has no name in brackets. `eight_bit`:
+    also `make(gradient, backend, scan="int8")` of the first gradient."""
     device = "cpu" if DRY else "cuda"
     auto = "triton" if DRY else backends.choose("auto", device)
     result: dict[str, Loss] = {}
     for gradient in gradients:
         result[f"{OURS}{gradient}"] = make(gradient, auto)
+    if eight_bit:
+        result[f"{OURS}{gradients[0]}{EIGHT_BIT}"] = make(gradients[0], auto, scan="int8")
     for name in ("triton", "cuda"):
         if name == auto:
             continue
@@ -92,13 +96,14 @@ def _cross_entropy(given: Inputs, gradients: tuple[str, ...]) -> dict[str, Loss]
         options = need("torch.nn", "LinearCrossEntropyOptions")()
         return need("torch.nn.functional", "linear_cross_entropy")(x, w, labels, options=options)
 
-    def make(gradient: str, backend: str) -> Loss:
-        module = fl.CrossEntropyLoss(gradient=gradient, backend=backend)
-        return _reporting(lambda x, w: module(x, w, labels), module)
+    def make(gradient: str, backend: str, scan: str = "full") -> Loss:
+        module = fl.CrossEntropyLoss(gradient=gradient, backend=backend, scan=scan)
+        return _reporting(lambda x, w: module(x, w, labels), module, labels)
 
     return {
-        **ours(make, gradients), "eager": eager, "torch.compile": compiled(eager), "Liger": liger,
-        "Liger, fp32 sums": liger_fp32, "CCE": cce, "QuACK": quack, "F.linear_cross_entropy": pytorch,
+        **ours(make, gradients, "sparse" in gradients), "eager": _with_nll(eager, labels),
+        "torch.compile": compiled(eager), "Liger": liger, "Liger, fp32 sums": liger_fp32, "CCE": cce, "QuACK": quack,
+        "F.linear_cross_entropy": pytorch,
     }  # fmt: skip
 
 
@@ -123,13 +128,13 @@ def _talr(given: Inputs, gradients: tuple[str, ...]) -> dict[str, Loss]:
         nll = need("liger_kernel.transformers", "LigerFusedLinearCrossEntropyLoss")(reduction="none")(w, x, labels)
         return (talr_weights(nll.detach().float()) * nll).mean()
 
-    def make(gradient: str, backend: str) -> Loss:
-        module = fl.TALRLoss(gradient=gradient, backend=backend)
-        return _reporting(lambda x, w: module(x.view(SEQUENCES, -1, x.shape[1]), w, rows), module)
+    def make(gradient: str, backend: str, scan: str = "full") -> Loss:
+        module = fl.TALRLoss(gradient=gradient, backend=backend, scan=scan)
+        return _reporting(lambda x, w: module(x.view(SEQUENCES, -1, x.shape[1]), w, rows), module, labels)
 
     return {
-        **ours(make, gradients), "eager": eager, "torch.compile": compiled(eager), "CCE, weights by hand": cce,
-        "Liger, weights by hand": liger,
+        **ours(make, gradients, "sparse" in gradients), "eager": _with_nll(eager, labels),
+        "torch.compile": compiled(eager), "CCE, weights by hand": cce, "Liger, weights by hand": liger,
     }  # fmt: skip
 
 
@@ -191,19 +196,43 @@ def _forward(given: Inputs, gradients: tuple[str, ...]) -> dict[str, Loss]:
     """The loss alone, without gradients."""
     members = _cross_entropy(given, ("exact",))
 
-    def make(gradient: str, backend: str) -> Loss:
-        return lambda x, w: fl.token_losses(x, w, given.labels, backend=backend).nll.mean()
+    def make(gradient: str, backend: str, scan: str = "full") -> Loss:
+        def nll(x: Tensor, w: Tensor) -> Tensor:
+            return fl.token_losses(x, w, given.labels, backend=backend, scan=scan).nll
+
+        return _giving(lambda x, w: nll(x, w).mean(), nll)
 
     with_reference = f"{OURS}with a reference"
     auto = "triton" if DRY else "auto"
     members[with_reference] = lambda x, w: fl.token_losses(
         x, w, given.labels, reference=fl.Reference(given.reference_hidden), backend=auto
     ).kl.mean()
-    return ours(make, ("exact",)) | {n: f for n, f in members.items() if not n.startswith(OURS) or n == with_reference}
+    return ours(make, ("exact",), True) | {
+        n: f for n, f in members.items() if not n.startswith(OURS) or n == with_reference
+    }
 
 
-def _reporting(function: Loss, module: fl.Objective) -> Loss:
+def _reporting(function: Loss, module: fl.Objective, labels: Tensor | None = None) -> Loss:
+    """`labels`: where it is to be known how exact the nll is."""
     function.module = module  # type: ignore[attr-defined]
+    if labels is None:
+        return function
+
+    def nll(x: Tensor, w: Tensor) -> Tensor:
+        options = {name: getattr(module, name) for name in ("gradient", "backend", "scan")}
+        return fl.token_losses(x, w, labels, **options).nll
+
+    return _giving(function, nll)
+
+
+def _with_nll(function: Loss, labels: Tensor) -> Loss:
+    """Of PyTorch's own logits."""
+    return _giving(function, lambda x, w: F.cross_entropy((x @ w.T).float(), labels, reduction="none"))
+
+
+def _giving(function: Loss, nll: Loss) -> Loss:
+    """The nll of each token, [N], of inputs as the loss gets them."""
+    function.nll = nll  # type: ignore[attr-defined]
     return function
 
 

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from .. import backends
-from ..kernels.triton.tiles import KINDS
+from ..kernels.triton.tiles import EIGHT_BIT_KINDS, KINDS
 from .options import number
 
 TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 N, D, V = 8192, 4096, 128256
 INTERPRETED = (32, 64, 512)
+EVERY_KIND = (*KINDS, *EIGHT_BIT_KINDS)
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
@@ -27,7 +28,8 @@ def add(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=number(int, 1), help=f"N; default {N}")
     parser.add_argument(
         "--kind", action="append",
-        help="plain, capped (soft-cap or bias), shared, own (by the reference's head); repeat for more; default: all",
+        help="plain, capped (soft-cap or bias), shared, own (by the reference's head); with -directions, those of the "
+        "head; plain and capped also with -8bit at the end, operands of 8 bits; repeat for more; default: all",
     )  # fmt: skip
     parser.add_argument(
         "--seconds", type=number(float, 0), default=120.0, help="about how long for each kind; default 120"
@@ -40,9 +42,9 @@ def add(commands: Any) -> argparse.ArgumentParser:
 def run(given: argparse.Namespace) -> None:
     if given.dtype not in TYPES:
         sys.exit(f"--dtype: expected bfloat16 or float16, got {given.dtype!r}")
-    unknown = [k for k in given.kind or () if k not in KINDS]
+    unknown = [k for k in given.kind or () if k not in EVERY_KIND]
     if unknown:
-        sys.exit(f"--kind: expected some of {', '.join(KINDS)}, got {', '.join(unknown)}")
+        sys.exit(f"--kind: expected some of {', '.join(EVERY_KIND)}, got {', '.join(unknown)}")
     if given.output is not None and not given.output.absolute().parent.is_dir():
         sys.exit(f"--output: expected a file in a folder that exists, got {given.output}")
     reason = backends.unavailable("triton")
@@ -63,7 +65,7 @@ def run(given: argparse.Namespace) -> None:
     if interpreted:
         print("# in Triton's interpreter: these times mean nothing")
     outcomes = []
-    for kind in given.kind or KINDS:
+    for kind in given.kind or EVERY_KIND:
         workload = tuning.Workload(kind, tokens, hidden, vocabulary, dtype, "cpu" if interpreted else "cuda")
         outcomes.append(tuning.run(workload, given.seconds, given.jobs, lambda text: print(f"# {text}", flush=True)))
         if given.output is not None:

@@ -1,9 +1,9 @@
 """Which tile of the scan is fastest on this GPU, and whether chunks of logits from cuBLAS are faster still:
 `fused-losses tune`.
 
-What is timed is the whole forward sweep of sparse gradients, the label logits and the probe included; for the logits
-the products into float32, row statistics and bits. Tiles that do not compile, spill registers, or give other losses are
-left out, with a note.
+What is timed is the whole forward sweep of sparse gradients, the label logits and the probe included; for kinds of 8
+bits also the operands' quantisation and the exact sums of what is kept; for the logits the products into float32, row
+statistics and bits. Tiles that do not compile, spill registers, or give other losses are left out, with a note.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..backends import gpu, gpu_scan
+from ..backends import gpu, gpu_int8, gpu_scan
 from ..problem import Head, Problem
 from ..sparse.certificate import THRESHOLD
 from . import measure
@@ -48,12 +48,25 @@ class Workload:
 
     @property
     def base(self) -> str:
-        """The kind without its directions."""
-        return self.kind.removesuffix(tiles.DIRECTED)
+        """The kind without 8 bits and directions."""
+        return self.kind.removesuffix(tiles.EIGHT_BIT).removesuffix(tiles.DIRECTED)
+
+    @property
+    def directed(self) -> bool:
+        return self.kind.removesuffix(tiles.EIGHT_BIT) != self.base
+
+    @property
+    def eight_bit(self) -> bool:
+        return self.kind.endswith(tiles.EIGHT_BIT)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number of the operands."""
+        return 1 if self.eight_bit else self.dtype.itemsize
 
     def directions(self) -> Tensor | None:
         """Some, [V, 16], of which only the size matters here; None of a kind without."""
-        if self.base == self.kind:
+        if not self.directed:
             return None
         generator = torch.Generator().manual_seed(0)
         return torch.randn(self.vocabulary, 16, generator=generator).to(self.device)
@@ -65,6 +78,12 @@ class Workload:
         softcap = 30.0 if self.base == "capped" else None
         head = Head(given.weight, None, 1.0, softcap)
         return Problem(given.hidden, given.labels, head, reference, own, self.dtype)
+
+    def eight(self, problem: Problem, tile: Scan) -> gpu_int8.Eight | None:
+        """The operands of 8 bits, made anew as in each call; None of another kind."""
+        if not self.eight_bit:
+            return None
+        return gpu_int8.quantize(problem, self.directed, gpu_int8.channel_of(problem))._replace(tile=tile)
 
     def __str__(self) -> str:
         return f"N {self.tokens} D {self.width} V {self.vocabulary} {str(self.dtype).removeprefix('torch.')}"
@@ -89,7 +108,7 @@ class Outcome:
 
     @property
     def best(self) -> Scan | None:
-        """The row for `tiles.SCANS`, its source in it."""
+        """The row for `tiles.SCANS` or `tiles.EIGHT_BIT_SCANS`, its source in it."""
         if not self.timings or self.timings[0].milliseconds is None:
             return None
         first = self.timings[0]
@@ -103,7 +122,7 @@ class Outcome:
         return best is None or self.logits < (self.timings[0].milliseconds or 0.0)
 
     def line(self) -> str:
-        """A line of Python for `tiles.SCANS`."""
+        """A line of Python for the table in `tiles`."""
         if self.best is None:
             return f"# {self.workload.kind}: no tile is usable; logits take {self.logits:.2f} ms"
         *numbers, source = self.best
@@ -133,11 +152,11 @@ def candidates(architecture: int, kind: str, itemsize: int, shared_memory: int =
         some = gpu_scan.INTERPRETED_TILE
         return [some._replace(kind=kind), some._replace(kind=kind, block_v=32, slices=1)]
     own = tiles.scan_tile(architecture, kind)
-    accumulators = 2 if kind.removesuffix(tiles.DIRECTED) in ("shared", "own") else 1
+    accumulators = 2 if kind.startswith(("shared", "own")) else 1
     registers = 256 if architecture == 100 else 128  # sums of a thread; on Blackwell they are in memory of their own
     found: dict[tuple[int, int], list[Scan]] = {}
     for n, v, d, slices, warps, stages in itertools.product(
-        (64, 128, 256), (64, 128, 256), (32, 64, 128), (1, 2, 4), (4, 8), (2, 3, 4, 5)
+        (64, 128, 256), (64, 128, 256), (32, 64, 128, 256), (1, 2, 4), (4, 8), (2, 3, 4, 5)
     ):
         sums = n * v * accumulators / (32 * warps)
         fits = 32 <= sums <= registers and (n + v) * d * itemsize * stages <= shared_memory
@@ -164,7 +183,7 @@ def run(
         found = torch.cuda.get_device_properties(workload.device)
         name, architecture = found.name, tiles.architecture((found.major, found.minor))
         shared_memory = getattr(found, "shared_memory_per_block_optin", SHARED_MEMORY)
-    every = candidates(architecture, workload.kind, workload.dtype.itemsize, shared_memory)
+    every = candidates(architecture, workload.kind, workload.itemsize, shared_memory)
     if jobs is None:
         jobs = min(6, max(1, (os.cpu_count() or 1) - 1))
     problem, clock = workload.problem(), measure.Clock(workload.device)
@@ -179,7 +198,7 @@ def run(
     for tile, note in zip(every, notes, strict=False):
         timing = Timing(tile, None, note)
         if not note:
-            timing = _time(backend, problem, directions, tile, truth, clock, ROUNDS if on_gpu else 1)
+            timing = _time(backend, workload, problem, directions, tile, truth, clock, ROUNDS if on_gpu else 1)
         timings.append(timing)
         took = f"{timing.milliseconds:.2f} ms" if timing.milliseconds is not None else timing.note
         tell(f"  {shape_of(tile)}: {took}")
@@ -221,7 +240,7 @@ def _compile(workload: Workload, tile: Scan) -> str:
     """Run a tile once; why it cannot be used, or nothing."""
     try:
         problem = _problem_here(workload)
-        operands = gpu_scan.Operands(problem, tile, workload.directions())
+        operands = gpu_scan.Operands(problem, tile, workload.directions(), workload.eight(problem, tile))
         # As the sweep does: the probe without bits, then a chunk with them.
         known = gpu_scan.bounds(operands, operands.label_logits(backends.load("triton").kernels), THRESHOLD)  # type: ignore[attr-defined]
         tokens = slice(0, len(problem.labels))
@@ -262,13 +281,14 @@ def _logits(
 
 
 def _time(
-    backend: gpu.Gpu, problem: Problem, directions: Tensor | None, tile: Scan, truth: Tensor, clock: measure.Clock,
-    rounds: int,
+    backend: gpu.Gpu, workload: Workload, problem: Problem, directions: Tensor | None, tile: Scan, truth: Tensor,
+    clock: measure.Clock, rounds: int,
 ) -> Timing:  # fmt: skip
     out = backend.empty_statistics(problem)
 
     def sweep() -> None:
-        for _ in backend._bits_of_scan(problem, out, THRESHOLD, tile, directions):
+        eight = workload.eight(problem, tile)
+        for _ in backend._bits_of_scan(problem, out, THRESHOLD, tile, directions, eight):
             pass
 
     try:

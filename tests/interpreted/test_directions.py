@@ -7,10 +7,10 @@ from unittest import mock
 
 import pytest
 import torch
-from cases import HEADS, REFERENCES, Case, coarse, make, name, relative, run_with_report
+from cases import HEADS, REFERENCES, coarse, make, name, relative, run_with_report
 from low_rank_cases import inputs as low_rank_inputs
 from low_rank_cases import ours
-from torch import Tensor
+from scan_truth import deviations, problem_of
 
 import fused_losses as fl
 from fused_losses import backends
@@ -35,50 +35,6 @@ def same_entries(monkeypatch):
     """As other backends have them: a probe over all ids, whose bound is the threshold itself, and nothing rounded."""
     monkeypatch.setattr(gpu_scan, "PROBE", 1 << 20)
     monkeypatch.setattr(softmax.SparseSoftmax, "halved", lambda self: self)
-
-
-def problem_of(case: Case, dtype: torch.dtype) -> Problem:
-    keep = case.labels >= 0
-    hidden, head, reference = case.inputs(dtype)
-    bias = None if head.bias is None else head.bias.detach()
-    ours = Head(head.weight.detach(), bias, head.logit_scale, head.softcap)
-    ref_hidden = own = None
-    if reference is not None:
-        ref_hidden = reference.hidden.detach()[keep]
-        own = None if case.reference_weight is None else Head(reference.head.weight.detach(), None, 1.0, None)
-    return Problem(hidden.detach()[keep], case.labels[keep], ours, ref_hidden, own, dtype, tolerance=0.1)
-
-
-def logits(hidden: Tensor, head: Head) -> Tensor:
-    z = hidden.double() @ head.weight.double().T
-    if head.bias is not None:
-        z = z + head.bias.double()
-    z = z * head.logit_scale
-    return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
-
-
-def deviations(problem: Problem, threshold: float = 5e-3) -> dict[str, float]:
-    """Relative error of each field of `Tails` that directions give, beside float64 with the entries that were kept."""
-    backend, (n, v) = backends.load("triton"), (len(problem.labels), problem.head.vocabulary)
-    rows = directions_of(problem.head.weight).rows
-    selection = Selection(threshold, v, torch.arange(n), torch.zeros(v), False, rows)
-    chunks = [entries for _, entries in backend.scan(problem, backend.empty_statistics(problem), selection)]
-    counts, columns = (torch.cat([getattr(c, f) for c in chunks]) for f in ("counts", "columns"))
-    kept = torch.zeros(n, v, dtype=torch.bool)
-    kept[torch.repeat_interleave(torch.arange(n), counts), columns.long()] = True
-    assert n < kept.sum() < 0.95 * n * v, kept.sum() / n
-    z = logits(problem.hidden, problem.head)
-    slope = torch.ones_like(z) if problem.head.softcap is None else 1 - (z / problem.head.softcap) ** 2
-    p, truth = z.softmax(1), {}
-    parts = {"nll": p}
-    if problem.has_reference:
-        parts["kl"] = p - logits(problem.reference_hidden, problem.reference_head or problem.head).softmax(1)
-    for part, values in parts.items():
-        left = (values * slope).masked_fill(kept, 0)
-        truth[f"{part}_left"], truth[f"{part}_square"] = left.sum(1), left.square().sum(1)
-        truth[f"{part}_low"] = left @ rows.double()
-    return {field: relative(torch.cat([getattr(c.tails, field) for c in chunks]), value)
-            for field, value in truth.items()}  # fmt: skip
 
 
 @pytest.mark.pairwise

@@ -4,15 +4,16 @@ logits where a bit is set."""
 from __future__ import annotations
 
 import pytest
+import scan_truth
 import torch
 from cases import HEADS, make, name, relative
-from torch import Tensor
+from scan_truth import logits, logits_of_8_bits
 
 import fused_losses as fl
 from fused_losses import backends
 from fused_losses.backends import gpu_int8, gpu_scan, int8
 from fused_losses.kernels.triton.scan import UNIT, Known, Left, Sum
-from fused_losses.problem import Head, Int8, Problem, Selection
+from fused_losses.problem import Int8, Problem
 from fused_losses.sparse.spectrum import directions_of
 
 pytestmark = pytest.mark.usefixtures("small_chunks")
@@ -27,25 +28,7 @@ def no_channels(monkeypatch):
 
 def problem_of(shape=(9, 17, 130), dtype=torch.float32, **options) -> Problem:
     case = make(*shape, ignored=0, **options).rounded(dtype)
-    hidden, head, _ = case.inputs(dtype)
-    bias = None if head.bias is None else head.bias.detach()
-    ours = Head(head.weight.detach(), bias, head.logit_scale, head.softcap)
-    wanted = frozenset({"entropy"})
-    return Problem(hidden.detach(), case.labels, ours, None, None, dtype, wanted=wanted, tolerance=0.1, int8=Int8())
-
-
-def finished(products: Tensor, head: Head) -> Tensor:
-    z = products if head.bias is None else products + head.bias.double()
-    z = z * head.logit_scale
-    return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
-
-
-def logits(problem: Problem, eight: gpu_int8.Eight | None) -> Tensor:
-    """[N, V] float64, of the numbers in 8 bits or of the full ones."""
-    if eight is None:
-        return finished(problem.hidden.double() @ problem.head.weight.double().T, problem.head)
-    products = eight.hidden.double() @ eight.weight.double().T
-    return finished(products * eight.hidden_scale.double()[:, None] * eight.weight_scale.double(), problem.head)
+    return scan_truth.problem_of(case, dtype, int8=Int8())
 
 
 def in_8_bits(problem: Problem, dtype: torch.dtype) -> gpu_int8.Eight:
@@ -54,16 +37,7 @@ def in_8_bits(problem: Problem, dtype: torch.dtype) -> gpu_int8.Eight:
 
 
 def scan(problem: Problem, threshold: float = 5e-3, capacity: int = 1 << 20, directed: bool = True):
-    """Statistics, entries and which ids are entries, [N, V]."""
-    backend, (n, v) = backends.load("triton"), (len(problem.labels), problem.head.vocabulary)
-    rows = directions_of(problem.head.weight).rows if directed else None
-    out = backend.empty_statistics(problem)
-    selection = Selection(threshold, capacity, torch.arange(n), torch.zeros(v), False, rows)
-    found = [entries for _, entries in backend.scan(problem, out, selection)]
-    counts, columns = (torch.cat([getattr(c, f) for c in found]) for f in ("counts", "columns"))
-    kept = torch.zeros(n, v, dtype=torch.bool)
-    kept[torch.repeat_interleave(torch.arange(n), counts.clamp(min=0)), columns.long()] = True
-    return out, found, kept
+    return scan_truth.swept(problem, "triton", threshold, capacity, directed)
 
 
 @pytest.mark.parametrize("with_factor", [False, True])
@@ -101,7 +75,7 @@ def test_sums_are_those_of_the_quantised_numbers_without_a_bit(head, directed, d
     problem = problem_of(**head)
     n, v = 9, 130
     eight = in_8_bits(problem, dtype)
-    z = logits(problem, eight)
+    z = logits_of_8_bits(problem, eight)
     known = torch.zeros(3, n)
     known[Known.BOUND] = z.quantile(0.9, dim=1)
     rows = directions_of(problem.head.weight).rows if directed else None
@@ -130,8 +104,8 @@ def test_what_is_kept_counts_with_its_exact_logits(head, directed):
     problem = problem_of(**head)
     out, found, kept = scan(problem, directed=directed)
     assert problem.int8.value_error is not None and problem.int8.note is None
-    z = logits(problem, None)
-    z = torch.where(kept, z, logits(problem, in_8_bits(problem, INT8)))
+    z = logits(problem)
+    z = torch.where(kept, z, logits_of_8_bits(problem, in_8_bits(problem, INT8)))
     lse, at = z.logsumexp(1), torch.arange(9)
     p = (z - lse[:, None]).exp()
     assert (out.nll - (lse - z[at, problem.labels])).abs().max() <= 1.9e-6
@@ -150,7 +124,7 @@ def test_values_without_gradients(monkeypatch):
     monkeypatch.setattr(int8, "THRESHOLD", 0.05)
     problem = problem_of((10, 16, 130))
     out = backends.load("triton").statistics(problem)[0]
-    exact = logits(problem, None)
+    exact = logits(problem)
     truth = exact.logsumexp(1) - exact.gather(1, problem.labels[:, None])[:, 0]
     assert 1e-5 <= (out.nll - truth).abs().mean() <= 2 * problem.int8.value_error <= 2.4e-3  # 0.0006, 0.0008
 
@@ -161,7 +135,7 @@ def test_tokens_with_too_many_entries_have_values_of_full_products():
     out, found, _ = scan(problem, threshold=5e-3, capacity=40)
     full = torch.cat([c.counts for c in found]) < 0
     assert full[:4].all() and not full.all()
-    z = logits(problem, None)
+    z = logits(problem)
     truth = z.logsumexp(1) - z.gather(1, problem.labels[:, None])[:, 0]
     assert (out.nll - truth)[full].abs().max() <= 1.3e-6
 
@@ -193,7 +167,7 @@ def test_an_error_that_is_too_large_turns_to_full_products():
     problem.hidden[:, 3] *= 1e4
     problem.head.weight[:, 3] *= 1e-4
     out, *_ = scan(problem, threshold=0.05)
-    z = logits(problem, None)
+    z = logits(problem)
     assert problem.int8.value_error > gpu_int8.MOST_ERROR and "nats on average" in problem.int8.note
     assert (out.nll - (z.logsumexp(1) - z.gather(1, problem.labels[:, None])[:, 0])).abs().max() <= 1.6e-6
 
@@ -208,5 +182,5 @@ def test_a_token_of_nan_stays_the_only_one():
 def test_half_precision():
     problem = problem_of((9, 16, 130), torch.float16)
     out, _, kept = scan(problem)
-    z = torch.where(kept, logits(problem, None), logits(problem, in_8_bits(problem, INT8)))
+    z = torch.where(kept, logits(problem), logits_of_8_bits(problem, in_8_bits(problem, INT8)))
     assert (out.lse - z.logsumexp(1)).abs().max() <= 2e-6

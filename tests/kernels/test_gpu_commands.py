@@ -88,6 +88,11 @@ def test_bench(tmp_path):
     found = result(tmp_path)
     rows = {(row["objective"], row["name"]): row for row in found["losses"]}
     assert rows["TALR", "fused_losses, sparse"]["report"]["bound"] <= 0.15
+    eight = [row for row in found["losses"] if row["name"] == "fused_losses, sparse, int8"]
+    assert [(row["objective"], row["frozen"]) for row in eight] == [("TALR", False), ("TALR", True)]
+    assert all(row["report"]["scan"] == "int8" and 0 <= row["nll_error"] < 0.004 for row in eight)
+    assert rows["forward", "fused_losses, exact, int8"]["nll_error"] < 0.004
+    assert rows["TALR", "eager"]["nll_error"] > rows["TALR", "fused_losses, sparse"]["nll_error"]
     # float16, and a sparse gradient of a few tokens.
     assert all(
         row.get("d_hidden_error", 0) < 0.05 for (_, name), row in rows.items() if name.startswith("fused_losses")
@@ -97,42 +102,43 @@ def test_bench(tmp_path):
     names = {row["name"] for row in found["kernels"]}
     assert names >= {
         "attention", "attention, LAwF", "columns_of_bits", "count_bits", "directions", "entry_logits", "logit_bits",
-        "row_statistics", "row_statistics, LAwF", "scan alone", "scan with a reference", "segment_product",
-        "tail_profile", "weighted_sum",
+        "scan alone", "scan with a reference, directions", "segment_product",
+        "tail_profile", "weighted_sum", "scan alone, directions", "scan alone, directions, 8 bits", "left_out",
+        "quantize_rows", "kept_sums",
     }  # fmt: skip
     assert {s["objective"] for s in found["splits"]} == {"TALR", "LAwF"} and "attention" in found["splits"][0]["ms"]
+    assert {"quantize_rows", "kept_sums", "scan alone, directions, 8 bits"} <= found["splits"][1]["ms"].keys()
+    floors = {row["name"]: row for row in found["floors"]}
+    assert len(floors) == 8 and all(row["ms"] > 0 for row in floors.values()), floors
     assert found["ceilings"]["memory_bytes_per_s"] > 0 and found["targets"] and "failed" not in " ".join(found["notes"])
 
 
-def test_tune(tmp_path):
-    small = (
-        "--hidden",
-        16,
-        "--vocabulary",
-        140,
-        "--tokens",
-        9,
-        "--dtype",
-        "float16",
-        "--kind",
-        "plain",
-        "--kind",
-        "shared",
-    )
+def test_tune(tmp_path, monkeypatch):
+    """A row is printed for each kind, and is what a call takes once it is in the table."""
+    from fused_losses.kernels.triton import tiles
+
+    kinds = ["plain", "shared", "capped-directions-8bit"]
+    small = ("--hidden", 16, "--vocabulary", 140, "--tokens", 9, "--dtype", "float16")
+    small += tuple(word for kind in kinds for word in ("--kind", kind))
     output = tmp_path / "tiles.json"
     done = run("-c", TUNE, "tune", *small, "--output", output, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout + done.stderr
-    from fused_losses.kernels.triton.tiles import Scan
 
     lines = [line.removeprefix("# ") for line in done.stdout.splitlines() if "Scan(" in line]
-    found = [eval(line.rstrip(","), {"Scan": Scan}) for line in lines]
-    assert [tile.kind for tile in found] == ["plain", "shared"]
+    found = [eval(line.rstrip(","), {"Scan": tiles.Scan}) for line in lines]
+    assert [tile.kind for tile in found] == kinds
     assert (
         "measured on Triton's interpreter, N 9 D 16 V 140 float16" in found[0].source and "of logits" in found[0].source
     )
     assert "mean nothing" in done.stdout
     record = json.loads(output.read_text())
     assert all(tile["ms"] > 0 for kind in record for tile in kind["tiles"])
+    for row, kind in zip(found, record, strict=True):
+        fastest = {name: kind["tiles"][0][name] for name in tiles.Scan._fields if name != "source"}
+        assert tiles.Scan(**fastest, source=row.source) == row
+    monkeypatch.setattr(tiles, "SCANS", tuple(found[:2]))
+    monkeypatch.setattr(tiles, "EIGHT_BIT_SCANS", tuple(found[2:]))
+    assert [tiles.scan_tile(0, kind) for kind in kinds] == found
 
 
 def test_tune_tells_why_it_cannot():
@@ -143,7 +149,8 @@ def test_tune_tells_why_it_cannot():
     done = run("-c", TUNE, "tune")
     assert done.returncode != 0 and "nothing to tune here: " in done.stderr
     done = run("-c", TUNE, "tune", "--kind", "spherical", TRITON_INTERPRET="1")
-    assert done.returncode != 0 and "plain, capped, shared, own" in done.stderr
+    assert done.returncode != 0
+    assert "plain, capped, shared, own" in done.stderr and "plain-directions-8bit" in done.stderr
 
 
 def test_tune_candidates():
@@ -152,11 +159,28 @@ def test_tune_candidates():
     from fused_losses.kernels.triton import tiles
 
     for architecture, shared_memory in ((80, 163 << 10), (90, 227 << 10), (100, 227 << 10)):
-        for kind in tiles.KINDS:
-            found = tune.candidates(architecture, kind, 2, shared_memory)
+        for kind in (*tiles.KINDS, *tiles.EIGHT_BIT_KINDS):
+            size = 1 if kind in tiles.EIGHT_BIT_KINDS else 2
+            found = tune.candidates(architecture, kind, size, shared_memory)
             assert found[0] == tiles.scan_tile(architecture, kind)
             assert 20 < len(found) < 80 and len({tile[:-1] for tile in found}) == len(found)
-            assert all((t.block_n + t.block_v) * t.block_d * 2 * t.stages <= shared_memory for t in found)
+            assert all((t.block_n + t.block_v) * t.block_d * size * t.stages <= shared_memory for t in found)
+
+
+def test_tune_of_8_bits_has_the_operands_and_directions_of_its_kind():
+    import torch
+
+    from fused_losses.kernels import tune
+
+    for kind, expected in {
+        "plain-8bit": (True, False, 1), "capped-directions-8bit": (True, True, 1), "own-directions": (False, True, 2)
+    }.items():  # fmt: skip
+        workload = tune.Workload(kind, 8, 16, 140, torch.float16, "cpu")
+        assert (workload.eight_bit, workload.directed, workload.itemsize) == expected
+        problem = workload.problem()
+        assert problem.has_reference == kind.startswith("own")
+        assert (problem.head.softcap is not None) == kind.startswith("capped")
+        assert (workload.directions() is not None) == workload.directed
 
 
 def test_tune_leaves_out_what_is_wrong_or_fails(monkeypatch):

@@ -33,6 +33,12 @@ class Inputs:
         leaves = {k: to(k, v).requires_grad_(v.requires_grad) for k, v in self.leaves.items()}
         return replace(self, leaves=leaves, fixed={k: to(k, v) for k, v in self.fixed.items()})
 
+    def to(self, device: str) -> Inputs:
+        leaves = {k: v.detach().to(device).requires_grad_(v.requires_grad) for k, v in self.leaves.items()}
+        fixed = {k: v.to(device) for k, v in self.fixed.items()}
+        upstream = (self.upstream[0].to(device), self.upstream[1].to(device))
+        return replace(self, leaves=leaves, labels=self.labels.to(device), upstream=upstream, fixed=fixed)
+
     def arguments(self):
         get, fixed = self.leaves.get, self.fixed
         weight, low_rank = get("weight"), fl.LowRank(get("b"), get("a"), get("rows"))
@@ -60,7 +66,7 @@ class Inputs:
         """Of the model and the reference, valid tokens, as one writes them down."""
         leaves, fixed = self.leaves, self.fixed
         u = leaves["hidden"] @ leaves["a"].T if "a" in leaves else leaves["rows"]
-        base, bias = leaves["weight"].detach(), leaves.get("bias", torch.zeros(())).detach()
+        base, bias = leaves["weight"].detach(), leaves.get("bias", torch.zeros((), device=self.labels.device)).detach()
         keep = self.labels != -100
 
         def finished(z, scale=self.scale):
