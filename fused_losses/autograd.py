@@ -267,7 +267,7 @@ def with_scan(problem: Problem, backend: str, gradient: bool, report: GradientRe
         return replace(problem, int8=None)
     why = int8.missing(problem, backend)
     if why is None and gradient and problem.tolerance is None:
-        why = "gradients are exact"
+        why = "gradients are exact; 8 bits are for those of gradient='sparse'"
     report.scan_note = why
     return replace(problem, int8=Int8() if why is None else None)
 

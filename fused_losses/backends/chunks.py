@@ -299,11 +299,24 @@ def _shared_logits(problem: Problem, model: _Operands, tokens: slice, z: Tensor,
     """r, and z or, where x − x_ref is not rounded, z − r; which."""
     rows, ref_rows = problem.hidden[tokens], problem.reference_hidden[tokens]
     model.fill(r, *model.split(ref_rows))
-    difference = rows.to(problem.accumulator) - widened(ref_rows, rows.shape[1]).to(problem.accumulator)
+    difference = difference_of(problem, rows, ref_rows)
     if model.fill_difference(z, difference):
         return True
     model.fill(z, *model.split(rows))
     return False
+
+
+def difference_of(problem: Problem, rows: Tensor, ref_rows: Tensor) -> Tensor:
+    """[x, u] − [x_ref, u_ref], not rounded, of x and x_ref as the products round them (wider ones under autocast)."""
+    dim = problem.head.weight.shape[1]
+
+    def seen(part: Tensor) -> Tensor:
+        wide = part.to(problem.accumulator)
+        if torch.finfo(part.dtype).bits > torch.finfo(problem.dtype).bits:
+            wide = torch.cat([wide[:, :dim].to(problem.dtype).to(wide.dtype), wide[:, dim:]], 1)
+        return wide
+
+    return seen(rows) - widened(seen(ref_rows), rows.shape[1])
 
 
 def _holds(narrow: Tensor, wide: Tensor) -> bool:

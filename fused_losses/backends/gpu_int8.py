@@ -20,7 +20,7 @@ from ..kernels.triton import tiles
 from ..kernels.triton.scan import Sum
 from ..problem import Problem, Statistics
 from . import gpu_scan
-from .int8 import MEASURED, MOST_ERROR, channel_of
+from .int8 import MEASURED, MOST_ERROR, channel_of, squares_of, too_wide
 
 CAPACITY = 4096  # entries of a token in such a pass; a token with more takes full products
 
@@ -59,8 +59,15 @@ def begin(problem: Problem, directed: bool, values: Callable[[Problem, Eight | N
     record.note = missing(problem, directed)
     if record.note is not None:
         return None
-    eight = quantize(problem, directed, channel_of(problem) if problem.head.low_rank is None else None)
-    count = len(problem.labels)
+    channel = channel_of(problem) if problem.head.low_rank is None else None
+    eight, count = quantize(problem, directed, channel), len(problem.labels)
+    if eight.weight.dtype == torch.int8:  # numbers of fp8 have an exponent each
+        head, inverse = problem.head, None if channel is None else channel.reciprocal()
+        hidden = problem.hidden[:, : head.weight.shape[1]]
+        wide = len(too_wide(hidden, inverse, squares_of(head.weight, channel), head.logit_scale))
+        if wide:
+            record.note = f"8 bits are too few for {wide} of {count} hidden states"
+            return None
     measured = min(MEASURED, max(2, count // 64), count)
     sample = torch.arange(measured, device=problem.hidden.device) * count // measured
     some = problem.rows(sample).for_gradients()

@@ -30,6 +30,8 @@ L1_SHARE = 1.5
 # of dx smaller, not that of dW.
 THRESHOLD = 1.1e-4
 COARSER = 1.5
+# Beyond this vocabulary, that of the model θ was chosen on, θ falls with 1/√V: what is left out grows with its number.
+CHOSEN_ON = 49152
 CAPACITY = 2048
 # Of "auto": below, most entries could be above the threshold, and there is little to save.
 SMALLEST_VOCABULARY = 8192
@@ -40,7 +42,8 @@ def parameters(tolerance: float, vocabulary: int, coarser: bool = False) -> tupl
     little."""
     finer = max(min(1.0, tolerance / TOLERANCE) ** 2, 1e-12)
     capacity = min(vocabulary, max(CAPACITY, min(int(CAPACITY * finer**-0.65), vocabulary // 8)))
-    return THRESHOLD * finer * (COARSER if coarser else 1), capacity
+    of_vocabulary = min(1.0, math.sqrt(CHOSEN_ON / max(1, vocabulary)))
+    return THRESHOLD * of_vocabulary * finer * (COARSER if coarser else 1), capacity
 
 
 @dataclass

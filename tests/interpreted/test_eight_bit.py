@@ -3,6 +3,8 @@ logits where a bit is set."""
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import scan_truth
 import torch
@@ -162,13 +164,20 @@ def test_the_option_reaches_it(reference):
     assert x.grad.isfinite().all()
 
 
-def test_an_error_that_is_too_large_turns_to_full_products():
+@pytest.mark.parametrize("seen", ["in the numbers", "where measured"])
+def test_an_error_that_is_too_large_turns_to_full_products(seen, monkeypatch):
     problem = problem_of()
     problem.hidden[:, 3] *= 1e4
     problem.head.weight[:, 3] *= 1e-4
+    if seen == "where measured":
+        monkeypatch.setattr(int8, "MOST_SPREAD", math.inf)
     out, *_ = scan(problem, threshold=0.05)
     z = logits(problem)
-    assert problem.int8.value_error > gpu_int8.MOST_ERROR and "nats on average" in problem.int8.note
+    if seen == "where measured":
+        assert problem.int8.value_error > gpu_int8.MOST_ERROR and "nats on average" in problem.int8.note
+    else:
+        assert problem.int8.value_error is None
+        assert problem.int8.note == "8 bits are too few for 9 of 9 hidden states"
     assert (out.nll - (z.logsumexp(1) - z.gather(1, problem.labels[:, None])[:, 0])).abs().max() <= 1.6e-6
 
 

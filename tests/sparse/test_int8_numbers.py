@@ -4,8 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import coarse, make, run, run_with_report
+from cases import coarse, make, name, relative, run, run_with_report
 from sparse_checks import needs_kernels
+
+import fused_losses as fl
 
 pytestmark = needs_kernels
 
@@ -60,3 +62,47 @@ def test_tokens_that_are_not_finite(value, token):
     assert not got["nll"][token].isfinite() and report.scan == "int8" and report.bound != report.bound
     assert (got["nll"] - expected["nll"])[others].abs().max() < 0.01
     assert got["d_hidden"][others].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
+@pytest.mark.parametrize("reference", [None, "shared"])
+@pytest.mark.parametrize("frozen", [False, True], ids=name)
+def test_tokens_that_8_bits_are_too_few_for_have_full_products(dtype, reference, frozen):
+    """None of them is measured. A large number that the head does not see ruins the others of its hidden state."""
+    case = make(300, 64, 9000, reference=reference, ignored=0, spread=4.0, frozen=frozen, near=0.3)
+    bad = [7, 101, 203, 299]
+    case.weight[:, 3] = 0
+    case.hidden[bad, 3] = 1000.0
+    if reference:
+        case.reference_hidden[:, 3] = case.hidden[:, 3]
+        case.reference_hidden[bad[:2], 3] *= -1  # the difference is as large
+    case = case.rounded(dtype)
+    got, report = run_with_report(case, dtype, "cpu", "sparse", scan="int8")
+    truth = run(case, torch.float64, "reference")
+    states = 4 if reference is None else 6
+    assert report.scan_note == f"8 bits are too few for {states} hidden states, which alone have them"
+    assert (got["nll"] - truth["nll"])[bad].abs().max() < 1.5e-4  # measured 4.8e-5
+    if reference:
+        assert (got["kl"] - truth["kl"])[bad].abs().max() < 3.6e-5  # measured 1.2e-5
+    assert relative(got["d_hidden"], truth["d_hidden"]) < report.hidden_bound < 0.03
+    if not frozen:
+        assert relative(got["d_weight"], truth["d_weight"]) < report.weight_bound < 0.04
+
+
+@pytest.mark.parametrize("reference", [False, True], ids=["alone", "reference"])
+def test_autocast_rounds_both_models(reference):
+    """Hidden states in float32 under autocast are as those that were rounded before."""
+    case = make(200, 64, 9000, reference="shared", ignored=0, spread=4.0, near=0.3)
+    hidden, head, ref = case.inputs(torch.float32)
+    narrow = fl.Reference(ref.hidden.bfloat16()) if reference else None
+    with torch.no_grad():
+        rounded = fl.token_losses(
+            hidden.bfloat16(), head.weight.bfloat16(), case.labels, reference=narrow, scan="int8", backend="cpu"
+        )
+        with torch.autocast("cpu", torch.bfloat16):
+            wide = fl.token_losses(
+                hidden, head.weight, case.labels, reference=ref if reference else None, scan="int8", backend="cpu"
+            )
+    assert torch.equal(wide.nll, rounded.nll) and wide.gradient_report.scan_note is None
+    if reference:
+        assert torch.equal(wide.kl, rounded.kl)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from dataclasses import replace
 from unittest import mock
@@ -262,7 +263,7 @@ def test_full_products_where_8_bits_are_too_few(dtype, reference, grad):
     for scan in ("int8", "full"):
         with (
             coarse(1e-3, chunk_bytes=1), torch.set_grad_enabled(grad),
-            mock.patch.multiple(int8, GAIN=0.0, THRESHOLD=1e-2),
+            mock.patch.multiple(int8, GAIN=0.0, THRESHOLD=1e-2, MOST_SPREAD=math.inf),
         ):  # fmt: skip
             hidden, head, ref = case.inputs(dtype)
             out = fl.token_losses(hidden, head, case.labels, reference=ref, backend="cpu", gradient="sparse", scan=scan)
@@ -289,7 +290,7 @@ def test_full_products_from_a_later_chunk_on():
     case = hard_for_8_bits(64)
     case.hidden[:32, :32] = 0.1
     case = replace(case, reference_hidden=None, kl_upstream=None)
-    with coarse(1e-3, chunk_bytes=1), mock.patch.object(int8, "GAIN", 0.0):
+    with coarse(1e-3, chunk_bytes=1), mock.patch.multiple(int8, GAIN=0.0, MOST_SPREAD=math.inf):
         got, report = run_with_report(case, torch.float32, "cpu", "sparse", scan="int8")
     error = (got["nll"] - run(case, torch.float64, "reference")["nll"]).abs()
     assert report.scan_note.endswith("measured on 2 of 64 tokens")
@@ -311,7 +312,7 @@ def test_shared_channels():
     case.hidden[:, 5] = case.hidden[:, 5].sign() * 300
     case.weight[:, 5] *= 0.02
     _, shared = taken(case)
-    with mock.patch.object(int8, "GAIN", 0.0), coarse(1e-3):
+    with mock.patch.multiple(int8, GAIN=0.0, MOST_SPREAD=math.inf), coarse(1e-3):
         _, alone = run_with_report(case, torch.float32, "cpu", "sparse", scan="int8")
     assert 5 * shared.value_error < alone.value_error
 
