@@ -123,7 +123,8 @@ def prepare(
         int8=Int8() if options.scan == "int8" else None,
     )  # fmt: skip
     if tracing:
-        report = GradientReport("none", None, entries=None, saved_bytes=None, note=note)
+        scan = None if options.scan == "int8" else "full"
+        report = GradientReport("none", None, entries=None, saved_bytes=None, note=note, scan=scan)
         return TracedTokens(
             problem, labels.shape, None, chosen, report, publish, flat != options.ignore_index, options.ignore_index,
             handle,

@@ -168,9 +168,9 @@ class Tokens:
     def _losses(self, wanted: frozenset[str], top_k: int) -> Statistics:
         problem = want(self.problem, wanted, top_k)
         sparse = self.begin_report()
+        problem = with_scan(problem, self.backend, any(self.needs()), self.report)
         if self.backend == "reference":
             return full_logits_statistics(problem)
-        problem = with_scan(problem, self.backend, any(self.needs()), self.report)
         head, backend = problem.head, backends.load(self.backend)
         tensors = (problem.hidden, head.weight, head.bias, head.low_rank)
         if sparse:

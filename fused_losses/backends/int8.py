@@ -69,7 +69,8 @@ class Int8Product:
         self.channel, self.logit_scale = channel, logit_scale
         self.inverse = None if channel is None else channel.reciprocal()
         self.whole = whole
-        self.off = self.flat = False  # too much so; chunks get exact gradients anyway
+        self.off = False  # by too much, where measured: full products from then on
+        self.flat = False  # the chunk before got exact gradients
         self.kept_bytes = KEPT_BYTES if again else 0
         self.head: tuple[Tensor, ...] | None = None
         self.squares: tuple[float, float] | None = None

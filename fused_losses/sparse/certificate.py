@@ -69,10 +69,11 @@ class GradientReport:
         weight_bound: the same for the gradient of the weight, in the Frobenius norm; nothing is held to it. None where
             there is no such gradient, or nothing was proved.
         note: why gradients are exact where sparse ones were asked for, or would have been by default.
-        scan: "full"; "int8": the products of the forward were of 8-bit numbers, from the first token on at least.
+        scan: "full"; "int8": the products of the forward were of 8-bit numbers, from the first token on at least. None
+            where 8 bits are asked for and `torch.compile` has made `token_losses` part of a graph.
         value_error: mean |error of the nll| of that, in nats, measured on some tokens of the call; not a bound. None
             for "full".
-        scan_note: why products are full where scan="int8" was asked for.
+        scan_note: why products are full where scan="int8" was asked for, or for how many hidden states.
     """
 
     mode: str
@@ -85,7 +86,7 @@ class GradientReport:
     hidden_bound: float | None = None
     weight_bound: float | None = None
     note: str | None = None
-    scan: str = "full"
+    scan: str | None = "full"
     value_error: float | None = None
     scan_note: str | None = None
 

@@ -3,6 +3,8 @@
 Integers everywhere but on sm_100, which takes e4m3; a dry run has both.
 """
 
+import math
+
 import low_rank_cases
 import pytest
 import torch
@@ -11,7 +13,7 @@ from machine import BACKENDS, DEVICE, DRY, HALVES, ROUNDING, pick
 from scan_truth import finished, logits, logits_of_8_bits, problem_of, swept
 
 import fused_losses as fl
-from fused_losses.backends import gpu_int8, gpu_scan
+from fused_losses.backends import gpu_int8, gpu_scan, int8
 from fused_losses.kernels import measure
 from fused_losses.kernels.triton import quantized, tiles
 from fused_losses.kernels.triton.scan import UNIT, Known, Left, Sum
@@ -253,6 +255,7 @@ def test_full_products_where_8_bits_cannot(backend, what, within):
 def test_full_products_where_8_bits_are_too_far_off(backend, within, monkeypatch):
     """One channel far larger than the rest, and no factors that would share it."""
     monkeypatch.setattr(gpu_int8, "channel_of", lambda problem: None)
+    monkeypatch.setattr(int8, "MOST_SPREAD", math.inf)  # which would see it without measuring
     n, d, v = pick((16, 16, 300), (200, 96, 1003))
     case = make(n, d, v, ignored=0)
     larger = pick(1e3, 1e6)  # e4m3 has more powers of two than a row of integers

@@ -131,6 +131,7 @@ def test_a_training_that_is_stopped_says_how_to_go_on_and_then_from_where_it_doe
     )  # fmt: skip
     while not list((tmp_path / "out").glob(f"checkpoint-*/{MARK}")) and process.poll() is None:
         time.sleep(0.01)
+    assert process.poll() is None, process.communicate()
     process.send_signal(number)
     _, error = process.communicate(timeout=600)
     step = max(int(mark.parent.name.partition("-")[2]) for mark in (tmp_path / "out").glob(f"checkpoint-*/{MARK}"))

@@ -1,5 +1,6 @@
 """scan="int8" of numbers that are hard to round, and of some that are not finite."""
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -106,3 +107,16 @@ def test_autocast_rounds_both_models(reference):
     assert torch.equal(wide.nll, rounded.nll) and wide.gradient_report.scan_note is None
     if reference:
         assert torch.equal(wide.kl, rounded.kl)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+def test_a_graph_of_token_losses_does_not_say_which_products_it_had():
+    """Its report is made while the graph is."""
+    torch._dynamo.reset()
+    hidden, weight, labels = torch.randn(40, 16), torch.randn(300, 16), torch.randint(300, (40,))
+
+    def scan_of(kind):
+        call = functools.partial(fl.token_losses, backend="cpu", scan=kind)
+        return torch.compile(call, fullgraph=True, backend="aot_eager")(hidden, weight, labels).gradient_report.scan
+
+    assert (scan_of("int8"), scan_of("full")) == (None, "full")

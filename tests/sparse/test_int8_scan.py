@@ -319,6 +319,11 @@ def test_shared_channels():
 
 MISSING = {
     "torch": (dict(backend="torch"), {}, "the backend torch has no products of 8-bit numbers"),
+    "reference": (
+        dict(backend="reference", gradient="exact"),
+        {},
+        "the backend reference has no products of 8-bit numbers",
+    ),
     "float64": (dict(dtype=torch.float64), {}, "the products are of float64"),
     "own head": (dict(), dict(reference="own"), "the reference has a head of its own, and p"),
     "ids": (dict(asked="ids"), {}, "ids needs all logits as they are"),
