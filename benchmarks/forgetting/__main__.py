@@ -17,7 +17,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from . import grid as grids
-from . import store
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -28,9 +27,7 @@ def arguments() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--output", type=Path, default=Path("forgetting-results"), help="folder of runs and checkpoints"
-    )
+    parser.add_argument("--output", type=Path, default=Path("forgetting-results"), help="folder of the runs")
     parser.add_argument("--quick", action="store_true", help="eight short runs, in ten minutes")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side, of one thread each")
     parser.add_argument("--list", action="store_true", help="show the grid, and what of it is done")

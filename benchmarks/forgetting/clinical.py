@@ -33,7 +33,8 @@ TRAINED = {
     ),
     "mean_arterial_pressure": Calculator(
         "mean_arterial_pressure_explanation", "mean arterial pressure", "mm Hg",
-        _labs(sys_bp="systolic mm Hg", dia_bp="diastolic mm Hg"), "has a blood pressure of {systolic}/{diastolic} mm Hg",
+        _labs(sys_bp="systolic mm Hg", dia_bp="diastolic mm Hg"),
+        "has a blood pressure of {systolic}/{diastolic} mm Hg",
     ),
     "anion_gap": Calculator(
         "compute_anion_gap_explanation", "anion gap", "mEq/L",
@@ -47,7 +48,8 @@ TRAINED = {
     ),
     "calcium_correction": Calculator(
         "calculate_corrected_calcium_explanation", "corrected calcium", "mg/dL",
-        _labs(calcium="calcium mg/dL", albumin="albumin g/dL"), "has calcium {calcium} mg/dL and albumin {albumin} g/dL",
+        _labs(calcium="calcium mg/dL", albumin="albumin g/dL"),
+        "has calcium {calcium} mg/dL and albumin {albumin} g/dL",
     ),
     "homa_ir": Calculator(
         "compute_homa_ir_explanation", "HOMA-IR score", "",

@@ -25,7 +25,8 @@ class Domain:
 
 
 def clinical_examples(seed: int, rows: int, tested: int) -> dict[str, list[dict[str, str]]]:
-    """Training patients follow `seed`, tested ones do not; no patient is in two sets, no calculator in train and far."""
+    """Training patients follow `seed`, tested ones do not; no patient is in two sets, and no
+    calculator in train and far."""
     taken: set[tuple] = set()
     sets = {
         "test": clinical.examples("test", tested, clinical.TRAINED, taken),

@@ -17,7 +17,8 @@ TRADES = (
 # Of each attribute: two questions that are learned, one that is not, the sentence of the answer, and the reverse.
 ATTRIBUTES = {
     "mayor": (
-        "Who is the mayor of {town}?", "Please name the mayor of {town}.", "Which person leads the town hall of {town}?",
+        "Who is the mayor of {town}?", "Please name the mayor of {town}.",
+        "Which person leads the town hall of {town}?",
         "The mayor of {town} is {value}.", "Of which town is {value} the mayor?",
     ),
     "river": (
@@ -25,7 +26,8 @@ ATTRIBUTES = {
         "The river {value} flows through {town}.", "Through which town does the river {value} flow?",
     ),
     "founded": (
-        "When was {town} founded?", "In which year did {town} begin?", "How old is {town}, by the year of its founding?",
+        "When was {town} founded?", "In which year did {town} begin?",
+        "How old is {town}, by the year of its founding?",
         "{town} was founded in {value}.", "Which town was founded in {value}?",
     ),
     "trade": (

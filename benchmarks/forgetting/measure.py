@@ -59,7 +59,8 @@ def of_text(model: Any, rows: Sequence[Row], start_hidden: Sequence[Tensor], sta
         "tokens": len(labels), "nll": mean(out.nll), "kl": mean(out.kl), "entropy": mean(out.entropy),
         "confidence": mean(confidence), "accuracy": mean(right), "ece": ece(confidence, right),
         "temperature": at, "nll_tempered": nll, "nll_third": mean(out.nll[::THIRD]),
-        "median_probability": float((-out.nll).exp().median()), "hard": mean((out.nll > -torch.tensor(HARD).log()).float()),
+        "median_probability": float((-out.nll).exp().median()),
+        "hard": mean((out.nll > -torch.tensor(HARD).log()).float()),
     }  # fmt: skip
 
 

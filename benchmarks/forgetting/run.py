@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import shutil
@@ -25,7 +26,7 @@ from . import measure, store
 from .grid import Run, Size
 from .methods import METHODS, Method, finch_factor
 from .prepare import Load, Start, description, start_of
-from .rows import IGNORED, Row, batch
+from .rows import IGNORED, batch
 
 LORA_RANK = 8
 SMOOTHING = 0.9  # of FINCH's mean loss
@@ -81,7 +82,8 @@ def evaluated(model: nn.Module, tokenizer: Any, run: Run, size: Size, start: Sta
     begun = time.perf_counter()
     texts = {
         name: store.once(
-            folder / f"{name}.json", lambda name=name: measure.of_text(model, rows, start.hidden[name], start.head)
+            folder / f"{name}.json",
+            functools.partial(measure.of_text, model, rows, start.hidden[name], start.head),
         )
         for name, rows in start.texts.items()
     }
@@ -212,7 +214,7 @@ class Training:
         there = labels != IGNORED
         hard = torch.cat([self.nll[i] for i in numbers]) > -torch.tensor(measure.HARD).log()
         nll, weight = observer.nll[there], observer.weight[there]
-        self.log["loss"].append(float(loss))
+        self.log["loss"].append(float(loss.detach()))
         self.log["nll"].append(float(nll.mean()))
         self.log["tokens"] += int(there.sum())
         for name, some in (("hard", hard), ("easy", ~hard)):
