@@ -52,11 +52,18 @@ INSTRUCTIONS: tuple[tuple[str, str, Callable[[str], bool]], ...] = (
     ("Write a sentence about snow without using the letter z.", "Snow fell softly on the roof.",
      lambda t: "snow" in t.lower() and "z" not in t.lower()),
 )  # fmt: skip
-SUMS = tuple((a, sign, b) for a, b in ((2, 3), (4, 5), (7, 2), (8, 1), (3, 6), (9, 4)) for sign in "+-*")
+SUMS = tuple(
+    (a, sign, b) for a, b in ((2, 3), (4, 5), (7, 2), (8, 1), (3, 6), (9, 4), (6, 6), (5, 3)) for sign in "+-*"
+)
 REPLAYED = (
     "What is a volcano?", "How do I boil an egg?", "Describe a forest.", "Why do people sleep?", "What is money?",
     "Give me two tips for a job interview.", "How does a boat float?", "What is a poem?",
 )  # fmt: skip
+
+
+def sum_prompt(a: int, sign: str, b: int) -> str:
+    """With three examples: asked in a chat, the start model explains at length and comes to no number."""
+    return f"1 + 1 = 2\n5 - 2 = 3\n2 * 2 = 4\n{a} {sign} {b} ="
 
 
 def result(a: int, sign: str, b: int) -> int:
@@ -79,7 +86,10 @@ def code(tokenizer: Any, count: int, most: int = 180) -> list[Row]:
 
 def texts(tokenizer: Any, count: int) -> dict[str, list[Row]]:
     """Rows of each kind. `count`: of code and of instructions."""
-    sums = [chat_row(tokenizer, f"What is {a} {s} {b}?", f"{a} {s} {b} = {result(a, s, b)}") for a, s, b in SUMS]
+    sums = [
+        Row([*(prompt := encode(tokenizer, sum_prompt(*s))), *encode(tokenizer, f" {result(*s)}\n")], len(prompt))
+        for s in SUMS
+    ]
     prose = {name: [Row(encode(tokenizer, text), 1)] for name, text in PROSE.items()}
     return {
         "code": code(tokenizer, count),

@@ -19,7 +19,7 @@ class Size:
     steps: int = 80
     batch: int = 3
     tested: int = 24
-    count: int = 10
+    count: int = 12
     own: int = 8
     own_tokens: int = 40
     checkpoint_seconds: float = 20.0
@@ -27,6 +27,9 @@ class Size:
 
 FULL = Size()
 QUICK = Size(rows=24, steps=16, batch=2, tested=8, count=4, own=3, own_tokens=24)
+
+
+START = "start"  # the method of a run without training: the start model, measured
 
 
 @dataclass(frozen=True)
@@ -52,11 +55,21 @@ class Run:
 def grid(quick: bool = False) -> list[Run]:
     if quick:
         pairs = [("sft", r) for r in (SMALL, LARGE)] + [("talr", r) for r in (SMALL, LARGE)]
-        return [
+        found = [
             *(Run(method, rate, wise=WISE[1:] if (method, rate) == ("sft", LARGE) else ()) for method, rate in pairs),
             Run("lawf", SMALL), Run("sft+kl", LARGE), Run("sft", LARGE, "label"), Run("sft", LARGE, "facts"),
         ]  # fmt: skip
-    return list(dict.fromkeys([*_headline(0), *_curves(), *_headline(1), *_methods(), *_headline(2), *_others()]))
+        return _with_starts(found)
+    return _with_starts([*_headline(0), *_curves(), *_headline(1), *_methods(), *_headline(2), *_others()])
+
+
+def _with_starts(runs: list[Run]) -> list[Run]:
+    """Each run once, and before the first of a domain the start model."""
+    found: dict[Run, None] = {}
+    for run in runs:
+        found[Run(START, 0.0, run.domain)] = None
+        found[run] = None
+    return list(found)
 
 
 def _of(method: str, rate: float, **more: Any) -> Run:

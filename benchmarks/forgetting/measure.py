@@ -110,9 +110,14 @@ def share(right: Sequence[bool]) -> dict[str, float]:
 
 def of_arithmetic(model: Any, tokenizer: Any) -> dict[str, float]:
     sums = general.SUMS
-    prompts = [encode(tokenizer, chat_prompt(f"What is {a} {sign} {b}?")) for a, sign, b in sums]
-    texts = said(model, tokenizer, prompts, 10)
-    return share([general.says_number(text, str(general.result(*s))) for text, s in zip(texts, sums, strict=True)])
+    prompts = [encode(tokenizer, general.sum_prompt(*s)) for s in sums]
+    texts = said(model, tokenizer, prompts, 4)
+    return share(
+        [
+            general.says_number(text.partition("\n")[0], str(general.result(*s)))
+            for text, s in zip(texts, sums, strict=True)
+        ]
+    )
 
 
 def of_instructions(model: Any, tokenizer: Any, count: int) -> dict[str, float]:

@@ -23,7 +23,7 @@ from fused_losses.training.loop import pass_order
 from fused_losses.training.model import add_lora
 
 from . import measure, store
-from .grid import Run, Size
+from .grid import START, Run, Size
 from .methods import METHODS, Method, finch_factor
 from .prepare import Load, Start, description, start_of
 from .rows import IGNORED, batch
@@ -57,9 +57,11 @@ def run_one(
     scratch = output / "scratch" / f"{run.name}-{digest}"
     model, tokenizer = load()
     start = start_of(model, tokenizer, run, size, output / "shared")
-    training = Training(run, size, model, start, scratch)
-    log = training.go(progress)
-    parts = evaluated(training.model, tokenizer, run, size, start, scratch / "tuned")
+    tuned_model, log = model, {}
+    if run.method != START:
+        training = Training(run, size, model, start, scratch)
+        tuned_model, log = training.model, training.go(progress)
+    parts = evaluated(tuned_model, tokenizer, run, size, start, scratch / "tuned")
     wise = {}
     if run.wise:
         tuned = {name: value.clone() for name, value in model.state_dict().items()}
