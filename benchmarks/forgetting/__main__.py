@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -79,6 +80,7 @@ def one(name: str, runs: list[grids.Run], size: grids.Size, output: Path) -> int
 
 def drive(runs: list[grids.Run], output: Path, jobs: int, quick: bool) -> int:
     """Runs what is left, `jobs` at a time; a failed run is named at the end, and the others go on."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what it started ends with it
     left = [run for run in runs if not done(output, run)]
     going: dict[subprocess.Popen, grids.Run] = {}
     failed: list[str] = []

@@ -84,7 +84,7 @@ def _headline(seed: int) -> list[Run]:
     return [
         *(_of(method, rate, **more) for rate in (SMALL, LARGE) for method in ("sft", "talr")),
         *(_of(method, rate, **more) for method in ("sft+kl", "lawf") for rate in (SMALL, LARGE)),
-        *(_of(method, LARGE, domain="label", **more) for method in ("sft", "talr")),
+        *(_of(method, LARGE, domain=domain, **more) for domain in ("label", "facts") for method in ("sft", "talr")),
     ]
 
 
@@ -93,7 +93,6 @@ def _curves() -> list[Run]:
     return [
         *(_of(method, MIDDLE) for method in ("sft", "talr")),
         Run("talr", SMALL, stretch=3.0), Run("talr", MIDDLE, stretch=3.0),
-        *(_of(method, rate, domain="facts") for rate in (MIDDLE, LARGE) for method in ("sft", "talr")),
         *(_of(method, rate, domain="docs") for rate in (SMALL, LARGE) for method in ("sft", "talr")),
         *(_of("sft", rate) for rate in RATES), *(_of("talr", rate) for rate in RATES),
     ]  # fmt: skip
