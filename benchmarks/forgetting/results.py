@@ -91,6 +91,9 @@ class Study:
         ]  # fmt: skip
         return sorted(found, key=lambda run: (run["seed"], run["rate"]))
 
+    def of_reasoning(self) -> list[Entry]:
+        return [run for run in self.runs if run["domain"] == "reasoning"]
+
     def gain(self, run: Entry, text: str = "test", after: Entry | None = None) -> float:
         """Nats per token of the domain that were won."""
         return self.starts[run["domain"]]["texts"][text]["nll"] - (after or run["after"])["texts"][text]["nll"]
