@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ..texts import _package
+
 
 @dataclass(frozen=True)
 class Calculator:
@@ -147,6 +149,7 @@ def example(g: random.Random, name: str, calculator: Calculator, who: dict) -> d
 
 def examples(seed: str, count: int, calculators: dict[str, Calculator], taken: set[tuple]) -> list[dict[str, str]]:
     """`count` questions over calculators in turn, each of a patient of its own that is not in `taken` (added to it)."""
+    _package("medcalc")  # says what to install
     g = random.Random(seed)
     found = []
     while len(found) < count:

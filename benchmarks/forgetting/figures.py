@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from .methods import LARGE, METHODS, SMALL, WISE_TITLE
-from .results import Study
+from .results import Study, rate_text
 
-MARKERS = dict(zip(METHODS, "osDP^v<>XdphH*", strict=True))
+MARKERS = dict(zip(METHODS, (*"osDP^v<>Xdph", "$I$", "*"), strict=True))
 GREYS = ("black", "0.55")
 GAIN, LOSS = "domain gain (nats per token)", "general loss (nats per token)"
 
@@ -76,6 +76,11 @@ def pareto(axes: Any, study: Study) -> bool:
     best = front(everything)
     axes.plot(*zip(*best, strict=True), color="0.5", linewidth=1, label="Pareto front")
     axes.set_yscale("symlog", linthresh=0.1)
+    ticks = (-0.1, -0.05, 0, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    low, high = min(loss for _, loss in everything), max(loss for _, loss in everything)
+    axes.set_ylim(low - 0.02, 1.2 * high + 0.02)
     axes.set_xlabel(GAIN)
     axes.set_ylabel(LOSS)
     axes.legend(fontsize=7, ncols=2, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -88,7 +93,7 @@ def _small_and_large(study: Study) -> str:
     if None in ends:
         return "What each run gained, and what it lost"
     (g0, l0), (g1, l1) = ends
-    return f"SFT at {SMALL:g} gains {g0:.2f} nats and loses {l0:.2f}; at {LARGE:g} it gains {g1:.2f} and loses {l1:.2f}"
+    return f"SFT at {rate_text(SMALL)} gains {g0:.2f} nats and loses {l0:.2f}; at {rate_text(LARGE)} it gains {g1:.2f} and loses {l1:.2f}"
 
 
 def _mean(pairs: list[tuple[float, float]]) -> tuple[float, float] | None:
@@ -157,7 +162,7 @@ def curriculum(axes: Any, study: Study) -> bool:
     axes.set_ylabel("mean weight of tokens hard at the start")
     axes.legend(frameon=False)
     axes.set_title(
-        f"TALR's weight of hard tokens goes from {weights[0]:.2f} to {weights[-1]:.2f} at {LARGE:g}",
+        f"TALR's weight of hard tokens goes from {weights[0]:.2f} to {weights[-1]:.2f} at {rate_text(LARGE)}",
         fontsize=10,
         loc="left",
     )
@@ -183,7 +188,7 @@ def label_only(axes: Any, study: Study) -> bool:
     axes.set_ylabel(LOSS)
     axes.legend(frameon=False)
     axes.set_title(
-        f"SFT at {LARGE:g} loses {ends[0]:.2f} nats with reasoning, {ends[1]:.2f} with labels alone",
+        f"SFT at {rate_text(LARGE)} loses {ends[0]:.2f} nats with reasoning, {ends[1]:.2f} with labels alone",
         fontsize=10,
         loc="left",
     )

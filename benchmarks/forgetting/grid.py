@@ -109,5 +109,6 @@ def _others() -> list[Run]:
         *(_of(m, r, domain="facts") for r in (SMALL, MIDDLE, LARGE) for m in ("sft", "talr", "lawf", "sft+kl")),
         *(_of(method, MIDDLE, domain="docs") for method in ("sft", "talr")),
         *(_of(method, MIDDLE, seed=seed) for seed in (1, 2) for method in ("sft", "talr")),
+        *(_of("finch", LARGE, seed=seed) for seed in (1, 2)),
         Run("talr", LARGE, stretch=3.0), Run("sft", SMALL, stretch=0.5),
     ]  # fmt: skip

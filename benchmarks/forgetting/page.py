@@ -12,7 +12,7 @@ from pathlib import Path
 from .claims import judge
 from .figures import common_gain, draw, front, wise_points
 from .methods import LARGE, LORA_FACTOR, METHODS, MIDDLE, SMALL, WISE_TITLE
-from .results import Entry, Study, interval
+from .results import Entry, Study, interval, rate_text
 
 DOCS = Path(__file__).parents[2] / "docs"
 FOLDER = "forgetting"  # of the pictures, in DOCS
@@ -90,7 +90,7 @@ def answer(study: Study) -> str:
     if {("sft", SMALL), ("sft", LARGE)} <= values.keys():
         (g0, l0), (g1, l1) = values["sft", SMALL], values["sft", LARGE]
         said.append(
-            f"SFT at {SMALL:g} has {g0 / g1:.0%} of the domain gain of {LARGE:g} ({g0:.2f} and {g1:.2f} nats "
+            f"SFT at {rate_text(SMALL)} has {g0 / g1:.0%} of the domain gain of {rate_text(LARGE)} ({g0:.2f} and {g1:.2f} nats "
             f"per token) and loses {l0:.2f} nats per token of general text, not {l1:.2f}."
         )
     if {("talr", SMALL), ("talr", LARGE)} <= values.keys():
@@ -130,11 +130,11 @@ def methods_table(study: Study) -> str:
         for rate in (SMALL, MIDDLE, LARGE):
             actual = rate * (LORA_FACTOR if method.lora else 1)
             if runs := study.of(name, actual):
-                lines.append(_line(method.title, f"{actual:g}", runs, study))
+                lines.append(_line(method.title, rate_text(actual), runs, study))
     for run in study.of("sft"):
         for alpha, after in run["wise"].items():
             mixed = {**run, "after": after}
-            lines.append(_line(f"{WISE_TITLE}, α = {alpha}", f"{run['rate']:g}", [mixed], study))
+            lines.append(_line(f"{WISE_TITLE}, α = {alpha}", rate_text(run["rate"]), [mixed], study))
     return "\n".join(lines)
 
 
@@ -164,7 +164,7 @@ def explanations(study: Study) -> str:
 
     def both(of, **where) -> list[str]:
         return [
-            f"{METHODS[m].title} at {rate:g}: {of_several([of(run) for run in runs])}"
+            f"{METHODS[m].title} at {rate_text(rate)}: {of_several([of(run) for run in runs])}"
             for rate in (SMALL, LARGE) for m in ("sft", "talr") if (runs := study.of(m, rate, **where))
         ]  # fmt: skip
 
@@ -174,7 +174,7 @@ def explanations(study: Study) -> str:
         both(study.sharpening),
     )
     longer = [
-        f"TALR at {rate:g}, {stretch:g} times the steps: gain {of_several([study.gain(r) for r in runs])}, "
+        f"TALR at {rate_text(rate)}, {stretch:g} times the steps: gain {of_several([study.gain(r) for r in runs])}, "
         f"loss {of_several([study.loss(r) for r in runs])}"
         for rate in (SMALL, MIDDLE, LARGE) for stretch in (1.0, 3.0)
         if (runs := study.of("talr", rate, stretch=stretch))
@@ -200,7 +200,7 @@ def domains_table(study: Study) -> str:
             for rate in (SMALL, MIDDLE, 2e-4, LARGE):
                 if runs := study.of(name, rate, domain):
                     cells = [
-                        domain, method.title, f"{rate:g}", *(
+                        domain, method.title, rate_text(rate), *(
                             of_several([of(run) for run in runs])
                             for of in (study.gain, lambda run: study.gain(run, "far"), study.loss)
                         ),

@@ -64,6 +64,11 @@ def rounded(value: Any) -> Any:
     return [rounded(v) for v in value] if isinstance(value, list) else value
 
 
+def rate_text(rate: float) -> str:
+    """As 2e-5."""
+    return f"{rate:.0e}".replace("e-0", "e-")
+
+
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
     """95 % interval of the mean over seeds; None of fewer than two."""
     if len(values) < 2:

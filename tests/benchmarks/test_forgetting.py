@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import json
 import re
 from pathlib import Path
 
@@ -188,11 +189,15 @@ def entry(method, rate, seed, test, general, domain="reasoning"):
     """A run as it is merged: the domain's nll and that of every general text."""
     from benchmarks.forgetting.results import GENERAL
 
-    text = {"nll": general, "nll_third": general, "nll_tempered": general}
+    text = {"nll": general, "nll_third": general, "nll_tempered": general, "kl": 0.1, "entropy": 2.0, "ece": 0.1}
     return {
         "method": method, "rate": rate, "seed": seed, "domain": domain, "stretch": 1.0, "wise": {},
-        "before": {"hard": 0.3, "median_probability": 0.5}, "curves": {"weight_hard": [0.1, 0.1, 0.2, 0.3]},
-        "after": {"texts": {"test": {"nll": test}, **{kind: text for kind in GENERAL}}},
+        "before": {"hard": 0.3, "median_probability": 0.5, "tokens": 20, "histogram": [1] * 20},
+        "curves": {"weight_hard": [0.1, 0.1, 0.2, 0.3]},
+        "after": {
+            "texts": {"test": {**text, "nll": test}, "far": text, "own": text, **{kind: text for kind in GENERAL}},
+            "tasks": {name: {"accuracy": 0.5} for name in ("domain", "arithmetic", "instructions")},
+        },
     }  # fmt: skip
 
 
@@ -225,3 +230,39 @@ def test_loss_at_equal_gain_is_interpolated_along_the_rates(study):
     assert made.loss_at_gain("sft", 0.5, 0) == pytest.approx(0.2)
     assert made.loss_at_gain("sft", 1.1, 0) == pytest.approx(0.7)
     assert made.loss_at_gain("sft", 1.3, 0) is None
+
+
+def test_the_page_has_the_answer_the_verdicts_and_pictures(study, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    page, methods = study("page"), study("methods")
+    runs = [entry("start", 0.0, 0, 1.5, 2.0, domain) for domain in ("reasoning", "label")]
+    for seed in (0, 1, 2):
+        for i, rate in enumerate((methods.SMALL, methods.LARGE)):
+            for domain in ("reasoning", "label"):
+                runs.append(entry("sft", rate, seed, 0.6 - 0.2 * i + seed / 100, 2.1 + 0.4 * i, domain))
+            runs.append(entry("talr", rate, seed, 1.0 - 0.2 * i, 2.1 + 0.4 * i + seed / 100))
+    runs[2]["wise"] = {"0.6": runs[3]["after"]}
+    file = tmp_path / "forgetting.json"
+    study("store").write_json(file, {"size": vars(study("grid").FULL), "runs": runs, "of": 99})
+    monkeypatch.setattr(page, "DOCS", tmp_path)
+    assert page.write(file) == 0
+    text = (tmp_path / "forgetting.md").read_text()
+    assert "SFT at 2e-5 has 81% of the domain gain of 4e-4 (0.89 and 1.09 nats per token)" in text
+    assert "Wise-FT, α = 0.6" in text
+    assert all(f"**{word}**" in text for word in ("held", "not held", "not decidable here"))
+    pictures = {path.stem for path in (tmp_path / "forgetting").iterdir()}
+    assert pictures == {"pareto", "equal_gain", "tokens", "curriculum", "label"}
+    assert all(f"forgetting/{name}.png" in text for name in pictures)
+
+
+def test_merged_runs_are_compact(study, small, tmp_path, capsys):
+    run, size = small[0](), small[1]
+    start = study("grid").Run("start", 0.0, "facts")
+    for one in (start, run):
+        study("run").run_one(one, size, tmp_path, load)
+    file = tmp_path / "merged.json"
+    assert study("results").merge(tmp_path, [start, run, small[0]("talr")], file) == 0
+    assert "2 of 3 runs" in capsys.readouterr().out
+    found = study("results").Study(json.loads(file.read_text())["runs"])
+    assert found.gain(found.of("sft", domain="facts")[0]) > 0
+    assert study("results").merge(tmp_path / "nothing", [run], file) == 2
