@@ -93,7 +93,8 @@ def _small_and_large(study: Study) -> str:
     if None in ends:
         return "What each run gained, and what it lost"
     (g0, l0), (g1, l1) = ends
-    return f"SFT at {rate_text(SMALL)} gains {g0:.2f} nats and loses {l0:.2f}; at {rate_text(LARGE)} it gains {g1:.2f} and loses {l1:.2f}"
+    small, large = rate_text(SMALL), rate_text(LARGE)
+    return f"SFT at {small} gains {g0:.2f} nats and loses {l0:.2f}; at {large} it gains {g1:.2f} and loses {l1:.2f}"
 
 
 def _mean(pairs: list[tuple[float, float]]) -> tuple[float, float] | None:

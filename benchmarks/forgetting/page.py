@@ -90,8 +90,8 @@ def answer(study: Study) -> str:
     if {("sft", SMALL), ("sft", LARGE)} <= values.keys():
         (g0, l0), (g1, l1) = values["sft", SMALL], values["sft", LARGE]
         said.append(
-            f"SFT at {rate_text(SMALL)} has {g0 / g1:.0%} of the domain gain of {rate_text(LARGE)} ({g0:.2f} and {g1:.2f} nats "
-            f"per token) and loses {l0:.2f} nats per token of general text, not {l1:.2f}."
+            f"SFT at {rate_text(SMALL)} has {g0 / g1:.0%} of the domain gain of {rate_text(LARGE)} "
+            f"({g0:.2f} and {g1:.2f} nats per token) and loses {l0:.2f} nats per token of general text, not {l1:.2f}."
         )
     if {("talr", SMALL), ("talr", LARGE)} <= values.keys():
         (g0, l0), (g1, l1) = values["talr", SMALL], values["talr", LARGE]
