@@ -16,7 +16,7 @@ class Size:
     `count`: of general texts of a kind; `own`: questions answered by the start model, in `own_tokens`."""
 
     rows: int = 120
-    steps: int = 80
+    steps: int = 60
     batch: int = 3
     tested: int = 24
     count: int = 12
