@@ -22,7 +22,7 @@ def draw(study: Study, folder: Path) -> list[str]:
     matplotlib.use("Agg")
     folder.mkdir(parents=True, exist_ok=True)
     pictures: dict[str, Callable[[Any, Study], bool]] = {
-        "pareto": pareto, "equal_gain": equal_gain, "tokens": tokens, "curriculum": curriculum, "label": label_only,
+        "pareto": pareto, "equal_gain": equal_gain, "tokens": tokens, "curriculum": curriculum, "steps": steps, "label": label_only,
     }  # fmt: skip
     return [name for name, picture in pictures.items() if _saved(folder / f"{name}.png", picture, study)]
 
@@ -167,6 +167,27 @@ def curriculum(axes: Any, study: Study) -> bool:
         fontsize=10,
         loc="left",
     )
+    return True
+
+
+def steps(axes: Any, study: Study) -> bool:
+    ends = {}
+    for method, colour in zip(("sft", "talr"), GREYS, strict=True):
+        for rate, style in ((SMALL, "--"), (LARGE, "-")):
+            if not (runs := study.of(method, rate)):
+                continue
+            nll = runs[0]["curves"]["nll"]
+            axes.plot([(i + 0.5) / len(nll) * 100 for i in range(len(nll))], nll, style, color=colour,
+                      label=f"{METHODS[method].title}, {rate_text(rate)}")  # fmt: skip
+            ends[method, rate] = nll[-1]
+    if not {("sft", LARGE), ("talr", LARGE)} <= ends.keys():
+        return False
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("steps done (%)")
+    axes.set_ylabel("nll of the rows of a step (nats per token)")
+    axes.legend(frameon=False)
+    said = f"{ends['sft', LARGE]:.2f} with SFT and {ends['talr', LARGE]:.2f} with TALR"
+    axes.set_title(f"At {rate_text(LARGE)} the last rows have {said} nats per token", fontsize=10, loc="left")
     return True
 
 

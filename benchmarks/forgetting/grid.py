@@ -26,7 +26,7 @@ class Size:
 
 
 FULL = Size()
-QUICK = Size(rows=24, steps=16, batch=2, tested=8, count=4, own=3, own_tokens=24)
+QUICK = Size(rows=24, steps=12, batch=2, tested=6, count=4, own=3, own_tokens=16)
 
 
 START = "start"  # the method of a run without training: the start model, measured

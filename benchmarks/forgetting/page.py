@@ -20,6 +20,7 @@ CAPTIONS = {
     "equal_gain": "Compared fairly: each method's curve over its rates, read off where the domain gain is the same.",
     "tokens": "What the start model makes of the training tokens.",
     "curriculum": "How much the tokens that were hard at the start count, over a training.",
+    "steps": "How fast the domain is learned.",
     "label": "What is lost over learning rates, with reasoning and with labels alone.",
 }
 INTRODUCTION = """\

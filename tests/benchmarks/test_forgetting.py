@@ -193,7 +193,7 @@ def entry(method, rate, seed, test, general, domain="reasoning"):
     return {
         "method": method, "rate": rate, "seed": seed, "domain": domain, "stretch": 1.0, "wise": {},
         "before": {"hard": 0.3, "median_probability": 0.5, "tokens": 20, "histogram": [1] * 20},
-        "curves": {"weight_hard": [0.1, 0.1, 0.2, 0.3]},
+        "curves": {"weight_hard": [0.1, 0.1, 0.2, 0.3], "nll": [1.5, 1.0, test]},
         "after": {
             "texts": {"test": {**text, "nll": test}, "far": text, "own": text, **{kind: text for kind in GENERAL}},
             "tasks": {name: {"accuracy": 0.5} for name in ("domain", "arithmetic", "instructions")},
@@ -251,7 +251,7 @@ def test_the_page_has_the_answer_the_verdicts_and_pictures(study, tmp_path, monk
     assert "Wise-FT, α = 0.6" in text
     assert all(f"**{word}**" in text for word in ("held", "not held", "not decidable here"))
     pictures = {path.stem for path in (tmp_path / "forgetting").iterdir()}
-    assert pictures == {"pareto", "equal_gain", "tokens", "curriculum", "label"}
+    assert pictures == {"pareto", "equal_gain", "tokens", "curriculum", "steps", "label"}
     assert all(f"forgetting/{name}.png" in text for name in pictures)
 
 
