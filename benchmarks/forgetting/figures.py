@@ -22,7 +22,8 @@ def draw(study: Study, folder: Path) -> list[str]:
     matplotlib.use("Agg")
     folder.mkdir(parents=True, exist_ok=True)
     pictures: dict[str, Callable[[Any, Study], bool]] = {
-        "pareto": pareto, "equal_gain": equal_gain, "tokens": tokens, "curriculum": curriculum, "steps": steps, "label": label_only,
+        "pareto": pareto, "equal_gain": equal_gain, "tokens": tokens, "curriculum": curriculum,
+        "steps": steps, "label": label_only,
     }  # fmt: skip
     return [name for name, picture in pictures.items() if _saved(folder / f"{name}.png", picture, study)]
 
