@@ -1,0 +1,117 @@
+"""The driver: runs of the grid that are not done yet, one process each; then results, figures and the page.
+
+python -m benchmarks.forgetting --output FOLDER [--quick] [--jobs 2]
+python -m benchmarks.forgetting --output FOLDER --merge     # the committed JSON of all that is done
+python -m benchmarks.forgetting --page                      # figures and docs/forgetting.md from that JSON
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from . import grid as grids
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.forgetting",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--output", type=Path, default=Path("forgetting-results"), help="folder of the runs")
+    parser.add_argument("--quick", action="store_true", help="eight short runs, in ten minutes")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, of one thread each")
+    parser.add_argument("--list", action="store_true", help="show the grid, and what of it is done")
+    parser.add_argument("--one", metavar="NAME", help="do this run in this process")
+    parser.add_argument("--merge", action="store_true", help="collect what is done in benchmarks/results")
+    parser.add_argument("--page", action="store_true", help="draw the figures and write docs/forgetting.md")
+    return parser.parse_args()
+
+
+def main() -> int:
+    options = arguments()
+    runs, size = grids.grid(options.quick), grids.QUICK if options.quick else grids.FULL
+    output = options.output / "quick" if options.quick else options.output
+    if options.one:
+        return one(options.one, runs, size, output)
+    if options.list:
+        for run in runs:
+            print("done" if done(output, run) else "    ", run.name)
+        return 0
+    if options.merge:
+        from .results import merge
+
+        return merge(output, runs, RESULTS / ("forgetting-quick.json" if options.quick else "forgetting.json"))
+    if options.page:
+        from .page import write
+
+        return write(RESULTS / "forgetting.json")
+    return drive(runs, output, options.jobs, options.quick)
+
+
+def done(output: Path, run: grids.Run) -> bool:
+    return (output / "runs" / f"{run.name}.json").is_file()
+
+
+def one(name: str, runs: list[grids.Run], size: grids.Size, output: Path) -> int:
+    import torch
+
+    from .prepare import load_smollm
+    from .run import run_one
+
+    torch.set_num_threads(1)
+    chosen = [run for run in runs if run.name == name]
+    if not chosen:
+        print(f"--one: expected a name of the grid (--list), got {name!r}", file=sys.stderr)
+        return 2
+    run_one(chosen[0], size, output, load_smollm)
+    return 0
+
+
+def drive(runs: list[grids.Run], output: Path, jobs: int, quick: bool) -> int:
+    """Runs what is left, `jobs` at a time; a failed run is named at the end, and the others go on."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what it started ends with it
+    left = [run for run in runs if not done(output, run)]
+    going: dict[subprocess.Popen, grids.Run] = {}
+    failed: list[str] = []
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    command = [sys.executable, "-m", "benchmarks.forgetting", "--output", str(output.parent if quick else output)]
+    (output / "logs").mkdir(parents=True, exist_ok=True)
+    with tqdm(total=len(runs), initial=len(runs) - len(left), unit="run", dynamic_ncols=True) as bar:
+        try:
+            while left or going:
+                while left and len(going) < jobs:
+                    run = left.pop(0)
+                    with open(output / "logs" / f"{run.name}.txt", "ab") as log:
+                        process = subprocess.Popen(
+                            [*command, *(["--quick"] if quick else []), "--one", run.name],
+                            stdout=log, stderr=log, env=environment,
+                        )  # fmt: skip
+                    going[process] = run
+                    bar.set_postfix_str(", ".join(run.name for run in going.values()))
+                time.sleep(0.5)
+                for process in [process for process in going if process.poll() is not None]:
+                    run = going.pop(process)
+                    bar.update(1)
+                    if process.returncode or not done(output, run):
+                        failed.append(f"{run.name} (exit status {process.returncode})")
+        finally:
+            for process in going:
+                process.terminate()
+    if failed:
+        print(f"failed, see {output / 'logs'}: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

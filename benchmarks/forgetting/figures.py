@@ -1,0 +1,218 @@
+"""The pictures of docs/forgetting.md; each title says what its picture shows, in figures of the results."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .methods import LARGE, METHODS, SMALL, WISE_TITLE
+from .results import Study, rate_text
+
+MARKERS = dict(zip(METHODS, (*"osDP^v<>Xdph", "$I$", "*"), strict=True))
+GREYS = ("black", "0.55")
+GAIN, LOSS = "domain gain (nats per token)", "general loss (nats per token)"
+
+
+def draw(study: Study, folder: Path) -> list[str]:
+    """Writes what there are runs for; the names of the files."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures: dict[str, Callable[[Any, Study], bool]] = {
+        "pareto": pareto, "equal_gain": equal_gain, "tokens": tokens, "curriculum": curriculum,
+        "steps": steps, "label": label_only,
+    }  # fmt: skip
+    return [name for name, picture in pictures.items() if _saved(folder / f"{name}.png", picture, study)]
+
+
+def _saved(path: Path, picture: Callable[[Any, Study], bool], study: Study) -> bool:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
+    try:
+        if not picture(axes, study):
+            return False
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.savefig(path, dpi=130)
+        return True
+    finally:
+        plt.close(figure)
+
+
+def front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those that no other beats in both: more gain and less loss."""
+    best: list[tuple[float, float]] = []
+    for gain, loss in sorted(points, key=lambda p: (-p[0], p[1])):
+        if not best or loss < best[-1][1]:
+            best.append((gain, loss))
+    return best[::-1]
+
+
+def wise_points(study: Study) -> list[tuple[float, float]]:
+    return [
+        (study.gain(run, after=after), study.loss(run, after=after))
+        for run in study.of("sft")
+        for after in run["wise"].values()
+    ]
+
+
+def pareto(axes: Any, study: Study) -> bool:
+    everything: list[tuple[float, float]] = []
+    for name, method in METHODS.items():
+        runs = study.of(name)
+        points = [(study.gain(run), study.loss(run)) for run in runs]
+        everything += points
+        if points:
+            face = "black" if name == "sft" else "0.6" if name == "talr" else "white"
+            axes.scatter(*zip(*points, strict=True), marker=MARKERS[name], s=40, facecolor=face, edgecolor="black",
+                         label=method.title, zorder=3)  # fmt: skip
+    if wise := wise_points(study):
+        everything += wise
+        axes.scatter(*zip(*wise, strict=True), marker="+", color="black", s=50, label=WISE_TITLE, zorder=3)
+    if len(everything) < 2:
+        return False
+    best = front(everything)
+    axes.plot(*zip(*best, strict=True), color="0.5", linewidth=1, label="Pareto front")
+    axes.set_yscale("symlog", linthresh=0.1)
+    ticks = (-0.1, -0.05, 0, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    low, high = min(loss for _, loss in everything), max(loss for _, loss in everything)
+    axes.set_ylim(low - 0.02, 1.2 * high + 0.02)
+    axes.set_xlabel(GAIN)
+    axes.set_ylabel(LOSS)
+    axes.legend(fontsize=7, ncols=2, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes.set_title(_small_and_large(study), fontsize=10, loc="left")
+    return True
+
+
+def _small_and_large(study: Study) -> str:
+    ends = [_mean([(study.gain(r), study.loss(r)) for r in study.of("sft", rate)]) for rate in (SMALL, LARGE)]
+    if None in ends:
+        return "What each run gained, and what it lost"
+    (g0, l0), (g1, l1) = ends
+    small, large = rate_text(SMALL), rate_text(LARGE)
+    return f"SFT at {small} gains {g0:.2f} nats and loses {l0:.2f}; at {large} it gains {g1:.2f} and loses {l1:.2f}"
+
+
+def _mean(pairs: list[tuple[float, float]]) -> tuple[float, float] | None:
+    if not pairs:
+        return None
+    return statistics.fmean(p[0] for p in pairs), statistics.fmean(p[1] for p in pairs)
+
+
+def common_gain(study: Study) -> float | None:
+    """0.8 of the most that SFT of seed 0 gained."""
+    gains = [study.gain(run) for run in study.of("sft") if run["seed"] == 0]
+    return 0.8 * max(gains) if gains else None
+
+
+def equal_gain(axes: Any, study: Study) -> bool:
+    level = common_gain(study)
+    if level is None:
+        return False
+    found = {METHODS[name].title: study.loss_at_gain(name, level, 0) for name in METHODS}
+    there = sorted([(loss, title) for title, loss in found.items() if loss is not None])
+    if len(there) < 2:
+        return False
+    axes.barh([title for _, title in there], [loss for loss, _ in there], color="0.6", edgecolor="black")
+    for i, (loss, _) in enumerate(there):
+        axes.text(loss, i, f" {loss:.3f}", va="center", fontsize=8)
+    axes.set_xlabel(f"{LOSS} where the domain gain is {level:.2f} nats per token")
+    axes.set_title(
+        f"At the same domain gain {there[0][1]} loses least, {there[-1][1]} most (seed 0)", fontsize=10, loc="left"
+    )
+    return True
+
+
+def tokens(axes: Any, study: Study) -> bool:
+    titles = {"reasoning": "-", "label": "--", "facts": ":", "docs": "-."}
+    said = []
+    for domain, style in titles.items():
+        runs = [run for run in study.runs if run["domain"] == domain and run["seed"] == 0]
+        if not runs:
+            continue
+        before = runs[0]["before"]
+        counts = [n / before["tokens"] for n in before["histogram"]]
+        axes.stairs(counts, [i / len(counts) for i in range(len(counts) + 1)], linestyle=style, color="black",
+                    label=domain, linewidth=1.4)  # fmt: skip
+        said.append(f"{before['hard']:.0%} in {domain}")
+    axes.set_xlabel("probability of the label before training")
+    axes.set_ylabel("share of the training tokens")
+    axes.legend(frameon=False)
+    axes.set_title(f"Hard tokens (p < 0.1): {', '.join(said)}", fontsize=10, loc="left")
+    return bool(said)
+
+
+def curriculum(axes: Any, study: Study) -> bool:
+    styles = ("-", "--", ":", "-.", (0, (5, 1)), (0, (1, 1)))
+    shown = [name for name in ("talr", "dft", "infosft", "flow", "eaft", "stm") if study.of(name, LARGE)]
+    for name, style in zip(shown, styles, strict=False):
+        run = study.of(name, LARGE)[0]
+        weights = run["curves"]["weight_hard"]
+        steps = [(i + 0.5) / len(weights) * 100 for i in range(len(weights))]
+        axes.plot(steps, weights, linestyle=style, color="black", label=METHODS[name].title)
+    if "talr" not in shown:
+        return False
+    weights = study.of("talr", LARGE)[0]["curves"]["weight_hard"]
+    axes.axhline(1.0, color="0.6", linewidth=1)
+    axes.text(100, 1.0, "SFT", ha="right", va="bottom", fontsize=8)
+    axes.set_xlabel("steps done (%)")
+    axes.set_ylabel("mean weight of tokens hard at the start")
+    axes.legend(frameon=False)
+    axes.set_title(
+        f"TALR's weight of hard tokens goes from {weights[0]:.2f} to {weights[-1]:.2f} at {rate_text(LARGE)}",
+        fontsize=10,
+        loc="left",
+    )
+    return True
+
+
+def steps(axes: Any, study: Study) -> bool:
+    ends = {}
+    for method, colour in zip(("sft", "talr"), GREYS, strict=True):
+        for rate, style in ((SMALL, "--"), (LARGE, "-")):
+            if not (runs := study.of(method, rate)):
+                continue
+            nll = runs[0]["curves"]["nll"]
+            axes.plot([(i + 0.5) / len(nll) * 100 for i in range(len(nll))], nll, style, color=colour,
+                      label=f"{METHODS[method].title}, {rate_text(rate)}")  # fmt: skip
+            ends[method, rate] = nll[-1]
+    if not {("sft", LARGE), ("talr", LARGE)} <= ends.keys():
+        return False
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("steps done (%)")
+    axes.set_ylabel("nll of the rows of a step (nats per token)")
+    axes.legend(frameon=False)
+    said = f"{ends['sft', LARGE]:.2f} with SFT and {ends['talr', LARGE]:.2f} with TALR"
+    axes.set_title(f"At {rate_text(LARGE)} the last rows have {said} nats per token", fontsize=10, loc="left")
+    return True
+
+
+def label_only(axes: Any, study: Study) -> bool:
+    named, ends = {"reasoning": "with reasoning", "label": "labels alone"}, []
+    for domain, style in (("reasoning", "-"), ("label", "--")):
+        for method, colour in zip(("sft", "talr"), GREYS, strict=True):
+            runs = [run for run in study.of(method, domain=domain) if run["seed"] == 0]
+            points = sorted((run["rate"], study.loss(run)) for run in runs)
+            if not points:
+                continue
+            axes.plot(*zip(*points, strict=True), style, color=colour, marker=MARKERS[method],
+                      label=f"{METHODS[method].title}, {named[domain]}")  # fmt: skip
+            if method == "sft":
+                ends.append(points[-1][1])
+    if len(ends) < 2:
+        return False
+    axes.set_xscale("log")
+    axes.set_xlabel("learning rate at the start")
+    axes.set_ylabel(LOSS)
+    axes.legend(frameon=False)
+    axes.set_title(
+        f"SFT at {rate_text(LARGE)} loses {ends[0]:.2f} nats with reasoning, {ends[1]:.2f} with labels alone",
+        fontsize=10,
+        loc="left",
+    )
+    return True

@@ -1,0 +1,136 @@
+"""What is kept of the runs, in one file; and the study's quantities: gain, loss, curves over rates, intervals."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import store
+from .grid import START, Run
+
+GENERAL = ("code", "instructions", "arithmetic", "english", "french", "german", "spanish", "italian")
+POINTS = 20  # that are kept of a curve over steps
+T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}  # Student's t for two-sided 95 %, by the number of values
+Entry = dict[str, Any]
+
+
+def merge(output: Path, runs: Sequence[Run], file: Path) -> int:
+    """Writes `file` from the runs that are done, and says how many."""
+    found = []
+    for run in runs:
+        path = output / "runs" / f"{run.name}.json"
+        if path.is_file():
+            found.append(compact(run.name, json.loads(path.read_text())))
+    if not found:
+        print(f"--merge: nothing is done in {output}; run without --merge first, or give --output", file=sys.stderr)
+        return 2
+    size = found[0].pop("size")
+    if any(entry.pop("size", size) != size for entry in found):
+        print(f"--merge: {output} holds runs of different sizes; keep those of one size there", file=sys.stderr)
+        return 2
+    store.write_json(file, {"size": size, "runs": found, "of": len(runs)})
+    print(f"{len(found)} of {len(runs)} runs, in {file}")
+    return 0
+
+
+def compact(name: str, result: Entry) -> Entry:
+    log = result["training"]
+    curves = {key: thinned(values) for key, values in log.items() if isinstance(values, list) and values}
+    numbers = {key: value for key, value in log.items() if isinstance(value, (int, float))}
+    settings = result["settings"]
+    return rounded({
+        "name": name, **settings["run"], "size": settings["size"], "device": result["device"],
+        "before": result["before"], "curves": curves, **numbers, "after": result["after"], "wise": result["wise"],
+    })  # fmt: skip
+
+
+def thinned(values: Sequence[float]) -> list[float]:
+    """Means of at most POINTS parts of equal length."""
+    count = min(POINTS, len(values))
+    edges = [round(i * len(values) / count) for i in range(count + 1)]
+    return [statistics.fmean(values[a:b]) for a, b in itertools.pairwise(edges)]
+
+
+def rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {key: rounded(v) for key, v in value.items()}
+    return [rounded(v) for v in value] if isinstance(value, list) else value
+
+
+def rate_text(rate: float) -> str:
+    """As 2e-5."""
+    return f"{rate:.0e}".replace("e-0", "e-")
+
+
+def interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """95 % interval of the mean over seeds; None of fewer than two."""
+    if len(values) < 2:
+        return None
+    half = T95[min(len(values), max(T95))] * statistics.stdev(values) / len(values) ** 0.5
+    middle = statistics.fmean(values)
+    return middle - half, middle + half
+
+
+class Study:
+    """Runs by what they are, and what follows from them. Differences are to the start model of the same domain."""
+
+    def __init__(self, runs: Sequence[Entry]) -> None:
+        self.starts = {run["domain"]: run["after"] for run in runs if run["method"] == START}
+        self.runs = [run for run in runs if run["method"] != START and run["domain"] in self.starts]
+
+    def of(
+        self, method: str, rate: float | None = None, domain: str = "reasoning", stretch: float = 1.0
+    ) -> list[Entry]:
+        """Runs by seed."""
+        found = [
+            run for run in self.runs
+            if (run["method"], run["domain"], run["stretch"]) == (method, domain, stretch)
+            and (rate is None or abs(run["rate"] - rate) < 1e-9)
+        ]  # fmt: skip
+        return sorted(found, key=lambda run: (run["seed"], run["rate"]))
+
+    def of_reasoning(self) -> list[Entry]:
+        return [run for run in self.runs if run["domain"] == "reasoning"]
+
+    def gain(self, run: Entry, text: str = "test", after: Entry | None = None) -> float:
+        """Nats per token of the domain that were won."""
+        return self.starts[run["domain"]]["texts"][text]["nll"] - (after or run["after"])["texts"][text]["nll"]
+
+    def loss(self, run: Entry, key: str = "nll", after: Entry | None = None) -> float:
+        """Nats per token of general texts that were lost: mean over kinds. key "nll_tempered": at each text's best
+        temperature, before and after."""
+        before, now = self.starts[run["domain"]]["texts"], (after or run["after"])["texts"]
+        return statistics.fmean(now[kind][key] - before[kind][key] for kind in GENERAL)
+
+    def sharpening(self, run: Entry) -> float:
+        """The part of the lost nats that a temperature gives back, both on the same third of the tokens."""
+        return self.loss(run, "nll_third") - self.loss(run, "nll_tempered")
+
+    def curve(self, method: str, seed: int, domain: str = "reasoning") -> list[tuple[float, float]]:
+        """(gain, loss) over rates, by gain, from the start model on."""
+        points = [(self.gain(run), self.loss(run)) for run in self.of(method, domain=domain) if run["seed"] == seed]
+        return sorted([(0.0, 0.0), *points])
+
+    def loss_at_gain(self, method: str, gain: float, seed: int, domain: str = "reasoning") -> float | None:
+        """Interpolated along the method's curve over rates, where it turns back the least loss; None beyond it."""
+        points = self.curve(method, seed, domain)
+        found = []
+        for (g0, l0), (g1, l1) in itertools.pairwise(points):
+            if g0 <= gain <= g1 and g1 > g0:
+                found.append(l0 + (l1 - l0) * (gain - g0) / (g1 - g0))
+        return min(found) if found else None
+
+    def paired(
+        self, a: tuple[str, float, str], b: tuple[str, float, str], of: Callable[[Entry], float]
+    ) -> list[float]:  # fmt: skip
+        """of(a) − of(b), by seed, where both are there; a and b: (method, rate, domain)."""
+        ours = {run["seed"]: of(run) for run in self.of(*a)}
+        theirs = {run["seed"]: of(run) for run in self.of(*b)}
+        return [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
