@@ -128,6 +128,8 @@ def test_a_training_that_is_stopped_says_how_to_go_on_and_then_from_where_it_doe
     process = subprocess.Popen(
         [sys.executable, "-m", "fused_losses", *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True,
+        # A shell lets what runs in the background ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     while not list((tmp_path / "out").glob(f"checkpoint-*/{MARK}")) and process.poll() is None:
         time.sleep(0.01)
