@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import HEADS, REFERENCES, coarse, make, name, relative, run, run_with_report
 from machine import BACKENDS, DEVICE, DTYPES, HALVES, ROUNDING, pick
-from scan_truth import deviations, problem_of
+from scan_truth import deviations, misleading, problem_of
 
 import fused_losses as fl
 from fused_losses.backends import gpu_scan
@@ -87,15 +87,7 @@ def on_device(given: low_rank_cases.Inputs) -> low_rank_cases.Inputs:
 @every_backend
 @pytest.mark.parametrize("dtype", pick(HALVES, DTYPES), ids=name)
 def test_a_head_made_to_mislead_does_not(backend, dtype, within, monkeypatch):
-    """Groups of ids that no token mixes, told apart along one direction: with one profile alone dx is off by far."""
-    g = torch.Generator().manual_seed(0)
-    n, d, v = pick((32, 16, 600), (256, 64, 6000))
-    weight = torch.randn(v, d, generator=g) / d**0.5
-    half = torch.where(torch.arange(v) < v // 2, 1.0, -1.0)
-    weight[:, 0], weight[:, 1] = -(1.0 + torch.arange(v) % (v // 2)).log(), 10 * half
-    hidden = 2.5 * torch.randn(n, d, generator=g)
-    hidden[:, 0], hidden[:, 1] = 1.2, torch.where(torch.arange(n) % 2 == 0, 1.0, -1.0)
-    labels = torch.multinomial((hidden @ weight.T).softmax(1), 1, generator=g)[:, 0]
+    hidden, weight, labels = misleading(*pick((32, 16, 600), (256, 64, 6000)))
     hidden, weight, labels = hidden.to(DEVICE, dtype), weight.to(DEVICE, dtype), labels.to(DEVICE)
     exact = hidden.double().requires_grad_()
     fl.token_losses(exact, weight.double(), labels, backend="reference").nll.sum().backward()

@@ -9,7 +9,7 @@ import low_rank_cases
 import pytest
 import torch
 from cases import HEADS, coarse, make, name, relative, run, run_with_report
-from machine import BACKENDS, DEVICE, DRY, HALVES, ROUNDING, pick
+from machine import BACKENDS, DEVICE, DRY, HALVES, ROUNDING, pick, repeats_that_differ
 from scan_truth import finished, logits, logits_of_8_bits, problem_of, swept
 
 import fused_losses as fl
@@ -304,11 +304,7 @@ def test_the_same_results_every_time(backend, what, within):
         grads = [t.grad for t in (x, w) if t.grad is not None]
         return [value.detach().clone() for value in values + grads]
 
-    first = result()
-    different = 0
-    for _ in range(pick(1, 19)):
-        different += not all(torch.equal(one, other) for one, other in zip(first, result(), strict=True))
-    within(different=(different, 0))
+    within(different=(repeats_that_differ(result), 0))
 
 
 @every_backend

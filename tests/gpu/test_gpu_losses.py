@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from cases import HEADS, REFERENCES, coarse, errors, make, name, near_the_reference, relative, run
-from machine import BACKENDS, DEVICE, DRY, DTYPES, HALVES, ROUNDING, pick
+from machine import BACKENDS, DEVICE, DRY, DTYPES, HALVES, ROUNDING, pick, repeats_that_differ
 from test_objectives import NAMES, objectives
 from torch import Tensor
 
@@ -171,11 +171,7 @@ def test_the_same_results_every_time(backend, gradient, what, within):
         grads = [t.grad for t in (x, w, b) if t is not None and t.grad is not None]
         return [value.detach().clone() for value in values + grads]
 
-    first = result()
-    different = 0
-    for _ in range(pick(1, 19)):
-        different += not all(torch.equal(one, other) for one, other in zip(first, result(), strict=True))
-    within(different=(different, 0))
+    within(different=(repeats_that_differ(result), 0))
 
 
 @every_backend

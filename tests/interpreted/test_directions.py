@@ -10,7 +10,7 @@ import torch
 from cases import HEADS, REFERENCES, coarse, make, name, relative, run_with_report
 from low_rank_cases import inputs as low_rank_inputs
 from low_rank_cases import ours
-from scan_truth import deviations, problem_of
+from scan_truth import deviations, misleading, problem_of
 
 import fused_losses as fl
 from fused_losses import backends
@@ -118,15 +118,7 @@ def test_entries_drown_none_of_what_is_left_out(path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=name)
 def test_a_head_made_to_mislead_does_not(dtype):
-    """Groups of ids that no token mixes, told apart along one direction: with one profile alone dx is off by far."""
-    g = torch.Generator().manual_seed(0)
-    n, d, v = 32, 16, 600
-    weight = torch.randn(v, d, generator=g) / d**0.5
-    half = torch.where(torch.arange(v) < v // 2, 1.0, -1.0)
-    weight[:, 0], weight[:, 1] = -(1.0 + torch.arange(v) % (v // 2)).log(), 10 * half
-    hidden = 2.5 * torch.randn(n, d, generator=g)
-    hidden[:, 0], hidden[:, 1] = 1.2, torch.where(torch.arange(n) % 2 == 0, 1.0, -1.0)
-    labels = torch.multinomial((hidden @ weight.T).softmax(1), 1, generator=g)[:, 0]
+    hidden, weight, labels = misleading(32, 16, 600)
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     errors = []
     for directions in (True, False):

@@ -91,19 +91,17 @@ def test_tokens_that_8_bits_are_too_few_for_have_full_products(dtype, reference,
 
 
 @pytest.mark.parametrize("reference", [False, True], ids=["alone", "reference"])
-def test_autocast_rounds_both_models(reference):
+@pytest.mark.parametrize("backend, scan", [("cpu", "int8"), ("cpu", "full"), ("torch", "full")])
+def test_autocast_rounds_both_models(reference, backend, scan):
     """Hidden states in float32 under autocast are as those that were rounded before."""
+    options = dict(backend=backend, scan=scan)
     case = make(200, 64, 9000, reference="shared", ignored=0, spread=4.0, near=0.3)
     hidden, head, ref = case.inputs(torch.float32)
     narrow = fl.Reference(ref.hidden.bfloat16()) if reference else None
     with torch.no_grad():
-        rounded = fl.token_losses(
-            hidden.bfloat16(), head.weight.bfloat16(), case.labels, reference=narrow, scan="int8", backend="cpu"
-        )
+        rounded = fl.token_losses(hidden.bfloat16(), head.weight.bfloat16(), case.labels, reference=narrow, **options)
         with torch.autocast("cpu", torch.bfloat16):
-            wide = fl.token_losses(
-                hidden, head.weight, case.labels, reference=ref if reference else None, scan="int8", backend="cpu"
-            )
+            wide = fl.token_losses(hidden, head.weight, case.labels, reference=ref if reference else None, **options)
     assert torch.equal(wide.nll, rounded.nll) and wide.gradient_report.scan_note is None
     if reference:
         assert torch.equal(wide.kl, rounded.kl)

@@ -29,3 +29,11 @@ BACKENDS = [_needs("triton"), *([] if DRY else [_needs("cuda")])]
 def pick(dry, real):
     """Of two sizes."""
     return dry if DRY else real
+
+
+def repeats_that_differ(result) -> int:
+    """Of so many calls of `result`, which gives tensors, how many are not what the first gave, to the bit."""
+    first = result()
+    return sum(
+        not all(torch.equal(one, other) for one, other in zip(first, result(), strict=True)) for _ in range(pick(1, 19))
+    )

@@ -89,3 +89,16 @@ def deviations(problem: Problem, backend: str = "triton", threshold: float = 5e-
         truth[f"{part}_low"] = left @ rows.double()
     return {field: relative(torch.cat([getattr(c.tails, field) for c in found]), value)
             for field, value in truth.items()}  # fmt: skip
+
+
+def misleading(n: int, d: int, v: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, a head and labels. Groups of ids that no token mixes, told apart along one direction: with one
+    profile alone dx is off by far."""
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randn(v, d, generator=g) / d**0.5
+    half = torch.where(torch.arange(v) < v // 2, 1.0, -1.0)
+    weight[:, 0], weight[:, 1] = -(1.0 + torch.arange(v) % (v // 2)).log(), 10 * half
+    hidden = 2.5 * torch.randn(n, d, generator=g)
+    hidden[:, 0], hidden[:, 1] = 1.2, torch.where(torch.arange(n) % 2 == 0, 1.0, -1.0)
+    labels = torch.multinomial((hidden @ weight.T).softmax(1), 1, generator=g)[:, 0]
+    return hidden, weight, labels
