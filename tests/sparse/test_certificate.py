@@ -217,3 +217,12 @@ def test_all_tokens_are_exact_after_the_last_attempt():
         got, report = run_with_report(case, torch.float32, "auto", "sparse", tolerance=0.1)
     assert report.exact_tokens == 64 and report.hidden_bound == 0
     assert relative(got["d_hidden"], run(case, torch.float64, "reference")["d_hidden"]) < 1e-6
+
+
+def test_the_threshold_falls_with_large_vocabularies_alone():
+    """√V from the vocabulary on that it was chosen for; the tolerance and directions act beside that."""
+    threshold = {v: certificate.parameters(0.1, v)[0] for v in (300, 49152, 4 * 49152, 262144)}
+    assert threshold[300] == threshold[49152] == certificate.THRESHOLD
+    assert threshold[4 * 49152] == certificate.THRESHOLD / 2 and threshold[262144] == pytest.approx(4.763e-5, rel=1e-3)
+    finer, coarser = certificate.parameters(0.05, 4 * 49152)[0], certificate.parameters(0.1, 4 * 49152, True)[0]
+    assert (finer, coarser) == (certificate.THRESHOLD / 8, certificate.THRESHOLD / 2 * certificate.COARSER)
