@@ -142,7 +142,8 @@ def scan(problem: Problem, out: Statistics, selection: Selection) -> Iterator[tu
     buffers: tuple[Tensor, ...] = ()
     sweep = None
     if problem.int8 is not None:
-        sweep = int8.Sweep(problem, product(problem) or chunks.project, lambda some: statistics(some)[0])
+        whole = product(problem) or chunks.project
+        sweep = int8.Sweep(problem, whole, lambda some: statistics(some)[0], gradients=capacity > 1)
     multiply = product(problem) if sweep is None else sweep.product
     for chunk in chunks.logit_chunks(problem, multiply, narrow=True, extra=capacity * 4 * (1 + values)):
         size = len(chunk.z)

@@ -11,6 +11,7 @@ Source: scales per row and per token, and c = √(max|x| / max|W|) per channel, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -32,6 +33,10 @@ THRESHOLD = 1e-4  # of p, from which on logits are exact in a pass without gradi
 # Standard deviation of the error of a token's logits up to which 8 bits will do. On real text 0.13, and 0.23 at most.
 MOST_SPREAD = 0.4
 MEASURED = 16  # tokens, fewer in calls of less than 64 times as many
+# Entropy of the sampled tokens, as part of the largest, log V, from which on gradients will be exact: their products are
+# full, and so is the first.
+FLAT = 0.85
+FLAT_NOTE = "distributions are flat, and their gradients exact"
 SAMPLED_ROWS = 64, 512  # of x and W: what the channels' factors are chosen by
 NO_OPERANDS = (*[None] * 7, 1.0)
 BLOCK = 128  # rows of the head that are quantised together: INT8_VOCABULARY of csrc/cpu/kernels.h
@@ -51,12 +56,12 @@ def missing(problem: Problem, backend: str) -> str | None:
     if problem.head.weight.shape[1] > LARGEST_WIDTH:
         return f"hidden states have more than {LARGEST_WIDTH} numbers"
     if problem.reference_head is not None:
-        return "the reference has a head of its own, and p − p_ref would be the difference of two roundings"
+        return "there are two heads (reference and model), and p − p_ref would be the difference of two roundings"
     others = [name for name, there in (
-        ("ids", problem.ids is not None), ("beta", problem.beta is not None),
-        ("entropy_gradient", problem.entropy_gradient), ("rank", "rank" in problem.wanted),
+        ("single logits (ids)", problem.ids is not None), ("a divergence (beta)", problem.beta is not None),
+        ("a gradient of the entropy", problem.entropy_gradient), ("the rank of a label", "rank" in problem.wanted),
     ) if there]  # fmt: skip
-    return f"{others[0]} needs all logits as they are" if others else None
+    return f"all logits are needed as they are, for {others[0]}" if others else None
 
 
 class Int8Product:
@@ -129,7 +134,9 @@ class Int8Product:
 class Sweep:
     """What a scan with 8-bit products needs besides those: exact logits that matter, and what the rest is off by."""
 
-    def __init__(self, problem: Problem, whole: Product, exact: Callable[[Problem], Statistics]) -> None:
+    def __init__(
+        self, problem: Problem, whole: Product, exact: Callable[[Problem], Statistics], gradients: bool
+    ) -> None:
         self.problem, self.found = problem, problem.int8
         assert self.found is not None
         count = len(problem.labels)
@@ -137,7 +144,10 @@ class Sweep:
         self.product = Int8Product(channel_of(problem), whole, again, problem.head.logit_scale)
         measured = min(MEASURED, max(2, count // 64), count)
         self.sample = torch.arange(measured) * count // max(1, measured)
-        self.truth = exact(replace(problem.rows(self.sample).for_gradients(), int8=None)) if count else None
+        sampled = replace(problem.rows(self.sample).for_gradients(), int8=None, wanted=frozenset({"entropy"}))
+        self.truth = exact(sampled) if count else None
+        if gradients and count and float(self.truth.entropy.median()) > FLAT * math.log(problem.head.vocabulary):
+            self.product.flat, self.found.note = True, FLAT_NOTE
         self.errors: list[Tensor] = []
         self.kl_errors: list[Tensor] = []
 
@@ -171,11 +181,14 @@ class Sweep:
             return False
         at = ((self.sample >= tokens.start) & (self.sample < tokens.stop)).nonzero().flatten()
         here = self.sample[at] - tokens.start
+        self.found.note = None
         self.errors.append(_errors(out.nll[here], self.truth.nll[at]))
         nll, limit = float(torch.cat(self.errors).mean()), MOST_ERROR
         self.found.value_error = nll
         what = f"the nll was off by {nll:.2g} nats on average, more than {limit:g}"
         too_much = not nll <= limit
+        if not math.isfinite(nll):
+            what = "the nll is not finite"
         if out.kl is not None and not too_much:
             self.kl_errors.append(_errors(out.kl[here], self.truth.kl[at]))
             seen = self.truth.kl[: sum(map(len, self.kl_errors))]

@@ -28,7 +28,7 @@ TOLERANCE = 0.1
 L1_SHARE = 1.5
 # θ, and what it is multiplied by where there are directions, no reference and a frozen head: directions make the error
 # of dx smaller, not that of dW.
-THRESHOLD = 1.1e-4
+THRESHOLD = 1.05e-4
 COARSER = 1.5
 # Beyond this vocabulary, that of the model θ was chosen on, θ falls with 1/√V: what is left out grows with its number.
 CHOSEN_ON = 49152

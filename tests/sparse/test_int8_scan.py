@@ -109,7 +109,7 @@ def test_low_rank(form, reference, frozen, head, dtype):
         found[scan] = inputs.results(loss, **values), out.gradient_report
     (got, report), (full, _) = found["int8"], found["full"]
     if report.scan_note is not None:
-        assert "a head of its own" in report.scan_note and reference in ("copy", "same b")
+        assert "two heads" in report.scan_note and reference in ("copy", "same b")
         return
     assert report.scan == "int8"
     for output in full:
@@ -242,6 +242,29 @@ def test_the_chunk_after_a_flat_one_has_full_products(frozen):
     assert full == [False, False, True, True, False] and refill.call_count == 1
 
 
+@pytest.mark.parametrize("grad", [False, True], ids=["no-gradient", "gradient"])
+def test_flat_calls_begin_with_full_products(grad):
+    """Of the sample all are flat; a call without gradients has use for 8 bits all the same."""
+    case = make(80, 64, 1500, ignored=0, spread=5.0)
+    case.hidden[:] *= 0.01
+    full, plain = [], int8.Int8Product.__call__
+
+    def call(product, *operands):
+        full.append(product.full)
+        plain(product, *operands)
+
+    with (
+        coarse(2e-3, chunk_bytes=1), mock.patch.object(int8.Int8Product, "__call__", call),
+        mock.patch.object(int8, "FLAT", 0.85), torch.set_grad_enabled(grad),
+    ):  # fmt: skip
+        hidden, head, _ = case.inputs(torch.float32)
+        loss = fl.CrossEntropyLoss(gradient="sparse", backend="cpu", scan="int8")
+        loss(hidden, head, case.labels)
+    report = loss.gradient_report
+    assert full == [grad] * 5 and report.scan == ("full" if grad else "int8")
+    assert report.scan_note == (int8.FLAT_NOTE if grad else None)
+
+
 def hard_for_8_bits(n: int = 130, d: int = 64, v: int = 1500) -> Case:
     """In each hidden state another number is a thousand times as large as the others, and finds nothing in the head."""
     case = make(n, d, v, reference="shared", ignored=0, spread=3.0)
@@ -325,11 +348,11 @@ MISSING = {
         "the backend reference has no products of 8-bit numbers",
     ),
     "float64": (dict(dtype=torch.float64), {}, "the products are of float64"),
-    "own head": (dict(), dict(reference="own"), "the reference has a head of its own, and p"),
-    "ids": (dict(asked="ids"), {}, "ids needs all logits as they are"),
-    "beta": (dict(asked="beta"), dict(reference="shared"), "beta needs all logits as they are"),
-    "entropy": (dict(asked="entropy_gradient"), {}, "entropy_gradient needs all logits as they are"),
-    "rank": (dict(asked="rank"), {}, "rank needs all logits as they are"),
+    "own head": (dict(), dict(reference="own"), "there are two heads (reference and model), and p"),
+    "ids": (dict(asked="ids"), {}, "all logits are needed as they are, for single logits"),
+    "beta": (dict(asked="beta"), dict(reference="shared"), "all logits are needed as they are, for a divergence"),
+    "entropy": (dict(asked="entropy_gradient"), {}, "all logits are needed as they are, for a gradient of the entropy"),
+    "rank": (dict(asked="rank"), {}, "all logits are needed as they are, for the rank of a label"),
     "exact": (dict(gradient="exact"), {}, "gradients are exact"),
     "wide": (dict(), dict(d=int8.LARGEST_WIDTH + 1), "hidden states have more than 32768 numbers"),
 }
