@@ -17,7 +17,7 @@ class Size:
 
     rows: int = 120
     steps: int = 60
-    batch: int = 3
+    batch: int = 2
     tested: int = 24
     count: int = 12
     own: int = 8
@@ -60,7 +60,7 @@ def grid(quick: bool = False) -> list[Run]:
             Run("lawf", SMALL), Run("sft+kl", LARGE), Run("sft", LARGE, "label"), Run("sft", LARGE, "facts"),
         ]  # fmt: skip
         return _with_starts(found)
-    return _with_starts([*_headline(0), *_curves(), *_headline(1), *_methods(), *_headline(2), *_others()])
+    return _with_starts([*_headline(0), *_headline(1), *_curves(), *_headline(2), *_methods(), *_others()])
 
 
 def _with_starts(runs: list[Run]) -> list[Run]:
@@ -91,10 +91,9 @@ def _headline(seed: int) -> list[Run]:
 def _curves() -> list[Run]:
     """What tells the explanations apart: rates, steps, and text without templates."""
     return [
-        *(_of(method, MIDDLE) for method in ("sft", "talr")),
+        *(_of(method, rate) for rate in RATES for method in ("sft", "talr")),
         Run("talr", SMALL, stretch=3.0), Run("talr", MIDDLE, stretch=3.0),
         *(_of(method, rate, domain="docs") for rate in (SMALL, LARGE) for method in ("sft", "talr")),
-        *(_of("sft", rate) for rate in RATES), *(_of("talr", rate) for rate in RATES),
     ]  # fmt: skip
 
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 import fused_losses as fl
-from fused_losses.demo.model import hidden_states
 from fused_losses.tokens import Observer
 from fused_losses.training.loop import pass_order
 from fused_losses.training.model import add_lora
@@ -167,7 +166,7 @@ class Training:
         ids, labels = batch([self.rows[i] for i in numbers])
         observer = Observer(weights=True)
         with self.objective.observed(observer):
-            loss = self.objective(hidden_states(self.model, ids), measure.head_of(self.model), labels,
+            loss = self.objective(measure.states_of(self.model, ids), measure.head_of(self.model), labels,
                                   **self.fields(numbers, labels))  # fmt: skip
         loss.backward()
         if self.method.l2:
