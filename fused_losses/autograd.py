@@ -168,6 +168,7 @@ class SparseTokenLossesFunction(torch.autograd.Function):
             sparse = builder.finish()
             if builder.selection.threshold >= softmax.FINEST_HALF:
                 sparse = sparse.halved()
+            sparse = sparse.narrow()
         rows = [None if not dense or getattr(dense[0], name) is None else torch.cat([getattr(d, name) for d in dense])
                 for name in ("nll", "kl")]  # fmt: skip
         report.entries, report.saved_bytes = len(sparse.columns), sparse.nbytes + _nbytes(rows)
@@ -234,7 +235,7 @@ class SparseSummedLossFunction(torch.autograd.Function):
             del builder, entries
             upstream = _joined(weights, out)
             single = picked_weights(problem, picked_slopes(problem, out), upstream)
-            kept = weigh(problem, backend, sparse, upstream, single, half)
+            kept = weigh(problem, backend, sparse, upstream, single, half).narrow()
             del sparse
         weights_saved = (upstream.nll, upstream.kl, upstream.lse, upstream.logits_at)
         dense = dense or Gradients()
@@ -254,7 +255,7 @@ class SparseSummedLossFunction(torch.autograd.Function):
         dense = Gradients(*rest[:4]) if any(t is not None for t in rest[:4]) else None
         with _no_autocast(problem):
             total = sparse_gradients.gradients(
-                problem, ctx.backend, WeightedSparse(*rest[4:]), upstream, Needs(*ctx.needs_input_grad[:4]),
+                problem, ctx.backend, WeightedSparse.of_tensors(rest[4:]), upstream, Needs(*ctx.needs_input_grad[:4]),
                 ctx.report, dense, float(factor),
             )  # fmt: skip
         ctx.publish(ctx.report)

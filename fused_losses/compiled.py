@@ -234,6 +234,7 @@ SLOTS = 32
 DTYPES = (
     torch.bool,
     torch.uint8,
+    torch.int16,
     torch.int32,
     torch.int64,
     torch.bfloat16,

@@ -25,9 +25,10 @@ from ..problem import Entries, Needs, Problem, Selection, Statistics, Tails
 from .certificate import parameters
 from .spectrum import directions_of
 
-# Entries, which are in [−1, 1], are kept as float16 of HALF_SCALE times them: of 6 bytes, 8 with a reference. A θ finer
+# Entries, which are in [−1, 1], are kept as float16 of HALF_SCALE times them: of 4 bytes, 6 with a reference. A θ finer
 # than FINEST_HALF asks for better.
 HALF_SCALE = 2.0**15
+NARROW = 1 << 16
 FINEST_HALF = 1e-6
 # Tokens of a call from which on it takes directions of a head that is trained: they cost a product of so many columns
 # as there are directions, with the whole head.
@@ -57,26 +58,33 @@ class SparseSoftmax:
     limits: Tensor | None = None
     # [2 or 4, N] what the rounding of the entries adds to a row: L1 and L2 norm of ∂nll/∂z, then of ∂kl/∂z. None: 0.
     rounding: Tensor | None = None
+    blocks: Tensor | None = None  # of `narrow`
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """For `save_for_backward`; `of_tensors` puts them back."""
+        """For `save_for_backward`; `of_tensors` puts them back, columns as they are without `narrow`."""
         t = self.tails
         return (
             self.offsets, self.columns, self.nll_values, self.kl_values,
             t.nll_left, t.nll_l1, t.kl_left, t.kl_left_l1, t.kl_l1, t.nll_low, t.nll_square, t.kl_low, t.kl_square,
             self.profile, self.full, self.done, self.nll_rows, self.kl_rows, self.basis, self.profile_low, self.limits,
-            self.rounding,
+            self.rounding, self.blocks,
         )  # fmt: skip
 
     @staticmethod
     def of_tensors(tensors: tuple[Tensor | None, ...]) -> SparseSoftmax:
         offsets, columns, nll, kl = tensors[:4]
         count = 4 + len(fields(Tails))
-        return SparseSoftmax(offsets, columns, nll, kl, Tails(*tensors[4:count]), *tensors[count:])
+        found = SparseSoftmax(offsets, columns, nll, kl, Tails(*tensors[4:count]), *tensors[count:])
+        return replace(found, columns=wide(found.columns, found.blocks), blocks=None)
 
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self.tensors() if t is not None)
+
+    def narrow(self) -> SparseSoftmax:
+        """The same with columns of two bytes."""
+        columns, blocks = narrow(self.columns, self.offsets, len(self.profile))
+        return replace(self, columns=columns, blocks=blocks)
 
     def halved(self) -> SparseSoftmax:
         """The same in less memory; the certificate counts what that rounds."""
@@ -91,6 +99,29 @@ class SparseSoftmax:
                 error = _single(half).sub_(values).abs_()
                 rounding += [sums_of_rows(self.offsets, error), sums_of_rows(self.offsets, error.square_()).sqrt_()]
         return replace(self, nll_values=halves[0], kl_values=halves[1], rounding=torch.stack(rounding))
+
+
+def narrow(columns: Tensor, offsets: Tensor, vocabulary: int) -> tuple[Tensor, Tensor | None]:
+    """The last 16 bits of columns, which ascend in each row; and [N, V / 65,536] how many of a row have the same other
+    bits, None where these are all 0."""
+    low = columns.to(torch.int16)  # wraps
+    count = -(-vocabulary // NARROW)
+    if count <= 1:
+        return low, None
+    high = columns >> 16
+    here = [sums_of_rows(offsets, (high == i).float()).int() for i in range(count)]
+    return low, torch.stack(here, 1)
+
+
+def wide(columns: Tensor, blocks: Tensor | None) -> Tensor:
+    """What `narrow` was given; int32 columns stay as they are."""
+    if columns.dtype != torch.int16:
+        return columns
+    low = columns.int() & (NARROW - 1)
+    if blocks is None:
+        return low
+    high = torch.arange(blocks.shape[1], device=low.device, dtype=torch.int32).repeat(len(blocks)) << 16
+    return low + torch.repeat_interleave(high, blocks.flatten(), output_size=len(low))
 
 
 def weighted(

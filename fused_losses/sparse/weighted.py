@@ -4,7 +4,7 @@ entries."""
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from ..backends import Backend
 from ..problem import Entries, Problem, Segments, Upstream
 from .certificate import L1_SHARE, select, shares
-from .softmax import HALF_SCALE, SparseSoftmax, sums_of_rows, weighted
+from .softmax import HALF_SCALE, SparseSoftmax, narrow, sums_of_rows, weighted, wide
 from .spectrum import limits_of_low_rank
 
 ROWS = 1024  # tokens whose rows are in fp32 at a time
@@ -43,13 +43,24 @@ class WeightedSparse:
     row_error: Tensor | None = None
     hidden_error: Tensor | None = None
     scale: Tensor | None = None  # [N]
+    blocks: Tensor | None = None  # of `narrow`
+
+    def narrow(self) -> WeightedSparse:
+        """The same with columns of two bytes, to be saved."""
+        columns, blocks = narrow(self.columns, self.offsets, len(self.profile))
+        return replace(self, columns=columns, blocks=blocks)
+
+    @staticmethod
+    def of_tensors(tensors: tuple[Tensor | None, ...]) -> WeightedSparse:
+        found = WeightedSparse(*tensors)
+        return replace(found, columns=wide(found.columns, found.blocks), blocks=None)
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """For `save_for_backward`; `WeightedSparse(*tensors)` puts them back."""
+        """For `save_for_backward`; `of_tensors` puts them back, columns as they are without `narrow`."""
         return (
             self.offsets, self.columns, self.values, self.left, self.error, self.norm, self.profile, self.full,
             self.done, self.rows, self.low, self.basis, self.row_error, self.hidden_error,
-            self.scale,
+            self.scale, self.blocks,
         )  # fmt: skip
 
     @property

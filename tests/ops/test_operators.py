@@ -76,6 +76,7 @@ def test_saved_bytes_are_the_tensors():
         torch.arange(7) > 3,
         torch.rand(0, 4).half(),
         torch.arange(5).int(),
+        torch.arange(5).short(),
         torch.rand(2).double(),
     ]
     saved, layout = compiled.pack(list(tensors), torch.device("cpu"), numbers=(6, 7))

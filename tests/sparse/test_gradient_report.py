@@ -56,7 +56,7 @@ def test_report():
     report = out.gradient_report
     n = int((case.labels != -100).sum())
     assert report.tokens == n and n <= report.entries < n * 2048 and report.exact_tokens < n
-    assert 6 * report.entries <= report.saved_bytes <= 6 * report.entries + 64 * n + 8 * 4000
+    assert 4 * report.entries <= report.saved_bytes <= 4 * report.entries + 64 * n + 8 * 4000
     assert 0 < report.bound <= 0.15 and f"{100 * report.bound:.3g} %" in str(report)
     out = fl.token_losses(hidden, head, case.labels, gradient="exact")
     assert (out.gradient_report.mode, out.gradient_report.bound, out.gradient_report.exact_tokens) == ("exact", 0, n)

@@ -1,5 +1,7 @@
 """Sparse-plus-rank-one gradients: exact where nothing is left out, and never further off than certified."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import HEADS, REFERENCES, coarse, errors, make, name, relative, run
@@ -8,6 +10,7 @@ from sparse_checks import BACKENDS, check_flat_chunks, check_label_borders, chec
 import fused_losses as fl
 from fused_losses import reference as oracle
 from fused_losses.kernels import schemas
+from fused_losses.sparse import softmax
 
 # The least; sizes that neither a chunk of 16 tokens nor a vector of 4 ids divides, D even as micro-kernels want it.
 SHAPES = [(1, 1, 2), (33, 18, 123), (130, 66, 507)]
@@ -297,3 +300,42 @@ def test_tokens_that_are_certain(backend, vocabulary):
     far = torch.full((vocabulary, 1), -3.0).scatter_(0, torch.tensor([[7]]), -2.0)
     out = fl.token_losses(torch.full((1, 1), 1e30), far, torch.tensor([7]), backend=backend)
     assert out.nll == 0 and out.prediction == 7
+
+
+@pytest.mark.parametrize("vocabulary", [1, 65536, 65537, 262144])
+def test_columns_of_two_bytes(vocabulary):
+    """They come back as they were, of empty rows and of columns next to a multiple of 65,536 too."""
+    g = torch.Generator().manual_seed(0)
+    edges = [c for c in (0, 65535, 65536, 131071, 131072, vocabulary - 1) if c < vocabulary]
+    rows = [
+        torch.cat([torch.randint(vocabulary, (n,), generator=g), torch.tensor(edges[: n % 7], dtype=torch.int64)])
+        .unique().int()
+        for n in (0, 40, 1, 0, 13, 6, 0)
+    ]  # fmt: skip
+    columns = torch.cat(rows)
+    offsets = torch.tensor([0, *[len(row) for row in rows]]).cumsum(0)
+    low, blocks = softmax.narrow(columns, offsets, vocabulary)
+    assert low.element_size() == 2 and (blocks is None) == (vocabulary <= 65536)
+    assert torch.equal(softmax.wide(low, blocks), columns) and softmax.wide(columns, None) is columns
+
+
+@pytest.mark.parametrize("summed", [False, True], ids=["per-token", "summed"])
+def test_gradients_of_a_vocabulary_that_two_bytes_do_not_hold(summed):
+    """Labels and likely ids on both sides of 65,536."""
+    case = make(40, 16, 70000, ignored=0, spread=6.0)
+    case.labels[:20] = torch.arange(69000, 69020)
+    case.weight[69000:69020] += 0.5 * case.hidden[:20]
+    ones = torch.ones(40, dtype=torch.float64)
+    truth = run(replace(case, nll_upstream=ones), torch.float64, "reference")
+    hidden, head, _ = case.inputs(torch.float32)
+    if summed:
+        loss = fl.CrossEntropyLoss(gradient="sparse")
+        (40 * loss(hidden, head, case.labels)).backward()
+        report = loss.gradient_report
+    else:
+        out = fl.token_losses(hidden, head, case.labels, gradient="sparse")
+        out.nll.sum().backward()
+        report = out.gradient_report
+    assert report.mode == "sparse" and report.exact_tokens < 10 and report.entries > 1000
+    assert relative(hidden.grad.double(), truth["d_hidden"]) < 0.05
+    assert relative(head.weight.grad.double(), truth["d_weight"]) < 0.05
