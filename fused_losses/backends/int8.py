@@ -33,8 +33,8 @@ THRESHOLD = 1e-4  # of p, from which on logits are exact in a pass without gradi
 # Standard deviation of the error of a token's logits up to which 8 bits will do. On real text 0.13, and 0.23 at most.
 MOST_SPREAD = 0.4
 MEASURED = 16  # tokens, fewer in calls of less than 64 times as many
-# Entropy of the sampled tokens, as part of the largest, log V, from which on gradients will be exact. Their products are
-# full, so the first may be too.
+# Entropy of the sampled tokens, as part of the largest, log V, from which on gradients will be exact, from
+# full products; the first may be full at once then.
 FLAT = 0.85
 FLAT_NOTE = "distributions are flat, and their gradients exact"
 SAMPLED_ROWS = 64, 512  # of x and W: what the channels' factors are chosen by
