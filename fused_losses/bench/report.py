@@ -1,0 +1,222 @@
+"""What the rows say: who is ahead of ours, whether to switch, and the tables of docs/benchmarks.md."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .ours import OURS
+from .plan import DECISION, Cell
+from .store import Row, seconds
+
+EAGER = "eager, full logits"  # what one has without any package
+ASPECTS = {"seconds": "time", "peak_mib": "memory", "error": "error"}
+CLOSE = 1.05  # a ratio that is no lead: medians of shared machines vary by as much
+ROUNDING = 1.5  # likewise of errors, which are of a sample
+
+
+@dataclass(frozen=True)
+class Figures:
+    seconds: float
+    peak_mib: float | None
+    error: float  # the larger of both gradients'
+
+
+def groups(rows: Mapping[str, Row]) -> dict[Cell, dict[str, Row]]:
+    """{cell: {contestant: row}} of the decision, in the order of the rows."""
+    found: dict[Cell, dict[str, Row]] = {}
+    for row in rows.values():
+        if row["settings"]["purpose"] == DECISION:
+            found.setdefault(Cell.of_settings(row["settings"]), {})[row["settings"]["contestant"]] = row
+    return found
+
+
+def figures(row: Row) -> Figures | None:
+    if "reason" in row or row.get("hidden_error") is None:
+        return None
+    return Figures(seconds(row), row["peak_mib"], max(row["hidden_error"], row["weight_error"] or 0.0))
+
+
+def present(members: Mapping[str, Row]) -> dict[str, Figures]:
+    """Those with figures; those with rounds only, where there are any."""
+    timed = any(row.get("seconds") for row in members.values())
+    found = {name: figures(row) for name, row in members.items() if row.get("seconds") or not timed}
+    return {name: each for name, each in found.items() if each is not None}
+
+
+# --- the decision
+
+
+def ahead(members: Mapping[str, Row]) -> dict[str, tuple[str, list[str]]]:
+    """{other: (the one of ours that it is ahead of in least, in what)}; an empty list: ours is ahead in all."""
+    some = present(members)
+    ours = {name: each for name, each in some.items() if name.startswith(OURS)}
+    if not ours:
+        return {}
+    found = {}
+    for name, other in some.items():
+        if name not in ours:
+            lost = {mine: _lost(other, each) for mine, each in ours.items()}
+            best = min(lost, key=lambda mine: len(lost[mine]))
+            found[name] = (best, lost[best])
+    return found
+
+
+def _lost(other: Figures, mine: Figures) -> list[str]:
+    found = []
+    for name, aspect in ASPECTS.items():
+        a, b = getattr(other, name), getattr(mine, name)
+        if a is not None and b is not None and a * (ROUNDING if name == "error" else CLOSE) < b:
+            found.append(aspect)
+    return found
+
+
+HEADER = ("loss", "dtype", "ours, s", "eager, s", "ours, MiB", "eager, MiB", "ahead of ours")
+
+
+def decision(rows: Mapping[str, Row]) -> dict[str, list[tuple[str, ...]]]:
+    """{inputs: a line a loss and dtype, under HEADER}."""
+    lines: dict[str, list[tuple[str, ...]]] = {}
+    for cell, members in groups(rows).items():
+        some = present(members)
+        mine = next((each for name, each in some.items() if name.startswith(OURS)), None)
+        eager = some.get(EAGER)
+        where = f"{cell.distribution} inputs, D={cell.hidden}, V={cell.vocabulary}, N={cell.tokens}"
+        lines.setdefault(where, []).append(
+            (
+                cell.loss, cell.dtype,
+                *(_number(each.seconds if each else None) for each in (mine, eager)),
+                *(_number(each.peak_mib if each else None) for each in (mine, eager)), _leaders(members),
+            )
+        )  # fmt: skip
+    return lines
+
+
+def _leaders(members: Mapping[str, Row]) -> str:
+    found = ahead(members)
+    if not found:
+        return "no figures of ours and another"
+    leading = [f"{name}: {' and '.join(lost)} ({mine})" for name, (mine, lost) in found.items() if lost]
+    return "; ".join(leading) or "nobody: ours ahead in all"
+
+
+def answer(rows: Mapping[str, Row]) -> str:
+    """The sentence: whether to switch from full logits."""
+    speed, memory, losses = [], [], []
+    for cell, members in groups(rows).items():
+        some = present(members)
+        mine = next((each for name, each in some.items() if name.startswith(OURS)), None)
+        eager = some.get(EAGER)
+        if mine is None or eager is None:
+            continue
+        speed.append(eager.seconds / mine.seconds)
+        if mine.peak_mib is not None and eager.peak_mib is not None:
+            memory.append(max(1.0, eager.peak_mib) / max(1.0, mine.peak_mib))
+        losses.append(cell.loss)
+    if not speed:
+        return "No answer: ours and eager have no cell in common yet."
+    what = f"{_range(speed)} times as fast as what you have ({EAGER})"
+    if memory:
+        less = min(memory) >= 1
+        what += f", with {_range(memory if less else [1 / m for m in memory])} times {'less' if less else 'its'} memory"
+    over = ", ".join(dict.fromkeys(losses))
+    if min(speed) >= 1:
+        return f"Switch: {what} ({over})."
+    return f"It depends: {what} ({over}); the table says which loss gains."
+
+
+def _range(values: Sequence[float]) -> str:
+    low, high = (f"{value:.2g}" if value < 10 else f"{value:.0f}" for value in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def left_out(rows: Mapping[str, Row]) -> list[tuple[str, str, str]]:
+    """(contestant, reason, losses) of rows without figures."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in rows.values():
+        if "reason" in row and row["settings"]["purpose"] == DECISION:
+            names = found.setdefault((row["settings"]["contestant"], row["reason"]), [])
+            names.append(row["settings"]["loss"])
+    return [(name, reason, ", ".join(dict.fromkeys(losses))) for (name, reason), losses in found.items()]
+
+
+def side_by_side(before: Row, after: Row) -> list[tuple[str, ...]]:
+    """(figure, before, after) of one row."""
+    names = {"peak_mib": "peak, MiB", "hidden_error": "error of dx", "weight_error": "error of dW"}
+    names |= {"token_error": "error per token, mean", "largest_token_error": "largest"}
+    lines: list[tuple[str, ...]] = [("seconds", *(_number(seconds(row)) for row in (before, after)))]
+    lines += [("time / ours", *(_median(row, "of_ours") for row in (before, after)))]
+    lines += [(what, *(_figure(row.get(name)) for row in (before, after))) for name, what in names.items()]
+    if "reason" in before or "reason" in after:
+        lines.append(("without figures", before.get("reason", "–"), after.get("reason", "–")))
+    return lines
+
+
+def _figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
+
+
+def _median(row: Row, key: str) -> str:
+    return f"{statistics.median(row[key]):.2f}" if row.get(key) else "–"
+
+
+# --- tables in Markdown
+
+
+COLUMNS = (
+    "| loss | dtype | D | | s | in products | time / ours | MiB | error of dx | of dW | per token, mean | largest |",
+    "|---|---|---|---|---|---|---|---|---|---|---|---|",
+)
+
+
+def markdown(content: Mapping[str, Any]) -> str:
+    """All that bench.json says, as tables of a page; those of docs/benchmarks.md come from here."""
+    rows, machine = content["rows"], content["machine"]
+    device = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+    lines = [
+        answer(rows), "",
+        f"{device}; torch {machine['torch']}, fused_losses {machine['fused_losses']}, backend {machine['backend']}; "
+        f"{machine['date'][:10]}. Seconds are of forward and backward: the median of interleaved rounds. In products: "
+        "of one `hidden @ weight.T` in the same round. MiB: peak of a process of its own above inputs and gradients. "
+        "Errors of gradients are relative L2 against float64, on a sample. ¹: alone, one call.", "",
+    ]  # fmt: skip
+    for where, cells in _by_inputs(groups(rows)):
+        lines += [f"### {where}", "", *COLUMNS]
+        for cell, members in cells:
+            lines += [_line(cell, name, row) for name, row in members.items() if "reason" not in row]
+        lines.append("")
+    if found := left_out(rows):
+        lines += ["| without figures | why | losses |", "|---|---|---|", *(f"| {' | '.join(each)} |" for each in found)]
+    if content.get("notes"):
+        lines += ["", *(f"- {note}" for note in content["notes"])]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _by_inputs(found: dict[Cell, dict[str, Row]]) -> Iterator[tuple[str, list[tuple[Cell, dict[str, Row]]]]]:
+    by: dict[str, list[tuple[Cell, dict[str, Row]]]] = {}
+    for cell, members in found.items():
+        where = f"{cell.distribution} inputs, N = {cell.tokens:,}, V = {cell.vocabulary:,}"
+        by.setdefault(where, []).append((cell, members))
+    yield from by.items()
+
+
+def _line(cell: Cell, name: str, row: Row) -> str:
+    errors = (_error(row.get(key)) for key in ("hidden_error", "weight_error", "token_error", "largest_token_error"))
+    alone = "" if row.get("seconds") else "¹"
+    cells = (
+        cell.loss, cell.dtype, str(cell.hidden), name, _number(seconds(row)) + alone, _median(row, "products"),
+        _median(row, "of_ours"), _number(row["peak_mib"]), *errors,
+    )  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+def _error(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0e}"
