@@ -75,7 +75,7 @@ class SparseSoftmax:
         offsets, columns, nll, kl = tensors[:4]
         count = 4 + len(fields(Tails))
         found = SparseSoftmax(offsets, columns, nll, kl, Tails(*tensors[4:count]), *tensors[count:])
-        return replace(found, columns=wide(found.columns, found.blocks), blocks=None)
+        return widened(found)
 
     @property
     def nbytes(self) -> int:
@@ -113,10 +113,15 @@ def narrow(columns: Tensor, offsets: Tensor, vocabulary: int) -> tuple[Tensor, T
     return low, torch.stack(here, 1)
 
 
+def widened(saved: Any) -> Any:
+    """What `narrow` made, of `SparseSoftmax` or `WeightedSparse`, as it was before; others as they are."""
+    if saved.columns.dtype != torch.int16:
+        return saved
+    return replace(saved, columns=wide(saved.columns, saved.blocks), blocks=None)
+
+
 def wide(columns: Tensor, blocks: Tensor | None) -> Tensor:
-    """What `narrow` was given; int32 columns stay as they are."""
-    if columns.dtype != torch.int16:
-        return columns
+    """What `narrow` was given."""
     low = columns.int() & (NARROW - 1)
     if blocks is None:
         return low

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..backends import Backend
 from ..problem import Entries, Problem, Segments, Upstream
 from .certificate import L1_SHARE, select, shares
-from .softmax import HALF_SCALE, SparseSoftmax, narrow, sums_of_rows, weighted, wide
+from .softmax import HALF_SCALE, SparseSoftmax, narrow, sums_of_rows, weighted, widened
 from .spectrum import limits_of_low_rank
 
 ROWS = 1024  # tokens whose rows are in fp32 at a time
@@ -52,8 +52,7 @@ class WeightedSparse:
 
     @staticmethod
     def of_tensors(tensors: tuple[Tensor | None, ...]) -> WeightedSparse:
-        found = WeightedSparse(*tensors)
-        return replace(found, columns=wide(found.columns, found.blocks), blocks=None)
+        return widened(WeightedSparse(*tensors))
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """For `save_for_backward`; `of_tensors` puts them back, columns as they are without `narrow`."""

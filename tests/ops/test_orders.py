@@ -41,7 +41,7 @@ def test_sparse_softmax_tensors_come_back_to_their_places():
 
 def test_weighted_sparse_tensors_come_back_to_their_places():
     sparse = WeightedSparse(*numbered(len(fields(WeightedSparse))))
-    back = WeightedSparse(*sparse.tensors())
+    back = WeightedSparse.of_tensors(sparse.tensors())
     assert all(getattr(back, f.name) is getattr(sparse, f.name) for f in fields(WeightedSparse))
 
 

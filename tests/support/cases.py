@@ -188,7 +188,7 @@ def coarse(
         mock.patch.object(certificate, "COARSER", 1.0),
         mock.patch.object(certificate, "CAPACITY", capacity),
         mock.patch.object(chunks, "CHUNK_BYTES", chunk_bytes or chunks.CHUNK_BYTES),
-        mock.patch.object(int8, "FLAT", 1.0),  # a small vocabulary is nearly flat soon
+        mock.patch.object(int8, "FLAT", 2.0),  # a small vocabulary is nearly flat soon
     ):
         yield
 
