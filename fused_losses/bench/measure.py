@@ -22,7 +22,7 @@ from .plan import DECISION, Cell
 from .truth import Truth, truth_of
 
 WARM = 8  # tokens of a first call, for what is loaded or compiled whatever the shape
-WRONG = 0.5  # relative error of a gradient that is none
+WRONG = 0.9  # relative error of a gradient that is none: bfloat16 logits leave a JSD of 0.0004 one of 0.6
 
 Send = Callable[[dict[str, Any]], Any]
 
