@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
-import texts
 import torch
 import torch.nn.functional as F
 from sparse_states import load_states, save
@@ -23,9 +22,8 @@ from fused_losses.sparse.spectrum import COUNT
 
 
 def inputs(states: dict, d: int, dtype: torch.dtype, flat: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """2,048 tokens, half of either text; hidden, weight, labels, reference hidden."""
-    parts = [states["adapted"][kind] for kind in texts.TUNED]
-    hidden, reference, labels = (torch.cat([p[i] for p in parts])[-2048:] for i in range(3))
+    """2,048 tokens, all of documentation, the harder text; hidden, weight, labels, reference hidden."""
+    hidden, reference, labels = (part[-2048:] for part in states["adapted"]["documentation"])
     weight = states["weight"]
     if d != hidden.shape[1]:
         basis = torch.linalg.qr(torch.randn(d, hidden.shape[1], generator=torch.Generator().manual_seed(0)))[0]

@@ -45,7 +45,7 @@ def _decision(cell: Any, some: Mapping[str, report.Figures], path: Path) -> Path
     axes.set(xscale="log", yscale="log", xlabel="time of forward and backward, s (best: left)")
     axes.set_ylabel("peak memory above inputs and gradients, MiB (best: down)")
     _log_room(axes)
-    figure.colorbar(drawn, ax=axes, label="relative error of gradients against float64")
+    figure.colorbar(drawn, ax=axes, label="relative error of gradients against float64", format="%.0e")
     axes.legend(fontsize=8, loc="best", framealpha=0.9)
     where = (
         f"{cell.loss}, {cell.dtype}, {cell.distribution} inputs, N={cell.tokens}, D={cell.hidden}, V={cell.vocabulary}"
@@ -135,13 +135,14 @@ def _axes(size: tuple[float, float]) -> tuple[Any, Any]:
 
 def _log_room(axes: Any) -> None:
     """Room for the legend and whole marks; plain numbers."""
-    from matplotlib.ticker import LogFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     axes.set(xlim=(left / 1.5, right * 1.5), ylim=(bottom / 1.5, top * 1.5))
     for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+        axis.set_minor_formatter(NullFormatter())
 
 
 def _title(axes: Any, message: str, where: str) -> None:

@@ -6,9 +6,11 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from typing import Any
 
@@ -30,6 +32,10 @@ def import_ahead(device: str, contestants: Iterable[Contestant]) -> None:
     """
     ahead = [name for each in contestants for name in each.imports if not each.absent(device)]
     CONTEXT.set_forkserver_preload(["fused_losses.bench.measure", *ahead] if device == "cpu" else ["torch"])
+    # Packages make locks that nobody gives back in a process that is killed; the tracker of these would complain.
+    sys.warnoptions.append("ignore::UserWarning:multiprocessing.resource_tracker")
+    resource_tracker.ensure_running()
+    sys.warnoptions.pop()
 
 
 @contextlib.contextmanager

@@ -1,0 +1,91 @@
+"""What docs/benchmarks.md and README.md say of `fused-losses bench`, from its results.
+
+    fused-losses bench --all --output FOLDER
+    python benchmarks/pages.py [FOLDER]
+
+Copies FOLDER/bench.json to benchmarks/results/bench-cpu.json where a folder is given; then writes docs/bench.png, the
+part of docs/benchmarks.md and that of README.md between the marks, from that file alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from fused_losses.bench import pictures, report
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "bench-cpu.json"
+BEGIN, END = "<!-- bench: written by benchmarks/pages.py -->", "<!-- end of bench -->"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, help="of a run of fused-losses bench")
+    folder = parser.parse_args().folder
+    if folder is not None:
+        if not (folder / "bench.json").is_file():
+            parser.error(f"folder: expected one with bench.json, as `fused-losses bench --output` makes, got {folder}")
+        write(RESULTS, json.dumps(json.loads((folder / "bench.json").read_text()), indent=1) + "\n")
+    content = json.loads(RESULTS.read_text())
+    with tempfile.TemporaryDirectory() as drawn:
+        pictures.draw(content["rows"], Path(drawn))
+        (ROOT / "docs" / "bench.png").write_bytes((Path(drawn) / "decision.png").read_bytes())
+    for name, text in (("README.md", short(content)), ("docs/benchmarks.md", page(content))):
+        write(ROOT / name, filled((ROOT / name).read_text(), text, name))
+
+
+def filled(page: str, text: str, name: str) -> str:
+    """The page with the text between its marks."""
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise SystemExit(f"{name} has no {BEGIN} and {END}; put them where the figures shall stand")
+    return f"{before}{BEGIN}\n{text.strip()}\n{END}{after}"
+
+
+def short(content: dict[str, Any]) -> str:
+    """Of README.md: the picture and one sentence."""
+    return f"![Time and memory of each contestant](docs/bench.png)\n\n{answer(content)} [All tables](docs/benchmarks.md)."
+
+
+def answer(content: dict[str, Any]) -> str:
+    machine = content["machine"]
+    device = machine["gpu"] or f"{machine['threads']} CPU cores"
+    return f"On {device}: {report.answer(content['rows'])}"
+
+
+def page(content: dict[str, Any]) -> str:
+    rows = content["rows"]
+    lines = [answer(content), *leaders(rows), "", "![Time and memory of each contestant](bench.png)", ""]
+    lines += [f"| {' | '.join(report.HEADER)} |", "|" + "---|" * len(report.HEADER)]
+    lines += [f"| {' | '.join(line)} |" for line in report.decision(rows)]
+    _, _, tables = report.markdown({**content, "notes": []}).partition("\n\n")
+    return "\n".join(lines) + "\n\n" + tables
+
+
+def leaders(rows: dict[str, Any]) -> list[str]:
+    """Two sentences: in how many of the cells nobody is ahead of ours, and who is."""
+    cells = report.groups(rows)
+    ahead = {cell: {n: lost for n, (_, lost) in report.ahead(members).items() if lost} for cell, members in cells.items()}
+    clear = sum(not found for found in ahead.values())
+    text = f"In {clear} of {len(cells)} cases nobody is ahead of ours in time, memory or error of gradients."
+    others = [
+        f"{name} in {' and '.join(lost)} ({cell.loss}, {cell.dtype}, D = {cell.hidden})"
+        for cell, found in ahead.items() for name, lost in found.items()
+    ]  # fmt: skip
+    return [text + (f" Ahead of ours are {'; '.join(others)}." if others else "")]
+
+
+def write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    main()
