@@ -50,7 +50,9 @@ def filled(page: str, text: str, name: str) -> str:
 
 def short(content: dict[str, Any]) -> str:
     """Of README.md: the picture and one sentence."""
-    return f"![Time and memory of each contestant](docs/bench.png)\n\n{answer(content)} [All tables](docs/benchmarks.md)."
+    return (
+        f"![Time and memory of each contestant](docs/bench.png)\n\n{answer(content)} [All tables](docs/benchmarks.md)."
+    )
 
 
 def answer(content: dict[str, Any]) -> str:
@@ -62,16 +64,19 @@ def answer(content: dict[str, Any]) -> str:
 def page(content: dict[str, Any]) -> str:
     rows = content["rows"]
     lines = [answer(content), *leaders(rows), "", "![Time and memory of each contestant](bench.png)", ""]
-    lines += [f"| {' | '.join(report.HEADER)} |", "|" + "---|" * len(report.HEADER)]
-    lines += [f"| {' | '.join(line)} |" for line in report.decision(rows)]
+    for where, found in report.decision(rows).items():
+        lines += [f"**{where}**", "", f"| {' | '.join(report.HEADER)} |", "|" + "---|" * len(report.HEADER)]
+        lines += [*(f"| {' | '.join(line)} |" for line in found), ""]
     _, _, tables = report.markdown({**content, "notes": []}).partition("\n\n")
-    return "\n".join(lines) + "\n\n" + tables
+    return "\n".join(lines) + "\n" + tables
 
 
 def leaders(rows: dict[str, Any]) -> list[str]:
     """Two sentences: in how many of the cells nobody is ahead of ours, and who is."""
     cells = report.groups(rows)
-    ahead = {cell: {n: lost for n, (_, lost) in report.ahead(members).items() if lost} for cell, members in cells.items()}
+    ahead = {
+        cell: {n: lost for n, (_, lost) in report.ahead(members).items() if lost} for cell, members in cells.items()
+    }
     clear = sum(not found for found in ahead.values())
     text = f"In {clear} of {len(cells)} cases nobody is ahead of ours in time, memory or error of gradients."
     others = [

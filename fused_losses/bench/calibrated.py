@@ -34,7 +34,7 @@ import math
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -96,7 +96,7 @@ def statistics() -> dict:
 
 def unpacked(content: dict) -> dict:
     """float32, from tensors and from (leading columns, int8 ones, their steps)."""
-    result = {}
+    result: dict[str, Any] = {}
     for name, value in content.items():
         if isinstance(value, dict):
             result[name] = unpacked(value)
@@ -227,10 +227,8 @@ def _amounts(logits: list[Tensor], share: Tensor, odds: Tensor, entropy: Tensor)
     z, first, others = logits
     a = b = torch.zeros_like(odds)
     for _ in range(4):
-        with_a = z + a * first
-        b = _bisected(lambda t, z=with_a: entropy_of((z + t * others)[:, 1:], share[:, 1:]) < entropy, odds)
-        with_b = z + b * others
-        a = _bisected(lambda t, z=with_b: _odds(z + t * first + share) > odds, odds)
+        b = _bisected(_certainty, -entropy, z + a * first, others, share)
+        a = _bisected(_odds, odds, z + b * others, first, share)
     return a, b
 
 
@@ -247,18 +245,24 @@ def _representatives(z: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
     return torch.cat([best, drawn], 1), torch.cat([torch.zeros_like(best, dtype=z.dtype), many], 1)
 
 
-def _bisected(too_high: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
-    """[N, 1] where `too_high` of it becomes true."""
-    low, high = torch.full_like(like, -3.0), torch.full_like(like, 3.0)
+def _bisected(function: Callable[..., Tensor], goal: Tensor, *parts: Tensor) -> Tensor:
+    """[N, 1] the t from -3 to 3 with which the function of t and the parts, which rises with t, reaches the goal."""
+    low, high = torch.full_like(goal, -3.0), torch.full_like(goal, 3.0)
     for _ in range(14):
         middle = (low + high) / 2
-        above = too_high(middle).view_as(like)
+        above = function(middle, *parts) > goal
         low, high = torch.where(above, low, middle), torch.where(above, middle, high)
     return (low + high) / 2
 
 
-def _odds(z: Tensor) -> Tensor:
+def _certainty(t: Tensor, z: Tensor, step: Tensor, share: Tensor) -> Tensor:
+    """[N, 1] minus the entropy among all but the first."""
+    return -entropy_of((z + t * step)[:, 1:], share[:, 1:])
+
+
+def _odds(t: Tensor, z: Tensor, step: Tensor, share: Tensor) -> Tensor:
     """[N, 1] log-odds of the first."""
+    z = z + t * step + share
     return z[:, :1] - z[:, 1:].logsumexp(1, keepdim=True)
 
 
@@ -277,11 +281,15 @@ def _strength(hidden: Tensor, weight: Tensor, change: Tensor, wanted: Tensor, g:
         near, share = _representatives(z, g)
         some, step = z.gather(1, near) + share, along.gather(1, near)
         step *= 18 * goal.sqrt()
-        times = 2 ** _bisected(lambda t, z=some, d=step, k=goal: _kl(z, 2**t * d) > k, goal)
+        times = 2 ** _bisected(_kl_of, goal, some, step)
         size = 18 * goal.sqrt() * times
         # What a sample of the ids leaves; the KL is near quadratic in the size.
         found.append(size * (goal / _kl(z, size * along).clamp(min=1e-12)).sqrt().clamp(0.7, 1.4))
     return torch.cat(found)
+
+
+def _kl_of(t: Tensor, z: Tensor, step: Tensor) -> Tensor:
+    return _kl(z, 2**t * step)
 
 
 def _kl(z: Tensor, change: Tensor) -> Tensor:

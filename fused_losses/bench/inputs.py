@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import measure
-from . import states
+from . import calibrated, states
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -47,8 +47,8 @@ def make(distribution: str, tokens: int, dim: int, vocabulary: int, dtype: str, 
 
 
 def _calibrated(tokens: int, dim: int, vocabulary: int, dtype: torch.dtype, seed: int, device: str) -> Inputs:
-    """Of logits like a fine-tuned language model's, at any D and V."""
-    found = measure.language_like(tokens, dim, vocabulary, dtype, device, seed)
+    """Like SmolLM2 on Python's documentation, a hard text, at any D and V."""
+    found = calibrated.calibrated(tokens, dim, vocabulary, dtype, seed, "documentation", device=device)
     return Inputs(found.hidden, found.weight, found.labels, found.reference_hidden)
 
 

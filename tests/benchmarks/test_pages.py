@@ -22,7 +22,7 @@ def test_pages_are_those_of_the_results(pages, name, text):
 
 
 def test_a_page_without_marks_is_told(pages):
-    with pytest.raises(SystemExit, match="x.md has no <!-- bench"):
+    with pytest.raises(SystemExit, match=r"x\.md has no <!-- bench"):
         pages.filled("# Title\n", "text", "x.md")
 
 
@@ -33,7 +33,11 @@ def test_leaders_are_named_with_what_they_lead_in(pages):
             "loss": "TALR", "device": "cpu", "seed": 0, "purpose": "decision", "contestant": contestant,
         }  # fmt: skip
         return {
-            "settings": settings, "seconds": [seconds], "peak_mib": 10.0, "hidden_error": 1e-3, "weight_error": 1e-3,
+            "settings": settings,
+            "seconds": [seconds],
+            "peak_mib": 10.0,
+            "hidden_error": 1e-3,
+            "weight_error": 1e-3,
         }
 
     ours = row("fused_losses, sparse", 1.0)
