@@ -186,7 +186,8 @@ def markdown(content: Mapping[str, Any]) -> str:
         f"{device}; torch {machine['torch']}, fused_losses {machine['fused_losses']}, backend {machine['backend']}; "
         f"{machine['date'][:10]}. Seconds are of forward and backward: the median of interleaved rounds. In products: "
         "of one `hidden @ weight.T` in the same round. MiB: peak of a process of its own above inputs and gradients. "
-        "Errors of gradients are relative L2 against float64, on a sample. ¹: alone, one call.", "",
+        "Errors of gradients are relative L2 against float64, on a sample. ¹: alone, one call, with what is done once "
+        "for a head.", "",
     ]  # fmt: skip
     for where, cells in _by_inputs(groups(rows)):
         lines += [f"### {where}", "", *COLUMNS]

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def pages(from_benchmarks):
-    return from_benchmarks("pages")
+    return from_benchmarks("bench_pages")
 
 
 @pytest.mark.parametrize("name, text", [("README.md", "short"), ("docs/benchmarks.md", "page")])

@@ -1,7 +1,7 @@
 """What docs/benchmarks.md and README.md say of `fused-losses bench`, from its results.
 
     fused-losses bench --all --output FOLDER
-    python benchmarks/pages.py [FOLDER]
+    python benchmarks/bench_pages.py [FOLDER]
 
 Copies FOLDER/bench.json to benchmarks/results/bench-cpu.json where a folder is given; then writes docs/bench.png, the
 part of docs/benchmarks.md and that of README.md between the marks, from that file alone.
@@ -20,7 +20,7 @@ from fused_losses.bench import pictures, report
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "bench-cpu.json"
-BEGIN, END = "<!-- bench: written by benchmarks/pages.py -->", "<!-- end of bench -->"
+BEGIN, END = "<!-- bench: written by benchmarks/bench_pages.py -->", "<!-- end of bench -->"
 
 
 def main() -> None:
