@@ -45,7 +45,7 @@ def _decision(cell: Any, some: Mapping[str, report.Figures], path: Path) -> Path
     axes.set(xscale="log", yscale="log", xlabel="time of forward and backward, s (best: left)")
     axes.set_ylabel("peak memory above inputs and gradients, MiB (best: down)")
     _log_room(axes)
-    figure.colorbar(drawn, ax=axes, label="relative error of gradients against float64", format="%.0e")
+    figure.colorbar(drawn, ax=axes, label="relative error of gradients against float64")
     axes.legend(fontsize=8, loc="best", framealpha=0.9)
     where = (
         f"{cell.loss}, {cell.dtype}, {cell.distribution} inputs, N={cell.tokens}, D={cell.hidden}, V={cell.vocabulary}"
