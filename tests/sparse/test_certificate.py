@@ -224,6 +224,8 @@ def test_the_threshold_falls_with_large_vocabularies_alone():
     """√V from the vocabulary on that it was chosen for; the tolerance and directions act beside that."""
     threshold = {v: certificate.parameters(0.1, v)[0] for v in (300, 49152, 4 * 49152, 262144)}
     assert threshold[300] == threshold[49152] == certificate.THRESHOLD
-    assert threshold[4 * 49152] == certificate.THRESHOLD / 2 and threshold[262144] == pytest.approx(4.547e-5, rel=1e-3)
+    assert threshold[4 * 49152] == certificate.THRESHOLD / 2 and threshold[262144] == pytest.approx(
+        4.54663337e-5, rel=1e-8
+    )
     finer, coarser = certificate.parameters(0.05, 4 * 49152)[0], certificate.parameters(0.1, 4 * 49152, True)[0]
     assert (finer, coarser) == (certificate.THRESHOLD / 8, certificate.THRESHOLD / 2 * certificate.COARSER)
