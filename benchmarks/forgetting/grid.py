@@ -18,9 +18,9 @@ class Size:
     rows: int = 120
     steps: int = 60
     batch: int = 2
-    tested: int = 24
+    tested: int = 16
     count: int = 12
-    own: int = 8
+    own: int = 6
     own_tokens: int = 40
     checkpoint_seconds: float = 20.0
 

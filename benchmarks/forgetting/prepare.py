@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,11 +43,26 @@ class Start:
         ]
 
 
-def load_smollm() -> tuple[nn.Module, Any]:
+def load_smollm(shared: Path) -> tuple[nn.Module, Any]:
+    """Model and tokenizer; the first run leaves them in `shared` as they are in memory, which others read in a second
+    where the GGUF file takes half a minute."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     from fused_losses.demo.model import find_model, load
 
-    tokenizer, model = load(find_model(None))
-    return model, tokenizer
+    kept = shared / "model"
+    if not kept.is_dir():
+        tokenizer, model = load(find_model(None))
+        del model.config.quantization_config
+        model.hf_quantizer = None  # else it is not saved, as the file was quantized; its weights are float32 by now
+        temporary = shared / f".model.{os.getpid()}"
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        with contextlib.suppress(OSError):  # another run was first
+            os.replace(temporary, kept)
+        shutil.rmtree(temporary, ignore_errors=True)
+    model = AutoModelForCausalLM.from_pretrained(kept, dtype=torch.float32)
+    return model.eval().requires_grad_(False), AutoTokenizer.from_pretrained(kept)
 
 
 def start_of(model: nn.Module, tokenizer: Any, run: Run, size: Size, shared: Path) -> Start:

@@ -94,7 +94,7 @@ def evaluated(model: nn.Module, tokenizer: Any, run: Run, size: Size, start: Sta
     }
     if run.domain != "docs":
         length = max(row.answer_tokens for row in start.texts["test"]) + 8
-        some = start.texts["test"][: max(2, size.tested // 2)]
+        some = start.texts["test"][: max(2, size.tested * 3 // 4)]
         tasks["domain"] = lambda: measure.of_domain(model, tokenizer, some, run.domain, length)
     right = {name: store.once(folder / f"task-{name}.json", task) for name, task in tasks.items()}
     return {"texts": texts, "tasks": right, "seconds": round(time.perf_counter() - begun, 1)}
