@@ -1,7 +1,8 @@
 """The driver: runs of the grid that are not done yet, one process each; then results, figures and the page.
 
 python -m benchmarks.forgetting --output FOLDER [--quick] [--jobs 2]
-python -m benchmarks.forgetting --output FOLDER --merge     # the committed JSON of all that is done
+python -m benchmarks.forgetting --output FOLDER --merge     # adds what is done to benchmarks/results
+python -m benchmarks.forgetting --output FOLDER --missing   # only the runs that benchmarks/results lacks
 python -m benchmarks.forgetting --page                      # figures and docs/forgetting.md from that JSON
 """
 
@@ -33,9 +34,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("forgetting-results"), help="folder of the runs")
     parser.add_argument("--quick", action="store_true", help="eight short runs, in ten minutes")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side, of one thread each")
+    parser.add_argument("--missing", action="store_true", help="only the runs that benchmarks/results does not have")
     parser.add_argument("--list", action="store_true", help="show the grid, and what of it is done")
     parser.add_argument("--one", metavar="NAME", help="do this run in this process")
-    parser.add_argument("--merge", action="store_true", help="collect what is done in benchmarks/results")
+    parser.add_argument("--merge", action="store_true", help="add what is done to benchmarks/results")
     parser.add_argument("--page", action="store_true", help="draw the figures and write docs/forgetting.md")
     return parser.parse_args()
 
@@ -44,6 +46,7 @@ def main() -> int:
     options = arguments()
     runs, size = grids.grid(options.quick), grids.QUICK if options.quick else grids.FULL
     output = options.output / "quick" if options.quick else options.output
+    merged = RESULTS / ("forgetting-quick.json" if options.quick else "forgetting.json")
     if options.one:
         return one(options.one, runs, size, output)
     if options.list:
@@ -53,11 +56,16 @@ def main() -> int:
     if options.merge:
         from .results import merge
 
-        return merge(output, runs, RESULTS / ("forgetting-quick.json" if options.quick else "forgetting.json"))
+        return merge(output, runs, size, merged)
     if options.page:
         from .page import write
 
         return write(RESULTS / "forgetting.json")
+    if options.missing:
+        from .results import entries
+
+        known = {entry["name"] for entry in entries(merged, size)}
+        runs = [run for run in runs if run.name not in known]
     return drive(runs, output, options.jobs, options.quick)
 
 

@@ -7,11 +7,12 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from . import store
-from .grid import START, Run
+from .grid import START, Run, Size
 
 GENERAL = ("code", "instructions", "arithmetic", "english", "french", "german", "spanish", "italian")
 POINTS = 20  # that are kept of a curve over steps
@@ -19,21 +20,41 @@ T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}  # Student's t for two
 Entry = dict[str, Any]
 
 
-def merge(output: Path, runs: Sequence[Run], file: Path) -> int:
-    """Writes `file` from the runs that are done, and says how many."""
-    found = []
-    for run in runs:
-        path = output / "runs" / f"{run.name}.json"
-        if path.is_file():
-            found.append(compact(run.name, json.loads(path.read_text())))
-    if not found:
+def entries(file: Path, size: Size) -> list[Entry]:
+    """The merged runs of `file`: none where it is missing, an error where they are of another size."""
+    if not file.is_file():
+        return []
+    found = json.loads(file.read_text())
+    if found["size"] != size_entry(size):
+        raise SystemExit(
+            f"{file} holds runs of another size, {found['size']}, than this grid's, {size_entry(size)}; "
+            "remove it to begin anew"
+        )
+    return found["runs"]
+
+
+def size_entry(size: Size) -> Entry:
+    """What of a size changes a result."""
+    found = asdict(size)
+    found.pop("checkpoint_seconds")
+    return found
+
+
+def merge(output: Path, runs: Sequence[Run], size: Size, file: Path) -> int:
+    """Adds the runs that are done in `output` to `file`, in the grid's order, and says how many there are."""
+    known = {entry["name"]: entry for entry in entries(file, size)}
+    done = [path for run in runs if (path := output / "runs" / f"{run.name}.json").is_file()]
+    if not done:
         print(f"--merge: nothing is done in {output}; run without --merge first, or give --output", file=sys.stderr)
         return 2
-    size = found[0].pop("size")
-    if any(entry.pop("size", size) != size for entry in found):
-        print(f"--merge: {output} holds runs of different sizes; keep those of one size there", file=sys.stderr)
-        return 2
-    store.write_json(file, {"size": size, "runs": found, "of": len(runs)})
+    for path in done:
+        result = json.loads(path.read_text())
+        if result["settings"]["size"] != size_entry(size):
+            print(f"--merge: {path} is a run of another size; keep those of one size in a folder", file=sys.stderr)
+            return 2
+        known[path.stem] = compact(path.stem, result)
+    found = [known[run.name] for run in runs if run.name in known]
+    store.write_json(file, {"size": size_entry(size), "runs": found, "of": len(runs)})
     print(f"{len(found)} of {len(runs)} runs, in {file}")
     return 0
 
@@ -44,7 +65,7 @@ def compact(name: str, result: Entry) -> Entry:
     numbers = {key: value for key, value in log.items() if isinstance(value, (int, float))}
     settings = result["settings"]
     return rounded({
-        "name": name, **settings["run"], "size": settings["size"], "device": result["device"],
+        "name": name, **settings["run"], "device": result["device"],
         "before": result["before"], "curves": curves, **numbers, "after": result["after"], "wise": result["wise"],
     })  # fmt: skip
 

@@ -9,7 +9,6 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from . import measure, store
 from .grid import START, Run, Size
 from .methods import METHODS, Method, finch_factor
 from .prepare import Load, Start, description, start_of
+from .results import size_entry
 from .rows import IGNORED, batch
 
 LORA_RANK = 8
@@ -36,9 +36,7 @@ def results_file(output: Path, run: Run) -> Path:
 
 
 def settings_of(run: Run, size: Size) -> dict[str, Any]:
-    sized = asdict(size)
-    sized.pop("checkpoint_seconds")  # changes nothing in a result
-    return {"run": run.to_json(), "size": sized}
+    return {"run": run.to_json(), "size": size_entry(size)}
 
 
 def run_one(

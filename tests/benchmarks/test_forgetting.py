@@ -1,6 +1,7 @@
 """The study of forgetting: its data, its resumption and its rules, with a tiny model."""
 
 import copy
+import dataclasses
 import importlib
 import json
 import re
@@ -260,9 +261,36 @@ def test_merged_runs_are_compact(study, small, tmp_path, capsys):
     start = study("grid").Run("start", 0.0, "facts")
     for one in (start, run):
         study("run").run_one(one, size, tmp_path, load)
-    file = tmp_path / "merged.json"
-    assert study("results").merge(tmp_path, [start, run, small[0]("talr")], file) == 0
+    file, merge, runs = tmp_path / "merged.json", study("results").merge, [start, run, small[0]("talr")]
+    assert merge(tmp_path, runs, size, file) == 0
     assert "2 of 3 runs" in capsys.readouterr().out
     found = study("results").Study(json.loads(file.read_text())["runs"])
     assert found.gain(found.of("sft", domain="facts")[0]) > 0
-    assert study("results").merge(tmp_path / "nothing", [run], file) == 2
+    assert merge(tmp_path / "nothing", [run], size, file) == 2
+
+
+def test_runs_of_another_folder_are_added(study, small, tmp_path, capsys):
+    run, talr, size = small[0](), small[0]("talr"), small[1]
+    file, merge = tmp_path / "merged.json", study("results").merge
+    for one, folder in ((talr, "there"), (run, "here")):
+        study("run").run_one(one, size, tmp_path / folder, load)
+        assert merge(tmp_path / folder, [run, talr], size, file) == 0
+    names = [entry["name"] for entry in study("results").entries(file, size)]
+    assert names == [run.name, talr.name]  # in the grid's order
+    with pytest.raises(SystemExit, match="another size"):
+        study("results").entries(file, study("grid").FULL)
+    other = dataclasses.replace(size, steps=size.steps + 1)
+    assert merge(tmp_path / "here", [run], other, tmp_path / "other.json") == 2
+    assert "another size" in capsys.readouterr().err
+
+
+def test_only_what_is_missing_is_run(study, tmp_path, monkeypatch):
+    grid, main = study("grid"), study("__main__")
+    whole, driven = grid.grid(), []
+    entry = {"size": study("results").size_entry(grid.FULL), "runs": [{"name": run.name} for run in whole[3:]]}
+    (tmp_path / "forgetting.json").write_text(json.dumps(entry))
+    monkeypatch.setattr(main, "RESULTS", tmp_path)
+    monkeypatch.setattr(main, "drive", lambda runs, *_: driven.append(runs) or 0)
+    for arguments, expected in (([], whole), (["--missing"], whole[:3])):
+        monkeypatch.setattr("sys.argv", ["forgetting", "--output", str(tmp_path), *arguments])
+        assert main.main() == 0 and driven.pop() == expected
