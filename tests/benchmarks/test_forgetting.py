@@ -294,3 +294,24 @@ def test_only_what_is_missing_is_run(study, tmp_path, monkeypatch):
     for arguments, expected in (([], whole), (["--missing"], whole[:3])):
         monkeypatch.setattr("sys.argv", ["forgetting", "--output", str(tmp_path), *arguments])
         assert main.main() == 0 and driven.pop() == expected
+
+
+def test_the_start_model_is_read_from_its_file_once(study, tmp_path, monkeypatch):
+    from fused_losses.demo import model as demo
+
+    made = []
+
+    def from_gguf(path):
+        made.append(path)
+        model = tiny_llama(dtype=torch.float32)
+        model.config.quantization_config = {"quant_method": "gguf"}
+        return tokenizer(), model
+
+    monkeypatch.setattr(demo, "find_model", lambda path: path)
+    monkeypatch.setattr(demo, "load", from_gguf)
+    for _ in range(2):
+        model, known = study("prepare").load_smollm(tmp_path)
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), tiny_llama().parameters(), strict=True))
+        assert not any(p.requires_grad for p in model.parameters()) and model.dtype == torch.float32
+        assert known("The cat")["input_ids"] == tokenizer()("The cat")["input_ids"]
+    assert len(made) == 1 and [path.name for path in tmp_path.iterdir()] == ["model"]
