@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,9 +23,17 @@ THIRD = 3  # of every so many tokens one is measured at all temperatures
 
 
 def states_of(model: Any, ids: Tensor) -> Tensor:
-    """[B, T, D] float32. Products too are in float32, so that every machine finds the same: of CPUs only those with
-    AVX512-BF16 are quicker in bfloat16 (a step takes two thirds of the time), others are ten times slower."""
-    return hidden_states(model, ids)
+    """[B, T, D] float32. Weights stay in float32; the layers' products are of `precision()`."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision() == "bfloat16"):
+        return hidden_states(model, ids).float()
+
+
+@functools.cache
+def precision() -> str:
+    """bfloat16 on CPUs that multiply it, where a step takes two thirds of the time; on others it takes ten times as
+    long, and float32 is taken."""
+    amx, avx512 = torch.cpu._is_amx_tile_supported, torch.cpu._is_avx512_bf16_supported
+    return "bfloat16" if amx() or avx512() else "float32"
 
 
 def head_of(model: Any) -> Tensor:
@@ -48,7 +57,8 @@ def labels_of(rows: Sequence[Row]) -> Tensor:
 
 @torch.no_grad()
 def of_text(model: Any, rows: Sequence[Row], start_hidden: Sequence[Tensor], start_head: Tensor) -> dict[str, float]:
-    """nll, kl (of the start model's distribution to this one's), entropy, confidence, accuracy, each a mean per token.
+    """nll, start_nll (of the start model), kl (of the start model's distribution to this one's), entropy, confidence,
+    accuracy, each a mean per token.
 
     ece: expected calibration error of the next token in ten bins. temperature, nll_tempered: the temperature of
     TEMPERATURES that suits this very text best, and the nats there: what is lost by sharpening alone comes back in
@@ -62,8 +72,9 @@ def of_text(model: Any, rows: Sequence[Row], start_hidden: Sequence[Tensor], sta
     right = (out.prediction == labels).float()
     at, nll = tempered(hidden[::THIRD], head, labels[::THIRD])
     return {
-        "tokens": len(labels), "nll": mean(out.nll), "kl": mean(out.kl), "entropy": mean(out.entropy),
-        "confidence": mean(confidence), "accuracy": mean(right), "ece": ece(confidence, right),
+        "tokens": len(labels), "nll": mean(out.nll), "start_nll": mean(out.reference_nll), "kl": mean(out.kl),
+        "entropy": mean(out.entropy), "confidence": mean(confidence), "accuracy": mean(right),
+        "ece": ece(confidence, right),
         "temperature": at, "nll_tempered": nll, "nll_third": mean(out.nll[::THIRD]),
         "median_probability": float((-out.nll).exp().median()),
         "hard": mean((out.nll > -torch.tensor(HARD).log()).float()),

@@ -100,7 +100,10 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 
 class Study:
-    """Runs by what they are, and what follows from them. Differences are to the start model of the same domain."""
+    """Runs by what they are, and what follows from them.
+
+    Differences are to the start model: nll as it was in the run's own precision, all else in the run of that domain
+    without training."""
 
     def __init__(self, runs: Sequence[Entry]) -> None:
         self.starts = {run["domain"]: run["after"] for run in runs if run["method"] == START}
@@ -122,12 +125,15 @@ class Study:
 
     def gain(self, run: Entry, text: str = "test", after: Entry | None = None) -> float:
         """Nats per token of the domain that were won."""
-        return self.starts[run["domain"]]["texts"][text]["nll"] - (after or run["after"])["texts"][text]["nll"]
+        found = (after or run["after"])["texts"][text]
+        return found["start_nll"] - found["nll"]
 
     def loss(self, run: Entry, key: str = "nll", after: Entry | None = None) -> float:
         """Nats per token of general texts that were lost: mean over kinds. key "nll_tempered": at each text's best
         temperature, before and after."""
         before, now = self.starts[run["domain"]]["texts"], (after or run["after"])["texts"]
+        if key == "nll":
+            return statistics.fmean(now[kind]["nll"] - now[kind]["start_nll"] for kind in GENERAL)
         return statistics.fmean(now[kind][key] - before[kind][key] for kind in GENERAL)
 
     def sharpening(self, run: Entry) -> float:

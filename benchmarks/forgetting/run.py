@@ -53,7 +53,7 @@ def run_one(
     digest = hashlib.blake2b(json.dumps(settings).encode(), digest_size=4).hexdigest()
     scratch = output / "scratch" / f"{run.name}-{digest}"
     model, tokenizer = load()
-    start = start_of(model, tokenizer, run, size, output / "shared")
+    start = start_of(model, tokenizer, run, size, output / "shared" / measure.precision())
     tuned_model, log = model, {}
     if run.method != START:
         training = Training(run, size, model, start, scratch)
@@ -67,7 +67,8 @@ def run_one(
             model.load_state_dict(fl.wise_ft(initial, tuned, alpha))
             wise[f"{alpha:g}"] = evaluated(model, tokenizer, run, size, start, scratch / f"wise-{alpha:g}")
     found = {
-        "settings": settings, "device": {"torch": torch.__version__, "fused_losses": fl.__version__},
+        "settings": settings,
+        "device": {"torch": torch.__version__, "fused_losses": fl.__version__, "products": measure.precision()},
         "before": description(start), "training": log, "after": parts, "wise": wise,
     }  # fmt: skip
     store.write_json(file, found)
