@@ -41,6 +41,10 @@ class Observer:
         self.kl: Tensor | None = None
         self._weights: list[Tensor] = []
 
+    def take(self, out: Any) -> None:
+        """The statistics of a call of `token_losses`, in place of an objective's."""
+        self.nll, self.prediction, self.entropy = out.nll.detach(), out.prediction, out.entropy.detach()
+
     def begin(self, tokens: Tokens) -> None:
         self._tokens, self._parts = tokens, dict[str, list[Tensor]](nll=[], prediction=[], entropy=[], kl=[])
         self._place: Any = (tokens.index, tokens.shape)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from ..head import Reference
 from ..objectives.arguments import Field, item_count
+from ..objectives.base import OPTIONS
+from ..objectives.cross_entropy import CrossEntropyLoss
 from ..tokens import Observer
 from . import adapters, kv_cache, wrappers
 from .adapters import VirtualTokens
@@ -19,6 +21,7 @@ from .alignment import Alignment, align, in_each_row, packed_sequences
 from .deferral import HeadModule
 from .heads import check_head, read_head
 from .logits import DeferredLogits, HeadCall
+from .per_token import PerToken, Request
 from .references import ReferenceStates
 
 
@@ -61,6 +64,8 @@ class Call:
         self.token_loss: Tensor | None = None
         self.target: Tensor | None = None
         self.is_heard = bool(patch.listeners) and model.training and torch.is_grad_enabled()
+        per_token = self.summed and type(loss) is CrossEntropyLoss and loss.is_plain
+        self.per_token = PerToken(Request.of(follow)) if per_token else None
         self.observer = Observer(frozenset({"entropy"}) if self.summed else frozenset(), weights=self.is_heard)
         self._prompt: tuple | None = None
         self._check()
@@ -149,10 +154,17 @@ class Call:
         if self.no_items and bool(valid.any()):
             item_count(self.num_items, 1)  # raises
         arguments["num_items"] = self._divisor(reduction)
-        with self.loss.observed(self.observer):
-            loss = self.loss(rows, head, target, **arguments)
-        if self.summed and not self.patch.accepts_num_items:
-            loss = loss * valid.sum()
+        if self.per_token is not None and not self.per_token.request.expects_sum:
+            loss, out = self.per_token.add((positions, logits.lead), rows, head, target, self._options())
+            self.observer.take(out)
+        else:
+            with self.loss.observed(self.observer):
+                loss = self.loss(rows, head, target, **arguments)
+            if self.summed and not self.patch.accepts_num_items:
+                loss = loss * valid.sum()
+            if self.per_token is not None:
+                place = positions, logits.lead
+                self.per_token.add_sum(place, rows, head, target, self._options(), loss, self.observer)
         self._note(logits, loss, target, positions, reduction)
         if self.is_heard:
             seen = self.observer
@@ -160,6 +172,9 @@ class Call:
             for listen in self.patch.listeners:
                 listen(seen.nll, valid, **about)
         return loss
+
+    def _options(self) -> dict[str, Any]:
+        return {name: getattr(self.loss, name) for name in OPTIONS}
 
     def _note(self, logits: DeferredLogits, loss: Tensor, target: Tensor, positions: Tensor, reduction: str) -> None:
         value = loss.clone()  # a model adds its router's loss in place

@@ -241,7 +241,8 @@ class Patch:
                     "(fused_losses.token_losses)"
                 )
             if loss is not self.loss:
-                for value in (call.token_loss, outputs[0] if isinstance(outputs, tuple) else outputs.loss):
+                tokens = () if call.per_token is None else call.per_token.values.values()
+                for value in (call.token_loss, outputs[0] if isinstance(outputs, tuple) else outputs.loss, *tokens):
                     _refuse_backward(value, self._not_the_objective(model))
             return trl.output(call, outputs) if batch.summed else call.with_real_logits(outputs)
         finally:

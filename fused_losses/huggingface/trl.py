@@ -1,4 +1,8 @@
-"""The output that TRL's trainers ask a model for with `fused_lm_head=True`."""
+"""The output that TRL's trainers ask a model for with `fused_lm_head=True`.
+
+Of plain cross-entropy it has log-probabilities per token (`per_token`), whatever the trainer makes of them. Other
+objectives have a sum, which is what SFTTrainer asks for.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,9 @@ import torch
 from torch import Tensor
 
 REMEDY = (
-    "a patched model has the sum of its loss only; with SFTConfig leave loss_type='nll' (for DFT: "
-    "fused_losses.patch(model, fused_losses.DFTLoss())); trainers other than SFTTrainer need the model unpatched"
+    "a model patched with an objective has the sum of its loss only; with SFTConfig leave loss_type='nll' (for DFT: "
+    "fused_losses.patch(model, fused_losses.DFTLoss())); other trainers (DPO, KTO, GRPO, ...) take a model patched "
+    "with cross-entropy, fused_losses.patch(model)"
 )
 
 
@@ -96,11 +101,10 @@ def output(call: Any, outputs: Any) -> Any:
     if aux_loss is not None:
         # What the model has added to its tokens' loss, which it may have divided.
         loss = loss + (outputs.loss - (loss if call.model_divides else call.token_loss))
-    return FusedCausalLMOutput(
-        loss=loss,
-        log_probs=SummedLogProbs(call.token_loss),  # type: ignore[arg-type]
-        entropy=seen.entropy,
-        is_top1=(seen.prediction == target) & mask,
-        label_mask=mask,
-        aux_loss=aux_loss,
-    )
+    fields: dict[str, Any] = {
+        "log_probs": SummedLogProbs(call.token_loss), "entropy": seen.entropy,
+        "is_top1": (seen.prediction == target) & mask, "label_mask": mask,
+    }  # fmt: skip
+    if call.per_token is not None:
+        fields = call.per_token.at(call.shift_labels is not None)
+    return FusedCausalLMOutput(loss=loss, **fields, aux_loss=aux_loss)

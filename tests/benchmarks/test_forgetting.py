@@ -190,13 +190,24 @@ def entry(method, rate, seed, test, general, domain="reasoning"):
     """A run as it is merged: the domain's nll and that of every general text."""
     from benchmarks.forgetting.results import GENERAL
 
-    text = {"nll": general, "start_nll": 2.0, "nll_third": general, "nll_tempered": general, "kl": 0.1, "entropy": 2.0, "ece": 0.1}
+    text = {
+        "nll": general,
+        "start_nll": 2.0,
+        "nll_third": general,
+        "nll_tempered": general,
+        "kl": 0.1,
+        "entropy": 2.0,
+        "ece": 0.1,
+    }
     return {
         "method": method, "rate": rate, "seed": seed, "domain": domain, "stretch": 1.0, "wise": {},
         "before": {"hard": 0.3, "median_probability": 0.5, "tokens": 20, "histogram": [1] * 20},
         "curves": {"weight_hard": [0.1, 0.1, 0.2, 0.3], "nll": [1.5, 1.0, test]},
         "after": {
-            "texts": {"test": {**text, "nll": test, "start_nll": 1.5}, "far": text, "own": text, **{kind: text for kind in GENERAL}},
+            "texts": {
+                "test": {**text, "nll": test, "start_nll": 1.5}, "far": text, "own": text,
+                **{kind: text for kind in GENERAL},
+            },
             "tasks": {name: {"accuracy": 0.5} for name in ("domain", "arithmetic", "instructions")},
         },
     }  # fmt: skip

@@ -181,14 +181,17 @@ def test_talr_takes_its_median_over_documents(layout):
     assert error(step(run), expected(llama(), rows(), "talr")[1]) < TOLERANCE
 
 
-def test_loss_type_dft_is_refused_and_dft_of_ours_is_the_same():
+def test_loss_type_dft_and_dft_of_ours_are_the_same():
     theirs = sft_trainer(llama(), loss_type="dft")
     gradients = step(theirs)
+    for ours in (sft_trainer(fl.patch(llama(), fl.DFTLoss())), sft_trainer(fl.patch(llama()), loss_type="dft")):
+        assert error(step(ours), gradients) < TOLERANCE
+        assert ours.state.log_history[0]["loss"] == pytest.approx(theirs.state.log_history[0]["loss"], rel=1e-5)
+
+
+def test_loss_type_dft_of_another_objective_is_refused():
     with pytest.raises(TypeError, match=r"patch\(model, fused_losses.DFTLoss\(\)\)"):
-        sft_trainer(fl.patch(llama()), loss_type="dft").train()
-    ours = sft_trainer(fl.patch(llama(), fl.DFTLoss()))
-    assert error(step(ours), gradients) < TOLERANCE
-    assert ours.state.log_history[0]["loss"] == pytest.approx(theirs.state.log_history[0]["loss"], rel=1e-5)
+        sft_trainer(fl.patch(llama(), fl.TALRLoss()), loss_type="dft").train()
 
 
 @pytest.mark.parametrize("layout", ["rows", "accumulated"])
