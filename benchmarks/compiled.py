@@ -12,19 +12,34 @@ from pathlib import Path
 
 import cuda_resources
 import triton
+from tqdm import tqdm
 
 from fused_losses.kernels.triton import ahead
 
 ROOT = Path(__file__).parents[1]
 
 
-def triton_table(found: dict[tuple[str, int], ahead.Resources]) -> str:
+def title(architecture: int | str) -> str:
+    return architecture if isinstance(architecture, str) else f"sm_{architecture}"
+
+
+def uses() -> list[tuple[ahead.Specimen, int | str]]:
+    """Every kernel with every architecture that it may run on."""
+    found: list[tuple[ahead.Specimen, int | str]] = []
+    for specimen in ahead.specimens():
+        found += [(specimen, architecture) for architecture in specimen.architectures]
+        found += [(specimen, architecture) for architecture in ahead.AMD if 80 in specimen.architectures]
+    return found
+
+
+def triton_table(found: dict[tuple[str, int | str], ahead.Resources]) -> str:
     """Registers / shared memory in KiB, one column an architecture; all without spills."""
     names = list(dict.fromkeys(name for name, _ in found))
-    lines = ["| kernel | " + " | ".join(f"sm_{a}" for a in ahead.ARCHITECTURES) + " |", "|---" * 5 + "|"]
+    columns = (*ahead.ARCHITECTURES, *ahead.AMD)
+    lines = ["| kernel | " + " | ".join(map(title, columns)) + " |", "|---" * (1 + len(columns)) + "|"]
     for name in names:
         cells = []
-        for architecture in ahead.ARCHITECTURES:
+        for architecture in columns:
             r = found.get((name, architecture))
             spilled = f", {r.spilled} B spilled" if r and r.spilled else ""
             cells.append(f"{r.registers} / {r.shared / 1024:.0f}{spilled}" if r else "")
@@ -58,7 +73,7 @@ def put_between(path: Path, marker: str, text: str) -> None:
 
 
 def main() -> None:
-    found = {(s.name, a): ahead.compile_for(s, a) for s in ahead.specimens() for a in s.architectures}
+    found = {(s.name, a): ahead.compile_for(s, a) for s, a in tqdm(uses(), unit="kernel")}
     table = triton_table(found)
     print(table)
     put_between(ROOT / "docs" / "kernels.md", "triton", table)
@@ -68,7 +83,7 @@ def main() -> None:
     put_between(ROOT / "docs" / "kernels.md", "cuda", table)
     results = ROOT / "benchmarks" / "results" / "compiled-kernels.json"
     rows = [
-        dict(kernel=name, architecture=f"sm_{a}", registers=r.registers, spilled_bytes=r.spilled, shared_bytes=r.shared)
+        dict(kernel=name, architecture=title(a), registers=r.registers, spilled_bytes=r.spilled, shared_bytes=r.shared)
         for (name, a), r in found.items()
     ]
     written = results.with_suffix(".new")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backends, checks, shards
+from .devices import has_float64
 from .head import LMHead, LowRank, Reference, _same_tensor, as_head
 from .labels import plain
 from .problem import Head, Int8, Problem, valid_index
@@ -115,7 +116,7 @@ def prepare(
     else:
         chosen = options.backend if tracing else backends.choose(options.backend, hidden.device.type)
     dtype = compute_dtype(hidden, head)
-    tolerance, note = _tolerance(options, outputs, dtype, inner.vocabulary, chosen)
+    tolerance, note = _tolerance(options, outputs, dtype, inner.vocabulary, chosen, hidden.device.type)
     problem = Problem(
         hidden=rows[0], labels=flat, head=inner, reference_hidden=rows[1], reference_head=reference_head, dtype=dtype,
         ids=_ids(outputs, select, flat != options.ignore_index if tracing else None, inner.vocabulary),
@@ -151,10 +152,17 @@ def _ids(
 
 
 def _tolerance(
-    options: Options, outputs: Outputs, dtype: torch.dtype, vocabulary: int, backend: str
+    options: Options, outputs: Outputs, dtype: torch.dtype, vocabulary: int, backend: str, device_type: str
 ) -> tuple[float | None, str | None]:  # fmt: skip
     """Of sparse gradients, None for exact ones; and why these, where they are not what would be taken."""
     sparse = options.gradient == "sparse"
+    if not has_float64(device_type):
+        if sparse:
+            raise ValueError(
+                f"gradient='sparse': its bounds are of sums in float64, which {device_type} devices do not have; give "
+                "gradient='auto' or 'exact'"
+            )
+        return None, None
     if options.gradient == "auto":
         half = dtype in (torch.bfloat16, torch.float16)
         sparse = half and vocabulary >= SMALLEST_VOCABULARY and backend not in ("reference", "sharded")

@@ -117,7 +117,7 @@ def choose(row: Tensor, temperature: float, top_p: float, noise: tuple[int, int]
     """
     if temperature == 0:
         return int(row.argmax())
-    p = log_probabilities(row / temperature).exp().double()
+    p = log_probabilities(row / temperature).exp().cpu().double()
     p, ids = p.sort(descending=True, stable=True)
     total = p.cumsum(0)
     if top_p < 1:

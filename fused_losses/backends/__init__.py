@@ -19,7 +19,7 @@ NAMES = ("cuda", "triton", "cpu", "torch", "reference")
 
 PURPOSE = {
     "cuda": "CUDA kernels for the entries and the row statistics, the scan in Triton",
-    "triton": "Triton kernels for everything, the products of exact gradients from cuBLAS",
+    "triton": "Triton kernels for everything, the products of exact gradients from torch; NVIDIA, AMD, Intel",
     "cpu": "compiled kernels for the row passes and sparse products on a CPU",
     "torch": "chunked, in plain PyTorch operations, any device",
     "reference": "full logits in plain PyTorch, the specification; for checks on small inputs",
@@ -82,9 +82,12 @@ def _no_triton(interpreted: bool) -> str | None:
         return None
     import torch
 
-    if torch.version.cuda is None:
-        return "torch is a CPU build; to run the kernels on a CPU, slowly, set TRITON_INTERPRET=1 before Python starts"
-    if not torch.cuda.is_available():
+    if torch.version.cuda is None and torch.version.hip is None and not torch.xpu._is_compiled():
+        return (
+            "torch is a build without GPUs; to run the kernels on a CPU, slowly, set TRITON_INTERPRET=1 before Python "
+            "starts"
+        )
+    if not torch.cuda.is_available() and not torch.xpu.is_available():
         return "no GPU visible"
     try:
         import triton.language
@@ -105,7 +108,9 @@ def chain(device_type: str) -> list[tuple[str, str | None]]:
         candidates = {"cpu": unavailable("cpu")}
     elif device_type == "cuda":
         reason = unavailable("cuda")
-        candidates = {"cuda": reason or _not_faster(), "triton": unavailable("triton")}
+        candidates = {"cuda": reason or _not_faster(), "triton": unavailable("triton") or _unproven(device_type)}
+    elif device_type == "xpu":
+        candidates = {"triton": unavailable("triton") or _unproven(device_type)}
     else:
         candidates = {}
     steps: list[tuple[str, str | None]] = []
@@ -120,7 +125,7 @@ def choose(name: str, device_type: str) -> str:
     """The backend for a call on a device of this type."""
     if name == "auto":
         return chain(device_type)[-1][0]
-    fits = {"cpu": ("cpu",), "triton": ("cuda", "cpu") if interpreted() else ("cuda",), "cuda": ("cuda",)}
+    fits = {"cpu": ("cpu",), "triton": ("cuda", "xpu", *(["cpu"] if interpreted() else [])), "cuda": ("cuda",)}
     if device_type not in fits.get(name, (device_type,)):
         move = "the CPU" if name == "cpu" else "a GPU"
         here = unavailable(name)
@@ -136,6 +141,15 @@ def choose(name: str, device_type: str) -> str:
     if reason is not None:
         raise RuntimeError(f"backend={name!r} cannot run here: {reason}; give backend='auto'")
     return name
+
+
+def _unproven(device_type: str) -> str | None:
+    """Why the kernels are passed over on GPUs other than NVIDIA's, where only the first call can tell."""
+    from .. import devices, selfcheck
+
+    if device_type == "cuda" and not devices.is_rocm():
+        return None
+    return selfcheck.reason(device_type)
 
 
 def _not_faster() -> str | None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from ..devices import multiplies_wide
 from ..problem import OPTIONAL, Gradients, Head, Needs, Problem, Rows, Statistics
 
 # Logits and their copies of one chunk. Measured on 2 CPU cores: at 64 MiB 3 to 7 % slower, at 128 MiB no faster.
@@ -103,7 +104,7 @@ class Chunk:
     @property
     def rounds(self) -> bool:
         """Whether the operands of the products are rounded; then the upstream weights must be in before that."""
-        return self.weight.dtype != self.z.dtype and (self.half is not None or self.weight.is_cuda)
+        return self.weight.dtype != self.z.dtype and (self.half is not None or multiplies_wide(self.weight))
 
     def times_weight(self, direction: Tensor, exact: bool = False) -> Tensor:
         """direction @ [weight, low_rank], [C, D + r], in fp32; `exact`: nothing is rounded on a CPU, as more work on
@@ -117,11 +118,11 @@ class Chunk:
         weight = self.weight
         if direction.dtype == weight.dtype:
             return direction @ weight
-        if self.rounds and not (exact and not weight.is_cuda):
+        if self.rounds and not (exact and not multiplies_wide(weight)):
             narrow, lost = self._narrow(direction), None
             if self.common is not None:
                 lost = _lost(direction, narrow)
-            if weight.is_cuda:
+            if multiplies_wide(weight):
                 product = torch.mm(narrow, weight, out_dtype=direction.dtype)
             else:
                 product = (narrow @ weight).to(direction.dtype)
@@ -135,7 +136,7 @@ class Chunk:
 
     def add_outer(self, total: Tensor, direction: Tensor, row_weight: Tensor | None) -> None:
         """total += (row_weight · direction)ᵀ hidden, total in fp32. The weights go to the smaller factor."""
-        if self.rounds and total.is_cuda:
+        if self.rounds and multiplies_wide(total):
             narrow = self._narrow(direction)
             for columns in slices(len(total), COLUMNS):
                 product = torch.mm(narrow[:, columns].t(), self.hidden, out_dtype=total.dtype)
@@ -187,7 +188,7 @@ def logit_chunks(
     entropy_buffer = torch.empty_like(z_buffer) if separate and problem.entropy_gradient else None
     divergence_buffer = torch.empty_like(z_buffer) if separate and problem.beta is not None else None
     half = torch.empty(size, columns, dtype=dtype, device=device) if round_logits or (halves and narrow) else None
-    rounds = narrow and dtype != acc and (half is not None or device.type == "cuda")
+    rounds = narrow and dtype != acc and (half is not None or multiplies_wide(z_buffer))
     common = common_row(model.weight) if rounds else None
 
     for tokens in slices(count, size):
@@ -238,7 +239,7 @@ def common_row(weight: Tensor) -> Tensor | None:
 
 def _lost(direction: Tensor, narrow: Tensor) -> Tensor:
     """[C] Σ_v (direction − narrow)."""
-    if direction.is_cuda:
+    if direction.device.type != "cpu":
         return direction.sum(1) - narrow.sum(1, dtype=direction.dtype)
     rows = slices(len(direction), max(1, ROUNDED // direction.shape[1]))
     return torch.cat([torch.sub(direction[at], narrow[at]).sum(1) for at in rows])
@@ -256,7 +257,7 @@ class _Operands:
     @classmethod
     def of(cls, problem: Problem, head: Head, product: Product | None) -> _Operands:
         dtype = problem.dtype
-        low_rank_dtype = dtype if problem.hidden.device.type == "cuda" else problem.accumulator
+        low_rank_dtype = dtype if multiplies_wide(problem.hidden) else problem.accumulator
         weight = head.weight.to(dtype)
         return cls(
             weight if product is None else weight.contiguous(),
@@ -331,7 +332,7 @@ def widened(rows: Tensor, width: int) -> Tensor:
 
 def add_product(total: Tensor, left: Tensor, right: Tensor, factor: float = 1.0) -> None:
     """total += factor · left @ right, in fp32 whatever the operands."""
-    if left.dtype == total.dtype or not left.is_cuda:
+    if left.dtype == total.dtype or not multiplies_wide(left):
         total.addmm_(left.to(total.dtype), right.to(total.dtype), alpha=factor)
     else:
         torch.addmm(total, left, right, alpha=factor, out_dtype=total.dtype, out=total)
@@ -374,7 +375,7 @@ def project(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) ->
         if bias is None:
             return torch.mm(hidden, weight.t(), out=out)
         return torch.addmm(bias.to(out.dtype), hidden, weight.t(), out=out)
-    if weight.is_cuda:
+    if multiplies_wide(weight):
         torch.mm(hidden.to(weight.dtype), weight.t(), out_dtype=out.dtype, out=out)
     else:
         hidden = hidden.to(out.dtype)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..devices import multiplies_wide
 from ..kernels.schemas import SPLIT, Row
 from ..kernels.triton import directions as direction_kernels
 from ..kernels.triton import rows as row_kernels
@@ -484,6 +485,6 @@ def _times(direction: Tensor, weight: Tensor) -> Tensor:
     """direction @ weight, fp32 whatever the operands."""
     if direction.dtype == torch.float32:
         return direction @ weight
-    if direction.is_cuda:
+    if multiplies_wide(direction):
         return torch.mm(direction, weight, out_dtype=torch.float32)
     return direction.float() @ weight.float()

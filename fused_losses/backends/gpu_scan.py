@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import devices
 from ..kernels.schemas import Row
-from ..kernels.triton import on_device_of, tiles
 from ..kernels.triton import scan as scans
+from ..kernels.triton import tiles
 from ..kernels.triton.scan import Known, Left, Sum
 from ..problem import Head, Problem, Statistics, in_half_precision
 
@@ -107,7 +108,7 @@ class Operands:
         problem, tile, eight = self.problem, self.tile, self.eight
         count, device = tokens.stop - tokens.start, problem.hidden.device
         blocks, all_tiles = -(-count // tile.block_n), -(-vocabulary // tile.block_v)
-        per_part = _tiles_per_part(blocks, all_tiles, _processors(device))
+        per_part = _tiles_per_part(blocks, all_tiles, devices.processors(device))
         parts = -(-all_tiles // per_part)
         partial = torch.empty(parts, len(Sum), count, dtype=torch.float32, device=device)
         directions: Any = None if bits is None else self.directions
@@ -138,12 +139,12 @@ class Operands:
         head, own = problem.head, problem.reference_head
         labels = problem.labels[tokens].contiguous()
         constants = dict(
-            **tile.constants, DESCRIPTORS=self.descriptors, FP32=problem.dtype == torch.float32,
+            **tile.constants, DESCRIPTORS=self.descriptors,
             HAS_BIAS=self.bias is not None, ENTROPY="entropy" in problem.wanted, BITS=bits is not None,
             K=0 if low is None else width, **tile.options,
         )  # fmt: skip
         grid = (blocks, parts)
-        with on_device_of(partial):
+        with devices.current(partial):
             if not problem.has_reference:
                 self.compiled = scans.scan[grid](
                     *operands, *scales, directions, self.bias, labels, known, bits, partial, left, low,
@@ -304,7 +305,7 @@ def choose_tile(problem: Problem, directed: bool = False, eight_bit: bool = Fals
     if any(h.width % 8 for h in (head, own) if h is not None):
         return None  # rows that are not whole units of 16 bytes can neither be described nor loaded so
     kind += (tiles.DIRECTED if directed else "") + (tiles.EIGHT_BIT if eight_bit else "")
-    return tiles.scan_tile(tiles.architecture(torch.cuda.get_device_capability(problem.hidden.device)), kind)
+    return tiles.scan_tile(_architecture(problem.hidden.device), kind)
 
 
 def _rows_of(matrix: Tensor) -> Tensor:
@@ -323,8 +324,11 @@ def bias_of(head: Head) -> Tensor | None:
     return None if head.bias is None else head.bias.detach().float().contiguous()
 
 
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+def _architecture(device: torch.device) -> int:
+    """Of the table of tiles; GPUs of others than NVIDIA take the rows that need none of its later instructions."""
+    if device.type != "cuda" or devices.is_rocm():
+        return tiles.PLAIN
+    return tiles.architecture(torch.cuda.get_device_capability(device))
 
 
 def _tiles_per_part(blocks: int, tiles: int, processors: int) -> int:

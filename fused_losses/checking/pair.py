@@ -172,7 +172,7 @@ class _Recorder(Objective):
         valid = labels != self.ignore_index
         numbers = token_numbers[valid].cpu()
         for column, values in enumerate(found):
-            self.table[numbers, column] = values[valid].double().cpu()
+            self.table[numbers, column] = values[valid].cpu().double()
         return out.nll.sum()
 
     def measured(self, model: nn.Module, rows: list[Row], options: dict[str, Any]) -> list[Measured]:

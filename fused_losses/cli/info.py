@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .. import __version__, backends
+from .. import devices as device_facts
 from ..kernels import schemas
 from .tables import show
 
@@ -33,10 +34,16 @@ def run(given: argparse.Namespace) -> None:
     for index in range(torch.cuda.device_count()):
         found = torch.cuda.get_device_properties(index)
         memory = f"{found.total_memory >> 30} GiB"
-        devices.append((f"cuda:{index}", f"{found.name}, sm_{found.major}{found.minor}, {memory}"))
-    if not torch.cuda.is_available():
-        built = torch.version.cuda or torch.version.hip
-        devices.append(("cuda", "no GPU visible" if built else "torch is a CPU build"))
+        architecture = device_facts.architecture(torch.device("cuda", index)) or f"sm_{found.major}{found.minor}"
+        devices.append((f"cuda:{index}", f"{found.name}, {architecture}, {memory}"))
+    for index in range(torch.xpu.device_count()):
+        found = torch.xpu.get_device_properties(index)
+        devices.append((f"xpu:{index}", f"{found.name}, {found.total_memory >> 30} GiB"))
+    if torch.backends.mps.is_available():
+        devices.append(("mps", "Apple GPU: exact gradients, plain PyTorch operations"))
+    if len(devices) == 1:
+        built = torch.version.cuda or torch.version.hip or torch.xpu._is_compiled()
+        devices.append(("cuda", "no GPU visible" if built else "torch is a build without GPUs"))
     show("Devices", ("device", "what"), devices)
 
     able = []
@@ -49,9 +56,10 @@ def run(given: argparse.Namespace) -> None:
     show("Backends", ("backend", "runs here", "what, or why not"), able)
 
     taken = []
-    if not torch.cuda.is_available():
-        taken.append(("cuda", "none", "no CUDA device here"))
-    for device_type in ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",):
+    there = [kind for kind in ("cuda", "xpu") if getattr(torch, kind).is_available()]
+    if not there:
+        taken.append(("cuda", "none", "no GPU here"))
+    for device_type in (*there, "cpu"):
         for name, reason in backends.chain(device_type):
             taken.append((device_type, name, "yes" if reason is None else f"no: {reason}"))
     show('What backend="auto" takes: the first that can', ("tensors on", "backend", "taken"), taken)

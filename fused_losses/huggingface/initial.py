@@ -56,7 +56,7 @@ class InitialLosses:
         known = self.initial_nll[self.tokens > 0]
         if not len(known):
             raise ValueError("temperature: no row of the data set has a label, so there is no median")
-        return float(known.double().sort().values[[(len(known) - 1) // 2, len(known) // 2]].mean())
+        return float(known.cpu().double().sort().values[[(len(known) - 1) // 2, len(known) // 2]].mean())
 
     def added_to(self, data: Any) -> Any:
         """The data set with the columns: of `datasets` with add_column, of rows a list of new ones.
@@ -248,7 +248,7 @@ class _Losses:
     def put(self, keys: list[int], nll: list[Tensor]) -> None:
         for key, values in zip(keys, nll, strict=True):
             count, values = int((~values.isnan()).sum()), values.nan_to_num(0)
-            mean = float(values.double().sum()) / max(count, 1)
+            mean = float(values.cpu().double().sum()) / max(count, 1)
             self.known[key] = mean, count, values.clone() if self.with_tokens else values[:0]
         self.unsaved = True
         if time.monotonic() > self.next_write:

@@ -173,6 +173,8 @@ def load_cuda() -> str | None:
     """Load the compiled library for CUDA devices, the installed one or what `build.build_cuda` made; why it cannot be
     used, or None. CUDA itself is left alone where torch is a CPU build.
     """
+    if torch.version.hip is not None:
+        return "torch is a build for AMD GPUs, whose kernels are Triton's"
     if torch.version.cuda is None:
         built = "are built" if CUDA_LIBRARY.is_file() else "are not built"
         return f"torch is a build without CUDA (the CUDA kernels {built}); install a torch with it"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..compiled import capturable
+from ..devices import has_float64
 from ..head import Reference
 from ..problem import Statistics
 from ..tokens import Tokens, loss_of_chunk
@@ -137,7 +138,8 @@ def largest(tokens: Tokens, values: Tensor, fraction: float) -> Tensor:
     count = tokens.count
     if isinstance(count, Tensor):  # of a graph, where ignored tokens are among them
         values = values.masked_fill(~tokens.valid, -torch.inf)  # type: ignore[attr-defined]
-        most: Any = (count.double() * fraction).floor()
+        exact = torch.float64 if has_float64(count.device.type) else torch.float32
+        most: Any = (count.to(exact) * fraction).floor()
     else:
         most = math.floor(count * fraction)
     order = values.argsort(descending=True, stable=True)

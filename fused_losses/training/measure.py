@@ -81,7 +81,7 @@ class Measurement:
             if self.heldout and heldout:
                 with in_force(self.model, self.alone):
                     parts = [out.nll for out in self._batches(labelled(self.heldout), self.plain_collate)]
-                found["nll_heldout"] = float(torch.cat(parts).double().mean())
+                found["nll_heldout"] = float(torch.cat(parts).cpu().double().mean())
         return found
 
     def _of_rows(self) -> dict[str, float]:
@@ -100,11 +100,11 @@ class Measurement:
                 kl.append(out.kl[~anchor])
         found = {}
         if len(of_anchors := torch.cat(probability)):
-            found["anchor_probability"] = float(of_anchors.double().mean())
+            found["anchor_probability"] = float(of_anchors.cpu().double().mean())
             least, at = torch.cat(share).min(0)
             found["least_anchor"], self.least = float(least), self.anchors[int(at)]
         if len(retained := torch.cat(kl)):
-            found["kl_retained"] = float(retained.double().mean())
+            found["kl_retained"] = float(retained.cpu().double().mean())
         return found
 
     def _fields(self, row: Row) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from fused_losses.kernels.triton import ahead, tiles
 ROOT = Path(__file__).parents[2]
 SPECIMENS = list(ahead.specimens())
 USES = [(s, architecture) for s in SPECIMENS for architecture in s.architectures]
+OF_AMD = [s for s in SPECIMENS if 80 in s.architectures]
 ALL_SCANS, ALL_KINDS = (*tiles.SCANS, *tiles.EIGHT_BIT_SCANS), (*tiles.KINDS, *tiles.EIGHT_BIT_KINDS)
 SCANS = {ahead.scan_specimen(row).name: ALL_KINDS.index(row.kind) for row in ALL_SCANS}
 TURN = {s.name: ahead.ARCHITECTURES[SCANS.get(s.name, number) % 4] for number, s in enumerate(SPECIMENS)}
@@ -34,7 +35,33 @@ def test_compiles_without_spills_and_with_the_instructions_meant(specimen, archi
     assert found.spilled <= (0 if triton.__version__ == PINNED else 32)
     assert found.shared <= ahead.SHARED_LIMIT[architecture]
     for instruction in specimen.expected.get(architecture, ()):
-        assert instruction in found.ptx
+        assert instruction in found.code
+
+
+# By default a scan for each, and a kernel of each kind.
+SHOWN_OF_AMD = {
+    "gfx942": ("scan, own-directions, 64×64×32", "row_statistics", "left_out, shared", "quantize_rows, i8"),
+    "gfx950": ("scan, own, 64×64×32", "logit_bits", "count_bits", "attention, D 576"),
+}
+
+
+@pytest.mark.parametrize(
+    "specimen, architecture",
+    [
+        pytest.param(s, a, id=f"{s.name}-{a}", marks=() if s.name in SHOWN_OF_AMD[a] else pytest.mark.exhaustive)
+        for s in OF_AMD for a in ahead.AMD
+    ],
+)  # fmt: skip
+def test_compiles_for_amd(specimen, architecture):
+    found = FOUND[specimen.name, architecture] = ahead.compile_for(specimen, architecture)
+    assert found.spilled == 0
+    assert found.shared <= ahead.SHARED_LIMIT_AMD[architecture]
+    if specimen.name.startswith("scan"):
+        assert "v_mfma" in found.code
+
+
+def test_specimens_that_are_compiled_for_amd_by_default_exist():
+    assert {name for names in SHOWN_OF_AMD.values() for name in names} <= {s.name for s in SPECIMENS}
 
 
 @pytest.mark.parametrize("operand", ["fp16", "fp32"])
@@ -54,7 +81,7 @@ def test_there_is_a_row_for_every_kind_and_architecture():
 @pytest.mark.exhaustive
 @pytest.mark.skipif(triton.__version__ != PINNED, reason=f"the documented figures are those of Triton {PINNED}")
 def test_documented_figures_are_those_found(from_benchmarks, show_table):
-    if len(FOUND) < len(USES):
+    if len(FOUND) < len(USES) + len(ahead.AMD) * len(OF_AMD):
         pytest.skip("needs the whole file")
     table = from_benchmarks("compiled").triton_table(FOUND)
     show_table("Registers / shared memory in KiB of the Triton kernels\n" + table)

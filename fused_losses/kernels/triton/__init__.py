@@ -4,20 +4,13 @@ ones)."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable
 from typing import TypeVar
 
-import torch
-from torch import Tensor
+from ... import devices
 
 F = TypeVar("F", bound=Callable)
-
-
-def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def launcher(function: F) -> F:
@@ -25,7 +18,7 @@ def launcher(function: F) -> F:
 
     @functools.wraps(function)
     def call(tensor, *args, **kwargs):
-        with on_device_of(tensor):
+        with devices.current(tensor):
             return function(tensor, *args, **kwargs)
 
     return call  # type: ignore[return-value]

@@ -22,8 +22,11 @@ from triton.compiler import ASTSource
 from . import directions, entries, left_out, quantized, rows, scan, tiles
 
 ARCHITECTURES = (80, 90, 100, 120)
+AMD = ("gfx942", "gfx950")  # MI300 and MI350; they take the table's rows for 80
 # Dynamic shared memory that a block may have, by architecture (CUDA C++ Programming Guide, technical specifications).
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+# Local data share of a workgroup (AMD CDNA3 and CDNA4 instruction set references).
+SHARED_LIMIT_AMD = {"gfx942": 64 << 10, "gfx950": 160 << 10}
 HIDDEN = (576, 2048, 4096, 8192, 16384)
 
 # The names of the kernels' arguments are data: the types follow from them. A name that is not here is an error.
@@ -86,10 +89,40 @@ class Resources:
     registers: int  # of a thread
     spilled: int  # bytes of a thread's stack
     shared: int  # bytes of a block
-    ptx: str = field(repr=False)
+    code: str = field(repr=False)  # PTX, or AMD's assembly
 
 
-def compile_for(specimen: Specimen, architecture: int) -> Resources:
+def compile_for(specimen: Specimen, architecture: int | str) -> Resources:
+    if isinstance(architecture, str):
+        return _compile_for_amd(specimen, architecture)
+    compiled = _compiled(specimen, GPUTarget("cuda", architecture, 32))
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = subprocess.run([_tool(), "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump -res-usage: expected a line REG:… STACK:…, got {usage!r}")
+    registers, stack, shared, local = map(int, found.groups())
+    return Resources(registers, stack + local, max(shared, compiled.metadata.shared), compiled.asm["ptx"])
+
+
+def _compile_for_amd(specimen: Specimen, architecture: str) -> Resources:
+    """Vector registers; scalar ones that do not fit go to lanes of these, not to memory, and are not counted."""
+    compiled = _compiled(specimen, GPUTarget("hip", architecture, 64))
+    code = compiled.asm["amdgcn"]
+
+    def number(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", code)
+        if found is None:
+            raise RuntimeError(f"{specimen.name} for {architecture}: its metadata lacks .{name}")
+        return int(found[1])
+
+    spilled = 4 * number("vgpr_spill_count") + number("private_segment_fixed_size")
+    return Resources(number("vgpr_count"), spilled, compiled.metadata.shared, code)
+
+
+def _compiled(specimen: Specimen, target: GPUTarget) -> Any:
     kernel, signature, constants, attributes = specimen.kernel, {}, dict(specimen.constants), {}
     for index, name in enumerate(kernel.arg_names):
         if name in constants or name in specimen.absent:
@@ -100,16 +133,7 @@ def compile_for(specimen: Specimen, architecture: int) -> Resources:
         if signature[name][0] == "*" or name in ("V", "D", "D_REF") or name.startswith("stride"):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=specimen.options)
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(compiled.asm["cubin"])
-        usage = subprocess.run([_tool(), "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
-    if found is None:
-        raise RuntimeError(f"cuobjdump -res-usage: expected a line REG:… STACK:…, got {usage!r}")
-    registers, stack, shared, local = map(int, found.groups())
-    return Resources(registers, stack + local, max(shared, compiled.metadata.shared), compiled.asm["ptx"])
+    return triton.compile(source, target=target, options=specimen.options)
 
 
 def specimens() -> Iterator[Specimen]:
@@ -204,7 +228,7 @@ def scan_specimen(row: tiles.Scan, operand: str = "bf16") -> Specimen:
     if eight:
         operand = "fp8e4nv" if row.architecture in tiles.FLOAT8 else "i8"
     constants: dict[str, Any] = dict(
-        **row.constants, DESCRIPTORS=row.descriptors, FP32=operand == "fp32", HAS_BIAS=capped or kind == "own",
+        **row.constants, DESCRIPTORS=row.descriptors, HAS_BIAS=capped or kind == "own",
         SCALED=capped, ENTROPY=True, BITS=True, K=16 if directed else 0,
     )  # fmt: skip
     absent = [] if constants["HAS_BIAS"] else ["bias_ptr"]

@@ -81,7 +81,7 @@ def scan(
     low_ptr, scale, softcap, N, V, D, stride_xn, stride_wv, words, tiles_per_part,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, SLICES: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    FP32: tl.constexpr, HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr,
     BITS: tl.constexpr, K: tl.constexpr, SCALES: tl.constexpr, INT8: tl.constexpr,
 ):  # fmt: skip
     """x [N, D] · w [V, D]ᵀ as a stream of tiles; sums into partial [parts, SUMS, N], bits into [N, words].
@@ -118,7 +118,7 @@ def scan(
     for tile in tl.range(first, min(first + tiles_per_part, tl.cdiv(V, BLOCK_V)), disable_licm=True):
         acc = _product_tile(
             x, w, row, tile * BLOCK_V, N, V, D, stride_xn, stride_wv,
-            BLOCK_N, BLOCK_V, BLOCK_D, DESCRIPTORS, FP32, INT8,
+            BLOCK_N, BLOCK_V, BLOCK_D, DESCRIPTORS, INT8,
         )  # fmt: skip
         slices = _slices(acc, SLICES)
         for i in tl.static_range(SLICES):
@@ -147,7 +147,7 @@ def scan(
                 left = tl.where(z > bound[:, None], 0.0, e * _moved_to(bound, top)[:, None])
                 left_sum += tl.sum(left, 1)
                 left_square += tl.sum(left * left, 1)
-                low = _times_directions(left, directions, column, columns, V, low, K, DESCRIPTORS, FP32)
+                low = _times_directions(left, directions, column, columns, V, low, K, DESCRIPTORS)
 
     out = partial_ptr + part.to(tl.int64) * SUMS * N + rows
     _store_sums(out, N, valid, top, total, index)
@@ -169,7 +169,7 @@ def scan_with_reference(
     words, tiles_per_part,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, SLICES: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    FP32: tl.constexpr, SHARED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_REFERENCE_BIAS: tl.constexpr,
+    SHARED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_REFERENCE_BIAS: tl.constexpr,
     SCALED: tl.constexpr, ENTROPY: tl.constexpr, REFERENCE_ENTROPY: tl.constexpr, BITS: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """`scan` of the model and of the reference together, for sums over p_ref of functions of z − r.
@@ -206,10 +206,10 @@ def scan_with_reference(
     for tile in tl.range(first, min(first + tiles_per_part, tl.cdiv(V, BLOCK_V)), disable_licm=True):
         ref_acc = _product_tile(
             reference_x, reference_w, row, tile * BLOCK_V, N, V, D_REF, stride_rn, stride_rv,
-            BLOCK_N, BLOCK_V, BLOCK_D, DESCRIPTORS, FP32,
+            BLOCK_N, BLOCK_V, BLOCK_D, DESCRIPTORS,
         )  # fmt: skip
         acc = _product_tile(
-            x, w, row, tile * BLOCK_V, N, V, D, stride_xn, stride_wv, BLOCK_N, BLOCK_V, BLOCK_D, DESCRIPTORS, FP32
+            x, w, row, tile * BLOCK_V, N, V, D, stride_xn, stride_wv, BLOCK_N, BLOCK_V, BLOCK_D, DESCRIPTORS
         )
         ref_slices = _slices(ref_acc, SLICES)
         slices = _slices(acc, SLICES)
@@ -234,7 +234,7 @@ def scan_with_reference(
                 left = tl.where(out, 0.0, e * _moved_to(bound, top)[:, None])
                 left_sum += tl.sum(left, 1)
                 left_square += tl.sum(left * left, 1)
-                low = _times_directions(left, directions, column, columns, V, low, K, DESCRIPTORS, FP32)
+                low = _times_directions(left, directions, column, columns, V, low, K, DESCRIPTORS)
             before = ref_top
             ref_top, ref_total, ref_weighted, ref_index, e = _update(
                 r, column, ref_top, ref_total, ref_weighted, ref_index, REFERENCE_ENTROPY
@@ -247,7 +247,7 @@ def scan_with_reference(
                 left_gap += tl.sum(gap, 1)
                 left_gap_square += tl.sum(gap * gap, 1)
                 left_cross += tl.sum(gap * left, 1)
-                gap_low = _times_directions(gap, directions, column, columns, V, gap_low, K, DESCRIPTORS, FP32)
+                gap_low = _times_directions(gap, directions, column, columns, V, gap_low, K, DESCRIPTORS)
             shifted_sum = shifted_sum * shrink + tl.sum(e * delta, 1)
             grown = growth(delta)
             growth_sum = growth_sum * shrink + tl.sum(e * grown, 1)
@@ -294,16 +294,14 @@ def _moved_to(bound, top):
 
 
 @triton.jit
-def _times_directions(
-    left, directions, column, columns, V, low, K: tl.constexpr, DESCRIPTORS: tl.constexpr, FP32: tl.constexpr
-):
+def _times_directions(left, directions, column, columns, V, low, K: tl.constexpr, DESCRIPTORS: tl.constexpr):
     """low + UNIT · left · directions[columns]."""
     if DESCRIPTORS:
         rows = directions.load([column, 0])
     else:
         offsets = columns[:, None] * K + tl.arange(0, K)[None, :]
         rows = tl.load(directions + offsets, mask=(columns < V)[:, None], other=0.0)
-    return tl.dot((left * UNIT).to(rows.dtype), rows, low, input_precision="ieee" if FP32 else "tf32")
+    return tl.dot((left * UNIT).to(rows.dtype), rows, low, input_precision="ieee")
 
 
 @triton.jit
@@ -315,7 +313,7 @@ def _store_low(low, low_ptr, part, rows, N, K: tl.constexpr):
 @triton.jit
 def _product_tile(
     a, b, row, column, N, V, D, stride_a, stride_b,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, DESCRIPTORS: tl.constexpr, FP32: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, DESCRIPTORS: tl.constexpr,
     INT8: tl.constexpr = False,
 ):  # fmt: skip
     """a[row :] · b[column :]ᵀ, [BLOCK_N, BLOCK_V] in fp32, of integers in int32; 0 beyond the last row or column."""
@@ -334,7 +332,7 @@ def _product_tile(
             inside = ks < D - k * BLOCK_D
             left = tl.load(left_ptr, mask=(rows < N)[:, None] & inside[None, :], other=0)
             right = tl.load(right_ptr, mask=(columns < V)[:, None] & inside[None, :], other=0)
-            acc = tl.dot(left, right.T, acc, input_precision="ieee" if FP32 else "tf32", out_dtype=SUM_TYPE)
+            acc = tl.dot(left, right.T, acc, input_precision="ieee", out_dtype=SUM_TYPE)
             left_ptr += BLOCK_D
             right_ptr += BLOCK_D
     return acc

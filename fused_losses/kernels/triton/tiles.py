@@ -100,6 +100,9 @@ KINDS = tuple(kind + end for end in ("", DIRECTED) for kind in ("plain", "capped
 EIGHT_BIT_KINDS = tuple(kind + end + EIGHT_BIT for end in ("", DIRECTED) for kind in ("plain", "capped"))
 
 
+PLAIN = 80  # the architecture whose rows need neither Hopper's instructions nor Blackwell's
+
+
 def architecture(capability: tuple[int, int]) -> int:
     """Of the table: 80 for everything that has neither Hopper's wgmma nor Blackwell's tcgen05; consumer Blackwell has
     rows of its own, with the same instructions as 80."""
