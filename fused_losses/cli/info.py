@@ -37,8 +37,8 @@ def run(given: argparse.Namespace) -> None:
         architecture = device_facts.architecture(torch.device("cuda", index)) or f"sm_{found.major}{found.minor}"
         devices.append((f"cuda:{index}", f"{found.name}, {architecture}, {memory}"))
     for index in range(torch.xpu.device_count()):
-        found = torch.xpu.get_device_properties(index)
-        devices.append((f"xpu:{index}", f"{found.name}, {found.total_memory >> 30} GiB"))
+        intel = torch.xpu.get_device_properties(index)
+        devices.append((f"xpu:{index}", f"{intel.name}, {intel.total_memory >> 30} GiB"))
     if torch.backends.mps.is_available():
         devices.append(("mps", "Apple GPU: exact gradients, plain PyTorch operations"))
     if len(devices) == 1:
