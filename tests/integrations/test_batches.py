@@ -53,7 +53,9 @@ def test_fields_are_where_their_tokens_are(collator):
     batch = WithFields(collator, fl.LAwFLoss())(data)
     plain = collator([{k: v for k, v in row.items() if k != "confidence"} for row in given])
     assert all(torch.equal(batch[name], plain[name]) for name in plain)
-    kept = [(c, label) for row in given for c, label in zip(row["confidence"], row["labels"], strict=True) if label >= 0]
+    kept = [
+        (c, label) for row in given for c, label in zip(row["confidence"], row["labels"], strict=True) if label >= 0
+    ]
     assert by_token(batch, "confidence") == pytest.approx([c for c, _ in kept])
     assert by_token(batch, "labels") == [label for _, label in kept]
     assert batch["confidence"][batch["labels"] == -100].sum() == 0

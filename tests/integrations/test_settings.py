@@ -34,7 +34,9 @@ def test_names_as_people_write_them(name):
 def test_options_as_yaml_reads_them():
     made = make_objective("sft+kl", {"kl_weight": "1e-1", "gradient": "sparse"})
     assert made.kl_weight == 0.1 and made.gradient == "sparse"
-    assert make_objective("talr").temperature == "median" and make_objective("flow", {"temperature": 2}).temperature == 2
+    assert (
+        make_objective("talr").temperature == "median" and make_objective("flow", {"temperature": 2}).temperature == 2
+    )
 
 
 @pytest.mark.parametrize("name, options, message", [
@@ -52,7 +54,12 @@ def test_a_wrong_name_or_option_is_named(name, options, message):
 
 
 def test_keys_are_taken_out_of_a_configuration():
-    config = {"model": "m", "fused_loss": "asft", "fused_loss_options": {"kl_weight": 0.2}, "fused_loss_reference": "base"}
+    config = {
+        "model": "m",
+        "fused_loss": "asft",
+        "fused_loss_options": {"kl_weight": 0.2},
+        "fused_loss_reference": "base",
+    }
     settings = take(config)
     assert config == {"model": "m"}
     assert settings == LossSettings("asft", {"kl_weight": 0.2}, reference="base")
