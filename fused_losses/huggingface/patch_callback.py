@@ -27,8 +27,9 @@ class PatchCallback(TrainerCallback):
     Where the model is at hand before the Trainer is made, `fl.patch(model, loss)` with `Callback()` does more: a
     Trainer keeps the columns that the loss takes only of a model that is patched by then. With this callback a loss
     with fields of the batch (LAwF's confidence, weights, ...) needs remove_unused_columns=False in the arguments, and
-    a collator that passes them on (`AnchorCollator`). FSDP, DeepSpeed's ZeRO-3 and the like change the model before
-    training begins, so for them patch first too.
+    a collator that passes them on (`AnchorCollator`). One that takes means of groups (reduction="group_mean") is an
+    error, as the Trainer divides by the tokens of all accumulated batches. FSDP, DeepSpeed's ZeRO-3 and the like
+    change the model before training begins, so for them patch first too.
 
     After training the model is what it was; `trainer.evaluate()` then computes the model's own loss. Where training
     ends with an exception a Trainer does not say so: the model stays patched, and the next `train()` goes on with the

@@ -71,6 +71,8 @@ class FusedLossesPlugin(BasePlugin):
         if settings is None:
             return
         loss = settings.objective()
+        # axolotl looks for num_items_in_batch below the patched forward, and takes the mean of batches' means without.
+        trainer.model_accepts_loss_kwargs = loss.divides_by_items
         for name in ("data_collator", "eval_data_collator"):
             if getattr(trainer, name, None) is not None:
                 setattr(trainer, name, collated(getattr(trainer, name), loss))

@@ -250,7 +250,9 @@ def test_copies_share_a_reference_model():
     (lambda: make(nn.Linear(2, 2), PatchCallback()).train(), "expected a transformers model, got .*Linear"),
     (lambda: make(llama(), PatchCallback(fl.LAwFLoss(), reference="base")).train(),
      "confidence: is missing in the batch, .* remove_unused_columns=False"),
-], ids=range(6))  # fmt: skip
+    (lambda: make(llama(), PatchCallback(fl.LAwFLoss(reduction="group_mean"), reference="start"),
+                  data=rows(8, anchors=True)).train(), "num_items_in_batch: .* reduction='token_mean'"),
+], ids=range(7))  # fmt: skip
 def test_mistakes_are_named(made, message):
     with pytest.raises((TypeError, ValueError), match=message):
         made()

@@ -15,7 +15,6 @@ import json
 import math
 import os
 import subprocess
-import sys
 import venv
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -38,6 +37,7 @@ class Case:
     factor: float = 1.0  # ours / theirs
     tolerance: float = 2e-5  # of float32, in another order
     logs: tuple[str, ...] = ("nll", "mean_weight")
+    both: dict[str, Any] = field(default_factory=dict)  # of the trainer's own, in both trainings
 
 
 WITH_REFERENCE = [
@@ -96,7 +96,7 @@ def swift(work: Path, output: Path, ours: dict[str, Any], theirs: dict[str, Any]
 
 
 def axolotl(work: Path, output: Path, ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-    config = yaml(output.with_suffix(".yaml"), {
+    config = {
         "base_model": str(work / "model"), "tokenizer_config": str(work / "model"), "adapter": "lora", "lora_r": 4,
         "lora_alpha": 8, "lora_dropout": 0.0, "lora_target_modules": ["q_proj", "v_proj"], "sequence_len": 64,
         "datasets": [{"path": str(work / "alpaca.json"), "ds_type": "json", "type": "alpaca"}], "val_set_size": 0,
@@ -107,8 +107,10 @@ def axolotl(work: Path, output: Path, ours: dict[str, Any], theirs: dict[str, An
         "eager", "sample_packing": False, "special_tokens": {"pad_token": "<pad>", "eos_token": "<eos>"},
         "lora_qkv_kernel": False, "lora_mlp_kernel": False, "lora_o_kernel": False,
         **({"plugins": ["fused_losses.integrations.axolotl.FusedLossesPlugin"]} if ours else {}), **ours, **theirs,
-    })  # fmt: skip
-    return ["-m", "axolotl.cli.train", str(config)]
+    }  # fmt: skip
+    if config["adapter"] is None:
+        config = {key: value for key, value in config.items() if not key.startswith("lora_") and key != "adapter"}
+    return ["-m", "axolotl.cli.train", str(yaml(output.with_suffix(".yaml"), config))]
 
 
 @dataclass
@@ -123,7 +125,10 @@ class Trainer:
 
 
 SFT = dict(fused_loss="sft")
-# axolotl's own pins, without what neither text nor a CPU needs: xformers, flash-linear-attention, liger-kernel, kernels,
+# axolotl's LoRA begins elsewhere in each run, so what is compared trains all weights. Its own cross-entropy is the mean
+# of the accumulated batches' means, and its EAFT does not divide the entropy.
+WHOLE = {"adapter": None}
+# Its own pins, without what neither text nor a CPU needs: xformers, flash-linear-attention, liger-kernel, kernels,
 # lm_eval, gradio, modal, trackio, mistral-common, the file systems of clouds, ...
 AXOLOTL = [
     "torch==2.13.0 transformers==5.16.1 trl==1.9.0 peft==0.20.0 accelerate==1.13.0 datasets==4.8.4 tokenizers==0.23.1 "
@@ -156,8 +161,8 @@ TRAINERS = {
     "axolotl": Trainer(
         AXOLOTL, axolotl,
         [
-            Case("cross-entropy", SFT, {}),
-            Case("EAFT", dict(fused_loss="eaft"), {"use_eaft": True}, factor=EAFT, tolerance=2e-4),
+            Case("cross-entropy", SFT, {}, both={**WHOLE, "gradient_accumulation_steps": 1}),
+            Case("EAFT", dict(fused_loss="eaft"), {"use_eaft": True}, 1 / math.log(20), 2e-4, both=WHOLE),
             *WITH_REFERENCE,
         ],
         {"use_eaft": True}, {"AXOLOTL_DO_NOT_TRACK": "1"},
@@ -282,7 +287,7 @@ def trained(environment: Path, trainer: Trainer, name: str, ours: dict, theirs: 
 
 def compare(environment: Path, trainer: Trainer, case: Case) -> str | None:
     """Prints a row or two; what is wrong, or None."""
-    ours = trained(environment, trainer, f"{case.name} ours", case.ours, {})
+    ours = trained(environment, trainer, f"{case.name} ours", case.ours, case.both)
     print(f"{case.name:14} ours    " + "  ".join(f"{entry['loss']:.6f}" for entry in ours), flush=True)
     missing = [name for name in case.logs if name not in ours[-1]]
     if missing:
@@ -293,7 +298,7 @@ def compare(environment: Path, trainer: Trainer, case: Case) -> str | None:
         return f"{case.name}: a KL of 0 before the first step and more after was expected, got {ours}"
     if case.theirs is None:
         return None
-    theirs = trained(environment, trainer, f"{case.name} theirs", {}, case.theirs)
+    theirs = trained(environment, trainer, f"{case.name} theirs", {}, {**case.both, **case.theirs})
     print(f"{case.name:14} theirs  " + "  ".join(f"{entry['loss']:.6f}" for entry in theirs), flush=True)
     for a, b in zip(ours, theirs, strict=True):
         for key in ("loss", "grad_norm"):

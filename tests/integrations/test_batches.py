@@ -118,7 +118,7 @@ def test_a_scale_of_the_trainers_own(loss, name):
     learned = collate(rows(3))["labels"] != -100
     learned[:, 0] = False
     assert torch.equal(batch[name], learned * 0.5)
-    with pytest.raises(ValueError, match="scale: weighs tokens, and DFTLoss has no such weights; take .* weighted"):
+    with pytest.raises(ValueError, match=r"scale: weighs tokens, and DFTLoss has no such weights; take .* weighted"):
         WithFields(with_scale, fl.DFTLoss(), "scale")(rows(3))
 
 
