@@ -2,7 +2,8 @@
 
 `patch`, `patched`, `unpatch`: a model's loss. `AnchorCollator`: batches with anchors or other fields. `initial_losses`,
 `ReferenceCache`: what is computed once, before training. `Callback` (what the loss sees of its tokens, in the logs) and
-`FinchCallback` (a learning rate that falls where the loss is high): callbacks of a Trainer.
+`FinchCallback` (a learning rate that falls where the loss is high), `PatchCallback` (patches the model of a Trainer
+that makes it itself): callbacks of a Trainer.
 
 Importing this needs torch only; transformers, peft, trl and safetensors are imported where they are used.
 """
@@ -20,6 +21,7 @@ __all__ = [
     "Callback",
     "FinchCallback",
     "LogitsNotKept",
+    "PatchCallback",
     "ReferenceCache",
     "initial_losses",
     "patch",
@@ -38,6 +40,10 @@ def __getattr__(name: str) -> Any:
         from .metrics import Callback
 
         return Callback
+    if name == "PatchCallback":
+        from .patch_callback import PatchCallback
+
+        return PatchCallback
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -140,7 +140,7 @@ class FinchCallback(TrainerCallback, ExportableState):
         if patch_of(model) is None:
             raise ValueError(
                 f"FinchCallback: {type(model).__name__} is not patched, so the nll of its batches is not known; call "
-                "fused_losses.patch(model) first, which leaves its loss as it is"
+                "fused_losses.patch(model) first, which leaves its loss as it is, or put PatchCallback before this one"
             )
         optim = getattr(args.optim, "value", str(args.optim))
         if getattr(args, "deepspeed", None) or any(name in optim for name in STEPS_IN_BACKWARD):

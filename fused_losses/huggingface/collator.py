@@ -301,7 +301,7 @@ def read_row(feature: Mapping[str, Any], row: str, anchored: bool = True) -> Row
             "be learned, and set remove_unused_columns=False if a trainer has dropped them; for a loss that knows no "
             "anchors AnchorCollator(..., needs_anchors=False)"
         )
-    confidence = _confidence(given, row, size)
+    confidence = read_confidence(given, row, size)
     field = f"{row}, {'anchors' if 'anchors' in given else 'confidence'}"
     first = kept.start
     if confidence[first] > 0:
@@ -335,7 +335,8 @@ def _check_positions(values: list[Tensor]) -> None:
             )
 
 
-def _confidence(given: Mapping[str, Any], row: str, size: int) -> Tensor:
+def read_confidence(given: Mapping[str, Any], row: str, size: int) -> Tensor:
+    """[T] float32 from a row's `confidence` or `anchors`, without None; `row`: what a message calls it."""
     if "confidence" not in given:
         return _from_anchors(given.get("anchors", ()), f"{row}, anchors", size)
     if "anchors" in given:

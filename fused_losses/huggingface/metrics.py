@@ -99,7 +99,7 @@ class Callback(TrainerCallback, ExportableState):
         if self._patch is None:
             raise ValueError(
                 f"Callback: {type(model).__name__} is not patched, so nothing is known of its tokens; call "
-                "fused_losses.patch(model, loss) first"
+                "fused_losses.patch(model, loss) first, or put PatchCallback before this one"
             )
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())  # looked up by whoever saves
         saved = saved[-1] if isinstance(saved, list) else saved

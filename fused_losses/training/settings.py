@@ -19,9 +19,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import fused_losses as fl
-
 from ..objectives import Objective
+from ..objectives.named import NAMED
 
 RANK = 8  # of LoRA; its alpha is twice that
 TARGETS = ("q_proj", "v_proj")  # where the model has layers of these names; else what PEFT takes for the model
@@ -65,30 +64,30 @@ class Method:
 
 
 def _flow(initial: Any) -> Objective:
-    return fl.FLOWLoss(initial.temperature)
+    return NAMED["flow"](temperature=initial.temperature)
 
 
 METHODS = {
     "lawf": Method(
-        "cross-entropy on corrected tokens, KL to the original on all others", fl.LAwFLoss,
+        "cross-entropy on corrected tokens, KL to the original on all others", NAMED["lawf"],
         {"anchor_weight": 1.0, "retain_weight": 1.0}, needs_reference=True, anchors=True,
     ),
-    "sft": Method("cross-entropy", fl.CrossEntropyLoss, {}),
+    "sft": Method("cross-entropy", NAMED["sft"], {}),
     "sft+kl": Method(
-        "cross-entropy, and KL to the original on the same tokens", fl.SFTKLLoss, {"kl_weight": 0.05},
+        "cross-entropy, and KL to the original on the same tokens", NAMED["sft+kl"], {"kl_weight": 0.05},
         needs_reference=True,
     ),
-    "talr": Method("cross-entropy that counts hard tokens less", fl.TALRLoss, {}),
-    "dft": Method("cross-entropy times the token's probability", fl.DFTLoss, {}),
-    "asft": Method("dft, and KL to the original", fl.ASFTLoss, {"kl_weight": 0.1}, needs_reference=True),
-    "eaft": Method("cross-entropy that counts tokens less of which the model is sure", fl.EAFTLoss, {"alpha": 1.0}),
+    "talr": Method("cross-entropy that counts hard tokens less", NAMED["talr"], {}),
+    "dft": Method("cross-entropy times the token's probability", NAMED["dft"], {}),
+    "asft": Method("dft, and KL to the original", NAMED["asft"], {"kl_weight": 0.1}, needs_reference=True),
+    "eaft": Method("cross-entropy that counts tokens less of which the model is sure", NAMED["eaft"], {"alpha": 1.0}),
     "flow": Method("cross-entropy that counts rows less which are hard at the start", _flow, {}, initial="sequence"),
     "stm": Method(
-        "cross-entropy without the tokens that are hard at the start", fl.STMLoss, {"threshold": 2.5}, initial="token"
+        "cross-entropy without the tokens that are hard at the start", NAMED["stm"], {"threshold": 2.5}, initial="token"
     ),
-    "infosft": Method("cross-entropy that counts tokens of medium probability most", fl.InfoSFTLoss, {}),
+    "infosft": Method("cross-entropy that counts tokens of medium probability most", NAMED["infosft"], {}),
     "mask-the-target": Method(
-        "cross-entropy, and KL to the original without the label itself", fl.MaskTheTargetLoss, {"kl_weight": 0.5},
+        "cross-entropy, and KL to the original without the label itself", NAMED["mask-the-target"], {"kl_weight": 0.5},
         needs_reference=True,
     ),
 }  # fmt: skip

@@ -1,0 +1,157 @@
+"""The fields of a loss, through collators that know nothing of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..huggingface.collator import read_confidence
+from ..huggingface.fields import joined, laid_out, read_fields
+from ..objectives import Objective
+
+IGNORED = -100
+
+
+class WithFields:
+    """A collator of another trainer, whose batches then have what the loss takes beside labels.
+
+    Columns of the rows that are fields of the loss (confidence or anchors of LAwF, weights, old_nll, ...) are kept from
+    `collator`, and laid out beside the input_ids that come out of it: padded at either side, or rows one after the
+    other as sample packing has them.
+
+    For LAwF, rows without anchors learn what has a label, with confidence 1, and hold the rest of the row, the prompt,
+    to the original, for which its tokens get labels. So `fused-losses train` takes chats.
+
+    Args:
+        collator: called with a list of rows, or with a list of such lists (axolotl's packing).
+        loss: the objective.
+        scale: the name of a field of the batch in [B, T] that holds WeightedLoss's weights or LAwF's confidence, as
+            ms-swift has loss_scale; others refuse it.
+
+    Raises: ValueError where the rows' tokens are not found in the batch, as where the collator cuts them; where a row
+    has no field that another has; and for a `scale` that the loss cannot take.
+    """
+
+    def __init__(self, collator: Callable[..., Any], loss: Objective, scale: str | None = None) -> None:
+        self.collator, self.scale = collator, scale
+        self.fields, self.loss_name = loss.batch_fields(), type(loss).__name__
+        self.own = {*self.fields, "anchors"} if "confidence" in self.fields else set(self.fields)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "collator":
+            raise AttributeError(name)
+        return getattr(self.collator, name)
+
+    def __call__(self, features: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
+        nested = bool(features) and not isinstance(features[0], Mapping)
+        groups = [list(group) for group in features] if nested else [list(features)]
+        rows = [row for group in groups for row in group]
+        plain = [[{k: v for k, v in row.items() if k not in self.own} for row in group] for group in groups]
+        ids = [torch.as_tensor(row["input_ids"]).reshape(-1) for row in rows]
+        batch = self.collator(plain if nested else plain[0], *args, **kwargs)
+        given = self.scale is not None and batch.get(self.scale) is not None
+        scale = batch.pop(self.scale) if given else None
+        values, of_batch = self._fields(rows, [len(x) for x in ids])
+        batch.update(of_batch)
+        anchored = "confidence" in self.fields and "confidence" not in values
+        if scale is not None:
+            batch.update(self._scaled(scale, values))
+        if values or anchored:
+            whole = batch["input_ids"]
+            places = _places(whole, ids)
+            for name, of_rows in values.items():
+                batch[name] = laid_out(name, of_rows, places, tuple(whole.shape))
+            if anchored:
+                self._hold_prompts(batch, places)
+        return batch
+
+    def _fields(
+        self, rows: list[Mapping[str, Any]], lengths: list[int]
+    ) -> tuple[dict[str, list[Tensor]], dict[str, Tensor]]:
+        """The fields that the rows have: of tokens, a tensor a row; and those of whole rows, as the batch has them."""
+        found: dict[str, list[Tensor]] = {}
+        if "confidence" in self.fields:
+            with_anchors = [row.get("confidence") is not None or row.get("anchors") is not None for row in rows]
+            if any(with_anchors):
+                if not all(with_anchors):
+                    raise ValueError(
+                        f"row {with_anchors.index(False)}: has neither anchors nor confidence, but another row of the "
+                        "batch has; give anchors: [] where everything is to be retained"
+                    )
+                found["confidence"] = [
+                    read_confidence({k: v for k, v in row.items() if v is not None}, f"row {i}", n)
+                    for i, (row, n) in enumerate(zip(rows, lengths, strict=True))
+                ]
+        others: list[Mapping[str, Any]] = [
+            {name: row[name] for name in self.fields if name != "confidence" and row.get(name) is not None}
+            for row in rows
+        ]
+        fields, _ = read_fields(others, lengths, (), {})
+        found.update({name: one.values for name, one in fields.items() if one.kind == "tokens"})
+        return found, {name: joined(one) for name, one in fields.items() if one.kind != "tokens"}
+
+    def _scaled(self, scale: Tensor, values: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+        name = next((name for name in ("weights", "confidence") if name in self.fields), None)
+        if name is None or name in values:
+            raise ValueError(
+                f"{self.scale}: weighs tokens, and {self.loss_name} has no such weights; take fused_loss: weighted, or "
+                "a rule for it of zeros and ones"
+            )
+        return {name: scale.float()}
+
+    def _hold_prompts(self, batch: Any, places: list[tuple[int, slice]]) -> None:
+        ids, labels = batch["input_ids"], batch["labels"]
+        learned = labels != IGNORED
+        held = torch.zeros_like(learned)
+        firsts = torch.zeros_like(learned)
+        for row, at in places:
+            held[row, at] = True
+            firsts[row, at.start] = True
+        firsts |= _sequence_starts(batch, ids)
+        batch["labels"] = torch.where(held & ~firsts, torch.where(learned, labels, ids), IGNORED)
+        if "confidence" not in batch:
+            batch["confidence"] = (learned & ~firsts).float()
+        else:
+            batch["confidence"] = torch.where(batch["labels"] != IGNORED, batch["confidence"], 0)
+
+
+def _sequence_starts(batch: Any, ids: Tensor) -> Tensor:
+    """Of sequences that were packed into one row: where positions begin anew, or the numbers in the mask change."""
+    firsts = torch.zeros_like(ids, dtype=torch.bool)
+    positions, mask = batch.get("position_ids"), batch.get("attention_mask")
+    if isinstance(positions, Tensor) and positions.shape == ids.shape:
+        firsts |= positions == 0
+    if isinstance(mask, Tensor) and mask.shape == ids.shape:
+        firsts[:, 1:] |= (mask[:, 1:] != mask[:, :-1]) & (mask[:, 1:] > 0)
+    return firsts
+
+
+def collated(collator: Any, loss: Objective, scale: str | None = None) -> Any:
+    """The collator with the fields of the loss; itself where it needs none."""
+    return WithFields(collator, loss, scale) if loss.batch_fields() or scale is not None else collator
+
+
+def _places(whole: Tensor, ids: list[Tensor]) -> list[tuple[int, slice]]:
+    """Where each row's tokens are in [B, T]: at the left, at the right, or one after the other."""
+    if whole.dim() != 2:
+        raise ValueError(f"input_ids: expected a batch [rows, tokens], got shape {list(whole.shape)}")
+    found: list[tuple[int, slice]] = []
+    for index, tokens in enumerate(ids):
+        n = len(tokens)
+        if len(ids) == len(whole):
+            starts = [(index, 0), (index, whole.shape[1] - n)]
+        else:
+            row, before = found[-1] if found else (0, slice(0, 0))
+            starts = [(row, before.stop), (row + 1, 0)]
+        possible = [(row, slice(start, start + n)) for row, start in starts if row < len(whole) and start >= 0]
+        there = [place for place in possible if torch.equal(whole[place].cpu(), tokens.to(whole.dtype))]
+        if not there:
+            raise ValueError(
+                f"row {index}: its {n} tokens are not in the batch of shape {list(whole.shape)} as they came, so its "
+                "fields have no place; the collator cuts or changes rows: do so before training"
+            )
+        found.append(there[0])
+    return found

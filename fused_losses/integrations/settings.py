@@ -1,0 +1,121 @@
+"""The keys that trainers' configurations have of this package, and what they make."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..huggingface import patch
+from ..huggingface.references import NAMES as REFERENCES
+from ..objectives import Objective
+from ..objectives.named import make_objective
+
+PREFIX = "fused_loss"
+KEYS = {
+    "fused_loss": "its name: talr, lawf, sft, ... as in `fused-losses train --method`, or a class's, such as TALRLoss",
+    "fused_loss_options": "options of its constructor by name, such as {temperature: 2.0}",
+    "fused_loss_reference": "the frozen original: base, start, or the folder of a model",
+    "fused_loss_reference_cache": "a folder for the original's hidden states",
+    "fused_loss_keep_logits": "true or eval: real logits, of full size, always or in evaluation",
+    "fused_loss_eval_loss": "nll or objective: what evaluation computes",
+}
+
+
+@dataclass
+class LossSettings:
+    """What the keys of KEYS say, checked when it is made.
+
+    Args: as KEYS has them, without the prefix.
+
+    Raises: ValueError, TypeError, naming the key, what came and the remedy; before any model is loaded.
+    """
+
+    loss: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    reference: str | None = None
+    reference_cache: str | None = None
+    keep_logits: bool | str = False
+    eval_loss: str = "nll"
+
+    def __post_init__(self) -> None:
+        objective = self.objective()
+        name = type(objective).__name__
+        if self.reference is None and objective.needs_reference:
+            raise ValueError(
+                f"fused_loss_reference: {name} compares with a frozen original model: give base (the model without its "
+                "LoRA or other adapter), start (the model as it is loaded), or the folder of a model"
+            )
+        if self.reference is not None and not objective.takes_reference:
+            raise ValueError(f"fused_loss_reference: {name} has no use for one; leave it out")
+        if self.reference is not None and self.reference not in REFERENCES and not _is_model_folder(self.reference):
+            raise ValueError(
+                f"fused_loss_reference: expected base, start or the folder of a model (with its config.json), got "
+                f"{self.reference!r}"
+            )
+        if self.reference_cache is not None and self.reference is None:
+            raise ValueError("fused_loss_reference_cache: given without fused_loss_reference; there is nothing to keep")
+        if self.keep_logits not in (True, False, "eval"):
+            raise ValueError(f"fused_loss_keep_logits: expected true, false or eval, got {self.keep_logits!r}")
+        if self.eval_loss not in ("nll", "objective"):
+            raise ValueError(f"fused_loss_eval_loss: expected nll or objective, got {self.eval_loss!r}")
+
+    def objective(self) -> Objective:
+        return make_objective(self.loss, self.options, "fused_loss")
+
+    def reference_for(self, dtype: Any) -> Any:
+        """As `fl.patch` takes it: a name, None, or the model in that folder, frozen."""
+        if self.reference is None or self.reference in REFERENCES:
+            return self.reference
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(self.reference, dtype=dtype).requires_grad_(False).eval()
+
+    def patch(self, model: Any) -> Any:
+        """`fl.patch` as the keys say; returns the model."""
+        return patch(model, self.objective(), **self.patch_options(model.dtype))
+
+    def callback(self) -> Any:
+        """A `PatchCallback` as the keys say."""
+        from ..huggingface.patch_callback import PatchCallback
+
+        return PatchCallback(self.objective(), **self.patch_options("auto"))
+
+    def patch_options(self, dtype: Any) -> dict[str, Any]:
+        """Of `fl.patch`; `dtype`: of a reference that is loaded."""
+        return {
+            "reference": self.reference_for(dtype), "reference_cache": self.reference_cache,
+            "keep_logits": self.keep_logits, "eval_loss": self.eval_loss,
+        }  # fmt: skip
+
+
+def take(config: dict[str, Any]) -> LossSettings | None:
+    """What a configuration says, with our keys removed from it; None where it has none of them.
+
+    Raises ValueError for a key that only begins like ours, and for options without a loss.
+    """
+    ours = {key: config.pop(key) for key in list(config) if isinstance(key, str) and key.startswith(PREFIX)}
+    unknown = [key for key in ours if key not in KEYS]
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], KEYS, 1)
+        meant = f"; did you mean {close[0]}?" if close else ""
+        raise ValueError(f"{unknown[0]}: there is no such key{meant}; there are {', '.join(KEYS)}")
+    ours = {key: value for key, value in ours.items() if value is not None}
+    if not ours:
+        return None
+    if "fused_loss" not in ours:
+        raise ValueError(f"{next(iter(ours))}: given without fused_loss; name the loss, such as fused_loss: talr")
+    return LossSettings(ours.pop("fused_loss"), **{key.removeprefix("fused_loss_"): v for key, v in ours.items()})
+
+
+def refuse(config: Mapping[str, Any], switches: Mapping[str, str], who: str) -> None:
+    """ValueError for the first switch of the trainer's own that is on; `switches`: what to do in its place."""
+    for name, remedy in switches.items():
+        if config.get(name) not in (None, False, 0, "", "none"):
+            raise ValueError(f"{name}: {who} would make the loss itself, and fused_loss makes it; {remedy}")
+
+
+def _is_model_folder(name: Any) -> bool:
+    return isinstance(name, str) and (Path(name) / "config.json").is_file()

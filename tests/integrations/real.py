@@ -1,0 +1,356 @@
+"""Other people's trainers, by their own commands, with this package's losses: the losses they log beside their own.
+
+    python tests/integrations/real.py --trainer llamafactory --environment FOLDER
+
+makes a virtual environment in FOLDER with that trainer (some minutes and gigabytes, once), a tiny model and data, and
+trains a few steps each with the trainer's own loss and with ours in its place. It ends with a table, and with status 1
+where two that must agree do not, 77 where the trainer cannot be installed. Nothing is fetched but packages of pip's
+index; no GPU is needed. `--install "..."` replaces what is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import venv
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+SKIPPED = 77
+STEPS, ACCUMULATE = 3, 2
+EAFT = 3.0 / math.log(20)  # LLaMA-Factory divides the entropy by 3.0, we by ln 20
+
+
+@dataclass
+class Case:
+    """A training with ours, and one of the trainer's own with which its log must agree."""
+
+    name: str
+    ours: dict[str, Any]
+    theirs: dict[str, Any] | None = None
+    factor: float = 1.0  # ours / theirs
+    tolerance: float = 2e-5  # of float32, in another order
+    logs: tuple[str, ...] = ("nll", "mean_weight")
+    both: dict[str, Any] = field(default_factory=dict)  # of the trainer's own, in both trainings
+
+
+WITH_REFERENCE = [
+    Case("LAwF", dict(fused_loss="lawf", fused_loss_reference="base"),
+         logs=("nll", "mean_weight", "kl", "anchor_probability")),
+    Case("LAwF, start", dict(fused_loss="lawf", fused_loss_reference="start"),
+         logs=("nll", "mean_weight", "kl", "anchor_probability")),
+    Case("ASFT", dict(fused_loss="asft", fused_loss_reference="base"), logs=("nll", "mean_weight", "kl")),
+    Case("TALR", dict(fused_loss="talr", fused_loss_options={"temperature": 5.0})),
+]  # fmt: skip
+
+
+# --- the trainers
+
+
+def yaml(path: Path, config: dict[str, Any]) -> Path:
+    path.write_text(json.dumps(config, indent=1))  # JSON is YAML
+    return path
+
+
+def llamafactory(work: Path, output: Path, ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    (work / "dataset_info.json").write_text(json.dumps({"tiny": {"file_name": "alpaca.json"}}))
+    config = yaml(output.with_suffix(".yaml"), {
+        "model_name_or_path": str(work / "model"), "trust_remote_code": False, "stage": "sft", "do_train": True,
+        "finetuning_type": "lora", "lora_rank": 4, "lora_target": "q_proj,v_proj", "lora_dropout": 0.0,
+        "dataset": "tiny", "dataset_dir": str(work), "template": "default", "cutoff_len": 64,
+        "preprocessing_num_workers": 1, "dataloader_num_workers": 0, "output_dir": str(output), "logging_steps": 1,
+        "save_steps": STEPS, "max_steps": STEPS, "report_to": "none", "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": ACCUMULATE, "learning_rate": 0.05, "lr_scheduler_type": "constant",
+        "use_cpu": True, "seed": 1, "optim": "sgd", **ours, **theirs,
+    })  # fmt: skip
+    module = "fused_losses.integrations.llamafactory" if ours else "llamafactory.cli"
+    return ["-m", module, *([] if ours else ["train"]), str(config)]
+
+
+def swift(work: Path, output: Path, ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    arguments = {
+        "model": work / "model", "model_type": "llama", "template": "llama3", "dataset": work / "messages.jsonl",
+        "tuner_type": "lora", "lora_rank": 4, "target_modules": "q_proj v_proj", "lora_dropout": 0, "max_steps": STEPS,
+        "max_length": 64, "split_dataset_ratio": 0, "output_dir": output, "add_version": "false", "logging_steps": 1,
+        "save_steps": STEPS, "per_device_train_batch_size": 2, "gradient_accumulation_steps": ACCUMULATE,
+        "learning_rate": 0.05, "lr_scheduler_type": "constant", "optim": "sgd", "use_cpu": "true", "seed": 1,
+        "data_seed": 1, "torch_dtype": "float32", "dataloader_num_workers": 0, "dataset_num_proc": 1,
+        "report_to": "none", "gradient_checkpointing": "false", **theirs,
+    }  # fmt: skip
+    if ours:
+        plugin = output.with_suffix(".py")
+        command = ["-m", "fused_losses", "swift-plugin", str(plugin), "--force", "--loss", ours["fused_loss"]]
+        command += [f"--option={k}={v}" for k, v in ours.get("fused_loss_options", {}).items()]
+        if "fused_loss_reference" in ours:
+            command += ["--reference", ours["fused_loss_reference"]]
+        run(work.parent, command)
+        arguments |= {"external_plugins": plugin, "callbacks": "fused_losses"}
+    words = [word for k, v in arguments.items() for word in (f"--{k}", *str(v).split(" "))]
+    return ["-m", "swift.cli.main", "sft", *words]
+
+
+def axolotl(work: Path, output: Path, ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    config = {
+        "base_model": str(work / "model"), "tokenizer_config": str(work / "model"), "adapter": "lora", "lora_r": 4,
+        "lora_alpha": 8, "lora_dropout": 0.0, "lora_target_modules": ["q_proj", "v_proj"], "sequence_len": 64,
+        "datasets": [{"path": str(work / "alpaca.json"), "ds_type": "json", "type": "alpaca"}], "val_set_size": 0,
+        "dataset_prepared_path": str(output / "prepared"), "output_dir": str(output), "max_steps": STEPS,
+        "micro_batch_size": 2, "gradient_accumulation_steps": ACCUMULATE, "learning_rate": 0.05, "optimizer": "sgd",
+        "lr_scheduler": "constant", "logging_steps": 1, "save_steps": STEPS, "seed": 1, "bf16": False, "fp16": False,
+        "tf32": False, "use_cpu": True, "dataset_processes": 1, "dataloader_num_workers": 0, "attn_implementation":
+        "eager", "sample_packing": False, "special_tokens": {"pad_token": "<pad>", "eos_token": "<eos>"},
+        "lora_qkv_kernel": False, "lora_mlp_kernel": False, "lora_o_kernel": False,
+        **({"plugins": ["fused_losses.integrations.axolotl.FusedLossesPlugin"]} if ours else {}), **ours, **theirs,
+    }  # fmt: skip
+    if config["adapter"] is None:
+        config = {key: value for key, value in config.items() if not key.startswith("lora_") and key != "adapter"}
+    return ["-m", "axolotl.cli.train", str(yaml(output.with_suffix(".yaml"), config))]
+
+
+@dataclass
+class Trainer:
+    """One to try: what pip installs, in turn, the command of a training, and what is compared."""
+
+    install: list[str]
+    command: Callable[..., list[str]]
+    cases: list[Case]
+    refused: dict[str, Any]  # beside our loss, of the trainer's own
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+SFT = dict(fused_loss="sft")
+# axolotl's LoRA begins elsewhere in each run, so what is compared trains all weights. Its own cross-entropy is the mean
+# of the accumulated batches' means, and its EAFT does not divide the entropy.
+WHOLE = {"adapter": None}
+# Its own pins, without what neither text nor a CPU needs: xformers, flash-linear-attention, liger-kernel, kernels,
+# lm_eval, gradio, modal, trackio, mistral-common, the file systems of clouds, ...
+AXOLOTL = [
+    "torch==2.13.0 transformers==5.16.1 trl==1.9.0 peft==0.20.0 accelerate==1.13.0 datasets==4.8.4 tokenizers==0.23.1 "
+    "huggingface_hub==1.17.0 pydantic==2.12.5 PyYAML==6.0.3 packaging==26.0 typing-extensions==4.15.0 numpy<3 addict "
+    "fire requests einops colorama typer==0.25.1 python-dotenv==1.0.1 art scipy sentencepiece zstandard==0.22.0 "
+    "posthog==6.7.11 pillow numba tensorboard evaluate==0.4.1 wandb",
+    "--no-deps axolotl==0.19.0 axolotl-contribs-lgpl==0.0.7 axolotl-contribs-mit==0.0.6 bitsandbytes==0.50.2 fastcore "
+    "torchao==0.17.0 optimum==1.16.2 triton==3.7.1",
+]
+TRAINERS = {
+    "llamafactory": Trainer(
+        ["torch==2.13.0 llamafactory==0.9.5"], llamafactory,
+        [
+            Case("cross-entropy", SFT, {}),
+            Case("DFT", dict(fused_loss="dft"), {"use_dft_loss": True}),
+            Case("EAFT", dict(fused_loss="eaft"), {"use_eaft_loss": True}, factor=EAFT, tolerance=2e-4),
+            *WITH_REFERENCE,
+        ],
+        {"use_dft_loss": True},
+    ),
+    "swift": Trainer(
+        ["torch==2.13.0 ms-swift==4.6.0"], swift,
+        [
+            Case("cross-entropy", SFT, {}),
+            Case("DFT", dict(fused_loss="dft"), {"enable_dft_loss": "true"}),
+            *WITH_REFERENCE,
+        ],
+        {"enable_dft_loss": "true"},
+    ),
+    "axolotl": Trainer(
+        AXOLOTL, axolotl,
+        [
+            Case("cross-entropy", SFT, {}, both={**WHOLE, "gradient_accumulation_steps": 1}),
+            Case("EAFT", dict(fused_loss="eaft"), {"use_eaft": True}, 1 / math.log(20), 2e-4, both=WHOLE),
+            *WITH_REFERENCE,
+        ],
+        {"use_eaft": True}, {"AXOLOTL_DO_NOT_TRACK": "1"},
+    ),
+}  # fmt: skip
+
+
+# --- environment, model, data
+
+
+def python(environment: Path) -> Path:
+    return environment / "env" / ("Scripts" if os.name == "nt" else "bin") / "python"
+
+
+def install(environment: Path, steps: list[str]) -> None:
+    """Once; SystemExit(77) with pip's last lines where it cannot be done."""
+    done = environment / "installed.txt"
+    if done.is_file() and done.read_text() == "\n".join(steps):
+        return
+    environment.mkdir(parents=True, exist_ok=True)
+    if not python(environment).exists():
+        venv.create(environment / "env", with_pip=True)
+    for step in steps:
+        print(f"pip install {step}", flush=True)
+        command = [str(python(environment)), "-m", "pip", "install", "-q", *step.split()]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            print("skipped: it cannot be installed here:\n" + result.stderr[-1500:])
+            raise SystemExit(SKIPPED)
+    for name in ("torchvision", "torchaudio"):
+        leave_out_unusable(environment, name)
+    done.write_text("\n".join(steps))
+
+
+def leave_out_unusable(environment: Path, name: str) -> None:
+    """PyPI's torchvision and torchaudio are for torch with CUDA, and cannot be imported beside another. Text needs
+    neither, but LLaMA-Factory imports torchaudio at once, so an empty module takes its place."""
+    installed = not run(environment, ["-c", f"import importlib.metadata as m; m.version('{name}')"]).returncode
+    if not installed or not run(environment, ["-c", f"import {name}"]).returncode:
+        return
+    print(f"left out, as it does not fit this torch: {name}", flush=True)
+    run(environment, ["-m", "pip", "uninstall", "-q", "-y", name])
+    folder = run(environment, ["-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"]).stdout.strip()
+    if name == "torchaudio":
+        (Path(folder) / f"{name}.py").write_text("")
+
+
+def make_inputs(work: Path) -> None:
+    """Run in the environment: a Llama of two layers with a tokenizer of words, and answers to learn."""
+    import random
+
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    names = ["<pad>", "<unk>", "<bos>", "<eos>"]
+    words = {word: i for i, word in enumerate([*names, *(f"w{i}" for i in range(100))])}
+    made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokens = dict(zip(("pad_token", "unk_token", "bos_token", "eos_token"), names, strict=True))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, **tokens)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' ' }}{% endfor %}"
+    tokenizer.save_pretrained(work / "model")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, initializer_range=0.2, pad_token_id=0, bos_token_id=2, eos_token_id=3,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(work / "model")
+    draw = random.Random(0)
+
+    def text(least: int, most: int) -> str:
+        return " ".join(f"w{draw.randrange(100)}" for _ in range(draw.randint(least, most)))
+
+    rows = [{"instruction": text(3, 8), "input": "", "output": text(4, 14)} for _ in range(24)]
+    (work / "alpaca.json").write_text(json.dumps(rows))
+    chats = [
+        {"messages": [{"role": "user", "content": row["instruction"]}, {"role": "assistant", "content": row["output"]}]}
+        for row in rows
+    ]
+    (work / "messages.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+
+
+# --- trainings
+
+
+def run(environment: Path, command: list[str], more: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    offline = {
+        "DO_NOT_TRACK": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "WANDB_MODE": "disabled",
+    }
+    variables = {**os.environ, **offline, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(more or {})}
+    variables["PATH"] = f"{python(environment).parent}{os.pathsep}{variables['PATH']}"
+    variables["HF_HOME"] = str(environment / "cache")
+    words = [str(python(environment)), *command]
+    return subprocess.run(words, capture_output=True, text=True, env=variables, cwd=environment, timeout=3000)
+
+
+def logs(output: Path) -> list[dict[str, float]]:
+    """What a Trainer logged of each step."""
+    found = sorted(output.rglob("trainer_state.json"))
+    if not found:
+        return []
+    return [entry for entry in json.loads(found[-1].read_text())["log_history"] if "loss" in entry]
+
+
+def trained(environment: Path, trainer: Trainer, name: str, ours: dict, theirs: dict) -> list[dict[str, float]]:
+    work = environment / "work"
+    output = work / name.replace(" ", "-").replace(",", "")
+    subprocess.run(["rm", "-rf", str(output)], check=True)
+    output.mkdir(parents=True)
+    result = run(environment, trainer.command(work, output, ours, theirs), trainer.environment)
+    (output / "log.txt").write_text(result.stdout + result.stderr)
+    found = logs(output)
+    if result.returncode or len(found) != STEPS:
+        raise RuntimeError(f"{name}: exit status {result.returncode}, {len(found)} steps logged; {output / 'log.txt'}")
+    return found
+
+
+def compare(environment: Path, trainer: Trainer, case: Case) -> str | None:
+    """Prints a row or two; what is wrong, or None."""
+    ours = trained(environment, trainer, f"{case.name} ours", case.ours, case.both)
+    print(f"{case.name:14} ours    " + "  ".join(f"{entry['loss']:.6f}" for entry in ours), flush=True)
+    missing = [name for name in case.logs if name not in ours[-1]]
+    if missing:
+        return f"{case.name}: {', '.join(missing)} not in the log, which has {', '.join(ours[-1])}"
+    if not all(math.isfinite(entry["loss"]) and entry.get("grad_norm", 1) > 0 for entry in ours):
+        return f"{case.name}: no finite loss, or no gradient"
+    if "kl" in case.logs and not (abs(ours[0]["kl"]) < 1e-8 < ours[-1]["kl"]):
+        return f"{case.name}: a KL of 0 before the first step and more after was expected, got {ours}"
+    if case.theirs is None:
+        return None
+    theirs = trained(environment, trainer, f"{case.name} theirs", {}, {**case.both, **case.theirs})
+    print(f"{case.name:14} theirs  " + "  ".join(f"{entry['loss']:.6f}" for entry in theirs), flush=True)
+    for a, b in zip(ours, theirs, strict=True):
+        for key in ("loss", "grad_norm"):
+            if key in b and not math.isclose(a[key], b[key] * case.factor, rel_tol=case.tolerance):
+                return f"{case.name}: {key} {a[key]} is not {b[key]} × {case.factor:.6f}"
+    return None
+
+
+def refused(environment: Path, trainer: Trainer) -> str | None:
+    """A switch of the trainer's own beside our loss ends it with our sentence."""
+    try:
+        trained(environment, trainer, "refused", SFT, trainer.refused)
+    except RuntimeError:
+        said = (environment / "work" / "refused" / "log.txt").read_text()
+        (switch,) = trainer.refused
+        return (
+            None if f"{switch}: " in said and "fused_loss makes it" in said else f"{switch}: not the reason of {said}"
+        )
+    return f"{trainer.refused}: trained beside our loss"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trainer", choices=list(TRAINERS))
+    parser.add_argument("--environment", type=Path, metavar="FOLDER")
+    parser.add_argument("--install", action="append", metavar="ARGUMENTS", help="of pip, instead of the pins")
+    parser.add_argument("--only", nargs="*", metavar="CASE", help="names of the table's rows")
+    parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.make:
+        return make_inputs(given.make)
+    if given.trainer is None or given.environment is None:
+        parser.error("--trainer and --environment are needed")
+    trainer, environment = TRAINERS[given.trainer], given.environment.resolve()
+    install(environment, given.install or trainer.install)
+    (environment / "work").mkdir(exist_ok=True)
+    made = run(environment, [str(Path(__file__).resolve()), "--make", str(environment / "work")])
+    if made.returncode:
+        raise SystemExit(made.stderr)
+    wrong = []
+    for case in trainer.cases:
+        if given.only is None or case.name in given.only:
+            try:
+                wrong.append(compare(environment, trainer, case))
+            except RuntimeError as error:
+                wrong.append(str(error))
+    if given.only is None:
+        wrong.append(refused(environment, trainer))
+    found = [sentence for sentence in wrong if sentence]
+    print("\n".join(found) or "all as expected")
+    raise SystemExit(1 if found else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Fields of a loss through collators that know nothing of them, and LAwF on rows without anchors."""
+
+import pickle
+
+import pytest
+import torch
+from training import collate, expected, llama, rows
+
+import fused_losses as fl
+from fused_losses.integrations.batches import WithFields, collated
+
+
+def left(features):
+    """As `collate`, padded at the left."""
+    batch = collate([{**f, "input_ids": f["input_ids"][::-1], "labels": f["labels"][::-1]} for f in features])
+    return {name: value.flip(1) for name, value in batch.items()}
+
+
+def packed(features):
+    """All rows in one, as sample packing has them, with room at the end."""
+    ids = [token for f in features for token in f["input_ids"]]
+    labels = [label for f in features for label in f["labels"]]
+    positions = [i for f in features for i in range(len(f["input_ids"]))]
+    room = 3
+    return {
+        "input_ids": torch.tensor([ids + [0] * room]), "labels": torch.tensor([labels + [-100] * room]),
+        "position_ids": torch.tensor([positions + list(range(room))]),
+    }  # fmt: skip
+
+
+def masked(features):
+    """The same with the number of the sequence in the mask, and no positions."""
+    numbers = [i + 1 for i, f in enumerate(features) for _ in f["input_ids"]]
+    batch = packed(features)
+    del batch["position_ids"]
+    return {**batch, "attention_mask": torch.tensor([numbers + [0] * 3])}
+
+
+def nested(groups):
+    return packed([row for group in groups for row in group])
+
+
+def by_token(batch, name):
+    """{(token's row in order): value} where there is a label."""
+    valid = batch["labels"] != -100
+    return batch[name][valid].tolist()
+
+
+@pytest.mark.parametrize("collator", [collate, left, packed], ids=lambda c: c.__name__)
+def test_fields_are_where_their_tokens_are(collator):
+    data = rows(5, anchors=True)
+    given = [dict(row) for row in data]
+    batch = WithFields(collator, fl.LAwFLoss())(data)
+    plain = collator([{k: v for k, v in row.items() if k != "confidence"} for row in given])
+    assert all(torch.equal(batch[name], plain[name]) for name in plain)
+    kept = [
+        (c, label) for row in given for c, label in zip(row["confidence"], row["labels"], strict=True) if label >= 0
+    ]
+    assert by_token(batch, "confidence") == pytest.approx([c for c, _ in kept])
+    assert by_token(batch, "labels") == [label for _, label in kept]
+    assert batch["confidence"][batch["labels"] == -100].sum() == 0
+    assert data == given
+
+
+def test_rows_that_come_in_groups():
+    data = rows(5, anchors=True)
+    whole = WithFields(packed, fl.LAwFLoss())(data)
+    batch = WithFields(nested, fl.LAwFLoss())([data[:2], data[2:]])
+    assert all(torch.equal(batch[name], whole[name]) for name in whole)
+
+
+def test_anchors_and_other_fields_of_tokens():
+    data = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "anchors": [[2, 0.5]]},
+            {"input_ids": [5, 8], "labels": [-100, 8], "anchors": []}]  # fmt: skip
+    batch = WithFields(collate, fl.LAwFLoss())(data)
+    assert batch["confidence"].tolist() == [[0, 0, 0.5], [0, 0, 0]]
+    weighted = [{**row, "weights": [0.0, 2.0, 3.0][: len(row["input_ids"])]} for row in data]
+    weights = WithFields(collate, fl.WeightedLoss())([{k: v for k, v in r.items() if k != "anchors"} for r in weighted])
+    assert weights["weights"].tolist() == [[0, 2, 3], [0, 2, 0]]
+
+
+def test_numbers_of_rows():
+    data = [{**row, "initial_nll": float(i)} for i, row in enumerate(rows(3))]
+    assert WithFields(collate, fl.FLOWLoss(1.0))(data)["initial_nll"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("collator", [collate, left], ids=lambda c: c.__name__)
+def test_without_anchors_answers_are_learned_and_prompts_held(collator):
+    data = rows(4)
+    batch = WithFields(collator, fl.LAwFLoss())(data)
+    model = fl.patch(llama(), fl.LAwFLoss(), reference=llama(1))
+    loss = model(**batch).loss
+    anchored = [
+        {"input_ids": r["input_ids"], "labels": r["input_ids"], "confidence": [float(x != -100) for x in r["labels"]]}
+        for r in data
+    ]
+    value, _ = expected(llama(), anchored, "lawf", llama(1))
+    assert loss.item() == pytest.approx(value, rel=1e-6)
+
+
+def test_packed_rows_do_not_predict_each_other():
+    data = rows(4)
+    batch = WithFields(packed, fl.LAwFLoss())(data)
+    assert int((batch["labels"] != -100).sum()) == sum(len(row["input_ids"]) - 1 for row in data)
+    assert batch["confidence"].sum() == sum(label != -100 for row in data for label in row["labels"][1:])
+    by_mask = WithFields(masked, fl.LAwFLoss())(data)
+    assert torch.equal(by_mask["labels"], batch["labels"])
+
+
+@pytest.mark.parametrize("loss, name", [(fl.WeightedLoss(), "weights"), (fl.LAwFLoss(), "confidence")], ids=str)
+def test_a_scale_of_the_trainers_own(loss, name):
+    def with_scale(features):
+        batch = collate(features)
+        return {**batch, "scale": (batch["labels"] != -100) * 0.5}
+
+    batch = WithFields(with_scale, loss, "scale")(rows(3))
+    assert "scale" not in batch
+    learned = collate(rows(3))["labels"] != -100
+    learned[:, 0] = False
+    assert torch.equal(batch[name], learned * 0.5)
+    with pytest.raises(ValueError, match=r"scale: weighs tokens, and DFTLoss has no such weights; take .* weighted"):
+        WithFields(with_scale, fl.DFTLoss(), "scale")(rows(3))
+
+
+def test_a_loss_without_fields_leaves_the_collator_as_it_is():
+    assert collated(collate, fl.DFTLoss()) is collate
+    assert isinstance(collated(collate, fl.DFTLoss(), "scale"), WithFields)
+    batch, plain = collated(collate, fl.TALRLoss())(rows(3)), collate(rows(3))
+    assert batch.keys() == plain.keys() and all(torch.equal(batch[k], plain[k]) for k in plain)
+
+
+class Collator:
+    padding = "longest"
+
+    def __call__(self, features, return_tensors=None):
+        return {**collate(features), "asked": return_tensors}
+
+
+def test_it_stands_for_its_collator_in_other_processes_too():
+    made = pickle.loads(pickle.dumps(WithFields(Collator(), fl.LAwFLoss())))
+    assert made.padding == "longest" and made(rows(2), return_tensors="pt")["asked"] == "pt"
+    with pytest.raises(AttributeError):
+        _ = made.nothing
+
+
+@pytest.mark.parametrize("collator, data, message", [
+    (lambda f: {k: v[:, :-2] for k, v in collate(f).items()}, rows(1, anchors=True), "row 0: its .* tokens are not in"),
+    (lambda f: {k: v[0] for k, v in collate(f).items()}, rows(1, anchors=True), "expected a batch .* got shape"),
+    (collate, [rows(1, anchors=True)[0], rows(1)[0]], "row 1: has neither anchors nor confidence"),
+    (collate, [{**rows(1)[0], "confidence": [0.5]}], "row 0, confidence: expected as many as input_ids"),
+], ids=["cut", "flat", "some", "short"])  # fmt: skip
+def test_mistakes_are_named(collator, data, message):
+    with pytest.raises(ValueError, match=message):
+        WithFields(collator, fl.LAwFLoss())(data)

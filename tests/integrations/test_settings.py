@@ -1,0 +1,340 @@
+"""The keys that trainers' configurations have, what is refused, and the files that say them."""
+
+import importlib
+import importlib.util
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+from training import llama
+
+import fused_losses as fl
+from fused_losses import cli
+from fused_losses.integrations import llamafactory
+from fused_losses.integrations.settings import LossSettings, refuse, take
+from fused_losses.objectives.named import NAMED, make_objective, objective_class
+from fused_losses.training import METHODS
+
+
+def test_every_objective_has_a_name_and_every_method_is_one():
+    public = {name for name in fl.objectives.__all__ if name.endswith("Loss")}
+    assert {cls.__name__ for cls in NAMED.values()} == public
+    assert set(METHODS) <= set(NAMED)
+    for name, method in METHODS.items():
+        assert method.make is NAMED[name] or name == "flow"
+
+
+@pytest.mark.parametrize("name", ["talr", "TALR", "TALRLoss", " talr "])
+def test_names_as_people_write_them(name):
+    assert objective_class(name) is fl.TALRLoss
+
+
+def test_options_as_yaml_reads_them():
+    made = make_objective("sft+kl", {"kl_weight": "1e-1", "gradient": "sparse"})
+    assert made.kl_weight == 0.1 and made.gradient == "sparse"
+    assert (
+        make_objective("talr").temperature == "median" and make_objective("flow", {"temperature": 2}).temperature == 2
+    )
+
+
+@pytest.mark.parametrize("name, options, message", [
+    ("tlar", {}, "fused_loss: expected one of lawf, .*, got 'tlar'; did you mean talr?"),
+    (3, {}, "fused_loss: expected one of .* got 3"),
+    ("talr", {"tau": 2}, "TALRLoss: has no option tau; did you mean temperature"),
+    ("talr", {"temperature": "hot"}, "temperature: expected .* got 'hot'"),
+    ("talr", 2.0, r"fused_loss_options: expected options by name, got 2.0; write \{temperature: 2.0\}"),
+    ("talr", {1: 2}, "fused_loss_options: expected names, got 1"),
+    ("flow", {}, r"fused_loss_options: FLOWLoss needs temperature"),
+])  # fmt: skip
+def test_a_wrong_name_or_option_is_named(name, options, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        make_objective(name, options, "fused_loss")
+
+
+def test_keys_are_taken_out_of_a_configuration():
+    config = {
+        "model": "m",
+        "fused_loss": "asft",
+        "fused_loss_options": {"kl_weight": 0.2},
+        "fused_loss_reference": "base",
+    }
+    settings = take(config)
+    assert config == {"model": "m"}
+    assert settings == LossSettings("asft", {"kl_weight": 0.2}, reference="base")
+    assert take({"model": "m", "fused_loss": None}) is None
+
+
+@pytest.mark.parametrize("config, message", [
+    ({"fused_loss_options": {"kl_weight": 1}}, "fused_loss_options: given without fused_loss"),
+    ({"fused_loss": "talr", "fused_loss_refrence": "base"}, "no such key; did you mean fused_loss_reference"),
+    ({"fused_loss": "lawf"}, "fused_loss_reference: LAwFLoss compares .* give base"),
+    ({"fused_loss": "talr", "fused_loss_reference": "base"}, "fused_loss_reference: TALRLoss has no use"),
+    ({"fused_loss": "lawf", "fused_loss_reference": "nowhere"}, "expected base, start or the folder .* got 'nowhere'"),
+    ({"fused_loss": "stm", "fused_loss_reference_cache": "c"}, "fused_loss_reference_cache: given without"),
+    ({"fused_loss": "talr", "fused_loss_keep_logits": "no"}, "fused_loss_keep_logits: expected .* got 'no'"),
+    ({"fused_loss": "talr", "fused_loss_eval_loss": "own"}, "fused_loss_eval_loss: expected .* got 'own'"),
+])  # fmt: skip
+def test_a_wrong_key_is_named(config, message):
+    with pytest.raises(ValueError, match=message):
+        take(config)
+
+
+def test_the_folder_of_a_model_is_a_reference(tmp_path):
+    llama(1).float().save_pretrained(tmp_path)
+    model = llama().float()
+    settings = LossSettings("sft+kl", {"kl_weight": 1.0}, reference=str(tmp_path))
+    settings.patch(model)
+    ids = torch.tensor([[3, 4, 5, 6]])
+    found = model(ids, labels=ids).loss
+    other = fl.patch(llama().float(), fl.SFTKLLoss(1.0), reference=llama(1).float())
+    torch.testing.assert_close(found, other(ids, labels=ids).loss)
+    assert not any(p.requires_grad for p in settings.callback().options["reference"].parameters())
+
+
+# --- LLaMA-Factory
+
+
+def test_llamafactory_gets_its_own_keys_alone():
+    own, settings = llamafactory.split({"stage": "sft", "lr": 1, "fused_loss": "lawf", "fused_loss_reference": "base"})
+    assert own == {"stage": "sft", "lr": 1} and settings.loss == "lawf"
+
+
+@pytest.mark.parametrize("config, message", [
+    ({}, "fused_loss: is not in the configuration"),
+    ({"fused_loss": "dft", "use_dft_loss": True}, "use_dft_loss: LLaMA-Factory would make .* fused_loss: dft"),
+    ({"fused_loss": "dft", "use_asft_loss": True}, "use_asft_loss: .* asft"),
+    ({"fused_loss": "dft", "use_eaft_loss": True}, "use_eaft_loss: .* eaft"),
+    ({"fused_loss": "dft", "enable_liger_kernel": True}, "enable_liger_kernel: .* leave it out"),
+    ({"fused_loss": "dft", "stage": "dpo"}, "stage: expected sft or pt, got 'dpo'"),
+    ({"fused_loss": "dft", "compute_accuracy": True}, "compute_accuracy: .* fused_loss_keep_logits: eval"),
+])  # fmt: skip
+def test_llamafactory_refuses(config, message):
+    with pytest.raises(ValueError, match=message):
+        llamafactory.split(config)
+    assert llamafactory.split({"fused_loss": "dft", "use_dft_loss": False, "enable_liger_kernel": None})
+
+
+@pytest.fixture
+def fake_llamafactory(monkeypatch):
+    """What is used of it: run_exp, and where its collators are looked up."""
+    found = {}
+    modules = {name: types.ModuleType(name) for name in (
+        "llamafactory", "llamafactory.train", "llamafactory.train.tuner", "llamafactory.train.sft",
+        "llamafactory.train.pt", "llamafactory.train.sft.workflow", "llamafactory.train.pt.workflow",
+    )}  # fmt: skip
+    sft, pt = modules["llamafactory.train.sft.workflow"], modules["llamafactory.train.pt.workflow"]
+    modules["llamafactory.train.sft"].workflow, modules["llamafactory.train.pt"].workflow = sft, pt
+    sft.SFTDataCollatorWith4DAttentionMask = pt.DataCollatorForLanguageModeling = lambda **options: options
+
+    def run_exp(args, callbacks):
+        found.update(args=args, callbacks=callbacks, collator=sft.SFTDataCollatorWith4DAttentionMask(a=1))
+
+    modules["llamafactory.train.tuner"].run_exp = run_exp
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    return found, sft
+
+
+def test_llamafactory_is_run_with_the_callback_and_collators_that_pass_fields_on(fake_llamafactory, tmp_path):
+    found, sft = fake_llamafactory
+    before = sft.SFTDataCollatorWith4DAttentionMask
+    config = tmp_path / "config.yaml"
+    config.write_text("stage: sft\nfused_loss: lawf\nfused_loss_reference: base\n")
+    llamafactory.main([str(config), "max_steps=3", "fused_loss_options={anchor_weight: 2}"])
+    assert found["args"] == {"stage": "sft", "max_steps": 3}
+    (callback,) = found["callbacks"]
+    assert callback.loss.anchor_weight == 2 and callback.options["reference"] == "base"
+    assert found["collator"].collator == {"a": 1} and sft.SFTDataCollatorWith4DAttentionMask is before
+    config.write_text("fused_loss: dft\n")
+    llamafactory.main([str(config)])
+    assert found["collator"] == {"a": 1}
+
+
+@pytest.mark.parametrize("text, more, said", [
+    ("fused_loss: tlar\n", [], "did you mean talr"),
+    ("fused_loss: dft\nuse_dft_loss: true\n", [], "use_dft_loss: "),
+    ("- 1\n", [], "expected keys and values, got list"),
+    ("a: [\n", [], "is no YAML"),
+    ("fused_loss: dft\n", ["steps"], "steps: expected key=value"),
+    (None, [], "No such file"),
+])  # fmt: skip
+def test_llamafactory_ends_with_a_line(text, more, said, fake_llamafactory, tmp_path, capsys):
+    path = tmp_path / "config.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(SystemExit) as end:
+        llamafactory.main([str(path), *more])
+    captured = capsys.readouterr().err
+    assert end.value.code == 2 and said in captured and captured.count("\n") <= 3
+
+
+def test_llamafactory_that_is_missing_is_said(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llamafactory", None)
+    path = tmp_path / "config.yaml"
+    path.write_text("fused_loss: dft\n")
+    with pytest.raises(SystemExit):
+        llamafactory.main([str(path)])
+    assert "pip install llamafactory" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as end:
+        llamafactory.main(["--help"])
+    assert end.value.code == 0 and "fused_loss_reference_cache: " in capsys.readouterr().out
+
+
+# --- ms-swift
+
+
+def fake_swift(monkeypatch):
+    package, callbacks = types.ModuleType("swift"), types.ModuleType("swift.callbacks")
+    callbacks.callbacks_map = {}
+    monkeypatch.setitem(sys.modules, "swift", package)
+    monkeypatch.setitem(sys.modules, "swift.callbacks", callbacks)
+    return callbacks.callbacks_map
+
+
+def imported(path):
+    spec = importlib.util.spec_from_file_location("plugin_of_a_test", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+
+def test_the_file_of_the_command_registers_the_loss(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "plugin.py"
+    cli.main(["swift-plugin", str(path), "--loss", "lawf", "--reference", "base", "--option", "anchor-weight=2",
+              "--option", "scan=int8"])  # fmt: skip
+    assert f"swift sft --external_plugins {path} --callbacks fused_losses" in capsys.readouterr().out
+    registered = fake_swift(monkeypatch)
+    imported(path)
+    args = types.SimpleNamespace(use_logits_to_keep=None)
+    trainer = types.SimpleNamespace(data_collator=print)
+    callback = registered["fused_losses"](args, trainer)
+    assert repr(callback.loss) == "LAwFLoss(anchor_weight=2, retain_weight=1.0, reduction='token_mean', scan='int8')"
+    assert callback.options["reference"] == "base"
+    callback.on_init_end(args, None, None, model=None)
+    assert trainer.data_collator.collator is print and args.use_logits_to_keep is False
+
+
+@pytest.mark.parametrize("given, message", [
+    (["--loss", "lawf"], "fused_loss_reference: LAwFLoss compares"),
+    (["--loss", "tlar"], "did you mean talr"),
+    (["--option", "tau"], "--option tau: expected NAME=VALUE"),
+    (["--option", "tau=2"], "did you mean temperature"),
+], ids=str)  # fmt: skip
+def test_a_mistake_writes_no_file(given, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["swift-plugin", str(tmp_path / "plugin.py"), *given])
+    assert end.value.code == 2 and message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_file_that_is_there_stays(tmp_path, capsys):
+    path = tmp_path / "plugin.py"
+    path.write_text("mine\n")
+    with pytest.raises(SystemExit):
+        cli.main(["swift-plugin", str(path)])
+    assert "is there already" in capsys.readouterr().err and path.read_text() == "mine\n"
+    cli.main(["swift-plugin", str(path), "--force"])
+    assert "register('talr')" in path.read_text()
+    with pytest.raises(SystemExit):
+        cli.main(["swift-plugin", str(tmp_path / "plugin.yaml")])
+    assert "expected a file that ends in .py" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("switch", ["enable_dft_loss", "loss_type", "use_liger_kernel", "label_smoothing_factor"])
+def test_swift_refuses(switch, monkeypatch):
+    from fused_losses.integrations.swift import register
+
+    registered = fake_swift(monkeypatch)
+    register("dft")
+    args = types.SimpleNamespace(**{switch: 0.1})
+    with pytest.raises(ValueError, match=f"{switch}: ms-swift would make the loss itself"):
+        registered["fused_losses"](args, types.SimpleNamespace())
+    parallel = types.SimpleNamespace(template=types.SimpleNamespace(sequence_parallel_size=2))
+    with pytest.raises(ValueError, match="sequence_parallel_size: expected 1, got 2"):
+        registered["fused_losses"](types.SimpleNamespace(), parallel)
+
+
+def test_swift_that_is_missing_is_said(monkeypatch):
+    from fused_losses.integrations.swift import register
+
+    monkeypatch.setitem(sys.modules, "swift", None)
+    with pytest.raises(ImportError, match="needs ms-swift: pip install ms-swift"):
+        register("dft")
+
+
+# --- axolotl
+
+
+@pytest.fixture
+def axolotl(monkeypatch):
+    """Ours, over a stand-in of the one class that it takes of axolotl; ms-swift and LLaMA-Factory need none."""
+    pytest.importorskip("pydantic")
+    names = ("axolotl", "axolotl.integrations", "axolotl.integrations.base")
+    modules = {name: types.ModuleType(name) for name in names}
+    modules[names[2]].BasePlugin = type("BasePlugin", (), {})
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, "fused_losses.integrations.axolotl", raising=False)
+    yield importlib.import_module("fused_losses.integrations.axolotl")
+    sys.modules.pop("fused_losses.integrations.axolotl", None)
+
+
+def test_axolotl_merges_the_arguments_and_checks_them(axolotl):
+    import pydantic
+
+    plugin = axolotl.FusedLossesPlugin()
+    module, name = plugin.get_input_args().rsplit(".", 1)
+    arguments = getattr(sys.modules[module], name)
+    merged = type("Merged", (type("Base", (pydantic.BaseModel,), {"__annotations__": {"lr": float}}), arguments), {})
+    assert merged(lr=1, fused_loss="talr", fused_loss_options={"temperature": 2}).fused_loss == "talr"
+    assert merged(lr=1).fused_loss is None
+    for config, message in [
+        (dict(fused_loss="tlar"), "did you mean talr"),
+        (dict(fused_loss="lawf"), "fused_loss_reference: LAwFLoss compares"),
+        (dict(fused_loss="dft", liger_fused_linear_cross_entropy=True), "liger_fused_linear_cross_entropy: axolotl"),
+        (dict(fused_loss="dft", cut_cross_entropy=True), "cut_cross_entropy: axolotl"),
+        (dict(fused_loss="dft", chunked_cross_entropy=True), "chunked_cross_entropy: axolotl"),
+        (dict(fused_loss="dft", use_eaft=True), "use_eaft: axolotl .* take fused_loss: eaft"),
+        (dict(fused_loss="dft", rl="dpo"), "rl: axolotl"),
+        (dict(fused_loss_options={}), "given without fused_loss"),
+    ]:
+        with pytest.raises(pydantic.ValidationError, match=message):
+            merged(lr=1, **config)
+    merged(lr=1, cut_cross_entropy=True)
+
+
+def test_axolotl_patches_the_model_and_the_collators(axolotl):
+    plugin = axolotl.FusedLossesPlugin()
+    model = llama()
+    plugin.post_model_load({"lr": 1}, model)
+    assert "_fused_losses" not in vars(model)
+    config = {"fused_loss": "lawf", "fused_loss_reference": "start", "fused_loss_keep_logits": None}
+    plugin.post_model_load(config, model)
+    assert isinstance(vars(model)["_fused_losses"].loss, fl.LAwFLoss)
+    trainer = types.SimpleNamespace(data_collator=print, eval_data_collator=None)
+    plugin.post_trainer_create({}, trainer)
+    assert trainer.data_collator is print and plugin.add_callbacks_post_trainer({}, trainer) == []
+    plugin.post_trainer_create(config, trainer)
+    assert trainer.data_collator.collator is print and trainer.eval_data_collator is None
+    (callback,) = plugin.add_callbacks_post_trainer(config, trainer)
+    assert isinstance(callback, fl.huggingface.Callback)
+
+
+def test_axolotl_that_is_missing_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "axolotl.integrations.base", None)
+    monkeypatch.delitem(sys.modules, "fused_losses.integrations.axolotl", raising=False)
+    with pytest.raises(ImportError, match="needs axolotl"):
+        importlib.import_module("fused_losses.integrations.axolotl")
+
+
+def test_a_switch_that_is_off_is_none():
+    refuse({"rl": None, "use_eaft": False}, {"rl": "x", "use_eaft": "y"}, "axolotl")
+
+
+def test_importing_them_imports_no_trainer():
+    code = (
+        "import sys, fused_losses.integrations.llamafactory, fused_losses.integrations.batches\n"
+        "assert not {'transformers', 'llamafactory', 'swift', 'axolotl', 'pydantic', 'yaml'} & set(sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
