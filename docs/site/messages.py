@@ -125,7 +125,7 @@ def _of(file: str, tree: ast.AST, constants: dict[str, ast.expr]) -> Iterator[Me
                 local[node.targets[0].id] = None if node.targets[0].id in local else node.value
         texts = [" ".join(text(argument, {**constants, **local}).split()) for argument in call.args]
         said = max(texts, key=len, default="")
-        if re.search(r"[a-z]{2}", said):
+        if re.search(r"[a-z]{2}.* .*[a-z]{2}", said):
             kind = "error" if not re.fullmatch(r"[A-Za-z][\w. ]+\d?", kind) else kind
             yield Message(file, call.lineno, kind, said)
 
@@ -146,7 +146,7 @@ def text(node: ast.expr | None, names: dict[str, ast.expr], depth: int = 0) -> s
         name = node.id if isinstance(node, ast.Name) else node.attr
         value = names.get(name)
         if isinstance(value, ast.Constant | ast.JoinedStr | ast.BinOp | ast.IfExp):
-            return text(value, names, depth + 1)
+            return text(value, {**names, name: None}, depth + 1)
     return "…"
 
 
