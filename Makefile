@@ -61,9 +61,10 @@ format: $(VENV)/.core
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The documentation as a site, in build/site; a warning, such as a link to nothing, is an error.
+# The documentation as a site, in build/site; a warning, such as a link to nothing, is an error. The search needs a server.
 docs: $(VENV)/.core
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "look at it: $(BIN)/python -m http.server --directory build/site"
 
 # Wheels for other machines, in dist, by cibuildwheel in a container (docker); docs/releasing.md. wheels-cuda: with the CUDA kernels too.
 wheels: $(VENV)/.core

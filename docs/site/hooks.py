@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import messages
 
 ROOT = Path(__file__).parents[2]
+NAMED_AS_ITS_FILE = re.compile(r"\[`?([\w./-]+\.md)`?\](?=\(([^)\s#:]+))")
 LINK = re.compile(r"(?<=\]\()([^)\s#:]+)(#[^)\s]*)?(?=\))")
 FENCE = re.compile(r"^```.*?^```$", re.M | re.S)
 LANGUAGES = {".py": "python", ".jsonl": "json", ".json": "json", ".toml": "toml", ".yml": "yaml", ".yaml": "yaml"}
@@ -74,6 +75,12 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     uri = page.file.src_uri
     home = ROOT / uri.removeprefix("source/") if uri.startswith("source/") else ROOT / "docs" / uri
 
+    def titled(match: re.Match[str]) -> str:
+        """A page is named by its title where the text, for readers of the file, names the file."""
+        target = Path(os.path.normpath(home.parent / match[2]))
+        same = target.is_file() and match[1].endswith(target.name)
+        return f"[{title(target)}]" if same and target.is_relative_to(ROOT / "docs") else match[0]
+
     def moved(match: re.Match[str]) -> str:
         target = Path(os.path.normpath(home.parent / match[1]))
         if not target.exists():
@@ -81,7 +88,12 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         there = place(target)
         return posixpath.relpath(there, posixpath.dirname(uri) or ".") + (match[2] or "")
 
-    return outside_of_code(markdown, lambda text: LINK.sub(moved, text))
+    return outside_of_code(markdown, lambda text: LINK.sub(moved, NAMED_AS_ITS_FILE.sub(titled, text)))
+
+
+def title(page: Path) -> str:
+    found = re.search(r"^# (.*)$", page.read_text(), re.M)
+    return found[1] if found else page.stem
 
 
 def outside_of_code(text: str, change: Any) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,7 +52,7 @@ What is behind the frequent ones, and what else may go wrong: [Troubleshooting](
 
 KINDS = {
     "warnings.warn": "warning", "self._warn": "warning", "parser.error": "exit status 2",
-    "SystemExit": "exit status 2", "Fault": "ValueError",
+    "SystemExit": "exit status 2", "sys.exit": "exit status 2", "Fault": "ValueError",
     "argparse.ArgumentTypeError": "exit status 2", "pickle.PicklingError": "PicklingError",
     "Refusal": "the page says it", "Stale": "the page says it", "Unsaved": "the page says it",
 }  # fmt: skip
@@ -74,7 +74,7 @@ def page(package: Path) -> str:
             continue
         parts += [f"## {title}\n", f"{help_}\n"]
         for file in dict.fromkeys(message.file for message in mine):
-            parts.append(f"### {file}\n")
+            parts.append(f"### `{file}`\n")
             parts += dict.fromkeys(
                 f"- {code(message.text)} {message.kind}" for message in mine if message.file == file
             )
@@ -94,12 +94,10 @@ def area(file: str) -> str | None:
 def messages(package: Path) -> list[Message]:
     """Of all files of a package, in their order; each once."""
     trees = {path.relative_to(package).as_posix(): ast.parse(path.read_text()) for path in sorted(package.rglob("*.py"))}
-    constants = {}
-    for tree in trees.values():
-        for node in tree.body:
-            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-                constants.setdefault(node.targets[0].id, node.value)
-    return [message for file, tree in trees.items() for message in _of(file, tree, constants)]
+    constants = {file: _assigned(tree.body) for file, tree in trees.items()}
+    named = [name for found in constants.values() for name in found]
+    shared = {name: value for found in constants.values() for name, value in found.items() if named.count(name) == 1}
+    return [m for file, tree in trees.items() for m in _of(file, tree, {**shared, **constants[file]})]
 
 
 def raised(tree: ast.AST) -> Iterator[tuple[ast.AST, str, ast.Call]]:
@@ -117,27 +115,35 @@ def raised(tree: ast.AST) -> Iterator[tuple[ast.AST, str, ast.Call]]:
                 yield scope, KINDS.get(name, name), call
 
 
-def _of(file: str, tree: ast.AST, constants: dict[str, ast.expr]) -> Iterator[Message]:
+def _assigned(nodes: Iterable[ast.AST]) -> dict[str, ast.expr | None]:
+    """What names stand for; None where it is one thing here and another there."""
+    found: dict[str, ast.expr | None] = {}
+    for node in nodes:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            name = node.targets[0].id
+            found[name] = None if name in found else node.value
+    return found
+
+
+def _of(file: str, tree: ast.AST, constants: dict[str, ast.expr | None]) -> Iterator[Message]:
     for scope, kind, call in raised(tree):
-        local = {}
-        for node in ast.walk(scope):
-            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-                local[node.targets[0].id] = None if node.targets[0].id in local else node.value
-        texts = [" ".join(text(argument, {**constants, **local}).split()) for argument in call.args]
+        names = {**constants, **_assigned(ast.walk(scope))}
+        texts = [" ".join(text(argument, names).split()) for argument in call.args]
         said = max(texts, key=len, default="")
         if re.search(r"[a-z]{2}.* .*[a-z]{2}", said):
             kind = "error" if not re.fullmatch(r"[A-Za-z][\w. ]+\d?", kind) else kind
             yield Message(file, call.lineno, kind, said)
 
 
-def text(node: ast.expr | None, names: dict[str, ast.expr], depth: int = 0) -> str:
+def text(node: ast.expr | None, names: dict[str, ast.expr | None], depth: int = 0) -> str:
     """What a string expression says, as far as the code tells."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return node.value
     if isinstance(node, ast.JoinedStr):
         return "".join(text(part, names, depth) for part in node.values)
     if isinstance(node, ast.FormattedValue):
-        return text(node.value, names, depth)
+        said = text(node.value, names, depth)
+        return repr(said) if node.conversion == ord("r") and "…" not in said else said
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         return text(node.left, names, depth) + text(node.right, names, depth)
     if isinstance(node, ast.IfExp):
