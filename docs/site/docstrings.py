@@ -1,4 +1,4 @@
-"""Docstrings as Markdown reads them, for the API reference (an extension of griffe, which mkdocstrings reads code with).
+"""Docstrings as Markdown reads them, for the API reference: an extension of griffe, by which mkdocstrings reads code.
 
 They are written for readers of the code: `::` announces a block, and a sign such as > may begin a description.
 """

@@ -1,8 +1,9 @@
 """What mkdocs does beyond its defaults: pages that are optional, links out of docs/, and the page of all messages.
 
 - A glob in the navigation of mkdocs.yml stands for the pages there are, also for none.
-- A file outside docs/ that a page links to (`../csrc/README.md`) becomes a page of the site, below source/; so does what
-  that one links to. A link to nothing is a warning, which `mkdocs build --strict` makes an error.
+- A file outside docs/ that a page links to (`../csrc/README.md`) becomes a page of the site, below source/; so does
+  what that one links to. A link to nothing is a warning, which `mkdocs build --strict` makes an error.
+- Where the text of a link is the name of a page's file, the site shows the page's title.
 - messages.md is made of the messages in the code (messages.py).
 """
 

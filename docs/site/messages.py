@@ -9,6 +9,7 @@ not here.
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,8 +19,8 @@ from typing import NamedTuple
 AREAS = (
     ("Calling a loss", ("op", "validation", "checks", "preparation", "head", "labels", "tokens", "problem", "shards",
                         "autograd", "compiled", "reference", "parameters", "preference", "sparse/", "importing"),
-     "The name before the colon is the argument. Nothing has been computed yet, so a call that is repeated with another "
-     "value begins where it would have begun."),
+     "The name before the colon is the argument. Nothing has been computed yet, so a call that is repeated with "
+     "another value begins where it would have begun."),
     ("An objective's options and fields", ("objectives/",),
      "Options belong to the constructor, tensors to the call. A field is a column of the batch."),
     ("Patching a model", ("huggingface/collator", "huggingface/fields", "huggingface/rows", "huggingface/"),
@@ -34,12 +35,16 @@ AREAS = (
     ("`fused-losses check`", ("checking/",),
      "Files are checked before the model is loaded."),
     ("Backends and compiled kernels", ("backends/", "kernels/", "build"),
-     "`fused-losses info` lists the backends, and for each that cannot run the reason. `backend=\"auto\"` takes another "
-     "one without an error."),
+     "`fused-losses info` lists the backends, and for each that cannot run the reason. `backend=\"auto\"` takes "
+     "another one without an error."),
     ("Other commands", ("cli/", "demo/", "bench/"),
      "Exit status 2: an argument or a file is wrong, or a package is missing. `--help` lists what there is."),
 )  # fmt: skip
 INTRODUCTION = """\
+---
+search: {{boost: 2}}
+---
+
 # Every message
 
 All {count} messages of the package, read from its code when this page was built: errors and warnings. Search for a few
@@ -75,9 +80,7 @@ def page(package: Path) -> str:
         parts += [f"## {title}\n", f"{help_}\n"]
         for file in dict.fromkeys(message.file for message in mine):
             parts.append(f"### `{file}`\n")
-            parts += dict.fromkeys(
-                f"- {code(message.text)} {message.kind}" for message in mine if message.file == file
-            )
+            parts += dict.fromkeys(f"- {code(message.text)} {message.kind}" for message in mine if message.file == file)
             parts.append("")
     return "\n".join(parts)
 
@@ -91,9 +94,11 @@ def area(file: str) -> str | None:
     return None
 
 
+@functools.cache
 def messages(package: Path) -> list[Message]:
     """Of all files of a package, in their order; each once."""
-    trees = {path.relative_to(package).as_posix(): ast.parse(path.read_text()) for path in sorted(package.rglob("*.py"))}
+    files = sorted(package.rglob("*.py"))
+    trees = {path.relative_to(package).as_posix(): ast.parse(path.read_text()) for path in files}
     constants = {file: _assigned(tree.body) for file, tree in trees.items()}
     named = [name for found in constants.values() for name in found]
     shared = {name: value for found in constants.values() for name, value in found.items() if named.count(name) == 1}

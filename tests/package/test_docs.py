@@ -1,4 +1,4 @@
-"""The documentation: its snippets run, its links lead somewhere, it has every name and every message, the site builds."""
+"""The documentation: its snippets run, its links lead somewhere, it has every name and message, the site builds."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def test_snippets_run(tmp_path):
     assert {"docs/README.md", "docs/own-loop.md", "docs/gradients.md", "docs/domain.md", "docs/distil.md",
             "docs/huggingface.md"} <= {name for name, _ in found}  # fmt: skip
     code = f"SNIPPETS = {json.dumps(found)!r}\n{RUN}"
-    ignored = ("-W", "ignore:'pin_memory' argument:UserWarning", "-W", "ignore:`is_gradient_checkpointing`:FutureWarning")
-    command = [sys.executable, "-W", "error", *ignored, "-c", code]
+    ignored = ("ignore:'pin_memory' argument:UserWarning", "ignore:`is_gradient_checkpointing`:FutureWarning")
+    command = [sys.executable, *(word for kind in ("error", *ignored) for word in ("-W", kind)), "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1200, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
 
@@ -151,7 +151,8 @@ def test_what_is_really_said_is_found_there(number, page, tmp_path):
     with pytest.raises((ValueError, TypeError)) as caught:
         wrong_calls(tmp_path)[number]()
     said = " ".join(str(caught.value).split())
-    entries = [re.sub(r"^`+ ?| ?`+$", "", line[2:].rpartition(" ")[0]) for line in page.splitlines() if line[:2] == "- "]
+    lines = [line[2:].rpartition("`")[0] for line in page.splitlines() if line.startswith("- ")]
+    entries = [line.strip("`").strip() for line in lines]
     patterns = [".+?".join(map(re.escape, entry.split("…"))) for entry in entries if len(entry.strip("…:. ")) > 12]
     assert any(re.search(pattern, said) for pattern in patterns), said
 

@@ -21,8 +21,8 @@ from fused_losses.kernels import build
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("benchmarks", "csrc", "docs", "examples", "fused_losses", "tests")
 FILES = (
-    "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md", "constraints.txt",
-    "mkdocs.yml", "pyproject.toml", "setup.py",
+    "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md",
+    "constraints.txt", "mkdocs.yml", "pyproject.toml", "setup.py",
 )  # fmt: skip
 LEFT_OUT = shutil.ignore_patterns("*.so", "*.pyc", "__pycache__", "*.egg-info")
 

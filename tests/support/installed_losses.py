@@ -1,15 +1,17 @@
 """Three losses of an installed package against PyTorch's; what was found, as JSON. Wheels are tested with it.
 
-    python tests/support/installed_losses.py BACKEND
+python tests/support/installed_losses.py BACKEND
 """
 
 import json
 import sys
 from pathlib import Path
 
+import fused_losses as fl  # first: torch by itself warns where numpy is missing
+
+# isort: split
 import torch
 
-import fused_losses as fl
 from fused_losses import backends
 from fused_losses.kernels import build
 
