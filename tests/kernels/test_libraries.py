@@ -82,6 +82,7 @@ def test_load_cuda_states_why(tmp_path, monkeypatch):
     assert "not built" in reason() and "python -m fused_losses.build" in reason()
     library.write_bytes(b"no library")
     assert "_cuda.so does not load" in reason() and "\n" not in reason()
+    assert "too short" in reason()  # why, as the loader says it
     monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
     monkeypatch.setattr(torch.ops.fused_losses, "cuda_interface", lambda: 0, raising=False)
     assert "built from other sources (interface 0)" in reason()
