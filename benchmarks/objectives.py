@@ -159,6 +159,82 @@ WHICH = (
      "k ids a token are enough"),
     ("make no step beyond a ratio of the old policy", "`PSFTLoss`", "clips as PPO does"),
     ("train DPO, KTO, ORPO or SimPO in a loop of your own", "`sequence_logps`", "Σ log p of each sequence"),
+    ("take something that a paper of last week has", "`Objective`", "five lines: a `token_loss` of your own"),
+)  # fmt: skip
+FORMULAS = (
+    ("`CrossEntropyLoss`", "Σ nll / n; options label_smoothing, z_loss, class_weights", "", "3 (2)", ""),
+    ("`WeightedLoss`", "Σ w·nll / n", "`weights`", "3 (2)", ""),
+    ("`TALRLoss`",
+     "Σ max(exp(−nll/τ), 0.01)·nll / n, τ: the median over sequences of their mean nll, or a number",
+     "`sequence_ids` where packed",
+     "4 (2); fixed τ 3 (2)",
+     "[2509.20758](https://arxiv.org/abs/2509.20758)"),
+    ("`LAwFLoss`",
+     "(α Σ over c > 0 + β Σ over c = 0) of KL(q ‖ p) / n, q = c·onehot + (1−c)·p_ref; α = β = 1. With "
+     "`reduction=\"group_mean\"` each sum is divided by its own count; `target_probability=` instead of a "
+     "confidence",
+     "`confidence`, `reference`",
+     "4 (3)",
+     "[longern/LAwF](https://github.com/longern/LAwF)"),
+    ("`FLOWLoss`",
+     "Σ exp(−mean initial nll of its sequence/τ)·nll / n",
+     "`initial_nll`, τ",
+     "3 (2)",
+     "[2502.02797](https://arxiv.org/abs/2502.02797)"),
+    ("`DFTLoss`", "Σ p·nll / n", "", "3 (2)", "[2508.05629](https://arxiv.org/abs/2508.05629)"),
+    ("`ASFTLoss`",
+     "Σ (p·nll + λ·KL(p_ref ‖ p)) / n, λ = 0.1",
+     "`reference`",
+     "4 (3)",
+     "[2509.23753](https://arxiv.org/abs/2509.23753)"),
+    ("`EAFTLoss`",
+     "Σ (H₂₀/ln 20)^α·nll / n, H₂₀ entropy of the top 20, α = 1",
+     "",
+     "3 (2)",
+     "[2601.02151](https://arxiv.org/abs/2601.02151)"),
+    ("`PSFTLoss`",
+     "−Σ min(ρ, clip(ρ, 1−ε, 1+ε)) / n, ρ = p/p_old, ε = 0.2",
+     "`old_nll`",
+     "3 (2)",
+     "[2508.17784](https://arxiv.org/abs/2508.17784)"),
+    ("`STMLoss`",
+     "Σ nll / n over tokens whose perplexity under the start model is below a threshold",
+     "`reference` or its nll",
+     "4 (3)",
+     "[2501.14315](https://arxiv.org/abs/2501.14315)"),
+    ("`InfoSFTLoss`",
+     "Σ p·relu(1 − logit(p)/logit(P))·nll / n",
+     "",
+     "3 (2)",
+     "[2605.14967](https://arxiv.org/abs/2605.14967)"),
+    ("`MaskTheTargetLoss`",
+     "Σ (nll + λ·KL without the label, both renormalised) / n",
+     "`reference`",
+     "4 (3)",
+     "[2605.29498](https://arxiv.org/abs/2605.29498)"),
+    ("`EKSFTLoss`",
+     "mean nll but on the tokens of top entropy H or top KL(p ‖ p_ref); there −λ₁·H / ln V, and λ₂·KL",
+     "`reference`",
+     "6 (6)",
+     "[2605.29303](https://arxiv.org/abs/2605.29303)"),
+    ("`SFTKLLoss`", "Σ (nll + λ·KL(p_ref ‖ p)) / n", "`reference`", "4 (3)", ""),
+    ("`JSDLoss`",
+     "Σ (β·KL(p_ref ‖ m) + (1−β)·KL(p ‖ m)) / n, m = β·p_ref + (1−β)·p, at a temperature; β = 0, 1: "
+     "forward, reverse KL",
+     "`reference`",
+     "4 (3)",
+     "[2306.13649](https://arxiv.org/abs/2306.13649)"),
+    ("`ReverseKLLoss`", "Σ KL(p ‖ p_ref) / n, at a temperature", "`reference`", "4 (3)", ""),
+    ("`TopKDistillationLoss`",
+     "forward, reverse or JSD on the k tokens that a teacher names, with or without a class for the rest",
+     "`teacher_ids`, `teacher_logprobs`",
+     "3 (2)",
+     ""),
+    ("`l2_to_initial`, `wise_ft`",
+     "‖θ − θ₀‖²; (1−α)θ₀ + αθ",
+     "the initial weights",
+     "–",
+     "[2109.01903](https://arxiv.org/abs/2109.01903)"),
 )  # fmt: skip
 INTRO = """# Objectives: which loss when
 
@@ -174,6 +250,18 @@ The pull of each loss on the label's logit against the probability p of the labe
 the reference's (or the teacher's) probability of the label. Above 0 a step makes the label likelier, below 0 less
 likely. 32 tokens in all, the rest shared as 1/rank^1.5, that of the reference as 1/rank. EKSFT chooses its tokens among
 those of the panel.
+
+## All of them in one table
+
+p is the model's probability of the label, r the reference's, p_ref its distribution; weights carry no gradient; n is
+the number of tokens with a label, or `num_items`.
+
+| objective | loss | needs | GEMMs¹ | source |
+|---|---|---|---|---|
+{formulas}
+
+¹ forward + backward in exact mode, products of 2·N·D·V FLOP; in brackets with a frozen head. In sparse mode 1, with a
+reference 2, and two sparse products. `fused_losses/reference.py` has every formula in a few lines.
 """
 
 
@@ -202,8 +290,8 @@ def section(name: str) -> str:
 
 
 def page() -> str:
-    rows = "\n".join(f"| {want} | {take} | {because} |" for want, take, because in WHICH)
-    return INTRO.format(rows=rows) + "\n" + "\n".join(section(name) for name in names())
+    rows, formulas = ("\n".join(f"| {' | '.join(cells)} |" for cells in table) for table in (WHICH, FORMULAS))
+    return INTRO.format(rows=rows, formulas=formulas) + "\n" + "\n".join(section(name) for name in names())
 
 
 def main() -> None:

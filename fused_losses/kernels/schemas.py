@@ -211,7 +211,8 @@ def _load(library: Path, interface: str, expected: int) -> str | None:
         torch.ops.load_library(str(library))
         found = getattr(torch.ops.fused_losses, interface)()
     except (OSError, RuntimeError) as error:
-        return f"{library.name} does not load ({_first_line(error)}); {remedy}"
+        reason = _first_line(error.__cause__ or error)  # torch's own says the path only, its cause what is missing
+        return f"{library.name} does not load ({reason}); {remedy}"
     return None if found == expected else f"{library.name} was built from other sources (interface {found}); {remedy}"
 
 

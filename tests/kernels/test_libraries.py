@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import platform
+import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -78,6 +82,7 @@ def test_load_cuda_states_why(tmp_path, monkeypatch):
     assert "not built" in reason() and "python -m fused_losses.build" in reason()
     library.write_bytes(b"no library")
     assert "_cuda.so does not load" in reason() and "\n" not in reason()
+    assert "too short" in reason()  # why, as the loader says it
     monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
     monkeypatch.setattr(torch.ops.fused_losses, "cuda_interface", lambda: 0, raising=False)
     assert "built from other sources (interface 0)" in reason()
@@ -103,3 +108,27 @@ def test_first_use_of_the_backend_builds_it_or_says_why_not(monkeypatch):
     monkeypatch.setattr(schemas, "load_cuda", Loaded())
     monkeypatch.setattr(build, "build_cuda", lambda: None)
     assert schemas.build_and_load_cuda() is None
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or shutil.which("objdump") is None, reason="no objdump for x86-64")
+@pytest.mark.skipif(backends.unavailable("cpu") is not None, reason="no compiled kernels")
+def test_a_library_runs_on_every_x86_64():
+    """AVX only in the functions that are chosen at run time: a wheel is taken to other machines.
+
+    A template of the standard library that was compiled among them would be one too, and any caller may get it.
+    """
+    command = ["objdump", "-d", "-C", "--no-show-raw-insn", str(installed_or_cached())]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout
+    advanced: dict[str, set[str]] = {"avx512::": set(), "avx2::": set(), "": set()}
+    function = ""
+    for line in shown.splitlines():
+        if line.endswith(">:"):
+            function = line
+        elif re.search(r"\t(v[a-z]\w+|k[a-z]+[bwdq]) ", line):
+            name = next(name for name in advanced if f"fused_losses::{name}" in function or not name)
+            advanced[name].add(function)
+    assert advanced["avx512::"] and advanced["avx2::"] and not advanced[""], advanced[""]
+
+
+def installed_or_cached() -> Path:
+    return schemas.LIBRARY if schemas.LIBRARY.is_file() else build.cached_cpu()

@@ -21,7 +21,8 @@ from fused_losses.kernels import build
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("benchmarks", "csrc", "docs", "examples", "fused_losses", "tests")
 FILES = (
-    "CHANGELOG.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md", "constraints.txt", "pyproject.toml", "setup.py",
+    "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md",
+    "constraints.txt", "mkdocs.yml", "pyproject.toml", "setup.py",
 )  # fmt: skip
 LEFT_OUT = shutil.ignore_patterns("*.so", "*.pyc", "__pycache__", "*.egg-info")
 
@@ -83,29 +84,11 @@ def environment(folder, wheel):
     return python
 
 
-LOSS = """
-import json, sys
-from pathlib import Path
-import fused_losses as fl
-import torch
-backend = sys.argv[1]
-hidden = torch.arange(40.).sin().view(5, 8).requires_grad_()
-weight = torch.arange(88.).cos().view(11, 8)
-for gradient in ("exact", "sparse"):
-    loss = fl.CrossEntropyLoss(backend=backend, gradient=gradient)(hidden, weight, torch.arange(5))
-expected = torch.nn.functional.cross_entropy(hidden @ weight.T, torch.arange(5))
-torch.testing.assert_close(loss, expected)
-from fused_losses import backends
-from fused_losses.kernels import build
-print(json.dumps({
-    "package": str(Path(fl.__file__).parent), "reason": backends.unavailable("cpu"),
-    "readme": str(build.csrc() / "README.md"), "numpy": "numpy" in sys.modules,
-}))
-"""
+LOSSES = Path(__file__).parents[1] / "support" / "installed_losses.py"
 
 
 def losses(python, backend, folder, **others):
-    return json.loads(run(python, "-W", "error", "-c", LOSS, backend, cwd=folder, **others))
+    return json.loads(run(python, "-W", "error", "-c", LOSSES.read_text(), backend, cwd=folder, **others))
 
 
 def test_sdist_has_everything(built):

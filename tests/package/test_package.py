@@ -214,7 +214,7 @@ def test_readme_snippets_run(tmp_path):
 
 def test_readme_has_its_snippets():
     with_others = sum("transformers" in snippet for snippet in SNIPPETS)
-    assert with_others >= 2 and len(SNIPPETS) - with_others >= 3
+    assert with_others >= 1 and len(SNIPPETS) - with_others >= 1
 
 
 def test_readme_commands_exist():
