@@ -34,7 +34,7 @@ AREAS = (
      "Arguments and data are checked before the model is loaded."),
     ("`fused-losses check`", ("checking/",),
      "Files are checked before the model is loaded."),
-    ("Backends and compiled kernels", ("backends/", "kernels/", "build"),
+    ("Backends and compiled kernels", ("backends/", "kernels/", "build", "selfcheck"),
      "`fused-losses info` lists the backends, and for each that cannot run the reason. `backend=\"auto\"` takes "
      "another one without an error."),
     ("Other commands", ("cli/", "demo/", "bench/"),
