@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import subprocess
 import venv
 from collections.abc import Callable
@@ -37,17 +38,24 @@ class Case:
     factor: float = 1.0  # ours / theirs
     tolerance: float = 2e-5  # of float32, in another order
     logs: tuple[str, ...] = ("nll", "mean_weight")
-    both: dict[str, Any] = field(default_factory=dict)  # of the trainer's own, in both trainings
+    both: dict[str, Any] = field(default_factory=dict)  # of the trainer's own, in both trainings; {work}: the folder
+    mean_weight: float | None = None  # that must be logged
 
+
+ANCHORS = ("nll", "mean_weight", "kl", "anchor_probability")
 
 WITH_REFERENCE = [
-    Case("LAwF", dict(fused_loss="lawf", fused_loss_reference="base"),
-         logs=("nll", "mean_weight", "kl", "anchor_probability")),
-    Case("LAwF, start", dict(fused_loss="lawf", fused_loss_reference="start"),
-         logs=("nll", "mean_weight", "kl", "anchor_probability")),
+    Case("LAwF", dict(fused_loss="lawf", fused_loss_reference="base"), logs=ANCHORS),
+    Case("LAwF, start", dict(fused_loss="lawf", fused_loss_reference="start"), logs=ANCHORS),
     Case("ASFT", dict(fused_loss="asft", fused_loss_reference="base"), logs=("nll", "mean_weight", "kl")),
     Case("TALR", dict(fused_loss="talr", fused_loss_options={"temperature": 5.0})),
 ]  # fmt: skip
+
+
+def anchored(**both: Any) -> Case:
+    """Rows of 10 tokens with two anchors each, so 2 of 9 labels."""
+    reference = dict(fused_loss="lawf", fused_loss_reference="base")
+    return Case("LAwF, anchors", reference, logs=ANCHORS, both=both, mean_weight=2 / 9)
 
 
 # --- the trainers
@@ -128,6 +136,7 @@ SFT = dict(fused_loss="sft")
 # axolotl's LoRA begins elsewhere in each run, so what is compared trains all weights. Its own cross-entropy is the mean
 # of the accumulated batches' means, and its EAFT does not divide the entropy.
 WHOLE = {"adapter": None}
+PACKED = {"sample_packing": True, "attn_implementation": "sdpa", "micro_batch_size": 1}
 # Its own pins, without what neither text nor a CPU needs: xformers, flash-linear-attention, liger-kernel, kernels,
 # lm_eval, gradio, modal, trackio, mistral-common, the file systems of clouds, ...
 AXOLOTL = [
@@ -146,6 +155,7 @@ TRAINERS = {
             Case("DFT", dict(fused_loss="dft"), {"use_dft_loss": True}),
             Case("EAFT", dict(fused_loss="eaft"), {"use_eaft_loss": True}, factor=EAFT, tolerance=2e-4),
             *WITH_REFERENCE,
+            anchored(tokenized_path="{work}/tokenized"),
         ],
         {"use_dft_loss": True},
     ),
@@ -154,6 +164,8 @@ TRAINERS = {
         [
             Case("cross-entropy", SFT, {}),
             Case("DFT", dict(fused_loss="dft"), {"enable_dft_loss": "true"}),
+            Case("loss_scale", dict(fused_loss="weighted"), {},
+                 both={"dataset": "{work}/scaled.jsonl", "is_binary_loss_scale": "false"}),
             *WITH_REFERENCE,
         ],
         {"enable_dft_loss": "true"},
@@ -163,7 +175,10 @@ TRAINERS = {
         [
             Case("cross-entropy", SFT, {}, both={**WHOLE, "gradient_accumulation_steps": 1}),
             Case("EAFT", dict(fused_loss="eaft"), {"use_eaft": True}, 1 / math.log(20), 2e-4, both=WHOLE),
+            Case("packed", SFT, {}, both={**WHOLE, "gradient_accumulation_steps": 1, **PACKED}),
+            Case("LAwF, packed", WITH_REFERENCE[0].ours, logs=ANCHORS, both=PACKED),
             *WITH_REFERENCE,
+            anchored(datasets=[{"path": "{work}/tokenized.jsonl", "ds_type": "json", "type": None}]),
         ],
         {"use_eaft": True}, {"AXOLOTL_DO_NOT_TRACK": "1"},
     ),
@@ -215,6 +230,7 @@ def make_inputs(work: Path) -> None:
     import random
 
     import torch
+    from datasets import Dataset, DatasetDict
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -243,7 +259,21 @@ def make_inputs(work: Path) -> None:
         {"messages": [{"role": "user", "content": row["instruction"]}, {"role": "assistant", "content": row["output"]}]}
         for row in rows
     ]
-    (work / "messages.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    write_lines(work / "messages.jsonl", chats)
+    for chat in chats:
+        chat["messages"][1]["loss_scale"] = draw.choice([0.25, 0.5, 2.0])
+    write_lines(work / "scaled.jsonl", chats)
+    tokenized = []
+    for _ in range(24):
+        ids = [draw.randrange(4, 104) for _ in range(10)]
+        tokenized.append({"input_ids": ids, "attention_mask": [1] * 10, "labels": ids, "anchors": [7, 9]})
+    write_lines(work / "tokenized.jsonl", tokenized)
+    shutil.rmtree(work / "tokenized", ignore_errors=True)
+    DatasetDict({"train": Dataset.from_list(tokenized)}).save_to_disk(work / "tokenized")
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 # --- trainings
@@ -275,8 +305,9 @@ def logs(output: Path) -> list[dict[str, float]]:
 def trained(environment: Path, trainer: Trainer, name: str, ours: dict, theirs: dict) -> list[dict[str, float]]:
     work = environment / "work"
     output = work / name.replace(" ", "-").replace(",", "")
-    subprocess.run(["rm", "-rf", str(output)], check=True)
+    shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
+    theirs = json.loads(json.dumps(theirs).replace("{work}", str(work)))
     result = run(environment, trainer.command(work, output, ours, theirs), trainer.environment)
     (output / "log.txt").write_text(result.stdout + result.stderr)
     found = logs(output)
@@ -294,6 +325,8 @@ def compare(environment: Path, trainer: Trainer, case: Case) -> str | None:
         return f"{case.name}: {', '.join(missing)} not in the log, which has {', '.join(ours[-1])}"
     if not all(math.isfinite(entry["loss"]) and entry.get("grad_norm", 1) > 0 for entry in ours):
         return f"{case.name}: no finite loss, or no gradient"
+    if case.mean_weight is not None and not math.isclose(ours[0]["mean_weight"], case.mean_weight, rel_tol=1e-5):
+        return f"{case.name}: mean_weight {ours[0]['mean_weight']}, expected {case.mean_weight}"
     if "kl" in case.logs and not (abs(ours[0]["kl"]) < 1e-8 < ours[-1]["kl"]):
         return f"{case.name}: a KL of 0 before the first step and more after was expected, got {ours}"
     if case.theirs is None:
