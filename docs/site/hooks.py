@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import posixpath
 import re
@@ -26,9 +25,8 @@ import messages
 ROOT = Path(__file__).parents[2]
 NAMED_AS_ITS_FILE = re.compile(r"\[`?([\w./-]+\.md)`?\](?=\(([^)\s#:]+))")
 LINK = re.compile(r"(?<=\]\()([^)\s#:]+)(#[^)\s]*)?(?=\))")
-FENCE = re.compile(r"^```.*?^```$", re.M | re.S)
+FENCE = re.compile(r"^(`{3,})[^\n]*\n.*?^\1$", re.M | re.S)
 LANGUAGES = {".py": "python", ".jsonl": "json", ".json": "json", ".toml": "toml", ".yml": "yaml", ".yaml": "yaml"}
-log = logging.getLogger("mkdocs.hooks")
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:

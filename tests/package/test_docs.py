@@ -177,13 +177,14 @@ def test_what_troubleshooting_quotes_is_said(page):
     reason="mkdocs is not installed: pip install 'fused_losses[docs]'",
 )
 def test_the_site_builds_without_a_warning(tmp_path):
-    """Of a copy with a page of a trainer, which the navigation has to take; and a link to nothing is an error."""
+    """Of a copy with a page of a trainer and one of a study, which the navigation takes where they are there."""
     for name in ("docs", "fused_losses", "csrc", "examples"):
         ignored = shutil.ignore_patterns("*.so", "__pycache__", "trainers")
         shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
     for name in ("mkdocs.yml", "CONTRIBUTING.md", "CHANGELOG.md", "README.md"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "docs" / "trainers").mkdir()
+    (tmp_path / "docs" / "forgetting.md").write_text("# A study, which a script writes\n")
     (tmp_path / "docs" / "trainers" / "some.md").write_text("# Some trainer\n\n[map](../../fused_losses/README.md)\n")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q"]
     options = dict(cwd=tmp_path, capture_output=True, text=True, timeout=600)
@@ -191,7 +192,9 @@ def test_the_site_builds_without_a_warning(tmp_path):
     done = subprocess.run(command, env=environment, **options)
     assert done.returncode == 0 and not done.stderr, done.stderr
     site = tmp_path / "build" / "site"
-    assert "trainers/some.html" in (site / "index.html").read_text()
+    assert {"trainers/some.html", "forgetting.html"} <= set(
+        re.findall(r'href="(\S+?)"', (site / "index.html").read_text())
+    )
     assert "source/fused_losses/index.html" in (site / "trainers" / "some.html").read_text().replace("../", "")
     assert "gradient: expected one of" in (site / "messages.html").read_text()
     assert 'id="fused_losses.token_losses"' in (site / "reference" / "op.html").read_text()
