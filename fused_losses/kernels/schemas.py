@@ -219,7 +219,7 @@ def _guide() -> str:
     return f"see {build.csrc() / 'README.md'}"
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
