@@ -323,8 +323,10 @@ def test_axolotl_patches_the_model_and_the_collators(axolotl):
 def test_axolotl_that_is_missing_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "axolotl.integrations.base", None)
     monkeypatch.delitem(sys.modules, "fused_losses.integrations.axolotl", raising=False)
+    module = importlib.import_module("fused_losses.integrations.axolotl")
     with pytest.raises(ImportError, match="needs axolotl"):
-        importlib.import_module("fused_losses.integrations.axolotl")
+        module.FusedLossesPlugin()
+    sys.modules.pop("fused_losses.integrations.axolotl", None)
 
 
 def test_a_switch_that_is_off_is_none():
