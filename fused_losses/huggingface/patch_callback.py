@@ -75,6 +75,7 @@ class PatchCallback(TrainerCallback):
             reference=reference, reference_cache=reference_cache, keep_logits=keep_logits, eval_loss=eval_loss
         )
         self.metrics = Callback(prefix) if log else None
+        self.own_reference = False  # a model that nobody else holds: it follows the trained one to its device
         self._model: Any = None  # what we patched
         self._patch: Any = None
 
@@ -117,6 +118,8 @@ class PatchCallback(TrainerCallback):
                     "checkpoint and not the model it started from; take reference='base' with a PEFT adapter, give the "
                     "original model, or call fused_losses.patch(model, ...) before the Trainer is made"
                 )
+            if self.own_reference and model is not None:
+                self.options["reference"].to(model.device)
             patch(model, self.loss, **self.options)
             self._model, self._patch = model, patch_of(model)
         if self.metrics is not None:

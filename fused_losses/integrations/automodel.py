@@ -15,17 +15,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..head import LMHead
 from ..objectives.named import make_objective
 
 try:
     from nemo_automodel.components.loss.linear_ce import FusedLinearCrossEntropy
+
+    MISSING = ""
 except ImportError as error:
-    raise ImportError(
-        f"fused_losses.integrations.automodel needs NeMo Automodel, which imports it by its YAML ({error})"
-    ) from error
+    FusedLinearCrossEntropy, MISSING = nn.Module, str(error)
 
 
 class FusedLoss(FusedLinearCrossEntropy):
@@ -40,7 +40,8 @@ class FusedLoss(FusedLinearCrossEntropy):
         ignore_index, logit_softcapping: as of FusedLinearCrossEntropy.
 
     Raises, when it is made: ValueError for a loss that compares with a frozen original, reads a field of the batch, or
-    takes means of groups, as Automodel hands none of these over; what `make_objective` raises.
+    takes means of groups, as Automodel hands none of these over; what `make_objective` raises; ImportError without
+    Automodel.
     """
 
     def __init__(
@@ -50,6 +51,10 @@ class FusedLoss(FusedLinearCrossEntropy):
         ignore_index: int = -100,
         logit_softcapping: float = 0,
     ) -> None:
+        if MISSING:
+            raise ImportError(
+                f"fused_losses.integrations.automodel needs NeMo Automodel: pip install nemo-automodel ({MISSING})"
+            )
         super().__init__(ignore_index=ignore_index, logit_softcapping=logit_softcapping, reduction="sum")
         given = options.to_dict() if hasattr(options, "to_dict") else dict(options or {})
         self.objective = make_objective(loss, {"ignore_index": ignore_index, **given})

@@ -15,11 +15,10 @@ from .settings import KEYS, LossSettings, refuse, take
 
 try:
     from axolotl.integrations.base import BasePlugin
+
+    MISSING = ""
 except ImportError as error:
-    raise ImportError(
-        "fused_losses.integrations.axolotl needs axolotl, which imports it by its `plugins:`; install axolotl first "
-        f"({error})"
-    ) from error
+    BasePlugin, MISSING = object, str(error)
 
 REMEDY = "leave it out"
 SWITCHES = {
@@ -56,7 +55,18 @@ class FusedLossesArgs(BaseModel):
 
 
 class FusedLossesPlugin(BasePlugin):
-    """The plugin that axolotl loads; with no `fused_loss` in the configuration it does nothing."""
+    """The plugin that axolotl loads; with no `fused_loss` in the configuration it does nothing.
+
+    Raises ImportError without axolotl.
+    """
+
+    def __init__(self) -> None:
+        if MISSING:
+            raise ImportError(
+                "fused_losses.integrations.axolotl needs axolotl, which makes the plugin by its `plugins:`; install "
+                f"axolotl first ({MISSING})"
+            )
+        super().__init__()
 
     def get_input_args(self) -> str:
         return f"{__name__}.{FusedLossesArgs.__name__}"

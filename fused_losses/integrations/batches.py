@@ -22,8 +22,9 @@ class WithFields:
     `collator`, and laid out beside the input_ids that come out of it: padded at either side, or rows one after the
     other as sample packing has them.
 
-    For LAwF, rows without anchors learn what has a label, with confidence 1, and hold the rest of the row, the prompt,
-    to the original, for which its tokens get labels. So `fused-losses train` takes chats.
+    For LAwF, a row without anchors learns what has a label, with confidence 1, and holds the rest of the row, the
+    prompt, to the original, for which its tokens get labels. So `fused-losses train` takes chats. Of a row with anchors
+    the labels say what is held.
 
     Args:
         collator: called with a list of rows, or with a list of such lists (axolotl's packing).
@@ -32,7 +33,7 @@ class WithFields:
             ms-swift has loss_scale; others refuse it.
 
     Raises: ValueError where the rows' tokens are not found in the batch, as where the collator cuts them; where a row
-    has no field that another has; and for a `scale` that the loss cannot take.
+    lacks a field that another has; for an anchor that nothing predicts; and for a `scale` that the loss cannot take.
     """
 
     def __init__(self, collator: Callable[..., Any], loss: Objective, scale: str | None = None) -> None:
@@ -56,16 +57,16 @@ class WithFields:
         scale = batch.pop(self.scale) if given else None
         values, of_batch = self._fields(rows, [len(x) for x in ids])
         batch.update(of_batch)
-        anchored = "confidence" in self.fields and "confidence" not in values
+        chats = [i for i, row in enumerate(rows) if "confidence" in self.fields and not _has_anchors(row)]
         if scale is not None:
             batch.update(self._scaled(scale, values))
-        if values or anchored:
+        if values or chats:
             whole = batch["input_ids"]
             places = _places(whole, ids)
             for name, of_rows in values.items():
                 batch[name] = laid_out(name, of_rows, places, tuple(whole.shape))
-            if anchored:
-                self._hold_prompts(batch, places)
+            if chats:
+                _hold_prompts(batch, [places[i] for i in chats], scale is not None)
         return batch
 
     def _fields(
@@ -73,18 +74,8 @@ class WithFields:
     ) -> tuple[dict[str, list[Tensor]], dict[str, Tensor]]:
         """The fields that the rows have: of tokens, a tensor a row; and those of whole rows, as the batch has them."""
         found: dict[str, list[Tensor]] = {}
-        if "confidence" in self.fields:
-            with_anchors = [row.get("confidence") is not None or row.get("anchors") is not None for row in rows]
-            if any(with_anchors):
-                if not all(with_anchors):
-                    raise ValueError(
-                        f"row {with_anchors.index(False)}: has neither anchors nor confidence, but another row of the "
-                        "batch has; give anchors: [] where everything is to be retained"
-                    )
-                found["confidence"] = [
-                    read_confidence({k: v for k, v in row.items() if v is not None}, f"row {i}", n)
-                    for i, (row, n) in enumerate(zip(rows, lengths, strict=True))
-                ]
+        if "confidence" in self.fields and any(map(_has_anchors, rows)):
+            found["confidence"] = [_confidence(row, f"row {i}", lengths[i]) for i, row in enumerate(rows)]
         others: list[Mapping[str, Any]] = [
             {name: row[name] for name in self.fields if name != "confidence" and row.get(name) is not None}
             for row in rows
@@ -102,20 +93,38 @@ class WithFields:
             )
         return {name: scale.float()}
 
-    def _hold_prompts(self, batch: Any, places: list[tuple[int, slice]]) -> None:
-        ids, labels = batch["input_ids"], batch["labels"]
-        learned = labels != IGNORED
-        held = torch.zeros_like(learned)
-        firsts = torch.zeros_like(learned)
-        for row, at in places:
-            held[row, at] = True
-            firsts[row, at.start] = True
-        firsts |= _sequence_starts(batch, ids)
-        batch["labels"] = torch.where(held & ~firsts, torch.where(learned, labels, ids), IGNORED)
-        if "confidence" not in batch:
-            batch["confidence"] = (learned & ~firsts).float()
-        else:
-            batch["confidence"] = torch.where(batch["labels"] != IGNORED, batch["confidence"], 0)
+
+def _has_anchors(row: Mapping[str, Any]) -> bool:
+    return row.get("confidence") is not None or row.get("anchors") is not None
+
+
+def _confidence(row: Mapping[str, Any], name: str, length: int) -> Tensor:
+    """[T] of a row's anchors; 0 where it has none."""
+    found = read_confidence({k: v for k, v in row.items() if v is not None}, name, length)
+    if length and found[0] > 0:
+        raise ValueError(
+            f"{name}: position 0 is its first token, which nothing predicts, so it cannot be an anchor; begin the row "
+            "with a token before it, e.g. bos_token"
+        )
+    return found
+
+
+def _hold_prompts(batch: Any, places: list[tuple[int, slice]], scaled: bool) -> None:
+    """Of rows without anchors: labels for all tokens; confidence 1, or what `scaled` the batch has, on the learned."""
+    ids, labels = batch["input_ids"], batch["labels"]
+    learned = labels != IGNORED
+    here = torch.zeros_like(learned)
+    firsts = _sequence_starts(batch, ids)
+    for row, at in places:
+        here[row, at] = True
+        firsts[row, at.start] = True
+    whole = torch.where(learned, labels, ids).masked_fill(firsts, IGNORED)
+    batch["labels"] = torch.where(here, whole, labels)
+    ones = (learned & ~firsts).float()
+    before = batch.get("confidence")
+    if before is None:
+        before = torch.zeros_like(ones)
+    batch["confidence"] = torch.where(here, ones * before if scaled else ones, before)
 
 
 def _sequence_starts(batch: Any, ids: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ class LossSettings:
             )
         if self.reference is not None and not objective.takes_reference:
             raise ValueError(f"fused_loss_reference: {name} has no use for one; leave it out")
-        if self.reference is not None and self.reference not in REFERENCES and not _is_model_folder(self.reference):
+        if self.loads_reference and not _is_model_folder(self.reference):
             raise ValueError(
                 f"fused_loss_reference: expected base, start or the folder of a model (with its config.json), got "
                 f"{self.reference!r}"
@@ -67,7 +67,7 @@ class LossSettings:
 
     def reference_for(self, dtype: Any) -> Any:
         """As `fl.patch` takes it: a name, None, or the model in that folder, frozen."""
-        if self.reference is None or self.reference in REFERENCES:
+        if not self.loads_reference:
             return self.reference
         from transformers import AutoModelForCausalLM
 
@@ -75,13 +75,23 @@ class LossSettings:
 
     def patch(self, model: Any) -> Any:
         """`fl.patch` as the keys say; returns the model."""
-        return patch(model, self.objective(), **self.patch_options(model.dtype))
+        options = self.patch_options(model.dtype)
+        if self.loads_reference:
+            options["reference"].to(model.device)
+        return patch(model, self.objective(), **options)
 
     def callback(self) -> Any:
         """A `PatchCallback` as the keys say."""
         from ..huggingface.patch_callback import PatchCallback
 
-        return PatchCallback(self.objective(), **self.patch_options("auto"))
+        made = PatchCallback(self.objective(), **self.patch_options("auto"))
+        made.own_reference = self.loads_reference
+        return made
+
+    @property
+    def loads_reference(self) -> bool:
+        """Whether the reference is a model of its own, which `reference_for` loads."""
+        return self.reference is not None and self.reference not in REFERENCES
 
     def patch_options(self, dtype: Any) -> dict[str, Any]:
         """Of `fl.patch`; `dtype`: of a reference that is loaded."""

@@ -38,6 +38,7 @@ class FusedLossesCallback(PatchCallback):
                 "sequence itself; leave it out, or the plugin"
             )
         super().__init__(settings.objective(), **settings.patch_options("auto"))
+        self.own_reference = settings.loads_reference
         self._trainer = trainer
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -109,5 +109,7 @@ def test_a_configuration_node_is_read(FusedLoss):
 def test_automodel_that_is_missing_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, MODULE, None)
     monkeypatch.delitem(sys.modules, "fused_losses.integrations.automodel", raising=False)
-    with pytest.raises(ImportError, match="needs NeMo Automodel"):
-        importlib.import_module("fused_losses.integrations.automodel")
+    module = importlib.import_module("fused_losses.integrations.automodel")
+    with pytest.raises(ImportError, match="needs NeMo Automodel: pip install"):
+        module.FusedLoss()
+    sys.modules.pop("fused_losses.integrations.automodel", None)

@@ -98,6 +98,19 @@ def test_without_anchors_answers_are_learned_and_prompts_held(collator):
     assert loss.item() == pytest.approx(value, rel=1e-6)
 
 
+def test_rows_with_anchors_and_without_in_one_batch():
+    """As where a data set has both: each row is what it is by itself."""
+    data = [{**rows(2)[0], "anchors": [[4, 0.5]]}, {**rows(2)[1], "anchors": None}]
+    data[0]["labels"] = [-100, *data[0]["input_ids"][1:]]
+    both = WithFields(collate, fl.LAwFLoss())(data)
+    for i, row in enumerate(data):
+        alone, n = WithFields(collate, fl.LAwFLoss())([row]), len(row["input_ids"])
+        for name in ("labels", "confidence"):
+            assert torch.equal(both[name][i, :n], alone[name][0]), name
+        assert (both["labels"][i, n:] == -100).all() and not both["confidence"][i, n:].any()
+    assert both["confidence"][0].tolist().count(0.5) == 1 and both["confidence"][1].sum() > 1
+
+
 def test_packed_rows_do_not_predict_each_other():
     data = rows(4)
     batch = WithFields(packed, fl.LAwFLoss())(data)
@@ -146,9 +159,9 @@ def test_it_stands_for_its_collator_in_other_processes_too():
 @pytest.mark.parametrize("collator, data, message", [
     (lambda f: {k: v[:, :-2] for k, v in collate(f).items()}, rows(1, anchors=True), "row 0: its .* tokens are not in"),
     (lambda f: {k: v[0] for k, v in collate(f).items()}, rows(1, anchors=True), "expected a batch .* got shape"),
-    (collate, [rows(1, anchors=True)[0], rows(1)[0]], "row 1: has neither anchors nor confidence"),
+    (collate, [{**rows(1)[0], "anchors": [0]}], "row 0: position 0 is its first token, which nothing predicts"),
     (collate, [{**rows(1)[0], "confidence": [0.5]}], "row 0, confidence: expected as many as input_ids"),
-], ids=["cut", "flat", "some", "short"])  # fmt: skip
+], ids=["cut", "flat", "first", "short"])  # fmt: skip
 def test_mistakes_are_named(collator, data, message):
     with pytest.raises(ValueError, match=message):
         WithFields(collator, fl.LAwFLoss())(data)

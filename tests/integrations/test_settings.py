@@ -81,7 +81,7 @@ def test_a_wrong_key_is_named(config, message):
         take(config)
 
 
-def test_the_folder_of_a_model_is_a_reference(tmp_path):
+def test_the_folder_of_a_model_is_a_reference(tmp_path, monkeypatch):
     llama(1).float().save_pretrained(tmp_path)
     model = llama().float()
     settings = LossSettings("sft+kl", {"kl_weight": 1.0}, reference=str(tmp_path))
@@ -90,7 +90,17 @@ def test_the_folder_of_a_model_is_a_reference(tmp_path):
     found = model(ids, labels=ids).loss
     other = fl.patch(llama().float(), fl.SFTKLLoss(1.0), reference=llama(1).float())
     torch.testing.assert_close(found, other(ids, labels=ids).loss)
-    assert not any(p.requires_grad for p in settings.callback().options["reference"].parameters())
+    callback = settings.callback()
+    reference = callback.options["reference"]
+    assert callback.own_reference and not any(p.requires_grad for p in reference.parameters())
+    moved = []
+    monkeypatch.setattr(reference, "to", lambda device: moved.append(device))
+    fl.unpatch(model)
+    state = types.SimpleNamespace(global_step=0, stateful_callbacks={})
+    callback.on_train_begin(None, state, None, model=model)
+    assert moved == [model.device] and model(ids, labels=ids).loss.item() == found.item()
+    callback.on_train_end(None, state, None)
+    assert not LossSettings("lawf", reference="base").callback().own_reference
 
 
 # --- LLaMA-Factory
@@ -323,8 +333,10 @@ def test_axolotl_patches_the_model_and_the_collators(axolotl):
 def test_axolotl_that_is_missing_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "axolotl.integrations.base", None)
     monkeypatch.delitem(sys.modules, "fused_losses.integrations.axolotl", raising=False)
+    module = importlib.import_module("fused_losses.integrations.axolotl")
     with pytest.raises(ImportError, match="needs axolotl"):
-        importlib.import_module("fused_losses.integrations.axolotl")
+        module.FusedLossesPlugin()
+    sys.modules.pop("fused_losses.integrations.axolotl", None)
 
 
 def test_a_switch_that_is_off_is_none():
