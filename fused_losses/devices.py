@@ -28,6 +28,13 @@ def has_float64(device_type: str) -> bool:
     return device_type != "mps"
 
 
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether PyTorch's products of bfloat16 matrices are worth taking on this CPU: where oneDNN has none (x86 without
+    AVX-512, ARM without BF16) they take ten times as long as those in float32."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def multiplies_wide(tensor: Tensor) -> bool:
     """Whether `torch.mm` there sums products of half-precision matrices in float32 and returns these sums, so that no
     operand is converted. CUDA does; ROCm and XPU since some release of torch; a CPU does not."""

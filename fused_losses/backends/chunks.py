@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ..devices import multiplies_wide
+from ..devices import multiplies_bfloat16, multiplies_wide
 from ..problem import OPTIONAL, Gradients, Head, Needs, Problem, Rows, Statistics
 
 # Logits and their copies of one chunk. Measured on 2 CPU cores: at 64 MiB 3 to 7 % slower, at 128 MiB no faster.
@@ -173,9 +173,9 @@ def logit_chunks(
     model = _Operands.of(problem, problem.head, product)
     reference = None if problem.reference_head is None else _Operands.of(problem, problem.reference_head, product)
     # On a CPU no product of bf16 matrices in PyTorch comes out in fp32. Without a reference, bf16 logits are then
-    # taken, as plain PyTorch does: 2–3 times as fast as fp32. But p − p_ref cancels near the reference, so there fp32
-    # operands are worth their time.
-    halves = dtype == torch.bfloat16 and device.type == "cpu" and not problem.has_reference
+    # taken, as plain PyTorch does, where they are 2–3 times as fast as fp32. But p − p_ref cancels near the reference,
+    # so there fp32 operands are worth their time.
+    halves = dtype == torch.bfloat16 and device.type == "cpu" and not problem.has_reference and multiplies_bfloat16()
     round_logits = halves and product is None
 
     separate &= narrow

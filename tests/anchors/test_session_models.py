@@ -285,7 +285,7 @@ def test_another_model_as_the_original():
     list(session.generate())
     p = probabilities(original, [*session.prompt_ids, *session.token_ids])[len(session.prompt_ids) - 1 + 4]
     (anchor,) = session.replace(4, int(p.argsort()[0])).anchors
-    assert anchor.probability == pytest.approx(float(p.min()), rel=5e-7)
+    assert anchor.probability == pytest.approx(float(p.min()), rel=2e-6)  # AVX2: 8e-7
     plain = AnchorSession(original, tokenizer(), max_new_tokens=8)
     plain.start("Who are you?")
     list(plain.generate())

@@ -2,13 +2,14 @@
 
 import types
 
+import cases
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_losses as fl
 from fused_losses import backends, devices, preparation, selfcheck
-from fused_losses.backends import gpu_scan
+from fused_losses.backends import chunks, gpu_scan
 from fused_losses.kernels import schemas
 from fused_losses.kernels.triton import tiles
 from fused_losses.objectives import eksft
@@ -89,6 +90,21 @@ def test_wide_products_are_tried_before_they_are_taken(rocm, monkeypatch):
     assert devices.multiplies_wide(on_gpu)
     monkeypatch.setattr(devices, "_tried_wide", lambda kind: False)
     assert not devices.multiplies_wide(on_gpu)
+
+
+@pytest.mark.parametrize("gradient", ["exact", "sparse"])
+def test_bf16_is_widened_where_its_products_are_slow(gradient, monkeypatch):
+    """On CPUs without instructions for bf16, and then no logit is rounded to it."""
+    case, errors = cases.make(40, 24, 500, spread=4.0), {}
+    truth = fl.token_losses(*case.inputs(torch.float64)[:2], case.labels).nll.detach()
+    for fast in (False, True):
+        monkeypatch.setattr(chunks, "multiplies_bfloat16", lambda fast=fast: fast)
+        hidden, head, _ = case.inputs(torch.bfloat16)
+        out = fl.token_losses(hidden, head, case.labels, gradient=gradient, backend="torch")
+        out.nll.sum().backward()
+        rounded = fl.token_losses(hidden.double(), fl.LMHead(head.weight.double()), case.labels).nll
+        errors[fast] = float((out.nll.detach() - rounded.detach()).norm() / truth.norm())
+    assert errors[False] < 1e-6 < 1e-4 < errors[True]
 
 
 # --- the check

@@ -78,7 +78,7 @@ def test_objectives_equal_the_oracle(ranks, name):
     for sizes in SIZES[ranks.world]:
         case = objective_case(name, sizes)
         truth = objective(name, case, case.inputs(torch.float64), backend="reference")
-        assert_close(ranks["objective", name, sizes], truth, 2e-15)  # measured 7e-16
+        assert_close(ranks["objective", name, sizes], truth, 6e-15)  # measured 7e-16, on AVX2 2.2e-15
 
 
 @pytest.mark.parametrize("name", TOKEN_CASES)

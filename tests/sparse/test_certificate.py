@@ -167,7 +167,7 @@ def test_what_sparse_gradients_get_wrong_without_directions(halves):
     y = hidden.clone().requires_grad_()
     fl.TALRLoss(temperature=2.0, gradient="exact")(y, fl.LMHead(weight, low_rank=low_rank), labels).backward()
     assert set(found) == {"hidden", "weight", "low_rank.b"}
-    assert found["hidden"] == pytest.approx(relative(x.grad, y.grad), rel=4e-7)
+    assert found["hidden"] == pytest.approx(relative(x.grad, y.grad), rel=6e-6)  # AVX2: 2.2e-6
     assert sparse.gradient_report.bound < 0.1
     assert found["hidden"] > 0.3 if halves == 2 else 0 < found["hidden"] < 0.03  # measured 0.75 and 0.0105
     assert 0 < found["weight"] < 0.017 and loss.gradient_report is None and loss.gradient == "auto"
