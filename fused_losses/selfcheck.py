@@ -24,7 +24,8 @@ def reason(device_type: str) -> str | None:
     try:
         found = {name: _values(name, device_type) for name in ("triton", "torch")}
     except Exception as error:  # whatever a compiler or driver raises is the reason
-        return _told(f"its check on {device_type} failed ({type(error).__name__}: {str(error).splitlines()[0][:200]})")
+        message = next(iter(str(error).splitlines()), "no message")[:200]
+        return _told(f"its check on {device_type} failed ({type(error).__name__}: {message})")
     for (name, ours), theirs in zip(found["triton"].items(), found["torch"].values(), strict=True):
         off = float((ours - theirs).norm() / theirs.norm().clamp(min=1e-12))
         if not off <= TOLERANCE:

@@ -52,6 +52,11 @@ def _variables_of(forward: Any, depth: int) -> dict[str, Any] | None:
             values[name] = cell.cell_contents
     if values.keys() >= Request.__dataclass_fields__.keys():
         return values
+    if code and "fused_lm_head" in code.co_varnames:  # it would have them under other names, and other numbers come out
+        raise TypeError(
+            f"fused_lm_head: the head that is around this model ({code.co_filename}) does not say its temperature and "
+            "outputs as TRL 1.16's does; install trl 1.16, or call fused_losses.unpatch(model)"
+        )
     inner = [*values.values(), *([forward.func] if isinstance(forward, functools.partial) else [])]
     inner += [vars(forward)[n] for n in ("__wrapped__", "model_forward") if n in getattr(forward, "__dict__", {})]
     return next((found for one in inner if (found := _variables_of(one, depth - 1)) is not None), None)

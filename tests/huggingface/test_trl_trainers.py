@@ -215,6 +215,21 @@ def test_other_objectives_have_a_sum_and_say_so():
         log_probs[:, -2:]
 
 
+def test_another_release_s_head_is_refused():
+    """Without its temperature the numbers would be others, and nobody would see it."""
+    model = fl.patch(llama()).train()
+    original, divided_by = model.forward, 0.7
+
+    def forward(*args, fused_lm_head=False, **kwargs):
+        assert divided_by
+        return original(*args, **kwargs)
+
+    model.forward = forward
+    assert model(**batch()).loss.requires_grad
+    with pytest.raises(TypeError, match=r"does not say its temperature and outputs as TRL 1.16's does"):
+        model(**batch(), fused_lm_head=True)
+
+
 def test_a_backward_in_evaluation_is_refused():
     model = fl.patch(llama().train(), fl.TALRLoss()).train()
     model(**batch())

@@ -142,12 +142,15 @@ def test_numbers_that_are_none_are_off(check):
         assert "off by nan" in check(lambda values: {**values, "nll (exact)": values["nll (exact)"] + nan})
 
 
-def test_a_compiler_that_fails_is_a_reason(check):
+@pytest.mark.parametrize(
+    "message, said", [("no such instruction\nat line 3", "no such instruction"), ("", "no message")]
+)
+def test_a_compiler_that_fails_is_a_reason(check, message, said):
     def fail(values):
-        raise RuntimeError("no such instruction\nat line 3")
+        raise RuntimeError(message)
 
     with pytest.warns(UserWarning):
-        assert check(fail) == "its check on cpu failed (RuntimeError: no such instruction)"
+        assert check(fail) == f"its check on cpu failed (RuntimeError: {said})"
 
 
 def test_other_backends_pass_it():
