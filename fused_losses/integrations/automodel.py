@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..head import LMHead
-from ..objectives.named import make_objective
+from .settings import loss_of_labels
 
 try:
     from nemo_automodel.components.loss.linear_ce import FusedLinearCrossEntropy
@@ -40,7 +40,7 @@ class FusedLoss(FusedLinearCrossEntropy):
         ignore_index, logit_softcapping: as of FusedLinearCrossEntropy.
 
     Raises, when it is made: ValueError for a loss that compares with a frozen original, reads a field of the batch, or
-    takes means of groups, as Automodel hands none of these over; what `make_objective` raises; ImportError without
+    takes means of groups, as Automodel hands none of these over; what `loss_of_labels` raises; ImportError without
     Automodel.
     """
 
@@ -57,19 +57,7 @@ class FusedLoss(FusedLinearCrossEntropy):
             )
         super().__init__(ignore_index=ignore_index, logit_softcapping=logit_softcapping, reduction="sum")
         given = options.to_dict() if hasattr(options, "to_dict") else dict(options or {})
-        self.objective = make_objective(loss, {"ignore_index": ignore_index, **given})
-        name = type(self.objective).__name__
-        missing = [
-            field for field, about in self.objective.batch_fields().items() if not about.optional and field != "weights"
-        ]
-        if self.objective.needs_reference or missing:
-            what = "a frozen original" if self.objective.needs_reference else ", ".join(missing)
-            raise ValueError(
-                f"loss: {name} needs {what}, which Automodel does not hand to a loss; take one of nll alone, such as "
-                "talr or dft"
-            )
-        if not self.objective.divides_by_items:
-            raise ValueError(f"loss: {name} takes means of groups; give options: {{reduction: token_mean}}")
+        self.objective = loss_of_labels(loss, {"ignore_index": ignore_index, **given}, "Automodel", ["weights"])
 
     def forward(
         self,

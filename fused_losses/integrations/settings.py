@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,6 +118,26 @@ def take(config: dict[str, Any]) -> LossSettings | None:
     if "fused_loss" not in ours:
         raise ValueError(f"{next(iter(ours))}: given without fused_loss; name the loss, such as fused_loss: talr")
     return LossSettings(ours.pop("fused_loss"), **{key.removeprefix("fused_loss_"): v for key, v in ours.items()})
+
+
+def loss_of_labels(name: Any, options: Mapping[str, Any], who: str, fields: Collection[str] = ()) -> Objective:
+    """The objective of that name, for a trainer that hands over labels, and of a batch's fields none but `fields`.
+
+    Raises: ValueError for one that compares with a frozen original, reads another field, or takes means of groups; what
+    `make_objective` raises.
+    """
+    objective = make_objective(name, options)
+    kind = type(objective).__name__
+    missing = [field for field, about in objective.batch_fields().items() if not about.optional and field not in fields]
+    if objective.needs_reference or missing:
+        what = "a frozen original" if objective.needs_reference else ", ".join(missing)
+        raise ValueError(
+            f"loss: {kind} needs {what}, which {who} does not hand to a loss; take one of nll alone, such as talr or "
+            "dft"
+        )
+    if not objective.divides_by_items:
+        raise ValueError(f"loss: {kind} takes means of groups; give options: {{reduction: token_mean}}")
+    return objective
 
 
 def refuse(config: Mapping[str, Any], switches: Mapping[str, str], who: str) -> None:

@@ -10,7 +10,7 @@ import yaml
 
 from fused_losses import cli
 from fused_losses.integrations import llamafactory
-from fused_losses.integrations.settings import KEYS, take
+from fused_losses.integrations.settings import KEYS, loss_of_labels, take
 from fused_losses.objectives.named import NAMED, make_objective
 
 ROOT = Path(__file__).parents[2]
@@ -33,7 +33,9 @@ def test_yaml_is_taken(name, block):
 
 
 def test_there_is_a_page_for_each():
-    assert {"axolotl", "llama-factory", "ms-swift", "keys"} <= set(PAGES) and len(YAML) >= 3
+    assert {"axolotl", "llama-factory", "ms-swift", "nemo-automodel", "torchtitan", "verl", "keys"} <= set(
+        PAGES
+    ) and len(YAML) >= 3
     assert all(len(text.splitlines()) <= 65 for text in PAGES.values())
 
 
@@ -74,6 +76,19 @@ def test_versions_are_those_that_the_script_installs():
     for page, name in (("axolotl", "axolotl"), ("llama-factory", "llamafactory"), ("ms-swift", "swift")):
         (version,) = re.findall(r"Tested with \S+ ([\d.]+\d)", PAGES[page])
         assert f"=={version}" in " ".join(trainers[name].install)
+    pins = runpy.run_path(str(ROOT / "tests" / "integrations" / "real_torchtitan.py"))["PINS"]
+    (version,) = re.findall(r"Tested with \S+ ([\d.]+\d)", PAGES["torchtitan"])
+    assert f"torchtitan=={version}" in " ".join(pins)
+
+
+@pytest.mark.parametrize("page, call", [("torchtitan", r"FusedLoss\.Config\((.*)\)"), ("verl", r"^use\((.*)\)$")])
+def test_the_losses_of_the_pages_are_taken(page, call):
+    (arguments,) = re.findall(call, PAGES[page], re.M)
+    loss, options = eval(f"(lambda loss, options: (loss, options))({arguments})")
+    loss_of_labels(loss, options, page)
+    row = next(line for line in PAGES[page].splitlines() if line.startswith("| losses "))
+    for name in re.findall(r"`([a-z-]+)`", row):
+        loss_of_labels(name, {}, page)
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")
