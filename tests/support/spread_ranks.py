@@ -3,19 +3,22 @@ them."""
 
 from __future__ import annotations
 
+import contextlib
 import math
+import multiprocessing
 import os
 import sys
 import warnings
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from cases import Case
-from processes import leave
+from cases import Case, coarse
+from processes import leave, pythonpath
 from torch import Tensor
 from vocab_ranks import DTYPES, Ranks, collective_calls, gradients, spread_inputs
 
@@ -24,8 +27,11 @@ import fused_losses as fl
 N, D, V = 150, 24, 1501
 # Rows of each rank: few, none, and as even as they can be.
 SIZES = {2: [(1100, 401), (0, 1501)], 4: [(700, 2, 0, 799), (376, 375, 375, 375)]}
+KINDS = (("float64", "auto"), ("float32", "auto"), ("float32", "torch"))  # "auto" is the compiled kernels, in float32
 OUTPUTS = ("nll", "kl", "entropy", "prediction", "reference_nll", "reference_entropy", "lse", "logits_at")
 
+# Tokens with more entries get exact gradients, a chunk of mostly such ones in forward.
+ROOM = dict(threshold=1.05e-4, capacity=250, chunk_bytes=1)
 CASES: dict[str, dict[str, Any]] = {
     "plain": dict(),
     "bias-scale": dict(bias=True, scale=-0.7),
@@ -43,7 +49,14 @@ CASES: dict[str, dict[str, Any]] = {
     "few": dict(count=20),
     "one": dict(count=1, frozen=True),
     "lonely": dict(lonely=True),
+    "coarse": dict(bias=True, coarse=dict(threshold=0.03)),
+    "coarse-shared": dict(reference="shared", coarse=dict(threshold=0.03, chunk_bytes=1)),
+    "coarse-frozen": dict(softcap=12.0, frozen=True, coarse=dict(threshold=0.03)),
+    "room": dict(flat=60, bias=True, coarse=ROOM),
+    "room-frozen": dict(flat=60, reference="own", ids=5, frozen=True, coarse=ROOM),
 }  # fmt: skip
+# Of these all ranks together keep what one process keeps: no token has too many entries on one of them.
+SAME_ENTRIES = [name for name, options in CASES.items() if options.get("coarse") is not ROOM]
 OBJECTIVES = {
     "CrossEntropy": (fl.CrossEntropyLoss, None),
     "smoothing": (lambda **o: fl.CrossEntropyLoss(0.1, 0.01, **o), None),
@@ -56,7 +69,7 @@ OBJECTIVES = {
 
 def make(
     *, count: int = N, spread: float = 4.0, reference: str | None = None, near: float = 0.05, bias: bool = False,
-    ids: int = 0, flat: int = 0, lonely: bool = False, **options: Any,
+    ids: int = 0, flat: int = 0, lonely: bool = False, coarse: Any = None, **options: Any,
 ) -> Case:  # fmt: skip
     """Logits of standard deviation `spread`, the label's planted at half of the tokens, elsewhere another's."""
     g = torch.Generator().manual_seed(count)
@@ -88,6 +101,12 @@ def make(
         asked[1::3, 1:3] = -100
         case = replace(case, asked={"ids": asked}, upstream={"lse": normal(count), "logits_at": normal(count, ids)})
     return case
+
+
+def set_up(name: str) -> contextlib.AbstractContextManager:
+    """In which a case is run, on ranks and in one process."""
+    limits = CASES.get(name, {}).get("coarse")
+    return contextlib.nullcontext() if limits is None else coarse(**limits)
 
 
 def token_losses(case: Case, inputs: tuple, **options: Any) -> dict[str, Any]:
@@ -128,7 +147,7 @@ def objective(name: str, case: Case, inputs: tuple, **options: Any) -> dict[str,
 
 
 def objective_case(name: str) -> Case:
-    return make(reference=OBJECTIVES[name][1], bias=True)
+    return make(reference=OBJECTIVES[name][1], bias=True, flat=60)
 
 
 def moved_head(sizes: tuple[int, ...]) -> list[dict[str, Any]]:
@@ -159,9 +178,9 @@ COUNTED = {
     "summed": lambda x, head, ref, y: fl.CrossEntropyLoss(gradient="sparse")(x, head, y),
     "summed-reference": lambda x, head, ref, y: fl.ASFTLoss(gradient="sparse")(x, head, y, reference=ref),
     "per-token": lambda x, head, ref, y: fl.token_losses(x, head, y, gradient="sparse").nll.sum(),
-    "per-token-reference": lambda x, head, ref, y: (
-        fl.token_losses(x, head, y, reference=ref, gradient="sparse").kl.sum()
-    ),
+    "per-token-reference": lambda x, head, ref, y: fl.token_losses(
+        x, head, y, reference=ref, gradient="sparse"
+    ).kl.sum(),
 }
 
 
@@ -170,13 +189,15 @@ def compute(world: int) -> dict:
     for sizes in SIZES[world]:
         for name, options in CASES.items():
             case = make(**options)
-            for dtype, backend in (("float64", "auto"), ("float32", "auto"), ("float32", "torch")):
+            for dtype, backend in KINDS:
                 inputs = spread_inputs(case, DTYPES[dtype], sizes)
-                found[name, sizes, dtype, backend] = token_losses(case, inputs, gradient="sparse", backend=backend)
+                with set_up(name):
+                    found[name, sizes, dtype, backend] = token_losses(case, inputs, gradient="sparse", backend=backend)
         for name in OBJECTIVES:
             case = objective_case(name)
             inputs = spread_inputs(case, torch.float32, sizes)
-            found["objective", name, sizes] = objective(name, case, inputs, gradient="sparse")
+            with set_up("room"):
+                found["objective", name, sizes] = objective(name, case, inputs, gradient="sparse")
     sizes = SIZES[world][0]
     found["moved"] = moved_head(sizes)
     for name, options in (("plain", {}), ("shared", dict(reference="shared"))):
@@ -213,12 +234,20 @@ def main() -> None:
     sizes = SIZES[world][0]
     case = make(bias=True)
     found = token_losses(case, spread_inputs(case, torch.float32, sizes), gradient="sparse")
-    torch.save({"case": found, "world": world}, f"{sys.argv[1]}/{rank}.pt")
+    torch.save({"plain": found}, f"{sys.argv[1]}/{rank}.pt")
     leave()
 
 
 def gathered(world: int, folder: str) -> Ranks:
     return Ranks(world, [torch.load(f"{folder}/{rank}.pt") for rank in range(world)])
+
+
+def start(world: int, folder: str) -> Ranks:
+    """By a server that has imported this file once, for all ranks of both worlds."""
+    multiprocessing.set_forkserver_preload([__name__])
+    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=pythonpath()):
+        torch.multiprocessing.start_processes(work, (world, folder), nprocs=world, start_method="forkserver")
+    return gathered(world, folder)
 
 
 if __name__ == "__main__":
