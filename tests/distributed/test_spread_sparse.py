@@ -89,8 +89,10 @@ def test_within_the_certificate_and_as_one_process(ranks, name):
             assert got["exact_tokens"] == one["exact_tokens"]
             for output in ("d_hidden", "d_weight", "d_bias", "bound", "hidden_bound", "weight_bound"):
                 if output in one:
-                    error = relative(got[output], one[output])
-                    assert error <= (1e-13 if dtype == "float64" else 3e-5), output  # measured 1.1e-15, 6.9e-6
+                    # Measured 1.1e-15 and 6.9e-6. What the ranks say of the rounding of their entries, where both
+                    # losses have some, is together up to 0.3 % of the bound less than what one process says.
+                    allowed = 1e-13 if dtype == "float64" else 1e-2 if output == "weight_bound" else 3e-5
+                    assert relative(got[output], one[output]) <= allowed, output
 
 
 def test_some_tokens_were_exact(ranks):
