@@ -147,7 +147,7 @@ def agreement(
 def gathered(group: Any, mine: Tensor) -> Tensor:
     """[ranks, ...]: the tensors of all ranks, of one shape. Copies bytes, so integers may travel as floats."""
     everyone = mine.new_empty(dist.get_world_size(group), *mine.shape)
-    dist.all_gather(list(everyone), mine.contiguous(), group=group)
+    dist.all_gather([one.view(-1) for one in everyone], mine.contiguous().view(-1), group=group)
     return everyone
 
 

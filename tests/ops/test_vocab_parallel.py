@@ -162,6 +162,8 @@ MESSAGES = {
     "class weights, soft-cap": r"ValueError: class_weights: expected \[V\] with V = 123, .*on all ranks, got \[122\]",
     "label too large": "ValueError: labels: expected 0 ≤ label < 123 .*got 123",
     "backend": "ValueError: backend='reference'.*give backend='auto' or 'torch'",
+    "tolerance": "ValueError: process_group: .*got different gradient= and tolerance=; ",
+    "gradient": "ValueError: process_group: .*got different gradient= and tolerance=; ",
     "member": "ValueError: process_group: .*not a member|TypeError: process_group: .*got float",
 }  # fmt: skip
 

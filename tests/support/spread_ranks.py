@@ -28,6 +28,13 @@ N, D, V = 150, 24, 1501
 # Rows of each rank: few, none, and as even as they can be.
 SIZES = {2: [(1100, 401), (0, 1501)], 4: [(700, 2, 0, 799), (376, 375, 375, 375)]}
 KINDS = (("float64", "auto"), ("float32", "auto"), ("float32", "torch"))  # "auto" is the compiled kernels, in float32
+
+
+def kinds(sizes: tuple[int, ...]) -> tuple[tuple[str, str], ...]:
+    """Those of a division of the rows: all of the first."""
+    return KINDS if sizes in (SIZES[2][0], SIZES[4][0]) else KINDS[:2]
+
+
 OUTPUTS = ("nll", "kl", "entropy", "prediction", "reference_nll", "reference_entropy", "lse", "logits_at")
 
 # Tokens with more entries get exact gradients, a chunk of mostly such ones in forward.
@@ -39,7 +46,6 @@ CASES: dict[str, dict[str, Any]] = {
     "frozen": dict(frozen=True),
     "single-logits": dict(bias=True, ids=5),
     "flat": dict(spread=0.03),
-    "flat-frozen": dict(spread=0.03, frozen=True),
     "half-flat": dict(flat=60, bias=True),
     "shared": dict(reference="shared", bias=True),
     "shared-frozen": dict(reference="shared", frozen=True, near=0.02),
@@ -189,7 +195,7 @@ def compute(world: int) -> dict:
     for sizes in SIZES[world]:
         for name, options in CASES.items():
             case = make(**options)
-            for dtype, backend in KINDS:
+            for dtype, backend in kinds(sizes):
                 inputs = spread_inputs(case, DTYPES[dtype], sizes)
                 with set_up(name):
                     found[name, sizes, dtype, backend] = token_losses(case, inputs, gradient="sparse", backend=backend)
@@ -204,6 +210,9 @@ def compute(world: int) -> dict:
         found["half", name] = token_losses(
             make(**options), spread_inputs(make(**options), torch.bfloat16, sizes), gradient="sparse"
         )
+    loss = fl.CrossEntropyLoss(gradient="sparse", scan="int8")
+    loss(*spread_inputs(make(), torch.float32, sizes)[:2], make().labels)
+    found["note"] = loss.gradient_report.scan_note
     ignored = replace(make(), labels=torch.full((N,), -100))
     found["ignored"] = token_losses(ignored, spread_inputs(ignored, torch.float32, sizes), gradient="sparse")
     for name, call in COUNTED.items():
@@ -222,6 +231,26 @@ def work(rank: int, world: int, folder: str) -> None:
         "gloo", init_method=f"file://{folder}/{world}", rank=rank, world_size=world, timeout=timedelta(seconds=600)
     )
     torch.save(compute(world), f"{folder}/{rank}.pt")
+    leave()
+
+
+def small_case(reference: str | None) -> Case:
+    """For an interpreter that takes milliseconds for each column."""
+    case = make(count=8, reference=reference)
+    return replace(case, weight=case.weight[:200], labels=case.labels % 200)
+
+
+def interpreted(rank: int, world: int, folder: str) -> None:
+    """The products of entries by Triton's kernels, in its interpreter."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/{world}", rank=rank, world_size=world)
+    found = {}
+    for reference in (None, "shared"):
+        case = small_case(reference)
+        inputs = spread_inputs(case, torch.float32, (150, 50))
+        found[reference] = token_losses(case, inputs, gradient="sparse", backend="triton")
+    torch.save(found, f"{folder}/{rank}.pt")
     leave()
 
 

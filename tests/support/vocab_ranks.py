@@ -243,6 +243,8 @@ def messages(sizes: tuple[int, ...]) -> dict[str, str]:
             hidden, replace(head, softcap=3.0), labels
         ),
         "backend": lambda: call(backend="reference"),
+        "tolerance": lambda: call(gradient="sparse", tolerance=0.2 if rank else 0.1),
+        "gradient": lambda: call(gradient="sparse" if rank else "exact"),
         "member": lambda: fl.LMHead(clean, process_group=others) if rank else fl.LMHead(clean, process_group=3.0),
     }
     found = {}
