@@ -158,9 +158,7 @@ class SparseTokenLossesFunction(torch.autograd.Function):
             for chunk, entries in builder.scan(out):
                 one = torch.ones_like(entries.tails.nll_left)
                 guesses = [Upstream(nll=one), Upstream(kl=one)] if problem.has_reference else [Upstream(nll=one)]
-                flat = frozen and any(
-                    mostly_exact(entries, guess, None, problem.tolerance, problem.head.vocabulary) for guess in guesses
-                )
+                flat = frozen and any(mostly_exact(problem, entries, guess, None) for guess in guesses)
                 if flat:
                     dense.append(backend.dense_rows(problem, chunk))
                 builder.add(entries, done=flat)
@@ -171,7 +169,7 @@ class SparseTokenLossesFunction(torch.autograd.Function):
             sparse = sparse.narrow()
         rows = [None if not dense or getattr(dense[0], name) is None else torch.cat([getattr(d, name) for d in dense])
                 for name in ("nll", "kl")]  # fmt: skip
-        report.entries, report.saved_bytes = len(sparse.columns), sparse.nbytes + _nbytes(rows)
+        report.entries, report.saved_bytes = _entries(problem, sparse.columns), sparse.nbytes + _nbytes(rows)
         ctx.save_for_backward(*problem.tensors(), picked_slopes(problem, out), *rows, *sparse.tensors())
         ctx.problem, ctx.backend = problem.without_tensors(), backend
         ctx.report, ctx.publish = report, publish
@@ -223,7 +221,7 @@ class SparseSummedLossFunction(torch.autograd.Function):
                 here = out.at(at)
                 upstream = weights_of(here, at)
                 single = picked_weights(problem.part(at), picked_slopes(problem, here), upstream)
-                flat = mostly_exact(entries, upstream, single, problem.tolerance, problem.head.vocabulary)
+                flat = mostly_exact(problem, entries, upstream, single)
                 if flat:
                     if dense is None:
                         dense = backend.empty_gradients(problem, needs)
@@ -240,7 +238,8 @@ class SparseSummedLossFunction(torch.autograd.Function):
         weights_saved = (upstream.nll, upstream.kl, upstream.lse, upstream.logits_at)
         dense = dense or Gradients()
         sums_there = (dense.hidden, dense.weight, dense.bias, dense.low_rank)
-        report.entries, report.saved_bytes = len(kept.columns), kept.nbytes + _nbytes((*weights_saved, *sums_there))
+        report.entries = _entries(problem, kept.columns)
+        report.saved_bytes = kept.nbytes + _nbytes((*weights_saved, *sums_there))
         ctx.save_for_backward(*problem.tensors(), *weights_saved, *sums_there, *kept.tensors())
         ctx.problem, ctx.backend = problem.without_tensors(), backend
         ctx.report, ctx.publish = report, publish
@@ -295,6 +294,13 @@ def _nbytes(tensors: Iterable[Tensor | None]) -> int:
     return sum(t.nbytes for t in tensors if t is not None)
 
 
+def _entries(problem: Problem, columns: Tensor) -> int:
+    """How many there are, on all ranks of a head that is spread over them."""
+    if problem.head.shard is None:
+        return len(columns)
+    return int(shards.total(problem.head.shard, torch.tensor(len(columns), device=columns.device)))
+
+
 def _single_rows(problem: Problem, backend: Backend, single: Single) -> Tensor:
     """∂/∂x of weighted single logits, [N, D]; over all ranks, of a head that is spread over them."""
     rows = single_rows(problem, backend, single).mul_(problem.head.logit_scale)
@@ -314,7 +320,7 @@ def _dense_hidden(
         hidden[index] = part
     if single is not None:
         some = (single[0][index], single[1][index])
-        hidden[index] += single_rows(problem, backend, some).mul_(problem.head.logit_scale)
+        hidden[index] += _single_rows(problem, backend, some)
     return Gradients(hidden=hidden)
 
 

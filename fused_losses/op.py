@@ -143,8 +143,8 @@ def token_losses(
             computed. Backends "cpu", and those for GPUs without a reference and in half precision (not yet run on a
             GPU). "full", and for now "auto": full products.
 
-    A head spread over the ranks of a process group (`LMHead`) takes "exact" or "auto", which is exact there, and
-    "torch" or "auto".
+    A head spread over the ranks of a process group (`LMHead`) takes all of these but "reference" and products of 8-bit
+    numbers.
 
     Returns:
         `TokenLosses`.

@@ -25,7 +25,7 @@ from .validation import (
     check_ids,
     check_labels,
     check_reference,
-    check_spread_options,
+    check_spread_backend,
     check_temperature,
     check_transforms,
     compute_dtype,
@@ -79,7 +79,7 @@ def prepare(
     labels = plain(labels)
     check_transforms(hidden, head, labels, options.backend)
     if head.is_spread:
-        check_spread_options(options.gradient, options.backend)
+        check_spread_backend(options.backend)
     check_hidden(hidden, head)
     check_labels(labels, hidden)
     check_ids(outputs.ids, labels, outputs.ids_name)
@@ -104,17 +104,18 @@ def prepare(
         rows, low_rank = _with_low_rank(
             rows, u, u_ref, low_rank, reference_low_rank if reference_head is None else None
         )
+    chosen = options.backend if tracing else backends.choose(options.backend, hidden.device.type)
     shard = None
     if head.is_spread:
         reference_rows = None if reference is None else len((reference_head or head).weight)
-        shard = shards.agreement(head.process_group, len(head.weight), reference_rows, hidden, flat, needs)
+        shard, agreed = shards.agreement(
+            head.process_group, len(head.weight), reference_rows, hidden, flat, needs, options.code,
+            backends.NAMES.index(chosen),
+        )  # fmt: skip
+        chosen = backends.SHARDED + (chosen if agreed else "torch")
     inner = Head(head.weight, head.bias, head.logit_scale, head.softcap, low_rank, shard)
     if not tracing:
         checks.labels(flat, options.ignore_index, inner.vocabulary)
-    if shard is not None:
-        chosen = "sharded"
-    else:
-        chosen = options.backend if tracing else backends.choose(options.backend, hidden.device.type)
     dtype = compute_dtype(hidden, head)
     tolerance, note = _tolerance(options, outputs, dtype, inner.vocabulary, chosen, hidden.device.type)
     problem = Problem(
@@ -165,7 +166,7 @@ def _tolerance(
         return None, None
     if options.gradient == "auto":
         half = dtype in (torch.bfloat16, torch.float16)
-        sparse = half and vocabulary >= SMALLEST_VOCABULARY and backend not in ("reference", "sharded")
+        sparse = half and vocabulary >= SMALLEST_VOCABULARY and backend != "reference"
     if sparse and (outputs.beta or outputs.entropy_gradient):
         return None, f"the gradient of the {'divergence' if outputs.beta else 'entropy'} has no sparse form"
     return (float(options.tolerance) if sparse else None), None

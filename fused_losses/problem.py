@@ -193,7 +193,7 @@ class Statistics:
     rank: Tensor | None = None  # int64
     log_p2: Tensor | None = None
     divergence: Tensor | None = None
-    # Only inside a sweep over one rank's rows of the head (backends/sharded.py).
+    # Only inside a sweep over one rank's rows of the head (backends/sharded).
     normaliser: Tensor | None = None  # [N, 2] the largest logit, and log Σ exp(z − it)
     reference_normaliser: Tensor | None = None  # [N, 3] the reference's, and lse − its lse
     top_logits: Tensor | None = None  # [N, k]

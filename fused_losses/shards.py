@@ -98,30 +98,35 @@ def group_of(tensor: Any, name: str) -> Any:
 
 # What `agreement` compares, in this order.
 SAME = ("number of tokens with a label", "labels", "width of hidden", "dtype of hidden", "reference (1: given)",
-        "gradients wanted (1 hidden, 2 weight, 4 bias)")  # fmt: skip
+        "gradients wanted (1 hidden, 2 weight, 4 bias)", "gradient= and tolerance=")  # fmt: skip
+# Places of what is not among them: this rank's rows, its reference's, and the backend it would take.
+ROWS, REFERENCE_ROWS, BACKEND = 0, 1, len(SAME) + 2
 
 
 def agreement(
-    group: Any, rows: int, reference_rows: int | None, hidden: Tensor, labels: Tensor, needs: list[bool]
-) -> Shard:
-    """Gather the ranks' sizes, and raise on all ranks alike where they do not mean the same call.
+    group: Any, rows: int, reference_rows: int | None, hidden: Tensor, labels: Tensor, needs: list[bool], options: int,
+    backend: int,
+) -> tuple[Shard, bool]:  # fmt: skip
+    """Gather the ranks' sizes, and raise on all ranks alike where they do not mean the same call. Also whether all
+    would take the same backend.
 
-    `labels` are those of the valid tokens; they are compared by a weighted sum. 8 integers per rank.
+    `labels` are those of the valid tokens; they are compared by a weighted sum. `options`, `backend`: numbers that
+    stand for them. 10 integers per rank.
     """
     # Odd factors, and sums modulo 2⁶⁴: a label that differs in one place never goes unnoticed.
     places = 2 * torch.arange(len(labels), device=labels.device) + 1
     mine = labels.new_tensor([
         rows, rows if reference_rows is None else reference_rows, len(labels), 0, hidden.shape[-1],
         hidden.dtype.itemsize * 2 + (hidden.dtype == torch.bfloat16), reference_rows is not None,
-        sum(need << bit for bit, need in enumerate(needs)),
+        sum(need << bit for bit, need in enumerate(needs)), options, backend,
     ])  # fmt: skip
     mine[3] = (labels * places).sum()
     everyone = gathered(group, mine).tolist()
-    sizes, reference_sizes = ([values[i] for values in everyone] for i in (0, 1))
+    sizes, reference_sizes = ([values[i] for values in everyone] for i in (ROWS, REFERENCE_ROWS))
     for i, what in enumerate(SAME, start=2):
         values = [row[i] for row in everyone]
         if len(set(values)) > 1:
-            shown = "" if what == "labels" else f", by rank: {values}"
+            shown = "" if what in ("labels", SAME[-1]) else f", by rank: {values}"
             raise ValueError(
                 f"process_group: expected the same hidden states, labels and arguments on all {len(everyone)} ranks, "
                 f"got different {what}{shown}; the group is that of tensor parallelism, whose ranks hold rows of the "
@@ -136,14 +141,19 @@ def agreement(
     if not sum(sizes):
         raise ValueError("head weight: expected V ≥ 1 over all ranks, got no rows on any; a sharded or offloaded "
                          "parameter (ZeRO-3, FSDP) must be gathered first")  # fmt: skip
-    return Shard(group, dist.get_rank(group), tuple(sizes))
+    return Shard(group, dist.get_rank(group), tuple(sizes)), len({values[BACKEND] for values in everyone}) == 1
 
 
 def gathered(group: Any, mine: Tensor) -> Tensor:
     """[ranks, ...]: the tensors of all ranks, of one shape. Copies bytes, so integers may travel as floats."""
     everyone = mine.new_empty(dist.get_world_size(group), *mine.shape)
-    dist.all_gather(list(everyone), mine.contiguous(), group=group)
+    dist.all_gather([one.view(-1) for one in everyone], mine.contiguous().view(-1), group=group)
     return everyone
+
+
+def total(shard: Shard | None, mine: Tensor) -> Tensor:
+    """The sum over the ranks, added up in the same order on all; `mine` where all rows are here."""
+    return mine if shard is None else gathered(shard.group, mine).sum(0)
 
 
 def summed_(group: Any, tensor: Tensor | None) -> None:

@@ -6,6 +6,7 @@ Checks of the numbers inside tensors, which in a graph run with it, are in check
 from __future__ import annotations
 
 import math
+import struct
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +62,12 @@ class Options:
             object.__setattr__(self, "ignore_index", index)
             object.__setattr__(self, "tolerance", bound)
 
+    @property
+    def code(self) -> int:
+        """A number that tells different `gradient` and `tolerance` apart."""
+        bits = int.from_bytes(struct.pack("<d", self.tolerance), "little")  # below 2⁶²
+        return bits * len(GRADIENTS) + GRADIENTS.index(self.gradient) - 2**63
+
 
 def check_temperature(temperature: Any) -> float:
     number = checks.number(temperature)
@@ -105,13 +112,11 @@ def check_ids(ids: Tensor | None, labels: Tensor, name: str = "ids") -> None:
         raise ValueError(f"{name} are on {ids.device}, labels on {labels.device}; move them with .to(labels.device)")
 
 
-def check_spread_options(gradient: str, backend: str) -> None:
-    where = "with a head whose process_group spreads the vocabulary over ranks"
-    if gradient == "sparse":
-        raise ValueError(f"gradient='sparse' {where}, for which gradients are exact; give gradient='auto' or 'exact'")
-    if backend not in ("auto", "torch"):
+def check_spread_backend(backend: str) -> None:
+    if backend == "reference":
         raise ValueError(
-            f"backend={backend!r} {where}, for which there is 'torch' alone; give backend='auto' or 'torch'"
+            "backend='reference' with a head whose process_group spreads the vocabulary over ranks, of which none has "
+            "full logits; give backend='auto' or 'torch'"
         )
 
 

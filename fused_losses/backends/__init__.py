@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from ..problem import Entries, Gradients, Needs, Problem, Rows, Segments, Selection, Statistics, Upstream
 
 NAMES = ("cuda", "triton", "cpu", "torch", "reference")
+# Before the name of the backend that a rank takes for its rows of a head that is spread over several.
+SHARDED = "sharded."
 
 PURPOSE = {
     "cuda": "CUDA kernels for the entries and the row statistics, the scan in Triton",

@@ -47,6 +47,8 @@ GAIN = 0.9  # channels are shared where that makes the error of logits less than
 
 def missing(problem: Problem, backend: str) -> str | None:
     """Why a sweep cannot take products of 8-bit numbers; None where it can."""
+    if problem.head.shard is not None:
+        return "the head is spread over ranks, for which there are no products of 8-bit numbers"
     on_gpu = backend in ("triton", "cuda")
     if not on_gpu and (backend != "cpu" or schemas.load() is not None):
         return f"the backend {backend} has no products of 8-bit numbers (cpu, triton and cuda have)"

@@ -114,7 +114,7 @@ def add_direction(
         if total.bias is not None:
             total.bias += direction.sum(0)
         if total.hidden is not None:
-            total.hidden[chunk.tokens] = chunk.times_weight(direction)
+            total.hidden[chunk.tokens] = chunk.times_weight(direction, exact=problem.head.shard is not None)
         if total.weight is not None:
             chunk.add_outer(total.weight, direction, None)
         if total.low_rank is not None:
@@ -166,17 +166,17 @@ def scan(problem: Problem, out: Statistics, selection: Selection) -> Iterator[tu
         here = sampled[(sampled >= chunk.tokens.start) & (sampled < chunk.tokens.stop)] - chunk.tokens.start
         results = out.at(chunk.tokens)
 
-        def compact(
+        def take(
             rows: slice, chunk: Chunk = chunk, results: Statistics = results, parts: list[Entries] = parts,
             here: Tensor = here,
         ) -> None:  # fmt: skip
             labels, nll = problem.labels[chunk.tokens][rows], results.nll[rows]
             which = here[(here >= rows.start) & (here < rows.stop)] - rows.start
             r = None if chunk.r is None else chunk.r[rows]
-            parts.append(_compact(chunk.z[rows], r, labels, nll, which, selection))
+            parts.append(compact(chunk.z[rows], r, labels, nll, which, selection))
 
-        row_passes(problem, results, chunk, directions=True, then=compact)
-        yield chunk, _joined(parts)
+        row_passes(problem, results, chunk, directions=True, then=take)
+        yield chunk, joined(parts)
 
 
 def dense_rows(problem: Problem, chunk: Chunk) -> Rows:
@@ -190,16 +190,17 @@ def dense_rows(problem: Problem, chunk: Chunk) -> Rows:
 add_dense = add_chunk
 
 
-def _compact(
+def compact(
     z: Tensor, r: Tensor | None, labels: Tensor, nll: Tensor, sampled: Tensor, selection: Selection
 ) -> Entries:  # fmt: skip
-    """The entries of a few rows whose directions are z and r."""
+    """The entries of a few rows whose directions are z and r; `labels` −1 where the label is none of the columns."""
     capacity = selection.capacity
     bound = (selection.threshold * torch.expm1(-nll).neg().sqrt())[:, None]
     keep = z > bound
     if r is not None:
         keep |= z - r > bound
-    keep.scatter_(1, labels[:, None], True)
+    at = labels.clamp(min=0)[:, None]
+    keep.scatter_(1, at, keep.gather(1, at) | (labels >= 0)[:, None])
     counts = keep.sum(1)
     keep &= (counts <= capacity)[:, None]
     left = z.masked_fill(keep, 0)
@@ -217,7 +218,7 @@ def _compact(
     return Entries(torch.where(counts <= capacity, counts, -1), columns, z[keep], None if r is None else r[keep], tails)
 
 
-def _joined(parts: list[Entries]) -> Entries:
+def joined(parts: list[Entries]) -> Entries:
     def join(values: list[Tensor | None]) -> Tensor | None:
         return None if values[0] is None else torch.cat(values)
 

@@ -56,9 +56,9 @@ class GradientReport:
         tolerance: the bound asked for, None but in sparse mode.
         tokens: N, without ignored ones. It and the numbers below are None where `torch.compile` has made `token_losses`
             part of a graph; those of objectives are filled in also there.
-        entries: kept in S, all tokens together.
-        saved_bytes: kept for backward besides the inputs: S, what belongs to it, and gradients taken in forward of
-            tokens that are too flat for it.
+        entries: kept in S, all tokens together; of a head that is spread over ranks, on all of them.
+        saved_bytes: kept for backward on this rank besides the inputs: S, what belongs to it, and gradients taken in
+            forward of tokens that are too flat for it.
         exact_tokens: how many got exact gradients; None before backward.
         bound: certified bound of ‖error‖₁ / ‖gradient‖₁ for the gradient of the logits as computed; rounding comes on
             top. At most 1.5 · `tolerance`; 0 where all tokens are exact, NaN where a loss or an upstream gradient is

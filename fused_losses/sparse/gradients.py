@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import shards
 from ..backends import Backend
 from ..backends.chunks import by_column
 from ..problem import Gradients, Needs, Problem, Segments, Upstream
+from ..shards import Shard
 from .certificate import L1_SHARE, GradientReport, fewest, relative_bound, select
 from .spectrum import norm_bound
 from .weighted import WeightedSparse, sum_of_rows
@@ -123,6 +125,10 @@ def _weight_bound(call: _Call, exact: Tensor, weight: Tensor) -> float | None:
         )
         weight = weight.index_select(0, counts.topk(MOST_ROWS).indices)
     norm = float(torch.linalg.vector_norm(weight, dtype=torch.promote_types(weight.dtype, torch.float32)))
+    shard = call.problem.head.shard
+    if shard is not None:
+        square = torch.tensor(norm * norm, dtype=torch.float64, device=weight.device)
+        norm = math.sqrt(float(shards.total(shard, square)))
     if not math.isfinite(error + norm):
         return math.nan
     bound = relative_bound(error, norm)
@@ -169,7 +175,8 @@ def _sparse_hidden(call: _Call, done: _Done) -> Tensor:
     left = torch.where(done.tokens, 0, sparse.left * weight)
     factors = [f.to(problem.dtype) for f in (head.weight, head.low_rank) if f is not None]
     means = [backend.weighted_sum(part, sparse.profile) for part in factors]
-    dtype = problem.hidden.dtype if sparse.low is None else problem.accumulator
+    spread = head.shard is not None  # sums over the ranks are rounded afterwards
+    dtype = problem.accumulator if spread or sparse.low is not None else problem.hidden.dtype
     if sparse.rows is not None:
         hidden = sum_of_rows([(weight, sparse.rows)], left, torch.cat(means)).to(dtype)
     else:
@@ -181,10 +188,23 @@ def _sparse_hidden(call: _Call, done: _Done) -> Tensor:
     if sparse.low is not None:
         low = torch.where(done.tokens[:, None], 0, sparse.low * weight[:, None])
         hidden[:, : len(sparse.basis)].addmm_(low, sparse.basis.t())
+    if spread:
+        _sum_over_ranks(hidden, done.tokens, head.shard)
     if done.total is not None and done.total.hidden is not None:
         at = done.tokens.nonzero().flatten()
         hidden.index_copy_(0, at, (done.total.hidden[at] * done.scale).to(hidden.dtype))
     return hidden
+
+
+def _sum_over_ranks(hidden: Tensor, done: Tensor, shard: Shard) -> None:
+    """Of the tokens that are not done, in place."""
+    if not bool(done.any()):
+        shards.summed_(shard.group, hidden)
+        return
+    at = (~done).nonzero().flatten()
+    rows = hidden[at]
+    shards.summed_(shard.group, rows)
+    hidden[at] = rows
 
 
 def _sparse_part(call: _Call, done: _Done, hidden: Tensor | None) -> Gradients:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import shards
 from ..backends import Backend
 from ..problem import Entries, Needs, Problem, Selection, Statistics, Tails
 from .certificate import parameters
@@ -160,10 +161,10 @@ class Builder:
         n, device = len(problem.labels), problem.hidden.device
         most = min(n, backend.SAMPLED_TOKENS if problem.int8 is None else min(backend.SAMPLED_TOKENS, INT8_SAMPLED))
         sampled = torch.arange(most, device=device) * n // max(1, most)
-        profile = torch.zeros(problem.head.vocabulary, dtype=problem.accumulator, device=device)
+        profile = torch.zeros(len(problem.head.weight), dtype=problem.accumulator, device=device)
         self.directions = None
         if backend.HAS_DIRECTIONS and (n >= FEWEST_TOKENS or not needs.weight):
-            self.directions = directions_of(problem.head.weight)
+            self.directions = directions_of(problem.head.weight, problem.head.shard)
         rows = None if self.directions is None else self.directions.rows
         free = not needs.weight or problem.int8 is not None
         coarser = self.directions is not None and not problem.has_reference and free
@@ -201,7 +202,7 @@ class Builder:
 
         tails = [c.tails for c in chunks]
         # The sum is of the same value however many threads take part in it.
-        total = profile.sum(dtype=torch.float64).to(profile.dtype)
+        total = shards.total(self.problem.head.shard, profile.sum(dtype=torch.float64)).to(profile.dtype)
         profile = torch.where(total > 0, profile / total, 0)
         found = self.directions
         return SparseSoftmax(

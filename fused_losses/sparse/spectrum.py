@@ -12,6 +12,9 @@ E(W' − 1cᵀ − GUᵀ): with δ ≥ ‖W' − W‖_F its norm is at most ‖E
 of U and in it are orthogonal. δ is `PROBE_FACTOR` ‖(W' − W)Ω‖_F / √8 of Gaussian Ω [D, 8], of which W Ω is kept. It is
 less than ‖W' − W‖_F with a probability of 1e-6 at the very worst (W' − W of rank one). Where W moved too far, all is
 computed anew.
+
+Of a head whose rows are spread over ranks, W is all rows: the ranks add up what is a sum over rows (mean, Gram matrix,
+‖(W' − W)Ω‖²), and each keeps its own of W Ω and G. U and the bounds are those of the first rank, the same on all.
 """
 
 from __future__ import annotations
@@ -25,8 +28,10 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from .. import shards
 from ..kernels import schemas
 from ..problem import Directions, in_half_precision
+from ..shards import Shard
 
 COUNT = 16  # directions
 PROBES = 8
@@ -70,8 +75,9 @@ def blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def spectrum(weight: Tensor, count: int = COUNT) -> Spectrum | None:
+def spectrum(weight: Tensor, count: int = COUNT, shard: Shard | None = None) -> Spectrum | None:
     """Of a weight [V, D]; None where it is not finite. 2·V·D² FLOP, and some D³ in float64; 24·D² bytes, and 32 MiB.
+    With a shard the weight is this rank's rows, and D² numbers in float64 are added up over the ranks.
 
     σ² is proved by a Cholesky factorisation: t·I − A has one only where no eigenvalue of A is above t.
     """
@@ -82,13 +88,18 @@ def spectrum(weight: Tensor, count: int = COUNT) -> Spectrum | None:
     mean = torch.zeros(dim, dtype=torch.float64, device=device)
     for part in blocks(weight, dtype):
         mean += part.sum(0, dtype=torch.float64)
-    mean = (mean / len(weight)).to(dtype)
+    rows = len(weight) if shard is None else shard.vocabulary
+    mean = (shards.total(shard, mean) / rows).to(dtype)
     gram = torch.zeros(dim, dim, dtype=torch.float64, device=device)
     longest = torch.zeros((), dtype=dtype, device=device)
     for part in blocks(weight, dtype):
-        longest = torch.maximum(longest, part.square().sum(1).amax())
+        if len(part):
+            longest = torch.maximum(longest, part.square().sum(1).amax())
         part = part - mean
         gram += part.t() @ part
+    if shard is not None:
+        shards.summed_(shard.group, gram)
+        longest = shards.gathered(shard.group, longest).amax()
     if not bool(gram.isfinite().all()):
         return None
     rounding = 4 * torch.finfo(dtype).eps * float(gram.diagonal().sum())
@@ -97,6 +108,11 @@ def spectrum(weight: Tensor, count: int = COUNT) -> Spectrum | None:
     gram -= basis @ (basis.t() @ gram)
     gram -= (gram @ basis) @ basis.t()
     sigma = math.sqrt(_largest(gram, rest) + rounding)
+    if shard is not None:
+        # Of a matrix that is the same on all ranks, but by their own linear algebra.
+        numbers = torch.cat([basis.flatten(), values, values.new_tensor([sigma])])
+        numbers = shards.gathered(shard.group, numbers)[0]
+        basis, values, sigma = numbers[: dim * count].view(dim, count), numbers[dim * count : -1], float(numbers[-1])
     # Contiguous: a compiled graph saves it so, and another layout is another order of summation.
     return Spectrum(basis.to(dtype).contiguous(), mean, values.to(dtype), sigma, math.sqrt(float(longest)) * (1 + 1e-5))
 
@@ -194,6 +210,8 @@ def norm_bound(matrix: Tensor) -> float:
 
 def _times(rows: Tensor, weight: Tensor) -> Tensor:
     """rows [m, D] times weightᵀ, [m, V], in the dtype of rows; these are numbers that bfloat16 has."""
+    if not len(weight):
+        return rows.new_empty(len(rows), 0)
     if weight.device.type == "cpu" and schemas.has_logits(weight.dtype) and weight.shape[1] % 2 == 0:
         out = torch.empty(len(rows), len(weight), dtype=torch.float32)
         if torch.ops.fused_losses.logits(rows.to(weight.dtype), weight.contiguous(), None, out):
@@ -202,10 +220,11 @@ def _times(rows: Tensor, weight: Tensor) -> Tensor:
 
 
 class _Known:
-    """A head's spectrum, and what it gives for the weight that was seen last."""
+    """A head's spectrum, and what it gives for the weight that was seen last. With a shard, of this rank's rows."""
 
-    def __init__(self, weight: Tensor, found: Spectrum) -> None:
-        self.spectrum = found
+    def __init__(self, weight: Tensor, found: Spectrum, shard: Shard | None = None) -> None:
+        self.spectrum, self.shard = found, shard
+        self.number = 0  # of one that is spread: the same on all ranks
         probes = _gaussian(weight.shape[1], PROBES, torch.bfloat16, weight.device).t()
         self.probes = probes.to(found.basis.dtype).contiguous()
         self.probed = _times(self.probes, weight)
@@ -215,10 +234,18 @@ class _Known:
         for part in blocks(weight, rows.dtype):
             rows[start : start + len(part), :count] = (part - found.mean) @ found.basis
             start += len(part)
-        rows, self.rounded = _rounded(rows)
+        rows, rounded = _rounded(rows)
+        self.rounded = self._norm(rounded)
         sigma = math.hypot(found.sigma, self.rounded)
         self.directions = Directions(found.basis, rows, sigma, found.longest)
         self._remember(weight)
+
+    def _norm(self, norm: float) -> float:
+        """Of all rows, from that of this rank's."""
+        if self.shard is None:
+            return norm
+        square = torch.tensor(norm * norm, dtype=torch.float64, device=self.probed.device)
+        return math.sqrt(float(shards.total(self.shard, square)))
 
     def _remember(self, weight: Tensor) -> None:
         self.storage = StorageWeakRef(weight.untyped_storage())
@@ -244,7 +271,7 @@ class _Known:
 
     def moved_to(self, weight: Tensor) -> bool:
         """Takes the weight for a later state of the head, unless it is too far from the one of the spectrum."""
-        change = float((_times(self.probes, weight) - self.probed).double().norm())
+        change = self._norm(float((_times(self.probes, weight) - self.probed).double().norm()))
         moved = PROBE_FACTOR * change / math.sqrt(PROBES)
         found = self.spectrum
         if not moved <= MOST_GROWTH * found.sigma:
@@ -257,7 +284,7 @@ class _Known:
 
 def _rounded(rows: Tensor) -> tuple[Tensor, float]:
     """[V, K] as tensor cores take them, and the Frobenius norm of what that changes. float64 stays."""
-    if rows.dtype == torch.float64:
+    if rows.dtype == torch.float64 or not len(rows):
         return rows, 0.0
     half, exponent = in_half_precision(rows)
     rounded = torch.ldexp(half.float(), exponent)
@@ -277,17 +304,21 @@ def _same_mark(one: tuple[object, Tensor], other: tuple[object, Tensor]) -> bool
 
 
 _known: list[_Known] = []  # latest last
+_spread: list[_Known] = []  # of heads that are spread over ranks
 _lock = threading.Lock()
 
 
 @torch.no_grad()
-def directions_of(weight: Tensor) -> Directions | None:
+def directions_of(weight: Tensor, shard: Shard | None = None) -> Directions | None:
     """The directions of a weight [V, D], float32 (float64 of float64); None where it is not finite, or D < 2.
+    With a shard all ranks call, each with its rows.
 
     Computed once for a weight that does not change; see above for one that does. That it does not is told by its
     storage, version and a sample of its numbers, so writing to a few rows through `.data` goes unseen.
     """
     weight = weight.detach()
+    if shard is not None:
+        return _spread_directions(weight, shard) if weight.shape[1] >= 2 else None
     if weight.shape[1] < 2 or not len(weight):
         return None
     with _lock:
@@ -309,3 +340,32 @@ def directions_of(weight: Tensor) -> Directions | None:
         _known[:] = [k for k in _known if k.storage.expired() or k.storage.cdata != cdata][-KEPT + 1 :]
         _known.append(_Known(weight, found))
         return _known[-1].directions
+
+
+def _spread_directions(weight: Tensor, shard: Shard) -> Directions | None:
+    """Which of the heads that are known it is, all ranks decide together, as they may have forgotten different ones."""
+    with _lock:
+        here = [k for k in reversed(_spread) if k.shard == shard and k.fits(weight)][:KEPT]
+        numbers = [k.number for k in here]
+        unchanged = next((k.number for k in here if k.is_of(weight)), 0)
+        newest = max((k.number for k in _spread), default=0)
+        mine = torch.tensor([unchanged, newest, *numbers, *[0] * (KEPT - len(numbers))], device=weight.device)
+        everyone = shards.gathered(shard.group, mine).tolist()
+        common = [n for n in everyone[0][2:] if n and all(n in theirs[2:] for theirs in everyone)]
+        known = None
+        if unchanged in common and all(theirs[0] == unchanged for theirs in everyone):
+            known = here[numbers.index(unchanged)]
+        else:
+            tried = (here[numbers.index(n)] for n in common)
+            known = next((k for k in tried if k.moved_to(weight)), None)
+        if known is not None:
+            _spread.remove(known)
+        else:
+            found = spectrum(weight, shard=shard)
+            if found is None:
+                return None
+            known = _Known(weight, found, shard)
+            known.number = 1 + max(theirs[1] for theirs in everyone)
+            _spread[:] = [k for k in _spread if not k.storage.expired()][-KEPT + 1 :]
+        _spread.append(known)
+        return known.directions

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .. import shards
 from ..backends import Backend
 from ..problem import Entries, Problem, Segments, Upstream
 from .certificate import L1_SHARE, select, shares
@@ -93,10 +94,16 @@ def weigh(
     if half and values.dtype == torch.float32:
         stored, scale, (l1, l2) = _halved(offsets, values)
         rounding, rounding_l2 = rounding + l1, rounding_l2 + l2
-    error, norm = shares(
-        sparse.tails, a, b, lambda: sums_of_rows(offsets, values.abs()) - (0 if outside is None else outside),
-        rounding, outside,
-    )  # fmt: skip
+    if problem.head.shard is not None:
+        rounding, rounding_l2, everywhere = _over_ranks(problem, rounding, rounding_l2, outside)
+    else:
+        everywhere = outside
+
+    def kept() -> Tensor:
+        sums = sums_of_rows(offsets, values.abs())
+        return shards.total(problem.head.shard, sums if outside is None else sums - outside)
+
+    error, norm = shares(sparse.tails, a, b, kept, rounding, everywhere)
     if single is not None:  # whose entries are not there to cancel against
         norm = torch.where(sparse.done | sparse.full, 0, norm)
     parts = [w * left for w, left in ((a, sparse.tails.nll_left), (b, sparse.tails.kl_left)) if w is not None]
@@ -130,6 +137,8 @@ def _errors(
     For the nll what is left out and q are ≥ 0, so that ‖r − m q‖² ≤ ‖r‖² + m²‖q‖².
     """
     tails, width = sparse.tails, torch.linalg.vector_norm(sparse.profile)
+    if problem.head.shard is not None:
+        width = shards.total(problem.head.shard, width.square()).sqrt()
     error = torch.zeros_like(tails.nll_left)
     if a is not None:
         error += a.abs() * (tails.nll_square + tails.nll_left.square() * width.square()).sqrt()
@@ -143,13 +152,11 @@ def _errors(
     return error + l2, error * sigma + l1 * longest
 
 
-def mostly_exact(
-    entries: Entries, upstream: Upstream, single: Single | None, tolerance: float, vocabulary: int
-) -> bool:
+def mostly_exact(problem: Problem, entries: Entries, upstream: Upstream, single: Single | None) -> bool:
     """Whether more than half of a chunk's tokens would need exact gradients, taken by itself."""
     if upstream.is_zero:
         return False
-    a, b = upstream.softmax, upstream.kl
+    a, b, shard = upstream.softmax, upstream.kl, problem.head.shard
     counts, tails = entries.counts.clamp(min=0), entries.tails
     offsets = counts.new_zeros(len(counts) + 1)
     torch.cumsum(counts, 0, out=offsets[1:])
@@ -158,14 +165,16 @@ def mostly_exact(
         return weighted(counts, entries.nll_values, entries.kl_values, a, b)
 
     if single is None:
-        error, norm = shares(tails, a, b, lambda: sums_of_rows(offsets, values().abs()))
+        error, norm = shares(tails, a, b, lambda: shards.total(shard, sums_of_rows(offsets, values().abs())))
     else:
-        offsets, _, merged, outside = _with_single(offsets, entries.columns, values(), single, vocabulary)
+        rows = len(problem.head.weight)
+        offsets, _, merged, outside = _with_single(offsets, entries.columns, values(), single, rows)
+        kept = sums_of_rows(offsets, merged.abs()) - outside
         error, norm = shares(
-            tails, a, b, lambda: sums_of_rows(offsets, merged.abs()) - outside, single=outside
+            tails, a, b, lambda: shards.total(shard, kept), single=shards.total(shard, outside)
         )  # fmt: skip
         norm = torch.where(entries.counts < 0, 0, norm)
-    exact, _ = select(error, norm, entries.counts < 0, L1_SHARE * tolerance)
+    exact, _ = select(error, norm, entries.counts < 0, L1_SHARE * problem.tolerance)
     return len(exact) > len(error) / 2
 
 
@@ -236,6 +245,16 @@ def _rounding(sparse: SparseSoftmax, a: Tensor | None, b: Tensor | None) -> tupl
     ]
     l1, l2 = (sum(w * norms[i] for w, norms in pairs) for i in range(2))
     return l1, l2
+
+
+def _over_ranks(
+    problem: Problem, l1: Tensor | float, l2: Tensor | float, outside: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """What is rounded, and `outside`, where this rank has its part of the rows."""
+    zeros = problem.labels.new_zeros(len(problem.labels), dtype=problem.accumulator)
+    lines = [zeros + l1, (zeros + l2).square(), *([] if outside is None else [outside])]
+    sums = shards.total(problem.head.shard, torch.stack(lines))
+    return sums[0], sums[1].sqrt(), None if outside is None else sums[2]
 
 
 def _with_single(

@@ -6,16 +6,12 @@ The cases are those of tests/support/distributed_cases.py.
 import importlib.util
 import json
 import multiprocessing
-import subprocess
-import sys
 import time
 
 import distributed_cases
 import pytest
 from distributed_ranks import CASES, ROUNDING
-from processes import ROOT, SUPPORT, pythonpath
-
-LIMIT = 1800  # seconds; a hang ends earlier, by gloo's own limit of 600
+from processes import ACCELERATE, LIMIT, SUPPORT, TORCHRUN, launched, pythonpath
 
 
 @pytest.fixture
@@ -56,17 +52,8 @@ def test_as_one_process(world, tmp_path, environment):
 def launch(command, script, tmp_path):
     """The script's differences; it is started by `command`."""
     path = tmp_path / "differences.json"
-    done = subprocess.run(
-        [*command, str(SUPPORT / script), str(path)], capture_output=True, text=True, timeout=LIMIT, cwd=ROOT
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-8000:]
+    launched([*command, str(SUPPORT / script), str(path)])
     return json.loads(path.read_text())
-
-
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1",
-              "--num_processes", "2", "--mixed_precision", "no", "--dynamo_backend", "no",
-              "--main_process_port", "0"]  # fmt: skip
 
 
 @pytest.mark.parametrize("command", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])

@@ -14,9 +14,11 @@ from torch.nn.parallel import DistributedDataParallel
 import fused_losses as fl
 
 
-def data_parallel(ranks: Ranks, name: str, silent: int = 0, **options: Any) -> float:
+def data_parallel(
+    ranks: Ranks, name: str, silent: int = 0, loss_options: dict[str, Any] | None = None, **options: Any
+) -> float:  # fmt: skip
     inputs, n = batch(silent=silent)
-    model = DistributedDataParallel(fl.patch(llama(), make(name)), **options)
+    model = DistributedDataParallel(fl.patch(llama(), make(name, **loss_options or {})), **options)
     mine = ranks.rows(inputs)
     items = (mine["labels"][:, 1:] != -100).sum()
     dist.all_reduce(items)
@@ -32,6 +34,9 @@ for _name in LOSSES:
         functools.partial(data_parallel, name=_name, silent=ROWS // 2)
     )
 case("DDP, find_unused_parameters")(functools.partial(data_parallel, name="TALR median", find_unused_parameters=True))
+case("DDP, sparse gradients", (2, 4))(
+    functools.partial(data_parallel, name="TALR median", loss_options=dict(gradient="sparse"))
+)
 case("DDP, static_graph")(functools.partial(data_parallel, name="TALR median", static_graph=True))
 
 

@@ -330,10 +330,13 @@ def whole(model: nn.Module, **options: Any) -> FullyShardedDataParallel:
     return FullyShardedDataParallel(model, auto_wrap_policy=policy, device_id=torch.device("cpu"), **options)
 
 
-@case("FSDP1")
-def first_fsdp(ranks: Ranks) -> float:
+def first_fsdp(ranks: Ranks, **options: Any) -> float:
     inputs, n = batch()
-    model = whole(fl.patch(llama(), make("TALR median")), use_orig_params=True)
+    model = whole(fl.patch(llama(), make("TALR median", **options)), use_orig_params=True)
     loss = ranks.step(model, ranks.rows(inputs), n)
     with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
         return ranks.difference(model.module, loss, one_process(llama(), fl.TALRLoss(), inputs, n))
+
+
+case("FSDP1", (2, 4))(first_fsdp)
+case("FSDP1, sparse gradients")(functools.partial(first_fsdp, gradient="sparse"))

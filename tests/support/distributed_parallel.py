@@ -86,12 +86,14 @@ def spread_after_a_sharded_sequence(ranks: Ranks, model: Any) -> None:
     )
 
 
-def tensor_parallel(ranks: Ranks, spread: Callable, loss: str, reference: str | None = None, **options: Any) -> float:
+def tensor_parallel(
+    ranks: Ranks, spread: Callable, loss: str, reference: str | None = None, gradient: str = "auto", **options: Any
+) -> float:  # fmt: skip
     lawf = reference is not None
     inputs, n = batch(confidence=lawf)
     build = lora if reference == "base" else functools.partial(llama, **options)
     model = build()
-    objective = fl.LAwFLoss() if lawf else LOSSES[loss]()
+    objective = fl.LAwFLoss(gradient=gradient) if lawf else LOSSES[loss](gradient=gradient)
     given: dict[str, Any] = {}
     if reference == "model":
         other = llama(5)
@@ -118,19 +120,22 @@ for _name, _spread in (("a DTensor", spread_parameter), ("torch", spread_by_torc
         case(f"vocabulary parallel by {_name}, {_loss}", (2, 4) if _name == "torch" else (2,))(
             functools.partial(tensor_parallel, spread=_spread, loss=_loss)
         )
+case("vocabulary parallel by torch, sparse gradients", (2, 4))(
+    functools.partial(tensor_parallel, spread=spread_by_torch, loss="TALR median", gradient="sparse")
+)
 case("vocabulary parallel after a sharded sequence")(
     functools.partial(tensor_parallel, spread=spread_after_a_sharded_sequence, loss="TALR median")
 )
 case("vocabulary parallel, LAwF, another model", (2, 4))(
     functools.partial(tensor_parallel, spread=spread_by_torch, loss="", reference="model")
 )
-case("vocabulary parallel, LAwF, adapter off")(
-    functools.partial(tensor_parallel, spread=spread_parameter, loss="", reference="base")
-)
+for _gradient, _worlds in (("exact", (2,)), ("sparse", (2, 4))):
+    case(f"vocabulary parallel, LAwF, adapter off, {_gradient}", _worlds)(
+        functools.partial(tensor_parallel, spread=spread_parameter, loss="", reference="base", gradient=_gradient)
+    )
 
 
-@case("tensor parallel by transformers")
-def by_transformers(ranks: Ranks) -> float:
+def by_transformers(ranks: Ranks, gradient: str) -> float:
     """The whole model, by its own plan."""
     inputs, n = batch()
     with tempfile.TemporaryDirectory() as directory:
@@ -141,7 +146,11 @@ def by_transformers(ranks: Ranks) -> float:
         model = LlamaForCausalLM.from_pretrained(paths[0], distributed_config=plan, use_cache=False)
         dist.barrier()
     assert type(model.lm_head.weight) is DTensor
-    fl.patch(model, fl.TALRLoss())
+    fl.patch(model, fl.TALRLoss(gradient=gradient))
     total = model(**inputs, num_items_in_batch=n).loss
     total.backward()
     return ranks.difference(model, total / ranks.world, one_process(llama(), fl.TALRLoss(), inputs, n))
+
+
+for _gradient in ("exact", "sparse"):
+    case(f"tensor parallel by transformers, {_gradient}")(functools.partial(by_transformers, gradient=_gradient))
