@@ -13,7 +13,7 @@ every causal language model that a trainer is given is patched with cross-entrop
 Reference models, teachers and reward models stay as they are; with `--reference` those that the trainer keeps as
 `ref_model` or `teacher_model` are patched as well. Loss, gradient and metrics of the first batch of each training, and
 what evaluations before it return, are compared too; with `--float32`, no autocast where a test does not say otherwise,
-to four digits. `--quick` runs without the patch only what fails with it, and compares no numbers.
+to three digits. `--quick` runs without the patch only what fails with it, and compares no numbers.
 
 It ends with a table, and with status 1 where a test passes without the patch and fails with it, or a number differs.
 `OWN` has what is known to, with the reason.
@@ -43,9 +43,9 @@ import pytest
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 OPTIONS = "FUSED_LOSSES_TRL_SUITE"
 CORE = ("dpo", "kto", "grpo", "rloo", "sft")
-TOLERANCE = {"float32": 1e-4, "bf16": 0.05}  # relative
-# Accuracies are signs, and at the start the two models of DPO are the same one: those of rounding errors.
-NOT_COMPARED = ("time", "per_second", "runtime", "flos", "epoch", "learning_rate", "step", "accurac")
+TOLERANCE = {"float32": 5e-4, "bf16": 0.05}  # relative; some tests have bf16 models without autocast
+# Accuracies and parts that are exactly zero: at the start policy and reference are one model, up to rounding errors.
+NOT_COMPARED = ("time", "per_second", "runtime", "flos", "epoch", "learning_rate", "step", "accurac", "zero_std")
 SMALL = {"float32": 0.5, "bf16": 0.1}  # differences of smaller numbers are taken as parts of this
 
 LOGITS = "the trainer makes its loss from logits, which a patched model refuses in training; the patch has no use there"
@@ -106,10 +106,10 @@ class Run:
         self.set_arguments()
 
     def missing_names(self, module: str) -> None:
-        """Private functions that tests of an older TRL import: None, so that only the tests of these fail."""
+        """Functions that tests of an older TRL import: None, so that only the tests of these fail."""
 
         def missing(name: str) -> Any:
-            if not name.startswith("_") or name.startswith("__"):
+            if name.startswith("__"):
                 raise AttributeError(f"module {module!r} has no attribute {name!r}")
 
         importlib.import_module(module).__getattr__ = missing  # type: ignore[method-assign]
@@ -306,8 +306,8 @@ def run_tests(work: Path, name: str, arguments: argparse.Namespace, files: list[
     results.unlink(missing_ok=True)
     options = {
         "patched": name == "with", "reference": arguments.reference, "float32": arguments.float32,
-        "steps": arguments.steps,
-        "timeout": arguments.timeout, "home": str(work / "home"), "results": str(results),
+        "steps": arguments.steps, "timeout": arguments.timeout, "home": str(work / "home"),
+        "results": str(results),
     }  # fmt: skip
     environment = {
         **os.environ, OPTIONS: json.dumps(options), "HF_HOME": str(work / "home"), "HF_HUB_OFFLINE": "1",
@@ -362,6 +362,8 @@ def short(reason: str) -> str:
 
 def report(without: dict[str, dict], with_patch: dict[str, dict], precision: str) -> bool:
     """Prints the table -> whether all that passes without the patch passes with it, with the same numbers."""
+    if any(line.get("not_run") for line in without.values()):
+        print("What passes with the patch was not run without it, and is counted as passed there.")
     columns = ("passed without", "passed with", "fails only with", "of these known", "failed or skipped both")
     print(f"{'':34s}" + "".join(f"{c:>25s}" for c in columns))
     files = sorted({test.split("::")[0] for test in without})
@@ -379,14 +381,19 @@ def report(without: dict[str, dict], with_patch: dict[str, dict], precision: str
         print(f"{file.split('/')[-1]:34s}" + "".join(f"{counts[c]:25d}" for c in columns))
     print(f"{'all':34s}" + "".join(f"{total[c]:25d}" for c in columns))
 
-    good, trained = True, 0
+    good, trained, known = True, 0, Counter()
     print("\nFails only with the patch:")
     for test, line in without.items():
-        after = with_patch.get(test, {"outcome": "missing", "reason": "", "notes": []})
+        after = with_patch.get(test, {"test": test, "outcome": "missing", "reason": "", "notes": []})
         if line["outcome"] == "passed" != after["outcome"]:
             own = own_reason(after)
-            good = good and own is not None
-            print(f"  {test}\n    {own or short(after['reason'])}")
+            if own is not None:
+                known[own] += 1
+                continue
+            good = False
+            print(f"  {test}\n    {short(after['reason'])}")
+    for own, count in known.items():
+        print(f"  {count}: {own}")
     print("\nNumbers that differ:")
     largest = (0.0, "", "", 0.0, 0.0)
     for test, line in without.items():
@@ -447,7 +454,7 @@ def main() -> int:
     if arguments.quick:
         with_patch = run_tests(work, "with", arguments, files)
         failed = [test for test, line in with_patch.items() if line["outcome"] == "failed"]
-        without = {test: line for test, line in with_patch.items() if test not in failed}  # it is not known, nor asked
+        without = {test: {**line, "not_run": True} for test, line in with_patch.items() if test not in failed}
         if failed:
             without |= run_tests(work, "without", arguments, failed)
     else:
