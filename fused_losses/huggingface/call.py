@@ -19,7 +19,7 @@ from . import adapters, kv_cache, wrappers
 from .adapters import VirtualTokens
 from .alignment import Alignment, align, in_each_row, packed_sequences
 from .deferral import HeadModule
-from .heads import check_head, read_head
+from .heads import casts_to_float32, check_head, read_head
 from .logits import DeferredLogits, HeadCall
 from .per_token import PerToken, Request
 from .references import ReferenceStates
@@ -131,6 +131,8 @@ class Call:
     ) -> Tensor:
         positions = logits.positions.reshape(-1)
         rows = logits.rows_of(hidden)
+        if casts_to_float32(self.head.module):
+            rows = rows.float()
         logit_scale, softcap = logits.map.arguments()
         head = read_head(self.head.module, rows, logit_scale, softcap, logits.width)
         target = target.to(rows.device)

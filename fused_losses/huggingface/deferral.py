@@ -77,7 +77,7 @@ class _Installed:
             origin = HeadCall(answer.call, hidden)
             return DeferredLogits(origin, vocabulary, hidden.shape[:-1], hidden.device, hidden.dtype)
 
-        setattr(forward, OURS, True)
+        setattr(forward, OURS, own)
         return forward
 
     def _call(self, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:

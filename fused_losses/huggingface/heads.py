@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ..head import FLOATING, LMHead, LowRank
 
-OURS = "_fused_losses"  # attribute of a forward that a call has put on a head
+OURS = "_fused_losses"  # attribute of a forward that a call has put on a head: what it stands for
 
 
 def innermost(module: nn.Module) -> nn.Module:
@@ -75,7 +75,7 @@ def _check_calls(module: Any, model_name: str) -> None:
     own = getattr(forward, "__func__", None) is type(module).forward or hasattr(forward, OURS)
     # transformers' tensor parallelism makes DTensors of what comes and goes, which is known here.
     parallel = re.fullmatch(r"transformers\..*tensor_parallel", getattr(forward, "__module__", None) or "")
-    if forward is not None and not own and not parallel:
+    if forward is not None and not own and not parallel and not casts_to_float32(module):
         raise TypeError(
             f"head: {model_name}'s has another forward ({getattr(forward, '__qualname__', forward)}) in place of its "
             "own, which would be dropped silently; take it off, or use register_forward_hook, which counts"
@@ -87,6 +87,14 @@ def _check_calls(module: Any, model_name: str) -> None:
                 f"head: {model_name}'s has a hook of accelerate's kind, {type(one).__name__}, which would see the loss "
                 "in place of logits; use register_forward_hook, which counts"
             )
+
+
+def casts_to_float32(module: Any) -> bool:
+    """Whether its forward is TRL's for `cast_lm_head_to_fp32`: that of a linear layer, of its input in float32."""
+    forward = vars(module).get("forward")
+    forward = getattr(forward, OURS, forward)
+    name = f"{getattr(forward, '__module__', '')}.{getattr(forward, '__qualname__', '')}"
+    return re.fullmatch(r"trl\..*\.cast_forward_to_fp32", name) is not None
 
 
 def read_head(

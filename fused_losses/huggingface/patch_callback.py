@@ -130,6 +130,7 @@ class PatchCallback(TrainerCallback):
             self.metrics.on_step_begin(args, state, control, **kwargs)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._check_used()
         if self.metrics is not None:
             self.metrics.on_step_end(args, state, control, **kwargs)
             self._keep(state, control)
@@ -148,6 +149,18 @@ class PatchCallback(TrainerCallback):
         self.unpatch()
 
     # --- inside
+
+    def _check_used(self) -> None:
+        """Some trainers never ask the model for a loss, so that the objective would be left out without a word."""
+        mine = self._patch
+        if mine is None or patch_of(self._model) is not mine or mine.used or mine.loss_is_plain:
+            return
+        name = type(mine.loss).__name__
+        raise RuntimeError(
+            f"PatchCallback: the trainer made a step without asking the model for a loss, so {name} was not used; it "
+            "makes its loss elsewhere, as trainers that distill do. Leave the callback out, or train with "
+            f"{name} in another trainer, such as Trainer or SFTTrainer"
+        )
 
     def _keep(self, state: Any, control: Any) -> None:
         """Where the checkpoint that is about to be written finds the sums. A Trainer restores callbacks by calling

@@ -13,6 +13,7 @@ from . import wrappers
 from .wrappers import STATE, Forward
 
 _CLASSES: dict[type, type] = {}
+OWN_HEAD = ("DistillationTrainer", "AsyncDistillationTrainer")  # TRL's, which multiply by the head themselves
 
 
 def patched_class(model: Any) -> type:
@@ -103,20 +104,31 @@ class _Head:
 
 def _accepts_num_items(model: Any) -> bool:
     state = vars(model)[STATE]
-    if state.loss is not None and state.keep_logits is False:
-        _check_trainer(sys._getframe(1))
+    if state.loss is not None:
+        _check_trainer(sys._getframe(1), state)
     return state.accepts_num_items
 
 
-def _check_trainer(frame: Any) -> None:
-    """A Trainer reads the above while it is made, and would miss logits for its metrics in its first evaluation."""
+def _check_trainer(frame: Any, state: Any) -> None:
+    """A Trainer reads the above while it is made. Some would miss logits for their metrics in the first evaluation.
+
+    Others never call the model for a loss: the patch would not be used, and with PEFT it would not even be asked.
+    """
     trainer = getattr(sys.modules.get("transformers"), "Trainer", None)
     for _ in range(8):  # PEFT's models ask the one inside
         if frame is None or trainer is None:
             return
         made = frame.f_locals.get("self")
-        if frame.f_code is trainer.__init__.__code__ and frame.f_locals.get("compute_metrics") is not None:
-            if type(made).compute_loss is trainer.compute_loss:  # others get logits in their own way
+        if frame.f_code is trainer.__init__.__code__:
+            kind = next((c.__name__ for c in type(made).__mro__ if c.__name__ in OWN_HEAD), None)
+            if kind is not None and not state.loss_is_plain:
+                raise TypeError(
+                    f"model: {kind} takes its loss from the model's body and head, so {type(state.loss).__name__} of "
+                    "fused_losses.patch would not be used; call fused_losses.unpatch(model), or train with the "
+                    "objective in another trainer, such as SFTTrainer"
+                )
+            needs_logits = state.keep_logits is False and frame.f_locals.get("compute_metrics") is not None
+            if needs_logits and type(made).compute_loss is trainer.compute_loss:  # others get logits in their own way
                 raise TypeError(
                     "compute_metrics: gets no logits of a patched model, which forms none; give "
                     "fused_losses.patch(..., keep_logits='eval'), or leave compute_metrics out"

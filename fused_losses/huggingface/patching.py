@@ -162,6 +162,7 @@ class Patch:
         # Of what is trained on, per token: nll, which have a label, kl, weight, confidence (None: there is none).
         self.listeners: list[Callable[..., None]] = []
         self.trained = base.training  # the model has been in training mode since
+        self.used = False  # for a loss with a gradient
         self.outer: Callable[[], Any] = _nothing if model is base else weakref.ref(model)
         self.redirected: list[tuple[Any, Any]] = []
         self.fields = loss.batch_fields()
@@ -220,6 +221,7 @@ class Patch:
         batch = self._read(args, kwargs)
         if batch.labels is None:
             return self._without_labels(model, follow, args, kwargs, batch.fields)
+        self.used |= torch.is_grad_enabled()
         loss = self._objective(model)
         takes = self.fields if loss is self.loss else loss.batch_fields()
         call = Call(self, loss, takes, model, follow, batch)
@@ -301,11 +303,14 @@ class Patch:
         ours = ("num_items_in_batch", "shift_labels")
         return {name: value for name, value in kwargs.items() if name in self.accepted or name not in ours}
 
+    @property
+    def loss_is_plain(self) -> bool:
+        return type(self.loss) is CrossEntropyLoss and self.loss.is_plain
+
     def _objective(self, model: nn.Module) -> Objective:
         """The loss of this call. A model that was never in training mode is, with gradients on, trained as it is."""
         evaluating = not model.training and (self.trained or not torch.is_grad_enabled())
-        plain = type(self.loss) is CrossEntropyLoss and self.loss.is_plain
-        own = self.eval_loss == "objective" or self.source is not None or plain
+        own = self.eval_loss == "objective" or self.source is not None or self.loss_is_plain
         if own or not evaluating:
             return self.loss
         options = {name: getattr(self.loss, name) for name in OPTIONS}
@@ -323,7 +328,7 @@ class Patch:
     ) -> Any:
         # A Trainer that computes the loss itself takes the labels away but gives their number.
         name = type(self.loss).__name__
-        elsewhere = "label_smoothing_factor, compute_loss_func, a compute_loss of your own"
+        elsewhere = "label_smoothing_factor, compute_loss_func, a compute_loss of your own, a trainer that distills"
         smoothing = "smoothed cross-entropy is patch(model, fused_losses.CrossEntropyLoss(label_smoothing=...))"
         if kwargs.get("num_items_in_batch") is not None:
             raise ValueError(
@@ -337,12 +342,13 @@ class Patch:
         with self.turns.shared(), wrappers.running(model):
             outputs = follow(*args, **self._taken(kwargs))
         if model.training and torch.is_grad_enabled():
-            _refuse_backward(
-                _logits(outputs),
-                f"a backward through logits of a patched {type(model).__name__} in training mode: its loss is made "
-                f"elsewhere ({elsewhere}), so {name} of fused_losses.patch would not be used; leave that out, or call "
-                f"fused_losses.unpatch(model), or model.eval() if both losses are meant; {smoothing}",
+            message = (
+                f"a backward through outputs of a patched {type(model).__name__} without labels, in training mode: its "
+                f"loss is made elsewhere ({elsewhere}), so {name} of fused_losses.patch would not be used; leave that "
+                f"out, or call fused_losses.unpatch(model), or model.eval() if both losses are meant; {smoothing}"
             )
+            for value in _made_elsewhere(outputs, self.loss_is_plain):
+                _refuse_backward(value, message)
         return outputs
 
 
@@ -358,10 +364,16 @@ def _nothing() -> None:
     return None
 
 
-def _logits(outputs: Any) -> Any:
-    if isinstance(outputs, tuple):
-        return next((o for o in outputs if isinstance(o, Tensor) and o.dim() > 1), None)
-    return outputs.get("logits") if hasattr(outputs, "get") else None
+def _made_elsewhere(outputs: Any, is_plain: bool) -> list[Tensor]:
+    """What a loss that is not the patch's would be made of: logits and, but for plain cross-entropy, a loss itself.
+
+    Trainers put a loss of theirs at the place of the forward for the time of a call, so that wrappers run around it
+    (TRL's DistillationTrainer does).
+    """
+    if hasattr(outputs, "get"):
+        return [outputs["logits"]] if outputs.get("logits") is not None else []
+    tensors = [o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if isinstance(o, Tensor)]
+    return [o for o in tensors if o.dim() > 1][:1] if is_plain else tensors
 
 
 def _refuse_backward(value: Any, message: str) -> None:

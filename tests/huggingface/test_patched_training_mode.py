@@ -120,6 +120,28 @@ class TestWithoutLabels:
         model.eval()(input_ids=IDS).logits.sum().backward()
         fl.unpatch(model.train())(input_ids=IDS).logits.sum().backward()
 
+    @pytest.mark.parametrize("place", [lambda loss: loss, lambda loss: (loss, None)], ids=["alone", "in a tuple"])
+    def test_a_loss_in_the_place_of_the_forward(self, place):
+        """As trainers put one there for the time of a call. Plain cross-entropy adds nothing that it would lack."""
+        for loss in (fl.TALRLoss(), fl.CrossEntropyLoss(label_smoothing=0.1), fl.CrossEntropyLoss()):
+            model = fl.patch(llama().train(), loss)
+            own = model.forward
+
+            def forward(ids, own=own, model=model):
+                model.forward = own
+                return place(model.model(ids).last_hidden_state.sum() + model.lm_head.weight.sum())
+
+            model.forward = forward
+            made = model(IDS)
+            made = made[0] if isinstance(made, tuple) else made
+            if type(loss) is fl.CrossEntropyLoss and loss.is_plain:
+                made.backward()
+            else:
+                with pytest.raises(
+                    RuntimeError, match=f"{type(loss).__name__} of fused_losses.patch would not be used"
+                ):
+                    made.backward()
+
     def test_what_is_meant(self):
         model = fl.patch(llama().train(), fl.TALRLoss())
         model.generate(IDS[:, :3], max_new_tokens=2, do_sample=False)

@@ -343,3 +343,29 @@ def test_a_step_of_a_trainer(case):
     assert error(mine, other) < 1e-5
     assert ours.keys() == theirs.keys() and len(ours) >= 8
     assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize(("tied", "before"), [(True, True), (False, False)])
+def test_a_head_that_the_trainer_runs_in_float32(tied, before):
+    """`cast_lm_head_to_fp32` of GRPOTrainer puts a forward of its own on the head; labels count with it too."""
+    found = []
+    for patched in (True, False):
+        model = llama(tie_word_embeddings=tied).bfloat16()
+        run = grpo(fl.patch(model) if patched and before else model, cast_lm_head_to_fp32=True)
+        if patched and not before:
+            fl.patch(run.model)
+        gradients, train = {}, run.training_step
+
+        def training_step(*args, run=run, gradients=gradients, train=train, **more):
+            loss = train(*args, **more)
+            gradients |= {name: p.grad.clone() for name, p in run.model.named_parameters() if p.grad is not None}
+            return loss
+
+        run.training_step = training_step
+        torch.manual_seed(7)
+        run.train()
+        found.append((gradients, run.model(**batch()).loss))
+    (mine, loss), (other, expected) = found
+    assert mine["lm_head.weight" if not tied else "model.embed_tokens.weight"].dtype == torch.float32
+    assert error(mine, other) < 1e-6
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
