@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .methods import LARGE, METHODS, SMALL, WISE_TITLE
+from .methods import LARGE, LORA_FACTOR, METHODS, MIDDLE, SMALL, WISE_TITLE
 from .results import Study, rate_text
 
 MARKERS = dict(zip(METHODS, (*"osDP^v<>Xdph", "$I$", "*"), strict=True))
@@ -110,11 +110,17 @@ def common_gain(study: Study) -> float | None:
     return 0.8 * max(gains) if gains else None
 
 
+def loss_at_common_rates(study: Study, name: str, gain: float) -> float | None:
+    """Along the three rates that every method has, of seed 0: between few points a straight line says too much."""
+    factor = LORA_FACTOR if METHODS[name].lora else 1
+    return study.loss_at_gain(name, gain, 0, rates=[rate * factor for rate in (SMALL, MIDDLE, LARGE)])
+
+
 def equal_gain(axes: Any, study: Study) -> bool:
     level = common_gain(study)
     if level is None:
         return False
-    found = {METHODS[name].title: study.loss_at_gain(name, level, 0) for name in METHODS}
+    found = {METHODS[name].title: loss_at_common_rates(study, name, level) for name in METHODS}
     there = sorted([(loss, title) for title, loss in found.items() if loss is not None])
     if len(there) < 2:
         return False

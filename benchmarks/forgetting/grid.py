@@ -61,8 +61,8 @@ def grid(quick: bool = False) -> list[Run]:
         ]  # fmt: skip
         return _with_starts(found)
     return _with_starts([
-        *_headline(0), *_headline(1), *_headline(2)[:8], *_methods(LARGE), *_curves(), *_headline(2)[8:],
-        *_methods(MIDDLE, SMALL), *_others(),
+        *_headline(0), *_other_domains(0), *_headline(1), *_other_domains(1), *_headline(2), *_methods(LARGE),
+        *_curves(), *_other_domains(2), *_methods(MIDDLE, SMALL), *_others(),
     ])  # fmt: skip
 
 
@@ -87,8 +87,12 @@ def _headline(seed: int) -> list[Run]:
     return [
         *(_of(method, rate, **more) for rate in (SMALL, LARGE) for method in ("sft", "talr")),
         *(_of(method, rate, **more) for method in ("sft+kl", "lawf") for rate in (SMALL, LARGE)),
-        *(_of(method, LARGE, domain=domain, **more) for domain in ("label", "facts") for method in ("sft", "talr")),
     ]
+
+
+def _other_domains(seed: int) -> list[Run]:
+    more = {"seed": seed} if seed else {}
+    return [_of(method, LARGE, domain=domain, **more) for domain in ("label", "facts") for method in ("sft", "talr")]
 
 
 def _curves() -> list[Run]:

@@ -140,14 +140,23 @@ class Study:
         """The part of the lost nats that a temperature gives back, both on the same third of the tokens."""
         return self.loss(run, "nll_third") - self.loss(run, "nll_tempered")
 
-    def curve(self, method: str, seed: int, domain: str = "reasoning") -> list[tuple[float, float]]:
-        """(gain, loss) over rates, by gain, from the start model on."""
-        points = [(self.gain(run), self.loss(run)) for run in self.of(method, domain=domain) if run["seed"] == seed]
-        return sorted([(0.0, 0.0), *points])
+    def curve(
+        self, method: str, seed: int, domain: str = "reasoning", rates: Sequence[float] | None = None
+    ) -> list[tuple[float, float]]:
+        """(gain, loss) over rates, by gain, from the start model on; with `rates` over these, and nothing where one of
+        them is missing."""
+        runs = [run for run in self.of(method, domain=domain) if run["seed"] == seed]
+        if rates is not None:
+            runs = [run for run in runs if any(abs(run["rate"] - rate) < 1e-9 for rate in rates)]
+            if len(runs) < len(rates):
+                return []
+        return sorted([(0.0, 0.0), *((self.gain(run), self.loss(run)) for run in runs)])
 
-    def loss_at_gain(self, method: str, gain: float, seed: int, domain: str = "reasoning") -> float | None:
+    def loss_at_gain(
+        self, method: str, gain: float, seed: int, domain: str = "reasoning", rates: Sequence[float] | None = None
+    ) -> float | None:
         """Interpolated along the method's curve over rates, where it turns back the least loss; None beyond it."""
-        points = self.curve(method, seed, domain)
+        points = self.curve(method, seed, domain, rates)
         found = []
         for (g0, l0), (g1, l1) in itertools.pairwise(points):
             if g0 <= gain <= g1 and g1 > g0:

@@ -5,7 +5,7 @@ statistics and compaction in three passes over a row in cache, and the two spars
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -95,15 +95,21 @@ def _direction(
 def _add(
     problem: Problem, chunk: Chunk, out: Statistics, known: Tensor, upstream: Upstream, total: Gradients
 ) -> None:  # fmt: skip
+    add_directions(problem, chunk, upstream, total, lambda w: _direction(problem, chunk, out, known, w, chunk.z))
+
+
+def add_directions(
+    problem: Problem, chunk: Chunk, upstream: Upstream, total: Gradients, direction: Callable[[Upstream], Tensor]
+) -> None:
+    """Adds a chunk's gradients to `total`; `direction`: its weighted sum of directions, in the place of its logits."""
     if upstream.is_zero:
         if total.hidden is not None:
             total.hidden[chunk.tokens] = 0
         return
     scale = problem.head.logit_scale
-    upstream = upstream.each(lambda w: (w * scale).float())
-    direction = _direction(problem, chunk, out, known, upstream, chunk.z)
+    made = direction(upstream.each(lambda w: (w * scale).float()))
     chunk.enter(Stage.DIRECTIONS, Stage.LOGITS)
-    chunked.add_direction(problem, chunk, direction, None, total)
+    chunked.add_direction(problem, chunk, made, None, total)
 
 
 def _keep_rows(problem: Problem, chunk: Chunk, out: Statistics, known: Tensor, rows: Rows, at: slice) -> None:

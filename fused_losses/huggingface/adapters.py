@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from . import kv_cache
 
+# Of PEFT's LoraConfig.init_lora_weights; the others ("gaussian", "eva", "orthogonal", "mica") leave the base alone.
+MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
 
 def _named_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The layers that PEFT has put around the model's own."""
@@ -47,6 +50,18 @@ def scaling(model: nn.Module) -> list:
 
 def active(model: nn.Module) -> list:
     return [(name, list(layer.active_adapters)) for name, layer in _named_layers(model)]
+
+
+def moved_from_base(model: nn.Module) -> str | None:
+    """The initialisation of an adapter that has changed the weights around it, so that they alone are no original:
+    a part of them is in the adapter, which is taken from all of them (PiSSA, ...), or is what quantizing lost (LoftQ).
+    """
+    configs: Any = getattr(model, "peft_config", None) or {}
+    for config in configs.values():
+        name = getattr(config, "init_lora_weights", None)
+        if isinstance(name, str) and name.lower().startswith(MOVES_BASE):
+            return name
+    return None
 
 
 def facts(model: nn.Module) -> tuple[str, ...]:

@@ -183,6 +183,13 @@ class Base(Source):
                 f"({', '.join(trained[:3])}), so the model without it does not stay what it is; freeze them, or take "
                 "reference='start'"
             )
+        moved = adapters.moved_from_base(model)
+        if moved is not None:
+            raise ValueError(
+                f"reference={self.name!r}: init_lora_weights={moved!r} has moved a part of the weights into the "
+                "adapter, so the model without it is not the original; take reference='start' before it is trained, "
+                "which keeps the adapter as it is now, or give the original as a model of its own"
+            )
         warned, self.warned = self.warned, True
         if not warned and not adapters.at_start(model):
             warnings.warn(

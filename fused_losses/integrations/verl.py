@@ -5,8 +5,7 @@
 
     use("talr", {"temperature": 2.0})
 
-    python -m verl.trainer.sft_trainer ... model.external_lib=my_loss model.use_fused_kernels=true \\
-        model.fused_kernel_options.impl_backend=torch
+    python -m verl.trainer.sft_trainer ... model.external_lib=my_loss model.use_fused_kernels=true
 
 verl imports it before it builds the model and looks its loss up, in every process. Read and tested with verl 0.9.1; its
 engine with FSDP, which needs a GPU, was not run.

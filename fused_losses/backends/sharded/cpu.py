@@ -21,7 +21,6 @@ from ...kernels import schemas
 from ...kernels.schemas import ExactRow
 from ...problem import Entries, Gradients, Needs, Problem, Rows, Segments, Selection, Statistics, Tails, Upstream
 from .. import chunks, cpu, int8, row_passes, single
-from .. import torch as chunked
 from ..chunks import Chunk, Stage
 from ..torch import UpstreamOf
 from .torch import Sharded, of_logits, wants_logits
@@ -205,15 +204,7 @@ def _direction(problem: Problem, held: Held, upstream: Upstream, target: Tensor)
 
 def _add(problem: Problem, held: Held, upstream: Upstream, total: Gradients) -> None:
     chunk = held.chunk
-    if upstream.is_zero:
-        if total.hidden is not None:
-            total.hidden[chunk.tokens] = 0
-        return
-    scale = problem.head.logit_scale
-    upstream = upstream.each(lambda w: (w * scale).float())
-    direction = _direction(problem, held, upstream, chunk.z)
-    chunk.enter(Stage.DIRECTIONS, Stage.LOGITS)
-    chunked.add_direction(problem, chunk, direction, None, total)
+    cpu.add_directions(problem, chunk, upstream, total, lambda w: _direction(problem, held, w, chunk.z))
 
 
 def _keep_rows(problem: Problem, held: Held, rows: Rows, at: slice) -> None:
