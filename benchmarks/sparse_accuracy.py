@@ -240,7 +240,7 @@ def accuracy_line(row: dict) -> str:
 @contextlib.contextmanager
 def directions(count: int) -> Iterator[None]:
     """So many directions of the head; 0: none, and no certificate of dx and dW."""
-    found = (lambda weight: None) if count == 0 else softmax.directions_of
+    found = (lambda *_: None) if count == 0 else softmax.directions_of
     with (
         mock.patch.object(softmax, "directions_of", found),
         mock.patch.object(spectrum, "spectrum", functools.partial(spectrum.spectrum, count=max(1, count))),

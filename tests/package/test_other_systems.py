@@ -21,9 +21,15 @@ import importlib, json, pkgutil
 from pathlib import Path
 import fused_losses
 names = [m.name for m in pkgutil.walk_packages(fused_losses.__path__, "fused_losses.")]
+absent = []
 for name in names:
     if name.rpartition(".")[2] not in ("__main__", "_kernels"):  # that one runs, this one is a library of operators
-        importlib.import_module(name)
+        try:
+            importlib.import_module(name)
+        except ImportError as error:  # a trainer's own class is its base: no module without that trainer
+            if not (name.startswith("fused_losses.integrations.") and f"{name} needs " in str(error)):
+                raise
+            absent.append(name)
 
 from fused_losses.anchors import RecordFile, read_records, write_records
 from fused_losses.training.folder import Folder
@@ -35,7 +41,7 @@ for name, call in calls.items():
         call(FOLDER / name)
     except OSError as error:
         refused[name] = [str(error), (FOLDER / name).exists()]
-print(json.dumps({"modules": len(names), "records": len(records), "refused": refused}))
+print(json.dumps({"modules": len(names), "absent": absent, "records": len(records), "refused": refused}))
 """
 
 
@@ -55,6 +61,7 @@ def found(tmp_path_factory):
 
 def test_every_module_is_imported_and_records_are_read(found):
     assert found["modules"] > 100 and found["records"] == 1
+    assert set(found["absent"]) <= {"fused_losses.integrations.torchtitan"}
 
 
 def test_what_needs_a_lock_is_refused_with_a_line_before_anything_is_made(found):

@@ -28,7 +28,7 @@ def test_certificate_is_not_idle():
     x = logits_of("adversarial", 24, torch.Generator())
     hidden = x.clone().requires_grad_()
     labels = torch.full((24,), 5)
-    with coarse(2e-3), mock.patch.object(softmax, "directions_of", lambda weight: None):
+    with coarse(2e-3), mock.patch.object(softmax, "directions_of", lambda *_: None):
         out = fl.token_losses(hidden, torch.eye(V, dtype=torch.float64), labels, gradient="sparse", tolerance=0.5)
         out.nll.sum().backward()
     exact = x.softmax(1) - torch.nn.functional.one_hot(labels, V)
@@ -159,7 +159,7 @@ def test_what_sparse_gradients_get_wrong_without_directions(halves):
     labels = torch.multinomial((hidden @ weight.detach().T).softmax(1), 1, generator=g)[:, 0]
     tolerance = 0.1 / certificate.L1_SHARE
     loss = fl.TALRLoss(temperature=2.0, tolerance=tolerance)
-    with coarse(5e-4, tolerance=tolerance), mock.patch.object(softmax, "directions_of", lambda weight: None):
+    with coarse(5e-4, tolerance=tolerance), mock.patch.object(softmax, "directions_of", lambda *_: None):
         found = loss.sparse_errors(hidden, fl.LMHead(weight, low_rank=low_rank), labels, num_items=7)
         sparse = fl.TALRLoss(temperature=2.0, gradient="sparse", tolerance=tolerance)
         x = hidden.clone().requires_grad_()

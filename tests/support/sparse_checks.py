@@ -123,7 +123,7 @@ def check_certificate(
     with (
         coarse(threshold, capacity, 1 if small_chunks else None, tolerance),
         mock.patch.object(softmax, "FEWEST_TOKENS", 1),
-        mock.patch.object(softmax, "directions_of", softmax.directions_of if directions else lambda weight: None),
+        mock.patch.object(softmax, "directions_of", softmax.directions_of if directions else lambda *_: None),
     ):
         got, got_weight, report = gradient(dtype, backend=backend, gradient="sparse", tolerance=tolerance)
     assert report.mode == "sparse" and 0 <= report.bound <= certificate.L1_SHARE * tolerance
