@@ -118,7 +118,7 @@ class LMHead:
     CUDA kernels take the products of the entries: their scan has no logits that could wait for the other ranks.
     Divergences with β > 0 are PyTorch's everywhere, products full (`scan_note` says so).
 
-    Communication: per call 10 integers are gathered; per sweep over the tokens and chunk of these one all-gather of 4
+    Communication: per call 13 integers are gathered; per sweep over the tokens and chunk of these one all-gather of 4
     numbers per token and rank (fp32; entropy 1 more, top-k entropy k more, a reference 5, its entropy 1 more), so a
     chunk of 96 MiB of this rank's logits waits once; and one all-reduce of the [N, D] gradient of hidden in fp32 (a
     frozen head under `token_losses`: in forward, with a reference 2). Sparse gradients gather 4 more per chunk (with a

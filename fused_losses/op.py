@@ -172,8 +172,8 @@ def token_losses(
     temperature as in arXiv 2306.13649 and TRL.
     """
     options = Options(ignore_index, gradient, tolerance, backend, scan)
-    outputs = Outputs(ids, beta, temperature, entropy_gradient)
     asked, top_k = check_wanted(wanted, 20)
+    outputs = Outputs(ids, beta, temperature, entropy_gradient, asked=lambda: sorted(asked))
     tokens = prepare(hidden, head, labels, reference, options, outputs)
     out = tokens.losses(ALWAYS | asked, top_k)
     found = {name: _in_place(tokens, out, name) for name in (*FIELDS, *(name for name in ON_DEMAND if name in asked))}

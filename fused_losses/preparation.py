@@ -41,6 +41,7 @@ class Outputs:
     temperature: float = 1.0
     entropy_gradient: bool = False
     ids_name: str = "ids"  # in messages
+    asked: Callable[[], object] = str  # what else the ranks of a spread head must have alike
 
 
 H = TypeVar("H", LMHead, "Reference | None")
@@ -109,7 +110,9 @@ def prepare(
     if head.is_spread:
         reference_rows = None if reference is None else len((reference_head or head).weight)
         shard, agreed = shards.agreement(
-            head.process_group, len(head.weight), reference_rows, hidden, flat, needs, options.code,
+            head.process_group, len(head.weight), reference_rows, hidden, flat, needs,
+            None if outputs.ids is None else select(outputs.ids.reshape(-1, outputs.ids.shape[-1])),
+            (options.code, _transforms(head, reference_head, beta), _asked(outputs)),
             backends.NAMES.index(chosen),
         )  # fmt: skip
         chosen = backends.SHARDED + (chosen if agreed else "torch")
@@ -132,6 +135,16 @@ def prepare(
             handle,
         )  # fmt: skip
     return Tokens(problem, labels.shape, index, chosen, GradientReport("none", len(flat), note=note), publish)
+
+
+def _transforms(head: LMHead, reference_head: Head | None, beta: float | None) -> int:
+    """A number for what the ranks of a spread head must do alike with logits."""
+    heads = (head, reference_head or head)  # a rank without rows cannot tell the reference's head from its own
+    return shards.code_of([(h.logit_scale, h.softcap) for h in heads], beta)
+
+
+def _asked(outputs: Outputs) -> int:
+    return shards.code_of(outputs.asked(), outputs.entropy_gradient)
 
 
 def _valid(rows: Tensor, index: Tensor | None) -> Tensor:

@@ -3,6 +3,7 @@ call."""
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -98,35 +99,37 @@ def group_of(tensor: Any, name: str) -> Any:
 
 # What `agreement` compares, in this order.
 SAME = ("number of tokens with a label", "labels", "width of hidden", "dtype of hidden", "reference (1: given)",
-        "gradients wanted (1 hidden, 2 weight, 4 bias)", "gradient= and tolerance=")  # fmt: skip
+        "gradients wanted (1 hidden, 2 weight, 4 bias)", "gradient= and tolerance=",
+        "softcap, logit_scale, temperature or beta", "objectives, wanted= or entropy_gradient=",
+        "ids= (their number per token is compared, and the ids)")  # fmt: skip
+SHOWN = SAME[:1] + SAME[2:6]  # those whose numbers say something
 # Places of what is not among them: this rank's rows, its reference's, and the backend it would take.
 ROWS, REFERENCE_ROWS, BACKEND = 0, 1, len(SAME) + 2
 
 
 def agreement(
-    group: Any, rows: int, reference_rows: int | None, hidden: Tensor, labels: Tensor, needs: list[bool], options: int,
-    backend: int,
+    group: Any, rows: int, reference_rows: int | None, hidden: Tensor, labels: Tensor, needs: list[bool],
+    ids: Tensor | None, codes: tuple[int, int, int], backend: int,
 ) -> tuple[Shard, bool]:  # fmt: skip
     """Gather the ranks' sizes, and raise on all ranks alike where they do not mean the same call. Also whether all
     would take the same backend.
 
-    `labels` are those of the valid tokens; they are compared by a weighted sum. `options`, `backend`: numbers that
-    stand for them. 10 integers per rank.
+    `labels`, `ids`: those of the valid tokens; they are compared by a weighted sum. `codes`: numbers that stand for
+    gradient= and tolerance=, for what changes logits, and for what is asked for; `backend`: one too. 13 integers per
+    rank.
     """
-    # Odd factors, and sums modulo 2⁶⁴: a label that differs in one place never goes unnoticed.
-    places = 2 * torch.arange(len(labels), device=labels.device) + 1
     mine = labels.new_tensor([
         rows, rows if reference_rows is None else reference_rows, len(labels), 0, hidden.shape[-1],
         hidden.dtype.itemsize * 2 + (hidden.dtype == torch.bfloat16), reference_rows is not None,
-        sum(need << bit for bit, need in enumerate(needs)), options, backend,
+        sum(need << bit for bit, need in enumerate(needs)), *codes, 0, backend,
     ])  # fmt: skip
-    mine[3] = (labels * places).sum()
+    mine[3], mine[BACKEND - 1] = weighted_sum(labels), -1 if ids is None else weighted_sum(ids) * 128 + ids.shape[-1]
     everyone = gathered(group, mine).tolist()
     sizes, reference_sizes = ([values[i] for values in everyone] for i in (ROWS, REFERENCE_ROWS))
     for i, what in enumerate(SAME, start=2):
         values = [row[i] for row in everyone]
         if len(set(values)) > 1:
-            shown = "" if what in ("labels", SAME[-1]) else f", by rank: {values}"
+            shown = f", by rank: {values}" if what in SHOWN else ""
             raise ValueError(
                 f"process_group: expected the same hidden states, labels and arguments on all {len(everyone)} ranks, "
                 f"got different {what}{shown}; the group is that of tensor parallelism, whose ranks hold rows of the "
@@ -142,6 +145,16 @@ def agreement(
         raise ValueError("head weight: expected V ≥ 1 over all ranks, got no rows on any; a sharded or offloaded "
                          "parameter (ZeRO-3, FSDP) must be gathered first")  # fmt: skip
     return Shard(group, dist.get_rank(group), tuple(sizes)), len({values[BACKEND] for values in everyone}) == 1
+
+
+def weighted_sum(values: Tensor) -> Tensor:
+    """Odd factors, and sums modulo 2⁶⁴: where one place differs the sums do."""
+    return (values.reshape(-1) * (2 * torch.arange(values.numel(), device=values.device) + 1)).sum()
+
+
+def code_of(*values: Any) -> int:
+    """The same number on all ranks for values of the same representation; another one for others, as good as surely."""
+    return zlib.crc32(repr(values).encode())
 
 
 def gathered(group: Any, mine: Tensor) -> Tensor:

@@ -144,14 +144,26 @@ class Objective(nn.Module):
         ids: Tensor | None = None,
     ) -> Tokens:  # fmt: skip
         """The valid tokens of a call, for `reduce`. `ids` [..., k]: whose logits `out.logits_at` shall have."""
+        options = Options(*(getattr(self, name) for name in OPTIONS))
+        outputs = self.outputs(ids)
+        if not torch.compiler.is_compiling():
+            outputs = replace(outputs, asked=self._asked)
         tokens = prepare(
-            hidden, head, labels, reference, Options(*(getattr(self, name) for name in OPTIONS)), self.outputs(ids),
+            hidden, head, labels, reference, options, outputs,
             lambda report: setattr(self, "gradient_report", report), self._handle,
         )  # fmt: skip
         if torch.compiler.is_compiling():  # the operator reports, when the graph runs
             return tokens
         self.gradient_report = tokens.report
         return tokens if self._observer is None else replace(tokens, observer=self._observer)
+
+    def _asked(self) -> str:
+        """What ranks that share a head must have alike. Of other people's objectives the name: what their repr has may
+        differ between processes."""
+        own = repr(self) if type(self).__module__.startswith(f"{__package__}.") else type(self).__qualname__
+        observed = frozenset() if self._observer is None else self._observer.wanted
+        wanted, k = self._statistics()
+        return f"{own} {sorted(wanted | observed)} {k}"
 
     def outputs(self, ids: Tensor | None) -> Outputs:
         """What a call asks for besides nll, kl and their like."""

@@ -143,7 +143,7 @@ def test_one_collective_per_chunk_and_one_of_the_gradient(two_ranks, name, froze
         numbers.append(4 + 5 * reference)  # backward does not
     sweeps = [("all_gather", count * tokens) for count in numbers for tokens in (16, 16, 1)]
     reductions = 2 if per_token and frozen and reference else 1
-    expected = [("all_gather", 10)] + sweeps + reductions * [("all_reduce", 33 * D)]
+    expected = [("all_gather", 13)] + sweeps + reductions * [("all_reduce", 33 * D)]
     assert all(found["calls", name, frozen] == expected for found in two_ranks.found)
 
 
@@ -164,6 +164,19 @@ MESSAGES = {
     "backend": "ValueError: backend='reference'.*give backend='auto' or 'torch'",
     "tolerance": "ValueError: process_group: .*got different gradient= and tolerance=; ",
     "gradient": "ValueError: process_group: .*got different gradient= and tolerance=; ",
+    "softcap": "ValueError: process_group: .*got different softcap, logit_scale, temperature or beta; ",
+    "logit scale of the reference": "ValueError: process_group: .*got different softcap, logit_scale, temperature or",
+    "temperature": "ValueError: process_group: .*got different softcap, logit_scale, temperature or beta; ",
+    "beta": "ValueError: process_group: .*got different softcap, logit_scale, temperature or beta; ",
+    "no beta": "ValueError: process_group: .*got different softcap, logit_scale, temperature or beta; ",
+    "entropy gradient": "ValueError: process_group: .*got different objectives, wanted= or entropy_gradient=; ",
+    "wanted": "ValueError: process_group: .*got different objectives, wanted= or entropy_gradient=; ",
+    "objective": "ValueError: process_group: .*got different objectives, wanted= or entropy_gradient=; ",
+    "option of the objective": "ValueError: process_group: .*got different objectives, wanted= or entropy_gradient=; ",
+    "observer": "ValueError: process_group: .*got different objectives, wanted= or entropy_gradient=; ",
+    "no ids": r"ValueError: process_group: .*got different ids= \(their number",
+    "ids": r"ValueError: process_group: .*got different ids= \(their number",
+    "number of ids": r"ValueError: process_group: .*got different ids= \(their number",
     "member": "ValueError: process_group: .*not a member|TypeError: process_group: .*got float",
 }  # fmt: skip
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import fused_losses as fl
 from fused_losses.backends import chunks, row_passes
+from fused_losses.tokens import Observer
 
 D, V = 16, 123
 # Rows of each rank; where one has none or few, and where chunks of 96 MiB would differ.
@@ -223,6 +224,12 @@ def messages(sizes: tuple[int, ...]) -> dict[str, str]:
     def call(head=head, labels=labels, hidden=hidden, **options):
         return fl.token_losses(hidden, head, labels, **options)
 
+    def observed(loss, here, *given):
+        with loss.observed(Observer(frozenset({"entropy"}))) if here else contextlib.nullcontext():
+            return loss(*given)
+
+    ids = torch.zeros(len(labels), 2, dtype=torch.int64)
+
     def moved(tensor):
         return tensor if rank else tensor.roll(1)
 
@@ -245,6 +252,21 @@ def messages(sizes: tuple[int, ...]) -> dict[str, str]:
         "backend": lambda: call(backend="reference"),
         "tolerance": lambda: call(gradient="sparse", tolerance=0.2 if rank else 0.1),
         "gradient": lambda: call(gradient="sparse" if rank else "exact"),
+        "softcap": lambda: call(replace(head, softcap=3.0 + rank)),
+        "logit scale of the reference": lambda: call(
+            reference=replace(reference, head=replace(reference.head, logit_scale=1.0 + rank))
+        ),
+        "temperature": lambda: call(temperature=1.0 + rank),
+        "beta": lambda: call(reference=reference, beta=0.2 + rank / 2),
+        "no beta": lambda: call(reference=reference, beta=0.2 if rank else None),
+        "entropy gradient": lambda: call(entropy_gradient=rank == 0),
+        "wanted": lambda: call(wanted={"log_p2"} if rank else set()),
+        "objective": lambda: (fl.DFTLoss() if rank else fl.CrossEntropyLoss())(hidden, head, labels),
+        "option of the objective": lambda: fl.TALRLoss(temperature=1.0 + rank)(hidden, head, labels),
+        "observer": lambda: observed(fl.CrossEntropyLoss(), rank == 0, hidden, head, labels),
+        "no ids": lambda: call(ids=None if rank else ids),
+        "ids": lambda: call(ids=ids + rank),
+        "number of ids": lambda: call(ids=ids[:, rank:]),
         "member": lambda: fl.LMHead(clean, process_group=others) if rank else fl.LMHead(clean, process_group=3.0),
     }
     found = {}
