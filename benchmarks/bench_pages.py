@@ -16,6 +16,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from marks import filled
+
 from fused_losses.bench import pictures, report
 
 ROOT = Path(__file__).parents[1]
@@ -36,16 +38,7 @@ def main() -> None:
         pictures.draw(content["rows"], Path(drawn))
         (ROOT / "docs" / "bench.png").write_bytes((Path(drawn) / "decision.png").read_bytes())
     for name, text in (("README.md", short(content)), ("docs/benchmarks.md", page(content))):
-        write(ROOT / name, filled((ROOT / name).read_text(), text, name))
-
-
-def filled(page: str, text: str, name: str) -> str:
-    """The page with the text between its marks."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"{name} has no {BEGIN} and {END}; put them where the figures shall stand")
-    return f"{before}{BEGIN}\n{text.strip()}\n{END}{after}"
+        write(ROOT / name, filled((ROOT / name).read_text(), text, name, BEGIN, END))
 
 
 def short(content: dict[str, Any]) -> str:

@@ -9,12 +9,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..marks import filled
 from .claims import judge
 from .figures import common_gain, draw, front, wise_points
 from .methods import LARGE, LORA_FACTOR, METHODS, MIDDLE, SMALL, WISE_TITLE
 from .results import Entry, Study, interval, rate_text
 
 DOCS = Path(__file__).parents[2] / "docs"
+BEGIN, END = "<!-- study: written by python -m benchmarks.forgetting --page -->", "<!-- end of study -->"
 FOLDER = "forgetting"  # of the pictures, in DOCS
 CAPTIONS = {
     "equal_gain": "Compared fairly: methods at the same three rates, read off where the domain gain is the same.",
@@ -41,11 +43,24 @@ def write(file: Path) -> int:
     pictures = draw(study, DOCS / FOLDER)
     text = page(study, pictures, found)
     target = DOCS / "forgetting.md"
+    write_text(target, text)
+    for readme, link in ((DOCS.parent / "README.md", f"docs/{target.name}"), (DOCS / "README.md", target.name)):
+        write_text(readme, filled(readme.read_text(), short(study, link), readme.name, BEGIN, END))
+    print(f"{target}, with {len(pictures)} pictures")
+    return 0
+
+
+def write_text(target: Path, text: str) -> None:
     temporary = target.with_suffix(".tmp")
     temporary.write_text(text)
     os.replace(temporary, target)
-    print(f"{target}, with {len(pictures)} pictures")
-    return 0
+
+
+def short(study: Study, link: str) -> str:
+    """Of the READMEs: what the study says of learning rates, and where it stands."""
+    trained = sum(run["method"] != "start" for run in study.runs)
+    said = " ".join(sentences(study)[:2])
+    return f"SmolLM2-135M learns a domain: {said} [Which loss at which learning rate: {trained} trainings]({link})."
 
 
 def page(study: Study, pictures: Sequence[str], found: dict) -> str:
@@ -89,7 +104,11 @@ def of_several(values: Sequence[float], digits: int = 3) -> str:
 
 
 def answer(study: Study) -> str:
-    """Three sentences; every number from the runs."""
+    return " ".join(sentences(study)) or "No runs are merged yet."
+
+
+def sentences(study: Study) -> list[str]:
+    """Three; every number from the runs."""
     said = []
     pairs = {
         (method, rate): (study.of(method, rate), rate) for method in ("sft", "talr") for rate in (SMALL, LARGE)
@@ -116,7 +135,7 @@ def answer(study: Study) -> str:
     names = list(dict.fromkeys(title for point, title in sorted(points) if point in best))
     if names:
         said.append(f"Nothing beats, in gain and loss at once, some run of {', '.join(names)}.")
-    return " ".join(said) or "No runs are merged yet."
+    return said
 
 
 def claims_table(study: Study) -> str:

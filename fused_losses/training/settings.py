@@ -11,6 +11,8 @@ both anchors have 0.9; KL on the original's answers to general prompts. LAwF, SF
     2e-3    5     4    4       17      0.0143  0.0543  0.0516  0.4906
 
 TALR did not reach 0.9 at the smaller rates. 3e-4 moves less, but is too slow for anchors that are very unlikely.
+
+The rate of all weights is that of docs/forgetting.md: SFT at 2e-5 had most of the domain gain and lost next to nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from ..objectives.named import NAMED
 
 RANK = 8  # of LoRA; its alpha is twice that
 TARGETS = ("q_proj", "v_proj")  # where the model has layers of these names; else what PEFT takes for the model
-LEARNING_RATE, FULL_LEARNING_RATE = 1e-3, 1e-5  # of LoRA, and of all weights
+LEARNING_RATE, FULL_LEARNING_RATE = 1e-3, 2e-5  # of LoRA, and of all weights
 STEPS = 40  # at least; more where the data are large:
 EPOCHS = 3  # passes over the rows
 BATCH = 8  # rows of a step, or all there are

@@ -268,13 +268,20 @@ def test_the_page_has_the_answer_the_verdicts_and_pictures(study, tmp_path, monk
     runs[2]["wise"] = {"0.6": runs[3]["after"]}
     file = tmp_path / "forgetting.json"
     study("store").write_json(file, {"size": vars(study("grid").FULL), "runs": runs, "of": 99})
-    monkeypatch.setattr(page, "DOCS", tmp_path)
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    for readme in (tmp_path / "README.md", docs / "README.md"):
+        readme.write_text(f"before\n{page.BEGIN}\nold\n{page.END}\nafter\n")
+    monkeypatch.setattr(page, "DOCS", docs)
     assert page.write(file) == 0
-    text = (tmp_path / "forgetting.md").read_text()
+    for readme, link in ((tmp_path / "README.md", "docs/forgetting.md"), (docs / "README.md", "forgetting.md")):
+        assert "SFT at 2e-5 has 82% of" in readme.read_text() and f"]({link})" in readme.read_text()
+        assert readme.read_text().startswith("before\n") and "\nold\n" not in readme.read_text()
+    text = (docs / "forgetting.md").read_text()
     assert "SFT at 2e-5 has 82% of the domain gain of 4e-4 (0.89 and 1.09 nats per token)" in text
     assert "Wise-FT, α = 0.6" in text
     assert all(f"**{word}**" in text for word in ("held", "not held", "not decidable here"))
-    pictures = {path.stem for path in (tmp_path / "forgetting").iterdir()}
+    pictures = {path.stem for path in (docs / "forgetting").iterdir()}
     assert pictures == {"pareto", "tokens", "curriculum", "steps", "label"}  # no method has three rates
     assert "at most 3 of 6 in 12 runs that were asked" in text
     assert all(f"forgetting/{name}.png" in text for name in pictures)

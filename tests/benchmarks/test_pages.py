@@ -1,5 +1,6 @@
 """What the pages say of `fused-losses bench` is what its results say."""
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,23 @@ def test_pages_are_those_of_the_results(pages, name, text):
 
     content = json.loads(pages.RESULTS.read_text())
     page = (ROOT / name).read_text()
-    assert pages.filled(page, getattr(pages, text)(content), name) == page
+    assert pages.filled(page, getattr(pages, text)(content), name, pages.BEGIN, pages.END) == page
+
+
+@pytest.mark.parametrize("name, link", [("README.md", "docs/forgetting.md"), ("docs/README.md", "forgetting.md")])
+def test_the_study_is_quoted_as_it_is(monkeypatch, name, link):
+    import json
+
+    monkeypatch.syspath_prepend(ROOT)
+    study = importlib.import_module("benchmarks.forgetting.page")
+    found = json.loads((ROOT / "benchmarks" / "results" / "forgetting.json").read_text())
+    page = (ROOT / name).read_text()
+    assert study.filled(page, study.short(study.Study(found["runs"]), link), name, study.BEGIN, study.END) == page
 
 
 def test_a_page_without_marks_is_told(pages):
     with pytest.raises(SystemExit, match=r"x\.md has no <!-- bench"):
-        pages.filled("# Title\n", "text", "x.md")
+        pages.filled("# Title\n", "text", "x.md", pages.BEGIN, pages.END)
 
 
 def test_leaders_are_named_with_what_they_lead_in(pages):
