@@ -24,11 +24,12 @@ demo: $(VENV)/.core
 
 # `test` takes of each grid of cases a few that cover it, `test-all` all of them; `test-fast` the files that say most in the least time.
 GRIDS :=
+SLOWEST := --durations 40 --durations-min 5
 FILES := -n 2 --dist loadfile --no-loadscope-reorder
 
 test: lint
-	$(BIN)/python -m pytest $(GRIDS) $(FILES) -m 'not gpu'
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(GRIDS) -n 2 tests/interpreted
+	$(BIN)/python -m pytest $(GRIDS) $(SLOWEST) $(FILES) -m 'not gpu'
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(GRIDS) $(SLOWEST) -n 2 tests/interpreted
 
 test-all: GRIDS := --exhaustive
 test-all: test

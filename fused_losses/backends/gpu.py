@@ -89,7 +89,7 @@ class Gpu:
         rows = empty_rows(problem, len(problem.labels))
         scale, dtype = problem.head.logit_scale, problem.dtype
         for chunk, facts, extended in self._logit_chunks(problem, out):
-            here, logits = out.at(chunk.tokens), _row_arguments(problem, chunk)
+            here, logits = out.at(chunk.tokens), row_arguments(problem, chunk)
             one = torch.ones_like(here.nll)
             for name in ("entropy", "divergence"):
                 kept = getattr(rows, name)
@@ -115,7 +115,7 @@ class Gpu:
             threshold = int8.THRESHOLD if threshold is None else threshold
             for _ in self._bits_of_scan(_cast(problem), out, threshold, eight.tile, eight=eight):
                 pass
-        elif problem.labels.numel() and (tile := gpu_scan.choose_tile(problem)):
+        elif problem.labels.numel() and (tile := self._tile(problem)):
             self._scan_statistics(_cast(problem), out, tile)
         else:
             for _ in self._logit_chunks(problem, out):
@@ -156,10 +156,10 @@ class Gpu:
             wide = total.bias is not None or has_single
             direction = chunk.z if wide else _as(chunk.z, dtype)
             direction_kernels.directions(
-                *_row_arguments(problem, chunk), facts, here.nll, *weights, direction, None, **more
+                *row_arguments(problem, chunk), facts, here.nll, *weights, direction, None, **more
             )  # type: ignore[call-arg]
             if has_single:
-                single.add_picked_(direction, problem.part(tokens), here, upstream)
+                self._add_single(direction, problem, tokens, here, upstream)
             if total.bias is not None:
                 total.bias.add_(direction.sum(0), alpha=factor)
             if wide:
@@ -171,6 +171,15 @@ class Gpu:
             if total.low_rank is not None:
                 chunks.add_product(total.low_rank, direction.t(), chunk.low_rank_rows, factor)
 
+    def _add_single(
+        self, direction: Tensor, problem: Problem, tokens: slice, out: Statistics, upstream: Upstream
+    ) -> None:  # fmt: skip
+        single.add_picked_(direction, problem.part(tokens), out, upstream)
+
+    def _tile(self, problem: Problem, directed: bool = False) -> tiles.Scan | None:
+        """Of a scan; None: there is none, and logits are formed in chunks."""
+        return gpu_scan.choose_tile(problem, directed)
+
     def _logit_chunks(
         self, problem: Problem, out: Statistics
     ) -> Iterator[tuple[chunks.Chunk, Tensor, Tensor | None]]:  # fmt: skip
@@ -179,7 +188,7 @@ class Gpu:
         for chunk in chunks.logit_chunks(problem, narrow=False, budget=LOGIT_BYTES):
             here = out.at(chunk.tokens)
             facts = torch.empty(len(Row), len(chunk.z), dtype=torch.float32, device=chunk.z.device)
-            z, r, difference, labels, *scales = _row_arguments(problem, chunk)
+            z, r, difference, labels, *scales = row_arguments(problem, chunk)
             _of_products(problem, chunk, here)
             self.kernels.row_statistics(
                 z, r, difference, labels, *scales, here.nll, here.prediction, here.kl, here.entropy,
@@ -213,7 +222,7 @@ class Gpu:
         problem = _cast(problem)
         directed, capacity = selection.directions is not None, selection.capacity * CANDIDATES
         eight = gpu_int8.begin(problem, directed, partial(self._values, threshold=selection.threshold))
-        tile = gpu_scan.choose_tile(problem, directed) if eight is None else eight.tile
+        tile = self._tile(problem, directed) if eight is None else eight.tile
         chosen: list[tuple[Tensor, ...]] = []
         if tile is None:
             spans = self._bits_of_logits(problem, out, selection.threshold, selection.directions)
@@ -239,7 +248,7 @@ class Gpu:
     ) -> Iterator[tuple[Span, Tensor, Tensor]]:
         words = -(-problem.head.vocabulary // row_kernels.BLOCK) * (row_kernels.BLOCK // 32)
         for chunk, facts, _ in self._logit_chunks(problem, out):
-            z, r, difference, _, *scales = _row_arguments(problem, chunk)
+            z, r, difference, _, *scales = row_arguments(problem, chunk)
             lse = facts[Row.TOP] + facts[Row.LOG_SUM]
             wrong = -torch.expm1(-out.nll[chunk.tokens])
             least = math.log(threshold) + 0.5 * torch.log(wrong.clamp(min=LEAST_WRONG))
@@ -248,7 +257,7 @@ class Gpu:
             row_kernels.logit_bits(z, r, difference, bounds, *scales, bits)  # type: ignore[call-arg]
             left_out = None
             if directions is not None:
-                left_out = gpu_tails.of_logits(_row_arguments(problem, chunk), bits, facts, directions)
+                left_out = gpu_tails.of_logits(row_arguments(problem, chunk), bits, facts, directions)
             yield Span(chunk.tokens, left_out), facts, bits
 
     def _bits_of_scan(
@@ -398,7 +407,7 @@ class Gpu:
         return weighted_sum_kernel(matrix.contiguous(), scale.contiguous())
 
 
-def _row_arguments(problem: Problem, chunk: chunks.Chunk) -> Any:
+def row_arguments(problem: Problem, chunk: chunks.Chunk) -> Any:
     """The first arguments of the kernels over logits."""
     head, own = problem.head, problem.reference_head or problem.head
     return (
@@ -411,10 +420,10 @@ def _of_products(problem: Problem, chunk: chunks.Chunk, out: Statistics) -> None
     """The statistics that no kernel has, in PyTorch's own operations; the products stay as they are."""
     if problem.ids is not None:
         ids = problem.ids[chunk.tokens]
-        out.logits_at.copy_(_finished(problem, chunk, lambda products: row_passes.picked(products, ids)))
+        out.logits_at.copy_(finished(problem, chunk, lambda products: row_passes.picked(products, ids)))
         out.logits_at.masked_fill_(ids < 0, 0)
     if out.topk_entropy is not None:
-        z = _finished(problem, chunk, lambda products: products)
+        z = finished(problem, chunk, lambda products: products)
         out.topk_entropy.copy_(row_passes.entropy_of(z.topk(min(problem.top_k, z.shape[1]), dim=1).values))
 
 
@@ -428,7 +437,7 @@ def _more(problem: Problem, out: Statistics, extended: Tensor | None, upstream: 
     return more
 
 
-def _finished(problem: Problem, chunk: chunks.Chunk, take: Callable[[Tensor], Tensor]) -> Tensor:
+def finished(problem: Problem, chunk: chunks.Chunk, take: Callable[[Tensor], Tensor]) -> Tensor:
     """The logits of some products, in new tensors."""
     z, r = take(chunk.z).clone(), None if chunk.r is None else take(chunk.r).clone()
     chunks.finish(problem, z, r, chunk.difference)

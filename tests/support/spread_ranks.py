@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -234,20 +235,70 @@ def work(rank: int, world: int, folder: str) -> None:
     leave()
 
 
-def small_case() -> Case:
-    """For an interpreter that takes milliseconds for each column."""
-    case = make(count=8, reference="shared")
-    return replace(case, weight=case.weight[:200], labels=case.labels % 200)
+# Of 130 tokens, with directions of the head, or 8, without.
+INTERPRETED: dict[str, dict[str, Any]] = {
+    "plain": dict(bias=True, scale=-0.7),
+    "softcap": dict(softcap=12.0, ids=3),
+    "shared": dict(reference="shared", bias=True),
+    "many": dict(count=130, reference="shared", frozen=True, near=0.02),
+    "own-softcap": dict(reference="own", softcap=12.0, ids=3, frozen=True),
+    "room": dict(flat=4, reference="own", coarse=dict(threshold=1e-4, capacity=60, chunk_bytes=1)),
+}  # fmt: skip
+INTERPRETED_SIZES = ((150, 50), (200, 0))
+
+
+def calls() -> Iterator[tuple[str, tuple[int, int], str, str]]:
+    """Name, division, gradient, and dtype of what is interpreted."""
+    for name in INTERPRETED:
+        for sizes in INTERPRETED_SIZES[: 1 + (name == "shared")]:
+            yield name, sizes, "sparse", "float32"
+            if name not in ("many", "room"):
+                yield name, sizes, "exact", "float32"
+    yield "shared", INTERPRETED_SIZES[0], "sparse", "float16"
+    yield "softcap", INTERPRETED_SIZES[0], "exact", "float16"
+
+
+def small_case(name: str) -> Case:
+    """For an interpreter that takes milliseconds for each row of logits."""
+    options = {"count": 8, **INTERPRETED[name]}
+    case = make(**{key: value for key, value in options.items() if key != "coarse"})
+    asked = {key: torch.where(ids < 0, ids, ids % 200) for key, ids in case.asked.items()}
+    few = {key: None if (all := getattr(case, key)) is None else all[:200] for key in ("bias", "reference_weight")}
+    labels = torch.where(case.labels < 0, case.labels, case.labels % 200)
+    return replace(case, weight=case.weight[:200], labels=labels, asked=asked, **few)
+
+
+def limited(name: str) -> contextlib.AbstractContextManager:
+    limits = INTERPRETED[name].get("coarse")
+    return contextlib.nullcontext() if limits is None else coarse(**limits)
+
+
+INTERPRETED_OBJECTIVES: dict[str, tuple[Any, str | None]] = {
+    "EAFT": (lambda **o: fl.EAFTLoss(top_k=60, **o), None),  # more than a rank has
+    "EKSFT": (lambda **o: fl.EKSFTLoss(**o), "shared"),  # with a gradient of the entropy
+    "JSD": (lambda **o: fl.JSDLoss(0.3, **o), "shared"),  # which has no kernels here
+}
 
 
 def interpreted(rank: int, world: int, folder: str) -> None:
-    """The products of entries by Triton's kernels, in its interpreter."""
+    """By Triton's kernels, in its interpreter; the rows in two divisions."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/{world}", rank=rank, world_size=world)
-    inputs = spread_inputs(small_case(), torch.float32, (150, 50))
-    found = token_losses(small_case(), inputs, gradient="sparse", backend="triton")
-    torch.save({"small": found}, f"{folder}/{rank}.pt")
+    found: dict = {}
+    for name, sizes, gradient, dtype in calls():
+        inputs = spread_inputs(small_case(name), DTYPES[dtype], sizes)
+        with limited(name):
+            found[name, sizes, gradient, dtype] = token_losses(
+                small_case(name), inputs, gradient=gradient, backend="triton"
+            )
+    for name, (loss, reference) in INTERPRETED_OBJECTIVES.items():
+        case = small_case(reference or "plain")
+        hidden, head, given = spread_inputs(case, torch.float32, INTERPRETED_SIZES[0])
+        more = {"reference": given} if reference else {}
+        value = loss(backend="triton")(hidden, head, case.labels, **more)
+        found[name] = {"loss": value.detach()} | gradients(2.5 * value, hidden, head)
+    torch.save(found, f"{folder}/{rank}.pt")
     leave()
 
 

@@ -1,6 +1,6 @@
-"""As `sharded.torch`, the products of entries by the CUDA kernels."""
+"""A rank's rows with the CUDA kernels, and Triton's where there are no others."""
 
 from .. import cuda
-from .torch import Sharded
+from .gpu import ShardedGpu
 
-backend = Sharded(cuda.backend)
+backend = ShardedGpu(cuda.backend)

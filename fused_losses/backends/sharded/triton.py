@@ -1,6 +1,6 @@
-"""As `sharded.torch`, the products of entries by Triton's kernels."""
+"""A rank's rows with Triton's kernels."""
 
 from .. import triton
-from .torch import Sharded
+from .gpu import ShardedGpu
 
-backend = Sharded(triton.backend)
+backend = ShardedGpu(triton.backend)

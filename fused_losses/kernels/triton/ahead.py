@@ -155,6 +155,8 @@ def specimens() -> Iterator[Specimen]:
         blocks = left_out.BLOCKS | dict(K=16) | {flag: on for flag, on in some.items() if flag != "BLOCK"}
         yield Specimen("left_out" + name, left_out.left_out_kernel, ARCHITECTURES, blocks, left_out.OPTIONS, no_r)
         yield Specimen("logit_bits" + name, rows.logit_bits_kernel, ARCHITECTURES, some, warps, no_r)
+        if some["REFERENCE"]:
+            yield Specimen("gap_totals" + name, rows.gap_totals_kernel, ARCHITECTURES, some, warps)
         weights = dict(HAS_A=True, HAS_B=some["REFERENCE"], SEPARATE=False, HAS_ENTROPY=False, HAS_DIVERGENCE=False)
         none = ("kl_out_ptr", *no_r, *(() if some["REFERENCE"] else ("b_ptr",)))
         yield Specimen(
