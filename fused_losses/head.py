@@ -114,18 +114,19 @@ class LMHead:
 
     Gradients are exact or sparse, by the same options as of one rank. Entries are chosen against the log-sum-exp of all
     ranks, so together the ranks keep what one would; each keeps those of its rows. On a CPU the compiled kernels take
-    the rank's share ("cpu"). On a GPU logits, statistics and selection are PyTorch's operations, and Triton's or the
-    CUDA kernels take the products of the entries: their scan has no logits that could wait for the other ranks.
-    Divergences with β > 0 are PyTorch's everywhere, products full (`scan_note` says so).
+    the rank's share ("cpu"). On a GPU Triton's or the CUDA kernels take chunks of the rank's logits, as their scan,
+    which forms none, would choose entries before the other ranks' sums are known. Divergences with β > 0 are PyTorch's
+    everywhere, products full (`scan_note` says so).
 
     Communication: per call 13 integers are gathered; per sweep over the tokens and chunk of these one all-gather of 4
     numbers per token and rank (fp32; entropy 1 more, top-k entropy k more, a reference 5, its entropy 1 more), so a
-    chunk of 96 MiB of this rank's logits waits once; and one all-reduce of the [N, D] gradient of hidden in fp32 (a
-    frozen head under `token_losses`: in forward, with a reference 2). Sparse gradients gather 4 more per chunk (with a
-    reference 8), of what the entries leave out, in all 2 of what is rounded, 1 or 2 more where losses of both kinds or
-    single logits have weights, and per call some 20 numbers; the directions of the head are found with one all-reduce
-    of D² numbers, when it is new or has moved far. Then the gradient of tokens that are exact travels by itself. Exact
-    ones: objectives whose weights depend on single tokens sweep once, a trainable head under `token_losses` twice.
+    chunk of 96 MiB of this rank's logits (on a GPU 256) waits once; and one all-reduce of the [N, D] gradient of hidden
+    in fp32 (a frozen head under `token_losses`: in forward, with a reference 2). Sparse gradients gather 4 more per
+    chunk (with a reference 8), of what the entries leave out, in all 2 of what is rounded, 1 or 2 more where losses of
+    both kinds or single logits have weights, and per call some 20 numbers; the directions of the head are found with
+    one all-reduce of D² numbers, when it is new or has moved far. Then the gradient of tokens that are exact travels by
+    itself. Exact ones: objectives whose weights depend on single tokens sweep once, a trainable head under
+    `token_losses` twice.
     Logits and entries never travel. GEMMs: as of one rank, each of V / ranks columns.
 
     Raises:

@@ -56,6 +56,9 @@ class Row(enum.IntEnum):
     TOTALS_SHIFT = 8
 
 
+# A label that is none of the columns, to kernels that come after `row_statistics`: above every bit of a row of them.
+ABSENT = 1 << 30
+
 # Segments of `segment_product` with more entries than this are listed in `hot`. Here and in csrc/cuda/kernels.h.
 SPLIT = 512
 

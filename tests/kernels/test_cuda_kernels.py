@@ -33,14 +33,15 @@ def test_shim_finds_mistakes(shim):
 @pytest.mark.parametrize("v", [2, 33, 123, 507, 4097, 70_001])
 @pytest.mark.parametrize("extra", [0, 1, 3])
 def test_bits(shim, v, extra):
-    n = 5
-    kept = torch.rand(n, v) < torch.tensor([0.0, 0.01, 0.2, 0.2, 0.9])[:, None]
+    n = 6
+    kept = torch.rand(n, v) < torch.tensor([0.0, 0.01, 0.2, 0.2, 0.9, 0.1])[:, None]
     labels = torch.randint(v, (n,))
     labels[0], labels[1], labels[2] = v - 1, 0, min(v, 32) - 1  # the first and the last bit of a word
     kept[0], kept[2, labels[2]] = False, False
     words = -(-v // 32) + extra
     bits = oracles.packed(kept, words)
-    kept[torch.arange(n), labels] = True
+    kept[torch.arange(n - 1), labels[:-1]] = True
+    labels[-1] = schemas.ABSENT
     expected = kept.sum(1)
     capacity = int(expected[3])  # a row of just as many, and one of more
     expected[expected > capacity] = -1

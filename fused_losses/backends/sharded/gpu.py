@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...kernels.schemas import Row
+from ...kernels.schemas import ABSENT, Row
 from ...kernels.triton import rows as row_kernels
 from ...problem import Entries, Gradients, Needs, Problem, Rows, Selection, Statistics, Upstream
 from .. import chunks, single
@@ -25,9 +25,6 @@ from ..gpu import LOGIT_BYTES, Gpu, Span, finished, row_arguments
 from ..torch import UpstreamOf
 from .torch import Sharded, of_logits, wants_logits
 from .whole import Labels, Masses, combine, no_entries, part_of
-
-# Above every column, and every bit of a row of them.
-ABSENT = 1 << 30
 
 
 class OfRank(Gpu):
