@@ -143,14 +143,14 @@ class Study:
     def curve(
         self, method: str, seed: int, domain: str = "reasoning", rates: Sequence[float] | None = None
     ) -> list[tuple[float, float]]:
-        """(gain, loss) over rates, by gain, from the start model on; with `rates` over these, and nothing where one of
-        them is missing."""
+        """(gain, loss) over rates, smallest first, from the start model on; with `rates` over these, and nothing where
+        one of them is missing."""
         runs = [run for run in self.of(method, domain=domain) if run["seed"] == seed]
         if rates is not None:
             runs = [run for run in runs if any(abs(run["rate"] - rate) < 1e-9 for rate in rates)]
             if len(runs) < len(rates):
                 return []
-        return sorted([(0.0, 0.0), *((self.gain(run), self.loss(run)) for run in runs)])
+        return [(0.0, 0.0), *((self.gain(run), self.loss(run)) for run in sorted(runs, key=lambda run: run["rate"]))]
 
     def loss_at_gain(
         self, method: str, gain: float, seed: int, domain: str = "reasoning", rates: Sequence[float] | None = None
@@ -159,7 +159,7 @@ class Study:
         points = self.curve(method, seed, domain, rates)
         found = []
         for (g0, l0), (g1, l1) in itertools.pairwise(points):
-            if g0 <= gain <= g1 and g1 > g0:
+            if min(g0, g1) <= gain <= max(g0, g1) and g1 != g0:
                 found.append(l0 + (l1 - l0) * (gain - g0) / (g1 - g0))
         return min(found) if found else None
 

@@ -244,6 +244,13 @@ def test_loss_at_equal_gain_is_interpolated_along_the_rates(study):
     assert made.loss_at_gain("sft", 1.3, 0) is None
 
 
+def test_a_rate_so_large_that_it_gains_less_is_not_between_two_smaller_ones(study):
+    """Along the rates, not along the gains: there the way from 0.9 to 1.2 would lead over the loss of 2."""
+    runs = [entry("start", 0.0, 0, 1.5, 2.0), entry("sft", 2e-5, 0, 0.6, 2.0), entry("sft", 1e-4, 0, 0.3, 2.1)]
+    runs.append(entry("sft", 4e-4, 0, 0.4, 4.0))
+    assert study("results").Study(runs).loss_at_gain("sft", 1.05, 0) == pytest.approx(0.05)
+
+
 def test_equal_gain_compares_methods_along_the_same_rates(study):
     """A method of one or two rates would be compared along a straight line from the start model, and look worse."""
     common, made = study("figures").loss_at_common_rates, study("results").Study
