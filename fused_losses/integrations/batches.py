@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,10 +10,12 @@ import torch
 from torch import Tensor
 
 from ..huggingface.collator import read_confidence
-from ..huggingface.fields import joined, laid_out, read_fields
+from ..huggingface.fields import joined, known_fields, laid_out, read_fields
+from ..labels import AnchorLabels
 from ..objectives import Objective
 
 IGNORED = -100
+ROWS = 16  # after which it is said that nothing is learned, or nothing held
 
 
 class WithFields:
@@ -24,7 +27,11 @@ class WithFields:
 
     For LAwF, a row without anchors learns what has a label, with confidence 1, and holds the rest of the row, the
     prompt, to the original, for which its tokens get labels. So `fused-losses train` takes chats. Of a row with anchors
-    the labels say what is held.
+    the labels say what is held. Labels of batches with fields are `fused_losses.labels.AnchorLabels`, which a model
+    that is not patched refuses, as it would ignore the fields.
+
+    Columns that other losses of this package take are left out, with a warning: a baseline may have the same data. It
+    also warns where the first rows have no token that LAwF holds, or none that it learns.
 
     Args:
         collator: called with a list of rows, or with a list of such lists (axolotl's packing).
@@ -40,6 +47,9 @@ class WithFields:
         self.collator, self.scale = collator, scale
         self.fields, self.loss_name = loss.batch_fields(), type(loss).__name__
         self.own = {*self.fields, "anchors"} if "confidence" in self.fields else set(self.fields)
+        self.others = (known_fields() | {"anchors"}) - self.own  # columns of other losses
+        self.warned: set[str] = set()
+        self.seen, self.learns, self.holds = 0, False, False
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "collator":
@@ -50,9 +60,16 @@ class WithFields:
         nested = bool(features) and not isinstance(features[0], Mapping)
         groups = [list(group) for group in features] if nested else [list(features)]
         rows = [row for group in groups for row in group]
-        plain = [[{k: v for k, v in row.items() if k not in self.own} for row in group] for group in groups]
-        ids = [torch.as_tensor(row["input_ids"]).reshape(-1) for row in rows]
+        self._name_unused(rows)
+        ours = self.own | self.others
+        plain = [[{k: v for k, v in row.items() if k not in ours} for row in group] for group in groups]
         batch = self.collator(plain if nested else plain[0], *args, **kwargs)
+        if self.fields or self.scale is not None:
+            self._add(batch, rows)
+        return batch
+
+    def _add(self, batch: Any, rows: list[Mapping[str, Any]]) -> None:
+        ids = [torch.as_tensor(row["input_ids"]).reshape(-1) for row in rows]
         given = self.scale is not None and batch.get(self.scale) is not None
         scale = batch.pop(self.scale) if given else None
         values, of_batch = self._fields(rows, [len(x) for x in ids])
@@ -67,7 +84,9 @@ class WithFields:
                 batch[name] = laid_out(name, of_rows, places, tuple(whole.shape))
             if chats:
                 _hold_prompts(batch, [places[i] for i in chats], scale is not None)
-        return batch
+        if self.fields.keys() & batch.keys():
+            self._look(batch, len(rows))
+            batch["labels"] = batch["labels"].as_subclass(AnchorLabels)
 
     def _fields(
         self, rows: list[Mapping[str, Any]], lengths: list[int]
@@ -92,6 +111,36 @@ class WithFields:
                 "a rule for it of zeros and ones"
             )
         return {name: scale.float()}
+
+    def _name_unused(self, rows: list[Mapping[str, Any]]) -> None:
+        for name in sorted({name for row in rows for name in row.keys() & self.others} - self.warned):
+            self.warned.add(name)
+            warnings.warn(
+                f"{name}: is a column of the data that {self.loss_name} has no use for, so it is left out; name the "
+                "loss that it is for, or remove the column",
+                stacklevel=4,
+            )
+
+    def _look(self, batch: Any, rows: int) -> None:
+        """LAwF that holds nothing is plain cross-entropy, and LAwF that learns nothing trains nothing."""
+        if "confidence" not in batch or self.seen >= ROWS:
+            return
+        counts, confidence = batch["labels"][:, 1:] != IGNORED, batch["confidence"][:, 1:]
+        self.learns |= bool((counts & (confidence > 0)).any())
+        self.holds |= bool((counts & (confidence < 1)).any())
+        self.seen += rows
+        if self.seen < ROWS or (self.learns and self.holds):
+            return
+        if self.learns:
+            what = "every token that counts is learned and none is held, so it is plain cross-entropy"
+            remedy = (
+                "it holds what has no label, such as the prompt: give labels to the answer alone (train_on_prompt: "
+                "false, train_on_inputs: false, --loss_scale default), or a column anchors, or take the loss sft"
+            )
+        else:
+            what = "no token is learned" + (", all are held" if self.holds else "")
+            remedy = "it learns what has a label: see whether the rows have answers, and whether they are cut off"
+        warnings.warn(f"{self.loss_name}: of the first {self.seen} rows {what}; {remedy}", stacklevel=4)
 
 
 def _has_anchors(row: Mapping[str, Any]) -> bool:
@@ -139,8 +188,8 @@ def _sequence_starts(batch: Any, ids: Tensor) -> Tensor:
 
 
 def collated(collator: Any, loss: Objective, scale: str | None = None) -> Any:
-    """The collator with the fields of the loss; itself where it needs none."""
-    return WithFields(collator, loss, scale) if loss.batch_fields() or scale is not None else collator
+    """The collator with the fields of the loss."""
+    return WithFields(collator, loss, scale)
 
 
 def _places(whole: Tensor, ids: list[Tensor]) -> list[tuple[int, slice]]:
