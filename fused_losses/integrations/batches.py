@@ -61,12 +61,19 @@ class WithFields:
         groups = [list(group) for group in features] if nested else [list(features)]
         rows = [row for group in groups for row in group]
         self._name_unused(rows)
-        ours = self.own | self.others
-        plain = [[{k: v for k, v in row.items() if k not in ours} for row in group] for group in groups]
+        plain = [self._stripped(group) for group in groups]
         batch = self.collator(plain if nested else plain[0], *args, **kwargs)
         if self.fields or self.scale is not None:
             self._add(batch, rows)
         return batch
+
+    def without_fields(self, features: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
+        """What the collator makes of the rows without them, as for generation."""
+        return self.collator(self._stripped(features), *args, **kwargs)
+
+    def _stripped(self, rows: Sequence[Any]) -> list[dict[str, Any]]:
+        ours = self.own | self.others
+        return [{k: v for k, v in row.items() if k not in ours} for row in rows]
 
     def _add(self, batch: Any, rows: list[Mapping[str, Any]]) -> None:
         ids = [torch.as_tensor(row["input_ids"]).reshape(-1) for row in rows]
