@@ -111,6 +111,11 @@ def _check_data(config: dict[str, Any], loss: Objective) -> None:
             f"{needed[0]} (save_to_disk of the package datasets)"
         )
     everything = "stage" if config.get("stage") == "pt" else "train_on_prompt" if config.get("train_on_prompt") else ""
+    if "confidence" in fields and config.get("compute_accuracy"):
+        raise ValueError(
+            f"compute_accuracy: is that of all tokens with a label, and {name} gives one to the prompt, which it holds; "
+            "leave it out"
+        )
     if "confidence" in fields and everything:
         raise ValueError(
             f"{everything}: {config[everything]} gives every token a label, and {name} learns what has a label, so it "
@@ -162,7 +167,7 @@ def _read(given: list[str]) -> dict[str, Any]:
     except YAMLError as error:
         raise ValueError(f"{given[0]}: is no YAML: {error}") from None
     except OmegaConfBaseException as error:
-        raise ValueError(f"{given[0]}: {error}") from None
+        raise ValueError(f"{given[0]}: {str(error).splitlines()[0]}") from None
 
 
 def _run_exp() -> Callable[..., None]:

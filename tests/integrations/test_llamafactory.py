@@ -46,6 +46,7 @@ def test_it_gets_its_own_keys_alone():
     ({"fused_loss": "weighted", "do_train": True}, "weights: WeightedLoss reads a column .* tokenized_path: the"),
     ({"fused_loss": "weighted", "do_train": True, "tokenized_path": "nowhere"}, "weights: WeightedLoss reads a column"),
     ({"fused_loss": "psft", "do_train": True}, "old_nll: PSFTLoss reads a column"),
+    ({**LAWF, "compute_accuracy": True, "fused_loss_keep_logits": "eval"}, "compute_accuracy: .* to the prompt"),
     ({**LAWF, "stage": "pt"}, "stage: pt gives every token a label, .* fused_loss: sft"),
     ({**LAWF, "train_on_prompt": True}, "train_on_prompt: True gives every token a label"),
 ], ids=str)  # fmt: skip
