@@ -86,9 +86,10 @@ class WithFields:
             batch.update(self._scaled(scale, values))
         if values or chats:
             whole = batch["input_ids"]
-            places = _places(whole, ids)
+            places = _places(whole, ids, [_without_padding(row, x) for row, x in zip(rows, ids, strict=True)])
             for name, of_rows in values.items():
-                batch[name] = laid_out(name, of_rows, places, tuple(whole.shape))
+                there = [x[: at.stop - at.start] for x, (_, at) in zip(of_rows, places, strict=True)]
+                batch[name] = laid_out(name, there, places, tuple(whole.shape))
             if chats:
                 _hold_prompts(batch, [places[i] for i in chats], scale is not None)
         if self.fields.keys() & batch.keys():
@@ -199,24 +200,38 @@ def collated(collator: Any, loss: Objective, scale: str | None = None) -> Any:
     return WithFields(collator, loss, scale)
 
 
-def _places(whole: Tensor, ids: list[Tensor]) -> list[tuple[int, slice]]:
-    """Where each row's tokens are in [B, T]: at the left, at the right, or one after the other."""
+def _without_padding(row: Mapping[str, Any], ids: Tensor) -> Tensor:
+    """Its tokens up to the last that its own mask counts: packed rows may come padded, and a collator cut that off."""
+    mask = row.get("attention_mask")
+    counted = torch.as_tensor([] if mask is None else mask).reshape(-1).nonzero()
+    return ids[: int(counted[-1]) + 1] if len(counted) else ids
+
+
+def _places(whole: Tensor, ids: list[Tensor], cut: list[Tensor]) -> list[tuple[int, slice]]:
+    """Where each row's tokens are in [B, T]: at the left, at the right, or one after the other; or what is left of them
+    when they are `cut`."""
     if whole.dim() != 2:
         raise ValueError(f"input_ids: expected a batch [rows, tokens], got shape {list(whole.shape)}")
     found: list[tuple[int, slice]] = []
-    for index, tokens in enumerate(ids):
-        n = len(tokens)
-        if len(ids) == len(whole):
-            starts = [(index, 0), (index, whole.shape[1] - n)]
-        else:
-            row, before = found[-1] if found else (0, slice(0, 0))
-            starts = [(row, before.stop), (row + 1, 0)]
-        possible = [(row, slice(start, start + n)) for row, start in starts if row < len(whole) and start >= 0]
-        there = [place for place in possible if torch.equal(whole[place].cpu(), tokens.to(whole.dtype))]
+    for index, choices in enumerate(zip(ids, cut, strict=True)):
+        there = [place for tokens in choices for place in _where(whole, tokens, index, found, len(ids))]
         if not there:
             raise ValueError(
-                f"row {index}: its {n} tokens are not in the batch of shape {list(whole.shape)} as they came, so its "
-                "fields have no place; the collator cuts or changes rows: do so before training"
+                f"row {index}: its {len(ids[index])} tokens are not in the batch of shape {list(whole.shape)} as they "
+                "came, so its fields have no place; the collator cuts or changes rows: do so before training"
             )
         found.append(there[0])
     return found
+
+
+def _where(
+    whole: Tensor, tokens: Tensor, index: int, found: list[tuple[int, slice]], count: int
+) -> list[tuple[int, slice]]:
+    n = len(tokens)
+    if count == len(whole):
+        starts = [(index, 0), (index, whole.shape[1] - n)]
+    else:
+        row, before = found[-1] if found else (0, slice(0, 0))
+        starts = [(row, before.stop), (row + 1, 0)]
+    possible = [(row, slice(start, start + n)) for row, start in starts if row < len(whole) and start >= 0]
+    return [place for place in possible if torch.equal(whole[place].cpu(), tokens.to(whole.dtype))]

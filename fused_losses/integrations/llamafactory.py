@@ -113,8 +113,8 @@ def _check_data(config: dict[str, Any], loss: Objective) -> None:
     everything = "stage" if config.get("stage") == "pt" else "train_on_prompt" if config.get("train_on_prompt") else ""
     if "confidence" in fields and config.get("compute_accuracy"):
         raise ValueError(
-            f"compute_accuracy: is that of all tokens with a label, and {name} gives one to the prompt, which it holds; "
-            "leave it out"
+            f"compute_accuracy: is that of all tokens with a label, and {name} gives one to the prompt, which it "
+            "holds; leave it out"
         )
     if "confidence" in fields and everything:
         raise ValueError(
@@ -211,8 +211,12 @@ def _passed_on(loss: Objective) -> Iterator[None]:
 
 
 def _fitted(trainer: Any, loss: Objective) -> Any:
-    """Its batches for generation, whose labels are of another length than the prompts, without the fields of the loss;
-    and its loss not divided by the tokens of several batches where the loss takes means within one."""
+    """Our callback before those that report elsewhere; batches for generation, whose labels are of another length than
+    the prompts, without the fields of the loss; and no division by the tokens of several batches where the loss takes
+    means within one."""
+    from ..huggingface.patch_callback import PatchCallback
+
+    trainer.callback_handler.callbacks.sort(key=lambda callback: not isinstance(callback, PatchCallback))
     if not loss.divides_by_items:
         trainer.model_accepts_loss_kwargs = False
     if getattr(trainer.args, "predict_with_generate", False):

@@ -120,6 +120,24 @@ def test_packed_rows_do_not_predict_each_other():
     assert torch.equal(by_mask["labels"], batch["labels"])
 
 
+@pytest.mark.parametrize("anchors", [False, True])
+def test_a_packed_row_whose_padding_the_collator_cuts_off(anchors):
+    """As LLaMA-Factory has it for flash attention: of rows of a fixed length the batch has what their mask counts."""
+    whole = {k: v[0].tolist() for k, v in masked(rows(3)).items()}
+    if anchors:
+        whole["confidence"] = [0.5 * (label != -100) for label in whole["labels"]]
+
+    def cut(features):
+        n = sum(number > 0 for number in features[0]["attention_mask"])
+        return {name: torch.tensor([values[:n]]) for name, values in features[0].items()}
+
+    kept = collated(lambda f: {k: torch.tensor([v]) for k, v in f[0].items()}, fl.LAwFLoss())([dict(whole)])
+    batch = collated(cut, fl.LAwFLoss())([dict(whole)])
+    n = batch["input_ids"].shape[1]
+    assert n == len(whole["input_ids"]) - 3
+    assert all(torch.equal(batch[name], kept[name][:, :n]) for name in ("labels", "confidence"))
+
+
 @pytest.mark.parametrize("loss, name", [(fl.WeightedLoss(), "weights"), (fl.LAwFLoss(), "confidence")], ids=str)
 def test_a_scale_of_the_trainers_own(loss, name):
     def with_scale(features):
