@@ -92,7 +92,7 @@ class WithFields:
                 batch[name] = laid_out(name, there, places, tuple(whole.shape))
             if chats:
                 _hold_prompts(batch, [places[i] for i in chats], scale is not None)
-        if self.fields.keys() & batch.keys():
+        if (self.fields.keys() - {"sequence_ids"}) & batch.keys():
             self._look(batch, len(rows))
             batch["labels"] = batch["labels"].as_subclass(AnchorLabels)
 

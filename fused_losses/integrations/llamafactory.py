@@ -61,16 +61,17 @@ def split(config: dict[str, Any]) -> tuple[dict[str, Any], LossSettings]:
     if config.get("compute_accuracy") and not settings.keep_logits:
         raise ValueError("compute_accuracy: needs logits in evaluation; give fused_loss_keep_logits: eval")
     loss = settings.objective()
-    _check_options(config, loss)
+    _check_options(config, settings, loss)
     _check_reference(config, settings)
     _check_data(config, loss)
     return config, settings
 
 
-def _check_options(config: dict[str, Any], loss: Objective) -> None:
+def _check_options(config: dict[str, Any], settings: LossSettings, loss: Objective) -> None:
     """LLaMA-Factory has keys of the same names, temperature and top_k, for generation."""
     for name in option_names(type(loss)):
-        if config.get(name) is not None and not (name in GENERATION and config.get("predict_with_generate")):
+        meant = name in GENERATION and (config.get("predict_with_generate") or name in settings.options)
+        if config.get(name) is not None and not meant:
             raise ValueError(
                 f"{name}: is an option of {type(loss).__name__}; write fused_loss_options: {{{name}: {config[name]}}}"
                 + (f"; {name} of generation needs predict_with_generate: true" if name in GENERATION else "")

@@ -221,6 +221,12 @@ def test_a_few_rows_without_a_prompt_or_an_answer_are_no_fault():
         with_scale(learned_rows())  # half held
 
 
+def test_numbers_of_sequences_are_no_weights():
+    data = [{**row, "sequence_ids": [0] * len(row["input_ids"])} for row in rows(3)]
+    batch = collated(collate, fl.TALRLoss())(data)
+    assert type(batch["labels"]) is torch.Tensor and batch["sequence_ids"].shape == batch["labels"].shape
+
+
 class Collator:
     padding = "longest"
 

@@ -59,6 +59,7 @@ def test_it_refuses(config, message):
     {"fused_loss": "dft", "use_dft_loss": False, "enable_liger_kernel": None},
     {"fused_loss": "talr", "temperature": 2.0, "predict_with_generate": True},
     {"fused_loss": "sft", "temperature": 2.0},
+    {"fused_loss": "talr", "temperature": 0.95, "fused_loss_options": {"temperature": 2.0}},
     {"fused_loss": "sft", "stage": "pt", "train_on_prompt": True, "finetuning_type": "full"},
     {**LAWF, "finetuning_type": "full", "do_train": True, "do_eval": True},
     {**LAWF, "fused_loss_reference": "base", "finetuning_type": "oft", "do_train": True},
