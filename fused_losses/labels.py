@@ -124,7 +124,8 @@ def _refuse(loss: str, wanted: bool) -> None:
     message = (
         "labels: those of AnchorCollator, which come with a confidence or with weights, have reached plain "
         f"cross-entropy ({loss}), so the anchors, or the weights, are ignored; call fused_losses.patch(model, "
-        "fused_losses.LAwFLoss(), reference=...), or with the objective that they are for, before training. For plain "
+        "fused_losses.LAwFLoss(), reference=...), or with the objective that they are for, before training; with "
+        "PatchCallback give stays=True, which leaves the model patched for evaluation after it. For plain "
         "cross-entropy give labels.as_subclass(torch.Tensor), or take a collator without them"
     )
     if wanted:

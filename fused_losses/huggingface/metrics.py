@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -36,7 +37,8 @@ class Callback(TrainerCallback, ExportableState):
     accumulated batches and over all ranks together. Evaluation does not count. What there is none of is left out. All
     come from the forward of the loss; nothing is computed for them but sums over vectors of one number a token. A loss
     at a temperature (JSD, reverse KL, top-k distillation) has nll and kl at that temperature; where it has an
-    nll_weight too, the nll is that at temperature 1, and kl is left out.
+    nll_weight too, the nll is that at temperature 1, and kl is left out. Where no token since the last log had a label,
+    a warning says so, once.
 
     Use::
 
@@ -67,6 +69,7 @@ class Callback(TrainerCallback, ExportableState):
         self._since_log: Tensor | None = None  # [8] SUMS over all ranks, without
         self._since_step: Tensor | None = None  # those of this rank since the last step
         self._patch: Any = None
+        self._warned = False
 
     def __repr__(self) -> str:
         return f"Callback(prefix={self.prefix!r})"
@@ -126,6 +129,13 @@ class Callback(TrainerCallback, ExportableState):
             return
         sums = dict(zip(SUMS, self._since_log.tolist(), strict=True))
         self._since_log = None
+        if not (sums["tokens"] or self._warned) and state.is_world_process_zero:
+            self._warned = True
+            warnings.warn(
+                f"Callback: none of the tokens up to step {state.global_step} since the last log had a label, so "
+                "nothing was learned; see whether the rows have answers, and whether they are cut off",
+                stacklevel=2,
+            )
         self.last = {
             self.prefix + name: sums[total] / sums[count] for name, (total, count) in MEANS.items() if sums[count] > 0
         }

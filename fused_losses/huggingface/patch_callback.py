@@ -1,4 +1,4 @@
-"""`PatchCallback`: a loss patched into whatever model a Trainer trains, for as long as it trains."""
+"""`PatchCallback`: a loss patched into whatever model a Trainer trains, for as long as it trains, or for good."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from ..objectives import Objective
 from .callbacks import patch_of
 from .metrics import Callback
 from .patching import patch, unpatch
+from .references import Base
 
 
 class PatchCallback(TrainerCallback):
-    """Patches the model of a Trainer when training begins, unpatches it when it ends, and logs what the loss sees.
+    """Patches the model of a Trainer while it trains, or from when the Trainer is made on, and logs what the loss sees.
 
     For trainers that make the model themselves and take callbacks (LLaMA-Factory, ms-swift, one's own)::
 
@@ -31,19 +32,27 @@ class PatchCallback(TrainerCallback):
     error, as the Trainer divides by the tokens of all accumulated batches. FSDP, DeepSpeed's ZeRO-3 and the like
     change the model before training begins, so for them patch first too.
 
-    After training the model is what it was; `trainer.evaluate()` then computes the model's own loss. Where training
-    ends with an exception a Trainer does not say so: the model stays patched, and the next `train()` goes on with the
-    same patch and reference; `callback.unpatch()` undoes it.
+    After training the model is what it was; `trainer.evaluate()` then computes the model's own loss, in which anchors
+    and weights do not count (a warning says so where AnchorCollator makes the batches). With **stays=True** the model
+    is patched as soon as the Trainer has been made and stays so: evaluation and prediction before and after training
+    have the loss too. `callback.unpatch()` ends it.
+
+    Where training ends with an exception a Trainer does not say so: the model stays patched, and the next `train()`
+    goes on with the same patch and reference; `callback.unpatch()` undoes it.
 
     Args:
         loss: as for `fl.patch`: an `Objective`; None for cross-entropy.
         reference, reference_cache, keep_logits, eval_loss: as for `fl.patch`. With reference="start" the original is
-            the model as it is when training begins: a second `train()` starts from what the first has left.
+            the model as it is when it is patched: without `stays`, a second `train()` starts from what the first has
+            left.
         log: whether to add to the logs.
         prefix: of the names in the logs, such as "train/".
+        stays: patch when the Trainer has been made, and leave the model patched. A callback that is added to a Trainer
+            later patches when training begins.
 
-    Raises: TypeError, ValueError for wrong arguments, when it is made; what `fl.patch` raises when training begins;
-    ValueError for reference="start" where training is resumed, as the model then has the checkpoint's weights.
+    Raises: TypeError, ValueError for wrong arguments, when it is made; what `fl.patch` raises when the model is
+    patched; ValueError then for reference="base" without an adapter, and for reference="start" where training is
+    resumed and the model has the checkpoint's weights by now (with `stays` it is patched before these are loaded).
 
     Copies and pickles of it are callbacks that have not begun: the loss is copied, a reference model is shared by
     copies. Checkpoints hold the sums since the last log, so training that is resumed between two logs goes on with
@@ -60,6 +69,7 @@ class PatchCallback(TrainerCallback):
         eval_loss: str = "nll",
         log: bool = True,
         prefix: str = "",
+        stays: bool = False,
     ) -> None:
         if loss is not None and not isinstance(loss, Objective):
             what = loss.__name__ if isinstance(loss, type) else repr(loss)
@@ -75,12 +85,14 @@ class PatchCallback(TrainerCallback):
             reference=reference, reference_cache=reference_cache, keep_logits=keep_logits, eval_loss=eval_loss
         )
         self.metrics = Callback(prefix) if log else None
+        self.stays = stays
         self.own_reference = False  # a model that nobody else holds: it follows the trained one to its device
         self._model: Any = None  # what we patched
         self._patch: Any = None
 
     def __repr__(self) -> str:
-        options = ", ".join(f"{name}={value!r}" for name, value in self.options.items() if not _is_model(value))
+        given = {**self.options, **({"stays": True} if self.stays else {})}
+        options = ", ".join(f"{name}={value!r}" for name, value in given.items() if not _is_model(value))
         return f"PatchCallback({self.loss!r}, {options})"
 
     def __getstate__(self) -> dict[str, Any]:
@@ -109,19 +121,21 @@ class PatchCallback(TrainerCallback):
 
     # --- events of a Trainer
 
+    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if self.stays:
+            self._patch_now(model)
+
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if self._model is not model or patch_of(model) is not self._patch:  # else a training before was cut short
-            self.unpatch()
+        if self._patch is None or patch_of(model) is not self._patch:  # else patched before, or cut short
             if self.options["reference"] == "start" and state.global_step:
+                self.unpatch()
                 raise ValueError(
                     f"PatchCallback: reference='start' in a training resumed at step {state.global_step} would be the "
-                    "checkpoint and not the model it started from; take reference='base' with a PEFT adapter, give the "
-                    "original model, or call fused_losses.patch(model, ...) before the Trainer is made"
+                    "checkpoint and not the model it started from; give stays=True, with which the model is patched "
+                    "before the checkpoint is loaded, take reference='base' with a PEFT adapter, or give the original "
+                    "model"
                 )
-            if self.own_reference and model is not None:
-                self.options["reference"].to(model.device)
-            patch(model, self.loss, **self.options)
-            self._model, self._patch = model, patch_of(model)
+            self._patch_now(model)
         if self.metrics is not None:
             self.metrics.on_train_begin(args, state, control, model=model, **kwargs)
 
@@ -146,9 +160,25 @@ class PatchCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.metrics is not None:
             self.metrics.on_train_end(args, state, control, **kwargs)
-        self.unpatch()
+        if not self.stays:
+            self.unpatch()
 
     # --- inside
+
+    def _patch_now(self, model: Any) -> None:
+        self.unpatch()
+        if self.own_reference and model is not None:
+            self.options["reference"].to(model.device)
+        patch(model, self.loss, **self.options)
+        self._model, self._patch = model, patch_of(model)
+        source: Any = self._patch.source
+        if isinstance(source, Base) and not source.found_adapters:  # no Trainer adds one from here on
+            self.unpatch()
+            raise ValueError(
+                f"PatchCallback: reference={source.name!r} is the model without its adapter, and this model has none "
+                "(or it is merged into the model); take reference='start', the model as training begins, or give the "
+                "original as a model of its own"
+            )
 
     def _check_used(self) -> None:
         """Some trainers never ask the model for a loss, so that the objective would be left out without a word."""

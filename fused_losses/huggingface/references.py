@@ -157,7 +157,8 @@ class Base(Source):
         self.name = name
         self.layers: list[Any] = []  # weak references to the adapted ones
         self.warned = name != "adapter-off"
-        if self._has_adapters(model, outer):
+        self.found_adapters = self._has_adapters(model, outer)  # when the model was patched
+        if self.found_adapters:
             self.layers = [weakref.ref(layer) for layer in adapters.layers(model)]
             self._check(model, outer)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,10 +10,12 @@ import torch
 from torch import Tensor
 
 from ..huggingface.collator import read_confidence
-from ..huggingface.fields import joined, laid_out, read_fields
+from ..huggingface.fields import joined, known_fields, laid_out, read_fields
+from ..labels import AnchorLabels
 from ..objectives import Objective
 
 IGNORED = -100
+ROWS = 16  # after which it is said that nothing is learned, or nothing held
 
 
 class WithFields:
@@ -24,7 +27,11 @@ class WithFields:
 
     For LAwF, a row without anchors learns what has a label, with confidence 1, and holds the rest of the row, the
     prompt, to the original, for which its tokens get labels. So `fused-losses train` takes chats. Of a row with anchors
-    the labels say what is held.
+    the labels say what is held. Labels of batches with fields are `fused_losses.labels.AnchorLabels`, which a model
+    that is not patched refuses, as it would ignore the fields.
+
+    Columns that other losses of this package take are left out, with a warning: a baseline may have the same data. It
+    also warns where the first rows have no token that LAwF holds, or none that it learns.
 
     Args:
         collator: called with a list of rows, or with a list of such lists (axolotl's packing).
@@ -40,6 +47,9 @@ class WithFields:
         self.collator, self.scale = collator, scale
         self.fields, self.loss_name = loss.batch_fields(), type(loss).__name__
         self.own = {*self.fields, "anchors"} if "confidence" in self.fields else set(self.fields)
+        self.others = (known_fields() | {"anchors"}) - self.own  # columns of other losses
+        self.warned: set[str] = set()
+        self.seen, self.learns, self.holds = 0, False, False
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "collator":
@@ -50,9 +60,23 @@ class WithFields:
         nested = bool(features) and not isinstance(features[0], Mapping)
         groups = [list(group) for group in features] if nested else [list(features)]
         rows = [row for group in groups for row in group]
-        plain = [[{k: v for k, v in row.items() if k not in self.own} for row in group] for group in groups]
-        ids = [torch.as_tensor(row["input_ids"]).reshape(-1) for row in rows]
+        self._name_unused(rows)
+        plain = [self._stripped(group) for group in groups]
         batch = self.collator(plain if nested else plain[0], *args, **kwargs)
+        if self.fields or self.scale is not None:
+            self._add(batch, rows)
+        return batch
+
+    def without_fields(self, features: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
+        """What the collator makes of the rows without them, as for generation."""
+        return self.collator(self._stripped(features), *args, **kwargs)
+
+    def _stripped(self, rows: Sequence[Any]) -> list[dict[str, Any]]:
+        ours = self.own | self.others
+        return [{k: v for k, v in row.items() if k not in ours} for row in rows]
+
+    def _add(self, batch: Any, rows: list[Mapping[str, Any]]) -> None:
+        ids = [torch.as_tensor(row["input_ids"]).reshape(-1) for row in rows]
         given = self.scale is not None and batch.get(self.scale) is not None
         scale = batch.pop(self.scale) if given else None
         values, of_batch = self._fields(rows, [len(x) for x in ids])
@@ -62,12 +86,15 @@ class WithFields:
             batch.update(self._scaled(scale, values))
         if values or chats:
             whole = batch["input_ids"]
-            places = _places(whole, ids)
+            places = _places(whole, ids, [_without_padding(row, x) for row, x in zip(rows, ids, strict=True)])
             for name, of_rows in values.items():
-                batch[name] = laid_out(name, of_rows, places, tuple(whole.shape))
+                there = [x[: at.stop - at.start] for x, (_, at) in zip(of_rows, places, strict=True)]
+                batch[name] = laid_out(name, there, places, tuple(whole.shape))
             if chats:
                 _hold_prompts(batch, [places[i] for i in chats], scale is not None)
-        return batch
+        if (self.fields.keys() - {"sequence_ids"}) & batch.keys():
+            self._look(batch, len(rows))
+            batch["labels"] = batch["labels"].as_subclass(AnchorLabels)
 
     def _fields(
         self, rows: list[Mapping[str, Any]], lengths: list[int]
@@ -92,6 +119,36 @@ class WithFields:
                 "a rule for it of zeros and ones"
             )
         return {name: scale.float()}
+
+    def _name_unused(self, rows: list[Mapping[str, Any]]) -> None:
+        for name in sorted({name for row in rows for name in row.keys() & self.others} - self.warned):
+            self.warned.add(name)
+            warnings.warn(
+                f"{name}: is a column of the data that {self.loss_name} has no use for, so it is left out; name the "
+                "loss that it is for, or remove the column",
+                stacklevel=4,
+            )
+
+    def _look(self, batch: Any, rows: int) -> None:
+        """LAwF that holds nothing is plain cross-entropy, and LAwF that learns nothing trains nothing."""
+        if "confidence" not in batch or self.seen >= ROWS:
+            return
+        counts, confidence = batch["labels"][:, 1:] != IGNORED, batch["confidence"][:, 1:]
+        self.learns |= bool((counts & (confidence > 0)).any())
+        self.holds |= bool((counts & (confidence < 1)).any())
+        self.seen += rows
+        if self.seen < ROWS or (self.learns and self.holds):
+            return
+        if self.learns:
+            what = "every token that counts is learned and none is held, so it is plain cross-entropy"
+            remedy = (
+                "it holds what has no label, such as the prompt: give labels to the answer alone (train_on_prompt: "
+                "false, train_on_inputs: false, --loss_scale default), or a column anchors, or take the loss sft"
+            )
+        else:
+            what = "no token is learned" + (", all are held" if self.holds else "")
+            remedy = "it learns what has a label: see whether the rows have answers, and whether they are cut off"
+        warnings.warn(f"{self.loss_name}: of the first {self.seen} rows {what}; {remedy}", stacklevel=4)
 
 
 def _has_anchors(row: Mapping[str, Any]) -> bool:
@@ -139,28 +196,42 @@ def _sequence_starts(batch: Any, ids: Tensor) -> Tensor:
 
 
 def collated(collator: Any, loss: Objective, scale: str | None = None) -> Any:
-    """The collator with the fields of the loss; itself where it needs none."""
-    return WithFields(collator, loss, scale) if loss.batch_fields() or scale is not None else collator
+    """The collator with the fields of the loss."""
+    return WithFields(collator, loss, scale)
 
 
-def _places(whole: Tensor, ids: list[Tensor]) -> list[tuple[int, slice]]:
-    """Where each row's tokens are in [B, T]: at the left, at the right, or one after the other."""
+def _without_padding(row: Mapping[str, Any], ids: Tensor) -> Tensor:
+    """Its tokens up to the last that its own mask counts: packed rows may come padded, and a collator cut that off."""
+    mask = row.get("attention_mask")
+    counted = torch.as_tensor([] if mask is None else mask).reshape(-1).nonzero()
+    return ids[: int(counted[-1]) + 1] if len(counted) else ids
+
+
+def _places(whole: Tensor, ids: list[Tensor], cut: list[Tensor]) -> list[tuple[int, slice]]:
+    """Where each row's tokens are in [B, T]: at the left, at the right, or one after the other; or what is left of them
+    when they are `cut`."""
     if whole.dim() != 2:
         raise ValueError(f"input_ids: expected a batch [rows, tokens], got shape {list(whole.shape)}")
     found: list[tuple[int, slice]] = []
-    for index, tokens in enumerate(ids):
-        n = len(tokens)
-        if len(ids) == len(whole):
-            starts = [(index, 0), (index, whole.shape[1] - n)]
-        else:
-            row, before = found[-1] if found else (0, slice(0, 0))
-            starts = [(row, before.stop), (row + 1, 0)]
-        possible = [(row, slice(start, start + n)) for row, start in starts if row < len(whole) and start >= 0]
-        there = [place for place in possible if torch.equal(whole[place].cpu(), tokens.to(whole.dtype))]
+    for index, choices in enumerate(zip(ids, cut, strict=True)):
+        there = [place for tokens in choices for place in _where(whole, tokens, index, found, len(ids))]
         if not there:
             raise ValueError(
-                f"row {index}: its {n} tokens are not in the batch of shape {list(whole.shape)} as they came, so its "
-                "fields have no place; the collator cuts or changes rows: do so before training"
+                f"row {index}: its {len(ids[index])} tokens are not in the batch of shape {list(whole.shape)} as they "
+                "came, so its fields have no place; the collator cuts or changes rows: do so before training"
             )
         found.append(there[0])
     return found
+
+
+def _where(
+    whole: Tensor, tokens: Tensor, index: int, found: list[tuple[int, slice]], count: int
+) -> list[tuple[int, slice]]:
+    n = len(tokens)
+    if count == len(whole):
+        starts = [(index, 0), (index, whole.shape[1] - n)]
+    else:
+        row, before = found[-1] if found else (0, slice(0, 0))
+        starts = [(row, before.stop), (row + 1, 0)]
+    possible = [(row, slice(start, start + n)) for row, start in starts if row < len(whole) and start >= 0]
+    return [place for place in possible if torch.equal(whole[place].cpu(), tokens.to(whole.dtype))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,6 +56,8 @@ class LossSettings:
                 f"fused_loss_reference: expected base, start or the folder of a model (with its config.json), got "
                 f"{self.reference!r}"
             )
+        if self.loads_reference:
+            _check_causal(str(self.reference))
         if self.reference_cache is not None and self.reference is None:
             raise ValueError("fused_loss_reference_cache: given without fused_loss_reference; there is nothing to keep")
         if self.keep_logits not in (True, False, "eval"):
@@ -80,11 +83,11 @@ class LossSettings:
             options["reference"].to(model.device)
         return patch(model, self.objective(), **options)
 
-    def callback(self) -> Any:
+    def callback(self, stays: bool = False) -> Any:
         """A `PatchCallback` as the keys say."""
         from ..huggingface.patch_callback import PatchCallback
 
-        made = PatchCallback(self.objective(), **self.patch_options("auto"))
+        made = PatchCallback(self.objective(), **self.patch_options("auto"), stays=stays)
         made.own_reference = self.loads_reference
         return made
 
@@ -149,3 +152,24 @@ def refuse(config: Mapping[str, Any], switches: Mapping[str, str], who: str) -> 
 
 def _is_model_folder(name: Any) -> bool:
     return isinstance(name, str) and (Path(name) / "config.json").is_file()
+
+
+def _check_causal(folder: str) -> None:
+    """Before it is loaded: one without an LM head would be loaded with a head of random numbers."""
+    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    kinds = config.get("architectures") or []
+    what = ""
+    if config.get("is_encoder_decoder"):
+        what = "is an encoder-decoder"
+    elif kinds and "auto_map" not in config and not any(map(_has_lm_head, kinds)):
+        what = f"is a {kinds[0]}, without an LM head"
+    if what:
+        raise ValueError(
+            f"fused_loss_reference: the model in {folder} {what}; give a causal language model, such as the one that "
+            "the training starts from"
+        )
+
+
+def _has_lm_head(name: str) -> bool:
+    """Of a class of transformers."""
+    return name.endswith("LM") or "LMHead" in name or "ConditionalGeneration" in name

@@ -36,7 +36,10 @@ class Field:
     of_sequences: bool = False
     optional: bool = False
     labelled: bool = False
-    in_a_batch: str = "a column of the data set, which the collator must pass on (AnchorCollator does)"
+    in_a_batch: str = (
+        "a column of that name in the data set, which the collator must pass on (AnchorCollator and the collators of "
+        "fused_losses.integrations do; LLaMA-Factory keeps such columns of a tokenized_path alone)"
+    )
 
     def read(self, tokens: Tokens, values: Tensor, name: str) -> Tensor:
         """[N] or [N, k] of the valid tokens: checked, without a gradient, in the dtype of the statistics."""

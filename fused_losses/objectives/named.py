@@ -31,20 +31,28 @@ NAMED: dict[str, type[Objective]] = {
     "eksft": EKSFTLoss, "psft": PSFTLoss, "weighted": WeightedLoss, "jsd": JSDLoss, "reverse-kl": ReverseKLLoss,
     "topk-distillation": TopKDistillationLoss,
 }  # fmt: skip
+OTHER_NAMES = {"ce": "sft", "nll": "sft"}
 
 
 def objective_class(name: Any, said_of: str = "loss") -> type[Objective]:
     """The class of that name: one of NAMED, or a class's own, such as TALRLoss; ValueError with all names.
 
-    `said_of`: what a message calls the name.
+    Case, signs between words and a last "loss" do not count: cross-entropy, CrossEntropyLoss and cross_entropy_loss are
+    sft. `said_of`: what a message calls the name.
     """
-    known = {**NAMED, **{cls.__name__.lower(): cls for cls in NAMED.values()}}
-    found = known.get(name.strip().lower().replace("_", "-")) if isinstance(name, str) else None
-    if found is None:
-        close = difflib.get_close_matches(str(name).lower(), known, 1)
-        meant = f"; did you mean {close[0]}?" if close else ""
+    known = {_spelt(cls.__name__): own for own, cls in NAMED.items()}
+    known |= {_spelt(own): own for own in NAMED} | OTHER_NAMES
+    spelt = _spelt(name) if isinstance(name, str) else ""
+    if spelt not in known:
+        close = difflib.get_close_matches(spelt, known, 1)
+        meant = f"; did you mean {known[close[0]]}?" if close else ""
         raise ValueError(f"{said_of}: expected one of {', '.join(NAMED)}, got {name!r}{meant}")
-    return found
+    return NAMED[known[spelt]]
+
+
+def _spelt(name: str) -> str:
+    letters = "".join(letter for letter in name.lower() if letter.isalnum())
+    return letters.removesuffix("loss") or letters
 
 
 def make_objective(name: Any, options: Mapping[str, Any] | None = None, said_of: str = "loss") -> Objective:

@@ -256,10 +256,12 @@ def test_what_reports_elsewhere_sees_the_numbers_where_it_is_added_first():
     assert ["nll" in logs for logs in seen if "loss" in logs] == [False, True]
 
 
-def test_batches_without_any_label_log_nothing():
+def test_batches_without_any_label_log_nothing_and_are_named_once():
     data = [{"input_ids": [3, 4, 5], "labels": [-100] * 3}] * 8
-    entries = logged(run(fl.patch(llama(), fl.DFTLoss()), Callback(), data, max_steps=1))
-    assert len(entries) == 1 and ours(entries[0]) == {}
+    with pytest.warns(UserWarning, match="none of the tokens up to step 1 .* whether the rows have answers") as said:
+        entries = logged(run(fl.patch(llama(), fl.DFTLoss()), Callback(), data, max_steps=2))
+    assert len(entries) == 2 and ours(entries[0]) == ours(entries[1]) == {}
+    assert len([w for w in said if "whether the rows" in str(w.message)]) == 1
 
 
 def test_what_it_cannot_do_is_said():

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from training import DESCENT, collate, llama, rows
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -176,6 +176,81 @@ def test_the_start_of_a_training_that_is_resumed_is_not_at_hand(tmp_path):
     assert not is_patched(model)
 
 
+# --- a patch that stays
+
+
+def evaluated(trainer):
+    return trainer.evaluate(rows(4, 3, anchors=True))["eval_loss"]
+
+
+@pytest.mark.parametrize("options", [
+    {}, dict(gradient_accumulation_steps=2, max_steps=2), dict(eval_strategy="steps", eval_steps=2),
+], ids=str)  # fmt: skip
+def test_a_patch_that_stays_is_the_loss_of_every_evaluation(options):
+    options = {"data": rows(8, anchors=True), **options}
+    model = llama()
+    callback = PatchCallback(fl.LAwFLoss(), reference="start", stays=True)
+    trainer = make(model, callback, **options)
+    trainer.eval_dataset = rows(4, 3, anchors=True)
+    assert is_patched(model)
+    same = make(fl.patch(llama(), fl.LAwFLoss(), reference="start"), Callback(), **options)
+    same.eval_dataset = trainer.eval_dataset
+    for step in (evaluated, lambda t: t.train().metrics["train_loss"], evaluated, logged):
+        assert step(trainer) == step(same)
+    plain = make(copy.deepcopy(fl.unpatch(model)), data=rows(8))
+    assert evaluated(trainer) == evaluated(plain) != evaluated(same)
+    callback.unpatch()
+    assert not is_patched(model) and "stays=True" in repr(callback)
+
+
+def test_a_patch_that_stays_knows_the_start_of_a_training_that_is_resumed(tmp_path):
+    options = dict(output_dir=str(tmp_path), save_strategy="steps", save_steps=2, data=rows(8, anchors=True))
+    whole = make(llama(), PatchCallback(fl.LAwFLoss(), reference="start", stays=True), **options)
+    whole.train()
+    resumed = make(llama(), PatchCallback(fl.LAwFLoss(), reference="start", stays=True), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert logged(resumed) == logged(whole) and logged(whole)[2]["kl"] > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_a_patch_that_stays_saves_and_loads_the_best_model(tmp_path):
+    """Of a LoRA whose loss in evaluation rises, so that the best one is not the last."""
+    data = rows(8, anchors=True)
+    options = dict(
+        output_dir=str(tmp_path), save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1,
+        load_best_model_at_end=True, learning_rate=5.0, data=data, metric_for_best_model="eval_loss",
+    )  # fmt: skip
+    model = adapted()
+    trainer = make(model, PatchCallback(fl.LAwFLoss(), reference="base", stays=True), **options)
+    trainer.eval_dataset = rows(4, 3, anchors=True)
+    trainer.train()
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert losses[-1] > min(losses) and evaluated(trainer) == pytest.approx(min(losses), rel=1e-12)
+    trainer.save_model(tmp_path / "saved")
+    loaded = PeftModel.from_pretrained(llama(), tmp_path / "saved").state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in fl.unpatch(model).state_dict().items())
+
+
+def test_a_patch_that_stays_where_the_callback_or_the_model_comes_later():
+    model, callback = llama(), PatchCallback(fl.DFTLoss(), stays=True)
+    trainer = make(model)
+    trainer.add_callback(callback)
+    trainer.train()
+    assert logged(trainer) == patched_before(fl.DFTLoss()) and is_patched(model)
+    other = make(llama(), callback)
+    other.train()
+    assert logged(other) == logged(trainer) and is_patched(other.model) and not is_patched(model)
+
+
+def test_evaluation_after_training_says_that_anchors_do_not_count():
+    labelled = [{"input_ids": r["input_ids"], "labels": r["input_ids"], "anchors": [2]} for r in rows(8)]
+    trainer = make(llama(), PatchCallback(fl.LAwFLoss(), reference="start"), data=labelled)
+    trainer.data_collator = fl.huggingface.AnchorCollator(pad_token_id=0)
+    trainer.train()
+    with pytest.warns(RuntimeWarning, match="anchors, or the weights, are ignored.* stays=True"):
+        trainer.evaluate(labelled[:2])
+
+
 def test_beside_other_callbacks():
     trainer = make(llama(), PatchCallback(fl.DFTLoss(), prefix="train/"), FinchCallback(), Callback("own/"))
     trainer.train()
@@ -248,11 +323,14 @@ def test_copies_share_a_reference_model():
     (lambda: PatchCallback(fl.LAwFLoss()), "reference: LAwFLoss compares .* reference='base'"),
     (lambda: PatchCallback(prefix=3), "prefix: expected text"),
     (lambda: make(nn.Linear(2, 2), PatchCallback()).train(), "expected a transformers model, got .*Linear"),
-    (lambda: make(llama(), PatchCallback(fl.LAwFLoss(), reference="base")).train(),
+    (lambda: make(llama(), PatchCallback(fl.LAwFLoss(), reference="start")).train(),
      "confidence: is missing in the batch, .* remove_unused_columns=False"),
+    (lambda: make(llama(), PatchCallback(fl.SFTKLLoss(0.1), reference="base")).train(),
+     "reference='base' is the model without its adapter, and this model has none .* take reference='start'"),
+    (lambda: make(llama(), PatchCallback(fl.SFTKLLoss(0.1), reference="base", stays=True)), "this model has none"),
     (lambda: make(llama(), PatchCallback(fl.LAwFLoss(reduction="group_mean"), reference="start"),
                   data=rows(8, anchors=True)).train(), "num_items_in_batch: .* reduction='token_mean'"),
-], ids=range(7))  # fmt: skip
+], ids=range(9))  # fmt: skip
 def test_mistakes_are_named(made, message):
     with pytest.raises((TypeError, ValueError), match=message):
         made()

@@ -40,6 +40,8 @@ class Case:
     logs: tuple[str, ...] = ("nll", "mean_weight")
     both: dict[str, Any] = field(default_factory=dict)  # of the trainer's own, in both trainings; {work}: the folder
     mean_weight: float | None = None  # that must be logged
+    words: tuple[str, ...] = ()  # after the configuration of ours
+    evaluated: bool = False  # the evaluation after training must be the last one in it
 
 
 ANCHORS = ("nll", "mean_weight", "kl", "anchor_probability")
@@ -149,13 +151,19 @@ AXOLOTL = [
 ]
 TRAINERS = {
     "llamafactory": Trainer(
-        ["torch==2.13.0 llamafactory==0.9.5"], llamafactory,
+        ["torch==2.13.0 llamafactory==0.9.5 jieba nltk rouge-chinese"], llamafactory,  # those three: to predict
         [
             Case("cross-entropy", SFT, {}),
+            Case("command line", SFT, {}, words=("learning_rate=5e-2", "fused_loss_options.label_smoothing=0.0")),
             Case("DFT", dict(fused_loss="dft"), {"use_dft_loss": True}),
             Case("EAFT", dict(fused_loss="eaft"), {"use_eaft_loss": True}, factor=EAFT, tolerance=2e-4),
             *WITH_REFERENCE,
             anchored(tokenized_path="{work}/tokenized"),
+            Case("LAwF, evaluation", WITH_REFERENCE[0].ours, logs=ANCHORS, evaluated=True,
+                 both={"val_size": 0.25, "eval_strategy": "steps", "eval_steps": STEPS, "do_eval": True}),
+            Case("LAwF, generation", WITH_REFERENCE[0].ours, logs=ANCHORS,
+                 both={"predict_with_generate": True, "do_predict": True, "eval_dataset": "tiny", "max_new_tokens": 4,
+                       "max_samples": 6}),
         ],
         {"use_dft_loss": True},
     ),
@@ -302,13 +310,25 @@ def logs(output: Path) -> list[dict[str, float]]:
     return [entry for entry in json.loads(found[-1].read_text())["log_history"] if "loss" in entry]
 
 
-def trained(environment: Path, trainer: Trainer, name: str, ours: dict, theirs: dict) -> list[dict[str, float]]:
-    work = environment / "work"
-    output = work / name.replace(" ", "-").replace(",", "")
+def evaluations(output: Path) -> tuple[float, float]:
+    """The losses of the last evaluation in training, and of that after it."""
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    after = json.loads((output / "eval_results.json").read_text())["eval_loss"]
+    return [entry["eval_loss"] for entry in history if "eval_loss" in entry][-1], after
+
+
+def folder(environment: Path, name: str) -> Path:
+    return environment / "work" / name.replace(" ", "-").replace(",", "")
+
+
+def trained(
+    environment: Path, trainer: Trainer, name: str, ours: dict, theirs: dict, words: tuple[str, ...] = ()
+) -> list[dict[str, float]]:
+    work, output = environment / "work", folder(environment, name)
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
     theirs = json.loads(json.dumps(theirs).replace("{work}", str(work)))
-    result = run(environment, trainer.command(work, output, ours, theirs), trainer.environment)
+    result = run(environment, [*trainer.command(work, output, ours, theirs), *words], trainer.environment)
     (output / "log.txt").write_text(result.stdout + result.stderr)
     found = logs(output)
     if result.returncode or len(found) != STEPS:
@@ -318,7 +338,7 @@ def trained(environment: Path, trainer: Trainer, name: str, ours: dict, theirs: 
 
 def compare(environment: Path, trainer: Trainer, case: Case) -> str | None:
     """Prints a row or two; what is wrong, or None."""
-    ours = trained(environment, trainer, f"{case.name} ours", case.ours, case.both)
+    ours = trained(environment, trainer, f"{case.name} ours", case.ours, case.both, case.words)
     print(f"{case.name:14} ours    " + "  ".join(f"{entry['loss']:.6f}" for entry in ours), flush=True)
     missing = [name for name in case.logs if name not in ours[-1]]
     if missing:
@@ -329,6 +349,10 @@ def compare(environment: Path, trainer: Trainer, case: Case) -> str | None:
         return f"{case.name}: mean_weight {ours[0]['mean_weight']}, expected {case.mean_weight}"
     if "kl" in case.logs and not (abs(ours[0]["kl"]) < 1e-8 < ours[-1]["kl"]):
         return f"{case.name}: a KL of 0 before the first step and more after was expected, got {ours}"
+    if case.evaluated:
+        during, after = evaluations(folder(environment, f"{case.name} ours"))
+        if not math.isclose(during, after, rel_tol=1e-6):
+            return f"{case.name}: evaluation after training says {after}, the last one in it {during}"
     if case.theirs is None:
         return None
     theirs = trained(environment, trainer, f"{case.name} theirs", {}, {**case.both, **case.theirs})

@@ -120,6 +120,24 @@ def test_packed_rows_do_not_predict_each_other():
     assert torch.equal(by_mask["labels"], batch["labels"])
 
 
+@pytest.mark.parametrize("anchors", [False, True])
+def test_a_packed_row_whose_padding_the_collator_cuts_off(anchors):
+    """As LLaMA-Factory has it for flash attention: of rows of a fixed length the batch has what their mask counts."""
+    whole = {k: v[0].tolist() for k, v in masked(rows(3)).items()}
+    if anchors:
+        whole["confidence"] = [0.5 * (label != -100) for label in whole["labels"]]
+
+    def cut(features):
+        n = sum(number > 0 for number in features[0]["attention_mask"])
+        return {name: torch.tensor([values[:n]]) for name, values in features[0].items()}
+
+    kept = collated(lambda f: {k: torch.tensor([v]) for k, v in f[0].items()}, fl.LAwFLoss())([dict(whole)])
+    batch = collated(cut, fl.LAwFLoss())([dict(whole)])
+    n = batch["input_ids"].shape[1]
+    assert n == len(whole["input_ids"]) - 3
+    assert all(torch.equal(batch[name], kept[name][:, :n]) for name in ("labels", "confidence"))
+
+
 @pytest.mark.parametrize("loss, name", [(fl.WeightedLoss(), "weights"), (fl.LAwFLoss(), "confidence")], ids=str)
 def test_a_scale_of_the_trainers_own(loss, name):
     def with_scale(features):
@@ -135,11 +153,78 @@ def test_a_scale_of_the_trainers_own(loss, name):
         WithFields(with_scale, fl.DFTLoss(), "scale")(rows(3))
 
 
-def test_a_loss_without_fields_leaves_the_collator_as_it_is():
-    assert collated(collate, fl.DFTLoss()) is collate
-    assert isinstance(collated(collate, fl.DFTLoss(), "scale"), WithFields)
+def test_a_loss_without_fields_leaves_batches_as_they_are():
+    for loss in (fl.DFTLoss(), fl.CrossEntropyLoss()):
+        batch, plain = collated(Collator(), loss)(rows(3)), collate(rows(3))
+        assert type(batch["labels"]) is torch.Tensor and all(torch.equal(batch[k], plain[k]) for k in plain)
     batch, plain = collated(collate, fl.TALRLoss())(rows(3)), collate(rows(3))
     assert batch.keys() == plain.keys() and all(torch.equal(batch[k], plain[k]) for k in plain)
+
+
+@pytest.mark.parametrize("column, values", [("anchors", [3]), ("weights", [0.5] * 20), ("initial_nll", 2.0)])
+def test_columns_of_other_losses_are_left_out_and_named_once(column, values):
+    """A baseline on the data of another method; a tokenizer's padding cannot make tensors of such columns."""
+    seen = []
+
+    def strict(features):
+        seen.extend(name for row in features for name in row)
+        return collate(features)
+
+    data = [{**row, column: values[: len(row["labels"])] if isinstance(values, list) else values} for row in rows(3)]
+    collator = collated(strict, fl.CrossEntropyLoss())
+    with pytest.warns(UserWarning, match=f"{column}: is a column of the data that CrossEntropyLoss has no use for"):
+        batch = collator(data)
+    assert column not in seen and column not in batch and set(batch) == set(collate(rows(3)))
+    collator(data)  # no second warning, which would be an error here
+
+
+@pytest.mark.parametrize("anchors", [False, True])
+def test_a_model_that_is_not_patched_does_not_take_the_batch_in_silence(anchors):
+    """Such as after training, with a callback that has unpatched it: its own loss would count the prompts."""
+    batch = collated(collate, fl.LAwFLoss())(rows(3, anchors=anchors))
+    with pytest.raises(ValueError, match="anchors, or the weights, are ignored"):
+        llama()(**batch)
+    with torch.no_grad(), pytest.warns(RuntimeWarning, match="are ignored"):
+        llama()(**batch)
+
+
+def learned_rows(count=8):
+    return [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in rows(count)]
+
+
+def ignored_rows(count=8):
+    return [{"input_ids": row["input_ids"], "labels": [-100] * len(row["input_ids"])} for row in rows(count)]
+
+
+@pytest.mark.parametrize("data, message", [
+    (learned_rows, "LAwFLoss: of the first 16 rows every token that counts is learned .* the loss sft"),
+    (ignored_rows, "LAwFLoss: of the first 16 rows no token is learned, all are held; .* have answers"),
+], ids=["learned", "ignored"])  # fmt: skip
+@pytest.mark.parametrize("collator", [collate, packed], ids=lambda c: c.__name__)
+def test_data_that_leave_nothing_to_hold_or_to_learn_are_named_once(collator, data, message):
+    made = collated(collator, fl.LAwFLoss())
+    made(data())
+    with pytest.warns(UserWarning, match=message):
+        made(data())
+    made(data())
+    made(data())
+
+
+def test_a_few_rows_without_a_prompt_or_an_answer_are_no_fault():
+    made = collated(collate, fl.LAwFLoss())
+    for data in (learned_rows(4), ignored_rows(4), rows(8), rows(8)):
+        made(data)
+    with_scale = collated(
+        lambda f: {**collate(f), "scale": torch.full(collate(f)["labels"].shape, 0.5)}, fl.LAwFLoss(), "scale"
+    )
+    for _ in range(3):
+        with_scale(learned_rows())  # half held
+
+
+def test_numbers_of_sequences_are_no_weights():
+    data = [{**row, "sequence_ids": [0] * len(row["input_ids"])} for row in rows(3)]
+    batch = collated(collate, fl.TALRLoss())(data)
+    assert type(batch["labels"]) is torch.Tensor and batch["sequence_ids"].shape == batch["labels"].shape
 
 
 class Collator:

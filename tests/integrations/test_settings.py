@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import json
 import subprocess
 import sys
 import types
@@ -12,7 +13,6 @@ from training import llama
 
 import fused_losses as fl
 from fused_losses import cli
-from fused_losses.integrations import llamafactory
 from fused_losses.integrations.settings import LossSettings, refuse, take
 from fused_losses.objectives.named import NAMED, make_objective, objective_class
 from fused_losses.training import METHODS
@@ -29,6 +29,23 @@ def test_every_objective_has_a_name_and_every_method_is_one():
 @pytest.mark.parametrize("name", ["talr", "TALR", "TALRLoss", " talr "])
 def test_names_as_people_write_them(name):
     assert objective_class(name) is fl.TALRLoss
+
+
+@pytest.mark.parametrize("name, cls", [
+    ("cross-entropy", fl.CrossEntropyLoss), ("Cross_Entropy", fl.CrossEntropyLoss), ("CE", fl.CrossEntropyLoss),
+    ("crossentropyloss", fl.CrossEntropyLoss), ("sft-kl", fl.SFTKLLoss), ("SFT + KL", fl.SFTKLLoss),
+    ("topk_distillation", fl.TopKDistillationLoss), ("reverseKL", fl.ReverseKLLoss),
+])  # fmt: skip
+def test_common_spellings(name, cls):
+    assert objective_class(name) is cls
+
+
+@pytest.mark.parametrize("name, meant", [("crossentropie", "sft"), ("tlar", "talr"), ("reverse", "reverse-kl")])
+def test_a_name_that_is_close_is_told_as_it_is_written(name, meant):
+    with pytest.raises(ValueError, match=rf"did you mean {meant}\?"):
+        objective_class(name)
+    with pytest.raises(ValueError, match=r"expected one of .* got ''$"):
+        objective_class("")
 
 
 def test_options_as_yaml_reads_them():
@@ -103,93 +120,25 @@ def test_the_folder_of_a_model_is_a_reference(tmp_path, monkeypatch):
     assert not LossSettings("lawf", reference="base").callback().own_reference
 
 
-# --- LLaMA-Factory
-
-
-def test_llamafactory_gets_its_own_keys_alone():
-    own, settings = llamafactory.split({"stage": "sft", "lr": 1, "fused_loss": "lawf", "fused_loss_reference": "base"})
-    assert own == {"stage": "sft", "lr": 1} and settings.loss == "lawf"
-
-
 @pytest.mark.parametrize("config, message", [
-    ({}, "fused_loss: is not in the configuration"),
-    ({"fused_loss": "dft", "use_dft_loss": True}, "use_dft_loss: LLaMA-Factory would make .* fused_loss: dft"),
-    ({"fused_loss": "dft", "use_asft_loss": True}, "use_asft_loss: .* asft"),
-    ({"fused_loss": "dft", "use_eaft_loss": True}, "use_eaft_loss: .* eaft"),
-    ({"fused_loss": "dft", "enable_liger_kernel": True}, "enable_liger_kernel: .* leave it out"),
-    ({"fused_loss": "dft", "stage": "dpo"}, "stage: expected sft or pt, got 'dpo'"),
-    ({"fused_loss": "dft", "compute_accuracy": True}, "compute_accuracy: .* fused_loss_keep_logits: eval"),
+    ({"is_encoder_decoder": True, "architectures": ["T5ForConditionalGeneration"]}, "is an encoder-decoder"),
+    ({"architectures": ["Qwen2ForSequenceClassification"]}, "is a Qwen2ForSequenceClassification, without an LM head"),
+    ({"architectures": ["LlamaModel"]}, "is a LlamaModel, without an LM head"),
+    ({"architectures": ["SmolLM3ForTokenClassification"]}, "is a SmolLM3ForTokenClassification, without an LM head"),
 ])  # fmt: skip
-def test_llamafactory_refuses(config, message):
-    with pytest.raises(ValueError, match=message):
-        llamafactory.split(config)
-    assert llamafactory.split({"fused_loss": "dft", "use_dft_loss": False, "enable_liger_kernel": None})
+def test_a_folder_of_a_model_that_is_no_original_is_named_before_it_is_loaded(config, message, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"fused_loss_reference: .*{message}"):
+        LossSettings("lawf", reference=str(tmp_path))
 
 
-@pytest.fixture
-def fake_llamafactory(monkeypatch):
-    """What is used of it: run_exp, and where its collators are looked up."""
-    found = {}
-    modules = {name: types.ModuleType(name) for name in (
-        "llamafactory", "llamafactory.train", "llamafactory.train.tuner", "llamafactory.train.sft",
-        "llamafactory.train.pt", "llamafactory.train.sft.workflow", "llamafactory.train.pt.workflow",
-    )}  # fmt: skip
-    sft, pt = modules["llamafactory.train.sft.workflow"], modules["llamafactory.train.pt.workflow"]
-    modules["llamafactory.train.sft"].workflow, modules["llamafactory.train.pt"].workflow = sft, pt
-    sft.SFTDataCollatorWith4DAttentionMask = pt.DataCollatorForLanguageModeling = lambda **options: options
-
-    def run_exp(args, callbacks):
-        found.update(args=args, callbacks=callbacks, collator=sft.SFTDataCollatorWith4DAttentionMask(a=1))
-
-    modules["llamafactory.train.tuner"].run_exp = run_exp
-    for name, module in modules.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    return found, sft
-
-
-def test_llamafactory_is_run_with_the_callback_and_collators_that_pass_fields_on(fake_llamafactory, tmp_path):
-    found, sft = fake_llamafactory
-    before = sft.SFTDataCollatorWith4DAttentionMask
-    config = tmp_path / "config.yaml"
-    config.write_text("stage: sft\nfused_loss: lawf\nfused_loss_reference: base\n")
-    llamafactory.main([str(config), "max_steps=3", "fused_loss_options={anchor_weight: 2}"])
-    assert found["args"] == {"stage": "sft", "max_steps": 3}
-    (callback,) = found["callbacks"]
-    assert callback.loss.anchor_weight == 2 and callback.options["reference"] == "base"
-    assert found["collator"].collator == {"a": 1} and sft.SFTDataCollatorWith4DAttentionMask is before
-    config.write_text("fused_loss: dft\n")
-    llamafactory.main([str(config)])
-    assert found["collator"] == {"a": 1}
-
-
-@pytest.mark.parametrize("text, more, said", [
-    ("fused_loss: tlar\n", [], "did you mean talr"),
-    ("fused_loss: dft\nuse_dft_loss: true\n", [], "use_dft_loss: "),
-    ("- 1\n", [], "expected keys and values, got list"),
-    ("a: [\n", [], "is no YAML"),
-    ("fused_loss: dft\n", ["steps"], "steps: expected key=value"),
-    (None, [], "No such file"),
+@pytest.mark.parametrize("config", [
+    {}, {"architectures": ["GPT2LMHeadModel"]}, {"architectures": ["BloomForCausalLM"]},
+    {"architectures": ["ChatGLMModel"], "auto_map": {"AutoModelForCausalLM": "x.y"}},
 ])  # fmt: skip
-def test_llamafactory_ends_with_a_line(text, more, said, fake_llamafactory, tmp_path, capsys):
-    path = tmp_path / "config.yaml"
-    if text is not None:
-        path.write_text(text)
-    with pytest.raises(SystemExit) as end:
-        llamafactory.main([str(path), *more])
-    captured = capsys.readouterr().err
-    assert end.value.code == 2 and said in captured and captured.count("\n") <= 3
-
-
-def test_llamafactory_that_is_missing_is_said(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "llamafactory", None)
-    path = tmp_path / "config.yaml"
-    path.write_text("fused_loss: dft\n")
-    with pytest.raises(SystemExit):
-        llamafactory.main([str(path)])
-    assert "pip install llamafactory" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as end:
-        llamafactory.main(["--help"])
-    assert end.value.code == 0 and "fused_loss_reference_cache: " in capsys.readouterr().out
+def test_a_folder_of_a_causal_model_is_taken(config, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert LossSettings("lawf", reference=str(tmp_path)).loads_reference
 
 
 # --- ms-swift
