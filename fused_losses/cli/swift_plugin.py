@@ -29,6 +29,10 @@ def add(commands: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("--reference", help="the frozen original: base, start, or the folder of a model")
     parser.add_argument("--reference-cache", metavar="DIR", help="a folder for the original's hidden states")
+    parser.add_argument(
+        "--keep-logits", choices=("true", "eval"), help="real logits, of full size: always, or in evaluation"
+    )
+    parser.add_argument("--eval-loss", choices=("nll", "objective"), help="what evaluation computes; default: nll")
     parser.add_argument("--force", action="store_true", help="write over a file that is there")
     return parser
 
@@ -40,7 +44,10 @@ def run(given: argparse.Namespace) -> None:
 
     with refusing(OSError, ValueError, TypeError):
         options = dict(_option(text) for text in given.option)
-        text = source(given.loss, options, reference=given.reference, reference_cache=given.reference_cache)
+        text = source(
+            given.loss, options, _written, reference=given.reference, reference_cache=given.reference_cache,
+            keep_logits=True if given.keep_logits == "true" else given.keep_logits, eval_loss=given.eval_loss,
+        )  # fmt: skip
         path = Path(given.path)
         if path.suffix != ".py":
             raise ValueError(f"{path}: expected a file that ends in .py, which ms-swift imports")
@@ -48,6 +55,11 @@ def run(given: argparse.Namespace) -> None:
             raise ValueError(f"{path}: is there already; give another name, or --force")
         write_lines(path, [text.encode()])
     print(f"written: {path}; swift sft --external_plugins {path} --callbacks fused_losses ...")
+
+
+def _written(setting: str) -> str:
+    """As an option of the command, for messages."""
+    return "--option" if setting == "options" else "--" + setting.replace("_", "-")
 
 
 def _option(text: str) -> tuple[str, Any]:

@@ -6,6 +6,9 @@ made, and puts the loss's fields into the batches.
 
 from __future__ import annotations
 
+import difflib
+import math
+import os
 from typing import Any
 
 from pydantic import BaseModel, model_validator
@@ -16,9 +19,12 @@ from .settings import KEYS, LossSettings, refuse, take
 try:
     from axolotl.integrations.base import BasePlugin
 
+    from ..huggingface.metrics import Callback
+
     MISSING = ""
 except ImportError as error:
-    BasePlugin, MISSING = object, str(error)
+    BasePlugin = Callback = object  # type: ignore[assignment, misc]
+    MISSING = str(error)
 
 REMEDY = "leave it out"
 SWITCHES = {
@@ -50,12 +56,14 @@ class FusedLossesArgs(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def check_fused_loss(cls, data: Any) -> Any:
-        settings_of(data)
+        check(data)
         return data
 
 
 class FusedLossesPlugin(BasePlugin):
-    """The plugin that axolotl loads; with no `fused_loss` in the configuration it does nothing.
+    """The plugin that axolotl loads.
+
+    axolotl keeps it for later configurations of the same process; for those that have no `fused_loss` it does nothing.
 
     Raises ImportError without axolotl.
     """
@@ -73,35 +81,75 @@ class FusedLossesPlugin(BasePlugin):
 
     def post_model_load(self, cfg: Any, model: Any) -> None:
         settings = settings_of(cfg)
-        if settings is not None:
+        if settings is not None and not cfg.get("merge_lora"):  # nothing is trained then
             settings.patch(model)
 
-    def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
+    def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
+        """Makes the trainer fit too: `axolotl evaluate` calls no other hook with it."""
         settings = settings_of(cfg)
         if settings is None:
-            return
+            return []
         loss = settings.objective()
         # axolotl looks for num_items_in_batch below the patched forward, and takes the mean of batches' means without.
         trainer.model_accepts_loss_kwargs = loss.divides_by_items
         for name in ("data_collator", "eval_data_collator"):
             if getattr(trainer, name, None) is not None:
                 setattr(trainer, name, collated(getattr(trainer, name), loss))
+        PerplexityCallback().add_to(trainer)  # first, so that what prints or reports has the numbers
+        return []
 
-    def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
-        from ..huggingface.metrics import Callback
 
-        return [] if settings_of(cfg) is None else [Callback()]
+class PerplexityCallback(Callback):
+    """`fused_losses.huggingface.Callback`, with ppl = exp(nll): axolotl's is exp of the loss, which may be no nll."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        before = self.last
+        super().on_log(args, state, control, logs=logs, **kwargs)
+        nll = None if self.last is before else self.last.get("nll")
+        if nll is None or "ppl" not in logs:
+            return
+        ppl = math.exp(nll) if nll < 700 else math.inf
+        logs["ppl"] = round(ppl, int(os.getenv("AXOLOTL_METRIC_NDIGITS", "5")))
+        if state.log_history and "ppl" in state.log_history[-1]:
+            state.log_history[-1]["ppl"] = logs["ppl"]
 
 
 def settings_of(cfg: Any) -> LossSettings | None:
-    """What a configuration says, as YAML or as axolotl has checked it; None without a loss.
+    """What a configuration says, as YAML or as axolotl has checked it; None without a loss. Raises as `take` does."""
+    return take({key: cfg[key] for key in list(cfg) if str(key).startswith("fused_loss")})
 
-    Raises ValueError for a wrong key, and beside a switch of axolotl's that makes the loss too.
+
+def check(cfg: Any) -> None:
+    """What a configuration as YAML has it leaves of the loss, as axolotl drops keys that it does not know.
+
+    Raises ValueError for a wrong key, also one that is nearly ours; for the plugin without a loss; beside a switch of
+    axolotl's that makes the loss too; and for an original that the model's adapter, or its want of one, cannot give.
     """
-    settings = take({key: cfg[key] for key in list(cfg) if str(key).startswith("fused_loss")})
-    if settings is not None:
-        refuse(cfg, SWITCHES, "axolotl")
-    return settings
+    for key in map(str, cfg):
+        near = key not in KEYS and difflib.get_close_matches(key.lower().replace("-", "_"), KEYS, 1, 0.8)
+        if near:
+            raise ValueError(f"{key}: there is no such key; did you mean {near[0]}? There are {', '.join(KEYS)}")
+    settings = settings_of(cfg)
+    if settings is None:
+        if any(str(name).startswith(f"{__name__}.") for name in cfg.get("plugins") or []):
+            raise ValueError(
+                "fused_loss: is not in the configuration, though plugins: has its plugin; name a loss, such as "
+                "fused_loss: talr (fused_loss: sft is cross-entropy), or take the plugin out"
+            )
+        return
+    refuse(cfg, SWITCHES, "axolotl")
+    if settings.reference not in ("base", "adapter-off"):
+        return
+    if not cfg.get("adapter"):
+        raise ValueError(
+            f"fused_loss_reference: {settings.reference} is the model without its adapter, and adapter: is not in the "
+            "configuration; take start, which keeps a frozen copy, or give the folder of the original"
+        )
+    if cfg.get("relora"):
+        raise ValueError(
+            f"fused_loss_reference: {settings.reference} is the model without its adapter, and relora: merges the "
+            "adapter into it again and again; give the folder of the original"
+        )
 
 
 assert set(FusedLossesArgs.model_fields) == set(KEYS)

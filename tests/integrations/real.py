@@ -44,6 +44,16 @@ class Case:
     evaluated: bool = False  # the evaluation after training must be the last one in it
 
 
+@dataclass
+class Refusal:
+    """A training with ours that must end with a sentence, before the first step."""
+
+    said: str
+    ours: dict[str, Any]
+    theirs: dict[str, Any] = field(default_factory=dict)  # of the trainer's own; None takes one away
+
+
+GROUPS = {"reduction": "group_mean"}
 ANCHORS = ("nll", "mean_weight", "kl", "anchor_probability")
 
 WITH_REFERENCE = [
@@ -100,9 +110,11 @@ def swift(work: Path, output: Path, ours: dict[str, Any], theirs: dict[str, Any]
         if "fused_loss_reference" in ours:
             command += ["--reference", ours["fused_loss_reference"]]
         run(work.parent, command)
-        arguments |= {"external_plugins": plugin, "callbacks": "fused_losses"}
-    words = [word for k, v in arguments.items() for word in (f"--{k}", *str(v).split(" "))]
-    return ["-m", "swift.cli.main", "sft", *words]
+        arguments |= {"external_plugins": plugin, "callbacks": "fused_losses", **theirs}
+    verb = arguments.pop("command", "sft")
+    given = {k: v for k, v in arguments.items() if v is not None}
+    words = [word for k, v in given.items() for word in (f"--{k}", *str(v).split(" "))]
+    return ["-m", "swift.cli.main", verb, *words]
 
 
 def axolotl(work: Path, output: Path, ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
@@ -116,7 +128,7 @@ def axolotl(work: Path, output: Path, ours: dict[str, Any], theirs: dict[str, An
         "tf32": False, "use_cpu": True, "dataset_processes": 1, "dataloader_num_workers": 0, "attn_implementation":
         "eager", "sample_packing": False, "special_tokens": {"pad_token": "<pad>", "eos_token": "<eos>"},
         "lora_qkv_kernel": False, "lora_mlp_kernel": False, "lora_o_kernel": False,
-        **({"plugins": ["fused_losses.integrations.axolotl.FusedLossesPlugin"]} if ours else {}), **ours, **theirs,
+        **({"plugins": [PLUGIN]} if ours else {}), **ours, **theirs,
     }  # fmt: skip
     if config["adapter"] is None:
         config = {key: value for key, value in config.items() if not key.startswith("lora_") and key != "adapter"}
@@ -130,11 +142,12 @@ class Trainer:
     install: list[str]
     command: Callable[..., list[str]]
     cases: list[Case]
-    refused: dict[str, Any]  # beside our loss, of the trainer's own
+    refused: list[Refusal]
     environment: dict[str, str] = field(default_factory=dict)
 
 
 SFT = dict(fused_loss="sft")
+PLUGIN = "fused_losses.integrations.axolotl.FusedLossesPlugin"
 # axolotl's LoRA begins elsewhere in each run, so what is compared trains all weights. Its own cross-entropy is the mean
 # of the accumulated batches' means, and its EAFT does not divide the entropy.
 WHOLE = {"adapter": None}
@@ -165,7 +178,7 @@ TRAINERS = {
                  both={"predict_with_generate": True, "do_predict": True, "eval_dataset": "tiny", "max_new_tokens": 4,
                        "max_samples": 6}),
         ],
-        {"use_dft_loss": True},
+        [Refusal("use_dft_loss: LLaMA-Factory would", SFT, {"use_dft_loss": True})],
     ),
     "swift": Trainer(
         ["torch==2.13.0 ms-swift==4.6.0"], swift,
@@ -175,8 +188,16 @@ TRAINERS = {
             Case("loss_scale", dict(fused_loss="weighted"), {},
                  both={"dataset": "{work}/scaled.jsonl", "is_binary_loss_scale": "false"}),
             *WITH_REFERENCE,
+            Case("LAwF, group means", dict(fused_loss="lawf", fused_loss_reference="base", fused_loss_options=GROUPS)),
         ],
-        {"enable_dft_loss": "true"},
+        [
+            Refusal("enable_dft_loss: ms-swift would", SFT, {"enable_dft_loss": "true"}),
+            Refusal("--callbacks: expected fused_losses among them, got none", SFT, {"callbacks": None}),
+            Refusal("--task_type seq_cls: its trainer", SFT, {"task_type": "seq_cls", "num_labels": 2}),
+            Refusal("--rlhf_type dpo: its trainer", SFT, {"command": "rlhf", "rlhf_type": "dpo"}),
+            Refusal("--tuner_type full has none", WITH_REFERENCE[0].ours, {"tuner_type": "full"}),
+            Refusal("--loss_scale all: every token is learned", WITH_REFERENCE[0].ours, {"loss_scale": "all"}),
+        ],
     ),
     "axolotl": Trainer(
         AXOLOTL, axolotl,
@@ -186,9 +207,16 @@ TRAINERS = {
             Case("packed", SFT, {}, both={**WHOLE, "gradient_accumulation_steps": 1, **PACKED}),
             Case("LAwF, packed", WITH_REFERENCE[0].ours, logs=ANCHORS, both=PACKED),
             *WITH_REFERENCE,
+            Case("LAwF, group means", dict(fused_loss="lawf", fused_loss_reference="base", fused_loss_options=GROUPS)),
             anchored(datasets=[{"path": "{work}/tokenized.jsonl", "ds_type": "json", "type": None}]),
         ],
-        {"use_eaft": True}, {"AXOLOTL_DO_NOT_TRACK": "1"},
+        [
+            Refusal("use_eaft: axolotl would", SFT, {"use_eaft": True}),
+            Refusal("fused_los: there is no such key; did you mean fused_loss?", dict(fused_los="talr")),
+            Refusal("fused_loss: is not in the configuration", {}, {"plugins": [PLUGIN]}),
+            Refusal("adapter: is not in the configuration", WITH_REFERENCE[0].ours, WHOLE),
+        ],
+        {"AXOLOTL_DO_NOT_TRACK": "1"},
     ),
 }  # fmt: skip
 
@@ -345,6 +373,8 @@ def compare(environment: Path, trainer: Trainer, case: Case) -> str | None:
         return f"{case.name}: {', '.join(missing)} not in the log, which has {', '.join(ours[-1])}"
     if not all(math.isfinite(entry["loss"]) and entry.get("grad_norm", 1) > 0 for entry in ours):
         return f"{case.name}: no finite loss, or no gradient"
+    if any("ppl" in entry and not math.isclose(entry["ppl"], math.exp(entry["nll"]), rel_tol=1e-4) for entry in ours):
+        return f"{case.name}: a ppl that is not exp(nll), got {ours}"
     if case.mean_weight is not None and not math.isclose(ours[0]["mean_weight"], case.mean_weight, rel_tol=1e-5):
         return f"{case.name}: mean_weight {ours[0]['mean_weight']}, expected {case.mean_weight}"
     if "kl" in case.logs and not (abs(ours[0]["kl"]) < 1e-8 < ours[-1]["kl"]):
@@ -364,17 +394,15 @@ def compare(environment: Path, trainer: Trainer, case: Case) -> str | None:
     return None
 
 
-def refused(environment: Path, trainer: Trainer) -> str | None:
-    """A switch of the trainer's own beside our loss ends it with our sentence."""
+def refused(environment: Path, trainer: Trainer, refusal: Refusal) -> str | None:
+    """Prints a row; what is wrong, or None."""
+    print(f"refused        {refusal.said}", flush=True)
     try:
-        trained(environment, trainer, "refused", SFT, trainer.refused)
+        trained(environment, trainer, "refused", refusal.ours, refusal.theirs)
     except RuntimeError:
-        said = (environment / "work" / "refused" / "log.txt").read_text()
-        (switch,) = trainer.refused
-        return (
-            None if f"{switch}: " in said and "fused_loss makes it" in said else f"{switch}: not the reason of {said}"
-        )
-    return f"{trainer.refused}: trained beside our loss"
+        log = environment / "work" / "refused" / "log.txt"
+        return None if refusal.said in log.read_text() else f"{refusal.said}: not the reason in {log}"
+    return f"{refusal.said}: trained"
 
 
 def main() -> None:
@@ -382,7 +410,7 @@ def main() -> None:
     parser.add_argument("--trainer", choices=list(TRAINERS))
     parser.add_argument("--environment", type=Path, metavar="FOLDER")
     parser.add_argument("--install", action="append", metavar="ARGUMENTS", help="of pip, instead of the pins")
-    parser.add_argument("--only", nargs="*", metavar="CASE", help="names of the table's rows")
+    parser.add_argument("--only", nargs="*", metavar="CASE", help="names of the table's rows, or part of a refusal")
     parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.make:
@@ -402,8 +430,9 @@ def main() -> None:
                 wrong.append(compare(environment, trainer, case))
             except RuntimeError as error:
                 wrong.append(str(error))
-    if given.only is None:
-        wrong.append(refused(environment, trainer))
+    for refusal in trainer.refused:
+        if given.only is None or any(name in refusal.said for name in given.only):
+            wrong.append(refused(environment, trainer, refusal))
     found = [sentence for sentence in wrong if sentence]
     print("\n".join(found) or "all as expected")
     raise SystemExit(1 if found else 0)

@@ -1,7 +1,5 @@
 """The keys that trainers' configurations have, what is refused, and the files that say them."""
 
-import importlib
-import importlib.util
 import json
 import subprocess
 import sys
@@ -12,7 +10,6 @@ import torch
 from training import llama
 
 import fused_losses as fl
-from fused_losses import cli
 from fused_losses.integrations.settings import LossSettings, refuse, take
 from fused_losses.objectives.named import NAMED, make_objective, objective_class
 from fused_losses.training import METHODS
@@ -139,153 +136,6 @@ def test_a_folder_of_a_model_that_is_no_original_is_named_before_it_is_loaded(co
 def test_a_folder_of_a_causal_model_is_taken(config, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert LossSettings("lawf", reference=str(tmp_path)).loads_reference
-
-
-# --- ms-swift
-
-
-def fake_swift(monkeypatch):
-    package, callbacks = types.ModuleType("swift"), types.ModuleType("swift.callbacks")
-    callbacks.callbacks_map = {}
-    monkeypatch.setitem(sys.modules, "swift", package)
-    monkeypatch.setitem(sys.modules, "swift.callbacks", callbacks)
-    return callbacks.callbacks_map
-
-
-def imported(path):
-    spec = importlib.util.spec_from_file_location("plugin_of_a_test", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-
-def test_the_file_of_the_command_registers_the_loss(tmp_path, monkeypatch, capsys):
-    path = tmp_path / "plugin.py"
-    cli.main(["swift-plugin", str(path), "--loss", "lawf", "--reference", "base", "--option", "anchor-weight=2",
-              "--option", "scan=int8"])  # fmt: skip
-    assert f"swift sft --external_plugins {path} --callbacks fused_losses" in capsys.readouterr().out
-    registered = fake_swift(monkeypatch)
-    imported(path)
-    args = types.SimpleNamespace(use_logits_to_keep=None)
-    trainer = types.SimpleNamespace(data_collator=print)
-    callback = registered["fused_losses"](args, trainer)
-    assert repr(callback.loss) == "LAwFLoss(anchor_weight=2, retain_weight=1.0, reduction='token_mean', scan='int8')"
-    assert callback.options["reference"] == "base"
-    callback.on_init_end(args, None, None, model=None)
-    assert trainer.data_collator.collator is print and args.use_logits_to_keep is False
-
-
-@pytest.mark.parametrize("given, message", [
-    (["--loss", "lawf"], "fused_loss_reference: LAwFLoss compares"),
-    (["--loss", "tlar"], "did you mean talr"),
-    (["--option", "tau"], "--option tau: expected NAME=VALUE"),
-    (["--option", "tau=2"], "did you mean temperature"),
-], ids=str)  # fmt: skip
-def test_a_mistake_writes_no_file(given, message, tmp_path, capsys):
-    with pytest.raises(SystemExit) as end:
-        cli.main(["swift-plugin", str(tmp_path / "plugin.py"), *given])
-    assert end.value.code == 2 and message in capsys.readouterr().err and not list(tmp_path.iterdir())
-
-
-def test_a_file_that_is_there_stays(tmp_path, capsys):
-    path = tmp_path / "plugin.py"
-    path.write_text("mine\n")
-    with pytest.raises(SystemExit):
-        cli.main(["swift-plugin", str(path)])
-    assert "is there already" in capsys.readouterr().err and path.read_text() == "mine\n"
-    cli.main(["swift-plugin", str(path), "--force"])
-    assert "register('talr')" in path.read_text()
-    with pytest.raises(SystemExit):
-        cli.main(["swift-plugin", str(tmp_path / "plugin.yaml")])
-    assert "expected a file that ends in .py" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("switch", ["enable_dft_loss", "loss_type", "use_liger_kernel", "label_smoothing_factor"])
-def test_swift_refuses(switch, monkeypatch):
-    from fused_losses.integrations.swift import register
-
-    registered = fake_swift(monkeypatch)
-    register("dft")
-    args = types.SimpleNamespace(**{switch: 0.1})
-    with pytest.raises(ValueError, match=f"{switch}: ms-swift would make the loss itself"):
-        registered["fused_losses"](args, types.SimpleNamespace())
-    parallel = types.SimpleNamespace(template=types.SimpleNamespace(sequence_parallel_size=2))
-    with pytest.raises(ValueError, match="sequence_parallel_size: expected 1, got 2"):
-        registered["fused_losses"](types.SimpleNamespace(), parallel)
-
-
-def test_swift_that_is_missing_is_said(monkeypatch):
-    from fused_losses.integrations.swift import register
-
-    monkeypatch.setitem(sys.modules, "swift", None)
-    with pytest.raises(ImportError, match="needs ms-swift: pip install ms-swift"):
-        register("dft")
-
-
-# --- axolotl
-
-
-@pytest.fixture
-def axolotl(monkeypatch):
-    """Ours, over a stand-in of the one class that it takes of axolotl; ms-swift and LLaMA-Factory need none."""
-    pytest.importorskip("pydantic")
-    names = ("axolotl", "axolotl.integrations", "axolotl.integrations.base")
-    modules = {name: types.ModuleType(name) for name in names}
-    modules[names[2]].BasePlugin = type("BasePlugin", (), {})
-    for name, module in modules.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.delitem(sys.modules, "fused_losses.integrations.axolotl", raising=False)
-    yield importlib.import_module("fused_losses.integrations.axolotl")
-    sys.modules.pop("fused_losses.integrations.axolotl", None)
-
-
-def test_axolotl_merges_the_arguments_and_checks_them(axolotl):
-    import pydantic
-
-    plugin = axolotl.FusedLossesPlugin()
-    module, name = plugin.get_input_args().rsplit(".", 1)
-    arguments = getattr(sys.modules[module], name)
-    merged = type("Merged", (type("Base", (pydantic.BaseModel,), {"__annotations__": {"lr": float}}), arguments), {})
-    assert merged(lr=1, fused_loss="talr", fused_loss_options={"temperature": 2}).fused_loss == "talr"
-    assert merged(lr=1).fused_loss is None
-    for config, message in [
-        (dict(fused_loss="tlar"), "did you mean talr"),
-        (dict(fused_loss="lawf"), "fused_loss_reference: LAwFLoss compares"),
-        (dict(fused_loss="dft", liger_fused_linear_cross_entropy=True), "liger_fused_linear_cross_entropy: axolotl"),
-        (dict(fused_loss="dft", cut_cross_entropy=True), "cut_cross_entropy: axolotl"),
-        (dict(fused_loss="dft", chunked_cross_entropy=True), "chunked_cross_entropy: axolotl"),
-        (dict(fused_loss="dft", use_eaft=True), "use_eaft: axolotl .* take fused_loss: eaft"),
-        (dict(fused_loss="dft", rl="dpo"), "rl: axolotl"),
-        (dict(fused_loss_options={}), "given without fused_loss"),
-    ]:
-        with pytest.raises(pydantic.ValidationError, match=message):
-            merged(lr=1, **config)
-    merged(lr=1, cut_cross_entropy=True)
-
-
-def test_axolotl_patches_the_model_and_the_collators(axolotl):
-    plugin = axolotl.FusedLossesPlugin()
-    model = llama()
-    plugin.post_model_load({"lr": 1}, model)
-    assert "_fused_losses" not in vars(model)
-    config = {"fused_loss": "lawf", "fused_loss_reference": "start", "fused_loss_keep_logits": None}
-    plugin.post_model_load(config, model)
-    assert isinstance(vars(model)["_fused_losses"].loss, fl.LAwFLoss)
-    trainer = types.SimpleNamespace(data_collator=print, eval_data_collator=None)
-    plugin.post_trainer_create({}, trainer)
-    assert trainer.data_collator is print and plugin.add_callbacks_post_trainer({}, trainer) == []
-    plugin.post_trainer_create(config, trainer)
-    assert trainer.data_collator.collator is print and trainer.eval_data_collator is None
-    (callback,) = plugin.add_callbacks_post_trainer(config, trainer)
-    assert isinstance(callback, fl.huggingface.Callback)
-
-
-def test_axolotl_that_is_missing_is_said(monkeypatch):
-    monkeypatch.setitem(sys.modules, "axolotl.integrations.base", None)
-    monkeypatch.delitem(sys.modules, "fused_losses.integrations.axolotl", raising=False)
-    module = importlib.import_module("fused_losses.integrations.axolotl")
-    with pytest.raises(ImportError, match="needs axolotl"):
-        module.FusedLossesPlugin()
-    sys.modules.pop("fused_losses.integrations.axolotl", None)
 
 
 def test_a_switch_that_is_off_is_none():
