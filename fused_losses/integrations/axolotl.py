@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, model_validator
 
+from ..objectives.options import option_names
 from .batches import collated
 from .settings import KEYS, LossSettings, refuse, take
 
@@ -123,7 +124,8 @@ def check(cfg: Any) -> None:
     """What a configuration as YAML has it leaves of the loss, as axolotl drops keys that it does not know.
 
     Raises ValueError for a wrong key, also one that is nearly ours; for the plugin without a loss; beside a switch of
-    axolotl's that makes the loss too; and for an original that the model's adapter, or its want of one, cannot give.
+    axolotl's that makes the loss too; for an option of the loss among axolotl's keys; and for an original that the
+    model's adapter, or its want of one, cannot give.
     """
     for key in map(str, cfg):
         near = key not in KEYS and difflib.get_close_matches(key.lower().replace("-", "_"), KEYS, 1, 0.8)
@@ -138,6 +140,13 @@ def check(cfg: Any) -> None:
             )
         return
     refuse(cfg, SWITCHES, "axolotl")
+    kind = type(settings.objective())
+    for name in option_names(kind):
+        if name != "backend" and cfg.get(name) is not None:  # axolotl has a key backend, and none of the others
+            raise ValueError(
+                f"{name}: is an option of {kind.__name__} and no key of its own, so axolotl would drop it; write "
+                f"fused_loss_options: {{{name}: {cfg[name]}}}"
+            )
     if settings.reference not in ("base", "adapter-off"):
         return
     if not cfg.get("adapter"):

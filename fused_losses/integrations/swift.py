@@ -89,7 +89,7 @@ def register(loss: str, options: Mapping[str, Any] | None = None, **settings: An
     except ImportError as error:
         raise ImportError(f"fused_losses.integrations.swift needs ms-swift: pip install ms-swift ({error})") from error
     callbacks_map[NAME] = functools.partial(FusedLossesCallback, checked)
-    _watch(TrainerFactory, checked)
+    _watch(TrainerFactory, callbacks_map)
 
 
 def check(args: Any, settings: LossSettings) -> None:
@@ -176,14 +176,17 @@ def _check_switches(args: Any, parallel: int) -> None:
         )
 
 
-def _watch(factory: Any, settings: LossSettings) -> None:
-    """Has `check` look at a training's arguments where ms-swift completes them; the last registration counts."""
+def _watch(factory: Any, registered: Mapping[str, Any]) -> None:
+    """Has `check` look at a training's arguments where ms-swift completes them; once, however often one registers."""
+    if getattr(factory, "_fused_losses_watch", False):
+        return
     made = vars(factory)["get_training_args"].__func__
-    made = getattr(made, "__wrapped__", made)
 
     @functools.wraps(made)
     def get_training_args(cls: Any, args: Any) -> Any:
-        check(args, settings)
+        if NAME in registered:
+            check(args, registered[NAME].args[0])
         return made(cls, args)
 
     factory.get_training_args = classmethod(get_training_args)
+    factory._fused_losses_watch = True

@@ -39,6 +39,7 @@ def merged(axolotl):
 
 def test_the_arguments_are_merged(merged):
     assert merged(lr=1, fused_loss="talr", fused_loss_options={"temperature": 2}).fused_loss == "talr"
+    assert merged(lr=1, fused_loss="talr", backend="its own")
     assert merged(lr=1).fused_loss is None and merged(lr=1, cut_cross_entropy=True)
     assert merged(lr=1, fused_loss="lawf", fused_loss_reference="base", adapter="lora")
     assert merged(lr=1, fused_loss="lawf", fused_loss_reference="start", relora=True)
@@ -53,6 +54,7 @@ def test_the_arguments_are_merged(merged):
     (dict(fused_loss="dft", use_eaft=True), "use_eaft: axolotl .* take fused_loss: eaft"),
     (dict(fused_loss="dft", rl="dpo"), "rl: axolotl"),
     (dict(fused_loss_options={}), "given without fused_loss"),
+    (dict(fused_loss="talr", temperature=2), r"temperature: is an option .* fused_loss_options: \{temperature: 2\}"),
     (dict(fused_loss="lawf", fused_loss_reference="base"), "base is the model without .* adapter: is not in .* start"),
     (dict(fused_loss="lawf", fused_loss_reference="base", adapter="lora", relora=True), "base is .* relora: merges"),
 ])  # fmt: skip

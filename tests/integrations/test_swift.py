@@ -7,6 +7,7 @@ import sys
 import types
 
 import pytest
+from training import llama
 from transformers import DefaultFlowCallback, TrainerCallback
 
 from fused_losses import cli
@@ -47,7 +48,7 @@ def made(swift, args, *others):
     trainer = types.SimpleNamespace(data_collator=print)
     callback = swift.registered["fused_losses"](args, trainer)
     trainer.callback_handler = types.SimpleNamespace(callbacks=[*others, callback])
-    callback.on_init_end(args, None, None, model=None)
+    callback.on_init_end(args, None, None, model=llama())
     trainer.model_accepts_loss_kwargs = True  # which ms-swift says then
     return callback, trainer
 
@@ -63,14 +64,14 @@ def imported(path):
 
 def test_the_file_of_the_command_registers_the_loss(tmp_path, swift, capsys):
     path = tmp_path / "plugin.py"
-    cli.main(["swift-plugin", str(path), "--loss", "lawf", "--reference", "base", "--option", "anchor-weight=2",
+    cli.main(["swift-plugin", str(path), "--loss", "lawf", "--reference", "start", "--option", "anchor-weight=2",
               "--option", "scan=int8"])  # fmt: skip
     assert f"swift sft --external_plugins {path} --callbacks fused_losses" in capsys.readouterr().out
     imported(path)
     args = Arguments()
     callback, trainer = made(swift, args)
     assert repr(callback.loss) == "LAwFLoss(anchor_weight=2, retain_weight=1.0, reduction='token_mean', scan='int8')"
-    assert callback.options["reference"] == "base"
+    assert callback.options["reference"] == "start"
     assert trainer.data_collator.collator is print and args.use_logits_to_keep is False
     assert copy.deepcopy(callback)._trainer is None
 
@@ -189,6 +190,23 @@ def test_the_last_registration_counts(swift):
         swift.factory.get_training_args(Arguments(callbacks=[]))
 
 
+def test_what_others_wrap_around_ms_swifts_stays(swift):
+    register("talr")
+    seen, ours_now = [], vars(swift.factory)["get_training_args"].__func__
+
+    @functools.wraps(ours_now)
+    def theirs(cls, args):
+        seen.append(args)
+        return ours_now(cls, args)
+
+    swift.factory.get_training_args = classmethod(theirs)
+    register("dft")
+    args = Arguments()
+    assert swift.factory.get_training_args(args) == (swift.factory, args) and seen == [args]
+    del swift.registered["fused_losses"]
+    assert swift.factory.get_training_args(Arguments(callbacks=[]))
+
+
 @pytest.mark.parametrize("switch", list(ours.SWITCHES))
 def test_the_callback_refuses_too(switch, swift):
     """For Trainers that are made without ms-swift's command."""
@@ -204,7 +222,7 @@ def test_the_callback_refuses_too(switch, swift):
 @pytest.mark.parametrize("reduction, divides", [("token_mean", True), ("group_mean", False)])
 def test_means_of_groups_are_not_divided_by_the_tokens_of_all_batches(reduction, divides, swift, monkeypatch):
     monkeypatch.setattr(ours.PatchCallback, "on_train_begin", lambda *_, **__: None)
-    register("lawf", {"reduction": reduction}, reference="base")
+    register("lawf", {"reduction": reduction}, reference="start")
     callback, trainer = made(swift, Arguments())
     callback.on_train_begin(None, None, None)
     assert trainer.model_accepts_loss_kwargs is divides
