@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 from torch import nn
-from transformers import TrainerCallback
+from transformers import DefaultFlowCallback, TrainerCallback
 
 from ..objectives import Objective
 from .callbacks import patch_of
@@ -108,9 +108,15 @@ class PatchCallback(TrainerCallback):
         return twin
 
     def add_to(self, trainer: Any) -> Any:
-        """Puts it before all other callbacks of the Trainer, so that what reports elsewhere has the numbers too."""
-        trainer.callback_handler.callbacks.insert(0, self)
+        """Puts it before the Trainer's callbacks that report elsewhere, so that these have the numbers too."""
+        self.come_before_reports(trainer.callback_handler.callbacks)
         return trainer
+
+    def come_before_reports(self, callbacks: list[Any]) -> None:
+        """To the front of a Trainer's callbacks, but behind the one that says whether a step saves a checkpoint."""
+        callbacks[:] = [other for other in callbacks if other is not self]
+        flow = [i for i, other in enumerate(callbacks) if isinstance(other, DefaultFlowCallback)]
+        callbacks.insert(flow[0] + 1 if flow else 0, self)
 
     def unpatch(self) -> None:
         """The model is what it was; nothing where this callback has not patched it, or another has unpatched it."""

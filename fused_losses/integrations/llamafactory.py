@@ -217,7 +217,9 @@ def _fitted(trainer: Any, loss: Objective) -> Any:
     means within one."""
     from ..huggingface.patch_callback import PatchCallback
 
-    trainer.callback_handler.callbacks.sort(key=lambda callback: not isinstance(callback, PatchCallback))
+    callbacks = trainer.callback_handler.callbacks
+    for callback in [one for one in callbacks if isinstance(one, PatchCallback)]:
+        callback.come_before_reports(callbacks)
     if not loss.divides_by_items:
         trainer.model_accepts_loss_kwargs = False
     if getattr(trainer.args, "predict_with_generate", False):

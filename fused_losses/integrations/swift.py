@@ -13,8 +13,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import DefaultFlowCallback
-
 from ..huggingface.patch_callback import PatchCallback
 from .batches import collated
 from .settings import LossSettings, refuse
@@ -49,15 +47,9 @@ class FusedLossesCallback(PatchCallback):
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_init_end(args, state, control, **kwargs)
         self._trainer.data_collator = collated(self._trainer.data_collator, self.loss, scale="loss_scale")
-        self._come_before_reports(self._trainer.callback_handler.callbacks)
+        self.come_before_reports(self._trainer.callback_handler.callbacks)
         if self.loss.batch_fields():
             args.use_logits_to_keep = False  # it cuts labels, and would have to cut the fields too
-
-    def _come_before_reports(self, callbacks: list[Any]) -> None:
-        """So that TensorBoard and the like have the numbers too; after the one that says whether to save."""
-        callbacks.remove(self)
-        flow = [i for i, other in enumerate(callbacks) if isinstance(other, DefaultFlowCallback)]
-        callbacks.insert(flow[0] + 1 if flow else 0, self)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._trainer is not None and not self.loss.divides_by_items:

@@ -142,18 +142,25 @@ def test_one_callback_for_another_model_after_an_exception():
     assert not is_patched(first) and not is_patched(second)
 
 
+@pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("restore", [False, True])
 @pytest.mark.parametrize("strategy", [dict(save_strategy="steps", save_steps=3), dict(save_strategy="epoch")], ids=str)
-def test_training_that_is_resumed_between_two_logs_goes_on_with_the_sums(restore, strategy, tmp_path):
+def test_training_that_is_resumed_between_two_logs_goes_on_with_the_sums(restore, strategy, first, tmp_path):
     options = dict(
         output_dir=str(tmp_path), logging_steps=2, restore_callback_states_from_checkpoint=restore, **strategy
     )
     data, at = (rows(8), 3) if "save_steps" in strategy else (rows(6), 3)
-    whole = make(llama(), PatchCallback(fl.TALRLoss(2.0)), data=data, **options)
+
+    def made():
+        if first:  # before the callbacks that report
+            return PatchCallback(fl.TALRLoss(2.0)).add_to(make(llama(), data=data, **options))
+        return make(llama(), PatchCallback(fl.TALRLoss(2.0)), data=data, **options)
+
+    whole = made()
     whole.train()
     state = json.loads((tmp_path / f"checkpoint-{at}" / "trainer_state.json").read_text())
     assert state["stateful_callbacks"]["Callback"]["attributes"]["sums"][1] > 0
-    resumed = make(llama(), PatchCallback(fl.TALRLoss(2.0)), data=data, **options)
+    resumed = made()
     resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{at}"))
     ours = ("nll", "mean_weight")  # a Trainer forgets its own sum
     assert [logged(t)[-1][name] for t in (resumed, whole) for name in ours] == [logged(whole)[-1][n] for n in ours] * 2

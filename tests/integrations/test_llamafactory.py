@@ -242,7 +242,7 @@ def test_the_command_runs_it_with_the_callback_and_puts_all_back(fake, tmp_path)
     assert found["args"] == {"stage": "sft", "max_steps": 3}
     (callback,) = found["callbacks"]
     assert (callback.loss.anchor_weight, callback.loss.retain_weight) == (2, 3) and callback.stays
-    assert found["trainer"].callback_handler.callbacks[0] is callback  # so that what reports has its numbers
+    assert found["trainer"].callback_handler.callbacks[1] is callback  # so that what reports has its numbers
     assert found["trainer"].data_collator.collator is padded_apart and vars(sft) == before
     config.write_text("fused_loss: dft\n")
     llamafactory.main([str(config)])
