@@ -26,9 +26,8 @@ class TALRLoss(Objective):
 
     Take it where a few hard tokens tear a model apart that is sure of nearly all others, as the paper has it; it needs
     no reference model. Take a small learning rate first: in the study of docs/forgetting.md, of a small model to which
-    a fifth of the tokens are hard, that alone kept what the model knew, and TALR learned less at every rate. Not to
-    teach facts that the model cannot know: those are the tokens it plays down.
-
+    28 % of the tokens are hard (p < 0.1), that alone kept what the model knew, and TALR learned less at every rate. Not
+    to teach facts that the model cannot know: those are the tokens it plays down.
 
     Args:
         temperature: "median": τ is the median, over the sequences of the call, of their mean nll, at least 1e-6. Or a
