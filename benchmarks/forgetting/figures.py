@@ -127,13 +127,10 @@ def equal_gain(axes: Any, study: Study) -> bool:
     axes.barh([title for _, title in there], [loss for loss, _ in there], color="0.6", edgecolor="black")
     for i, (loss, _) in enumerate(there):
         axes.text(loss, i, f" {loss:.3f}", va="center", fontsize=8)
-    axes.set_xlabel(f"{LOSS} where the domain gain is {level:.2f} nats per token")
     several = interval([study.loss(run) for run in study.of("sft", SMALL)])
-    spread = "" if several is None else f"; SFT's seeds, at {rate_text(SMALL)}: ± {(several[1] - several[0]) / 2:.3f}"
-    axes.set_title(
-        f"At the same domain gain {there[0][1]} loses least, {there[-1][1]} most (seed 0{spread})", fontsize=10,
-        loc="left",
-    )  # fmt: skip
+    spread = "" if several is None else f"\n(SFT's seeds at {rate_text(SMALL)}: ± {(several[1] - several[0]) / 2:.3f})"
+    axes.set_xlabel(f"{LOSS} where the domain gain is {level:.2f} nats per token, seed 0{spread}")
+    axes.set_title(f"At the same domain gain {there[0][1]} loses least, {there[-1][1]} most", fontsize=10, loc="left")
     return True
 
 
