@@ -5,7 +5,7 @@ statistics and compaction in three passes over a row in cache, and the two spars
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -206,14 +206,19 @@ def _compact(
     here = sampled[(sampled >= tokens.start) & (sampled < tokens.stop)] - tokens.start
     here = here[(counts[here] >= 0) & out.nll[here].isfinite()]
     torch.ops.fused_losses.tail_profile(*logits, rows, here, selection.profile)
-    total = int(counts.clamp(min=0).sum())
-    packed = [torch.empty(total, dtype=source.dtype) for source in buffers]
-    for source, target in zip(buffers, packed, strict=True):
-        torch.ops.fused_losses.pack(counts, source, target)
     if with_kl:
         tails.kl_left, tails.kl_left_l1 = rows[schemas.KL_TAIL], rows[schemas.KL_TAIL_L1]
         tails.kl_l1 = rows[schemas.KL_L1]
-    return Entries(counts, packed[0], packed[1], packed[2] if with_kl else None, tails)
+    return packed(counts, buffers, tails)
+
+
+def packed(counts: Tensor, buffers: Sequence[Tensor], tails: Tails) -> Entries:
+    """The entries of tokens that have so many in buffers [C, capacity]: columns, values and, with a KL, its values."""
+    total = int(counts.clamp(min=0).sum())
+    columns, values, *kl_values = (torch.empty(total, dtype=source.dtype) for source in buffers)
+    for source, target in zip(buffers, (columns, values, *kl_values), strict=True):
+        torch.ops.fused_losses.pack(counts, source, target)
+    return Entries(counts, columns, values, kl_values[0] if kl_values else None, tails)
 
 
 def finish(problem: Problem, chunk: Chunk) -> None:

@@ -180,10 +180,10 @@ def test_evaluation_after_training_is_what_it_was_during_training(fake, options)
     losses = log(found["trainer"], "eval_loss")
     assert losses[-1] == found["eval_loss"] == pytest.approx(min(losses[:2]), rel=1e-9)
     assert all(vars(sft)[name] is before[name] for name in before)
-    assert log(found["trainer"], "kl")[0] == pytest.approx(0, abs=1e-9)
+    assert log(found["trainer"], "kl")[0] == pytest.approx(0, abs=1e-12)
     by_hand = fl.patch(llama(), fl.LAwFLoss(), reference="start")
     batch = found["trainer"].data_collator(rows(8))
-    assert log(found["trainer"], "loss")[0] == pytest.approx(by_hand(**batch).loss.item(), rel=1e-6) or options
+    assert log(found["trainer"], "loss")[0] == pytest.approx(by_hand(**batch).loss.item(), rel=3e-7) or options
 
 
 def test_evaluation_alone_has_the_loss(fake, tmp_path):
@@ -194,7 +194,7 @@ def test_evaluation_alone_has_the_loss(fake, tmp_path):
     model = fl.patch(llama(), fl.LAwFLoss(), reference=llama(1).float().double())
     with torch.no_grad():
         expected = model.eval()(**found["trainer"].data_collator(rows(4, 3))).loss.item()
-    assert found["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    assert found["eval_loss"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_start_is_known_in_a_training_that_is_resumed(fake, tmp_path):
@@ -227,7 +227,7 @@ def test_means_of_groups_are_those_within_a_batch(fake):
     collated = found["trainer"].data_collator
     model = fl.patch(llama(), fl.LAwFLoss(reduction="group_mean"), reference="start")
     expected = [model(**collated(rows(8)[at : at + 4])).loss.item() for at in (0, 4)]
-    assert log(found["trainer"], "loss")[0] == pytest.approx(sum(expected) / 2, rel=1e-6)
+    assert log(found["trainer"], "loss")[0] == pytest.approx(sum(expected) / 2, rel=3e-7)
 
 
 # --- the command

@@ -2,30 +2,44 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 import spread_ranks
 import torch
 import torch.multiprocessing
 from cases import relative
 from processes import pythonpath
-from spread_ranks import INTERPRETED_OBJECTIVES, calls, gathered, gradients, limited, small_case, token_losses
+from spread_ranks import (
+    CUDA_CALLS,
+    INTERPRETED_OBJECTIVES,
+    INTERPRETED_SIZES,
+    calls,
+    gathered,
+    gradients,
+    limited,
+    small_case,
+    token_losses,
+)
 from vocab_ranks import DTYPES
-
-from fused_losses.sparse import certificate
 
 OUTPUTS = ("nll", "kl", "entropy", "prediction", "reference_nll", "lse", "logits_at")
 GRADIENTS = ("d_hidden", "d_weight", "d_bias")
-# Of float32 logits; measured 3e-7, the KL of two heads 2.9e-6.
-ROUNDING, ROUNDING_OF_KL = 1.5e-6, 1e-5
+# Of float32 logits; measured 3.7e-7, the KL of two heads 2.9e-6.
+ROUNDING, ROUNDING_OF_KL = 1.1e-6, 8e-6
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def found(request, tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("ranks"))
+    shim = None  # the CUDA kernels, compiled for a CPU
+    if shutil.which("g++") is not None:
+        shim = str(Path(request.getfixturevalue("shim").functions._name).parent)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", pythonpath())
         torch.multiprocessing.start_processes(
-            spread_ranks.interpreted, (2, folder), nprocs=2, start_method="forkserver"
+            spread_ranks.interpreted, (2, folder, shim), nprocs=2, start_method="forkserver"
         )
     return gathered(2, folder)
 
@@ -57,9 +71,28 @@ def test_as_one_process(found, name, sizes, gradient, dtype):
     for output in GRADIENTS:
         if output in truth:
             assert relative(got[output], one[output]) <= (2e-5 if alike and not half else 1e-3), output
-            assert relative(got[output], truth[output]) <= certificate.TOLERANCE / 10, output
+            assert relative(got[output], truth[output]) <= 1.5e-3, output  # measured 5e-4, in float16
     if got["hidden_bound"] >= 0:
         assert relative(got["d_hidden"], truth["d_hidden"]) <= got["hidden_bound"]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile the kernels for a CPU with")
+@pytest.mark.parametrize("name, gradient", CUDA_CALLS)
+def test_cuda_kernels_as_tritons(found, name, gradient):
+    got, triton = found["cuda", name], found[name, INTERPRETED_SIZES[0], gradient, "float32"]
+    assert got["entries"] == triton["entries"]
+    for output in (*OUTPUTS, *GRADIENTS):
+        if output in triton:
+            # Measured 1.8e-7, the KL 6.9e-7.
+            assert relative(got[output], triton[output]) <= (2e-6 if output == "kl" else 5e-7), output
+
+
+@pytest.mark.parametrize("gradient", ["sparse", "exact"])
+def test_all_labels_ignored(found, gradient):
+    got = found["ignored", gradient]
+    for name in {*OUTPUTS, *GRADIENTS} & got.keys():
+        assert (got[name] == (-1 if name == "prediction" else 0)).all(), name
+    assert got["d_weight"].shape == (200, spread_ranks.D) and got["exact_tokens"] == 0
 
 
 @pytest.mark.parametrize("name", INTERPRETED_OBJECTIVES)

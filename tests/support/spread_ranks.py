@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -21,9 +22,10 @@ import torch.multiprocessing
 from cases import Case, coarse
 from processes import leave, pythonpath
 from torch import Tensor
-from vocab_ranks import DTYPES, Ranks, collective_calls, gradients, spread_inputs
+from vocab_ranks import DTYPES, Ranks, collective_calls, gradients, spread_inputs, weighted
 
 import fused_losses as fl
+from fused_losses import backends
 
 N, D, V = 150, 24, 1501
 # Rows of each rank: few, none, and as even as they can be.
@@ -120,13 +122,8 @@ def token_losses(case: Case, inputs: tuple, **options: Any) -> dict[str, Any]:
     """Outputs, gradients of two passes backward, and the report."""
     hidden, head, reference = inputs
     out = fl.token_losses(hidden, head, case.labels, reference=reference, **case.asked, **options)
-    loss = (out.nll * case.nll_upstream.to(out.nll)).sum()
-    if reference is not None:
-        loss = loss + (out.kl * case.kl_upstream.to(out.kl)).sum()
-    for name, upstream in case.upstream.items():
-        loss = loss + (getattr(out, name) * upstream.to(out.nll)).sum()
     found = {name: getattr(out, name).detach() for name in OUTPUTS if getattr(out, name) is not None}
-    found |= gradients(loss, hidden, head)
+    found |= gradients(weighted(case, out), hidden, head)
     return found | report(out.gradient_report)
 
 
@@ -280,8 +277,11 @@ INTERPRETED_OBJECTIVES: dict[str, tuple[Any, str | None]] = {
 }
 
 
-def interpreted(rank: int, world: int, folder: str) -> None:
-    """By Triton's kernels, in its interpreter; the rows in two divisions."""
+CUDA_CALLS = (("softcap", "exact"), ("shared", "sparse"))
+
+
+def interpreted(rank: int, world: int, folder: str, shim: str | None) -> None:
+    """By Triton's kernels, in its interpreter; the rows in two divisions. Some by CUDA's, from the folder of a shim."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/{world}", rank=rank, world_size=world)
@@ -292,6 +292,23 @@ def interpreted(rank: int, world: int, folder: str) -> None:
             found[name, sizes, gradient, dtype] = token_losses(
                 small_case(name), inputs, gradient=gradient, backend="triton"
             )
+    for gradient in ("sparse", "exact"):
+        ignored = small_case("shared")
+        ignored = replace(ignored, labels=torch.full_like(ignored.labels, -100))
+        inputs = spread_inputs(ignored, torch.float32, INTERPRETED_SIZES[0])
+        found["ignored", gradient] = token_losses(ignored, inputs, gradient=gradient, backend="triton")
+    if shim is not None:
+        from cuda_shim import shim as shim_module
+
+        shim_module.load(Path(shim))
+        choose = backends.choose
+        cuda = mock.patch.object(
+            backends, "choose", lambda name, device: name if name == "cuda" else choose(name, device)
+        )
+        for name, gradient in CUDA_CALLS:
+            inputs = spread_inputs(small_case(name), torch.float32, INTERPRETED_SIZES[0])
+            with cuda:
+                found["cuda", name] = token_losses(small_case(name), inputs, gradient=gradient, backend="cuda")
     for name, (loss, reference) in INTERPRETED_OBJECTIVES.items():
         case = small_case(reference or "plain")
         hidden, head, given = spread_inputs(case, torch.float32, INTERPRETED_SIZES[0])

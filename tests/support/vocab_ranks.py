@@ -115,15 +115,20 @@ def token_losses(case: Case, inputs, **options) -> dict[str, Tensor]:
     """Outputs and gradients, of two passes backward."""
     hidden, head, reference = inputs
     out = fl.token_losses(hidden, head, case.labels, reference=reference, **case.asked, **options)
-    loss = (out.nll * case.nll_upstream.to(out.nll)).sum()
-    if reference is not None:
-        loss = loss + (out.kl * case.kl_upstream.to(out.kl)).sum()
-    for name, upstream in case.upstream.items():
-        loss = loss + (getattr(out, name) * upstream.to(out.nll)).sum()
     names = (*OUTPUTS, *(MORE if case.asked else ()))
     found = {name: getattr(out, name).detach() for name in names if getattr(out, name) is not None}
     assert out.gradient_report.mode == "exact"
-    return found | gradients(loss, hidden, head)
+    return found | gradients(weighted(case, out), hidden, head)
+
+
+def weighted(case: Case, out: fl.TokenLosses) -> Tensor:
+    """The sum of its differentiable outputs with the case's upstream weights."""
+    loss = (out.nll * case.nll_upstream.to(out.nll)).sum()
+    if out.kl is not None:
+        loss = loss + (out.kl * case.kl_upstream.to(out.kl)).sum()
+    for name, upstream in case.upstream.items():
+        loss = loss + (getattr(out, name) * upstream.to(out.nll)).sum()
+    return loss
 
 
 def gradients(loss: Tensor, hidden: Tensor, head: fl.LMHead) -> dict[str, Tensor]:

@@ -258,17 +258,12 @@ def _compact(problem: Problem, held: Held, selection: Selection, capacity: int) 
     chunk.z.scatter_(1, column.at, column.z.float()[:, None])
     if with_kl:
         chunk.r.scatter_(1, column.at, column.r.float()[:, None])
-    total = int(counts.clamp(min=0).sum())
-    packed = [torch.empty(total, dtype=source.dtype) for source in buffers]
-    for source, target in zip(buffers, packed, strict=True):
-        torch.ops.fused_losses.pack(counts, source, target)
     if with_kl:
         tails.kl_left, tails.kl_left_l1 = rows[schemas.KL_TAIL], rows[schemas.KL_TAIL_L1]
         tails.kl_l1 = (rows[schemas.KL_L1] - lump_gap).clamp(min=0)
     # Without the lump's own |p − 1|·slope.
     tails.nll_l1 = (rows[schemas.NLL_L1] + torch.expm1(-lumped[0]) * lump).clamp(min=0)
-    entries = Entries(counts, packed[0], packed[1], packed[2] if with_kl else None, tails)
-    return _thinned(_put_right(held, column, entries), held, selection, here)
+    return _thinned(_put_right(held, column, cpu.packed(counts, buffers, tails)), held, selection, here)
 
 
 def _put_lump(problem: Problem, held: Held, column: Column) -> tuple[Tensor, Tensor | None]:
