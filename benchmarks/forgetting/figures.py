@@ -22,7 +22,7 @@ def draw(study: Study, folder: Path) -> list[str]:
     matplotlib.use("Agg")
     folder.mkdir(parents=True, exist_ok=True)
     pictures: dict[str, Callable[[Any, Study], bool]] = {
-        "pareto": pareto, "equal_gain": equal_gain, "tokens": tokens, "curriculum": curriculum,
+        "headline": headline, "pareto": pareto, "equal_gain": equal_gain, "tokens": tokens, "curriculum": curriculum,
         "steps": steps, "label": label_only,
     }  # fmt: skip
     return [name for name, picture in pictures.items() if _saved(folder / f"{name}.png", picture, study)]
@@ -59,6 +59,68 @@ def wise_points(study: Study) -> list[tuple[float, float]]:
     ]
 
 
+def with_seeds(study: Study) -> list[tuple[str, float, list[tuple[float, float]]]]:
+    """Method, rate, and (gain, loss) of each seed, of all that have at least three."""
+    found = []
+    for name in METHODS:
+        for rate in sorted({run["rate"] for run in study.of(name)}):
+            runs = study.of(name, rate)
+            if len(runs) >= 3:
+                found.append((name, rate, [(study.gain(run), study.loss(run)) for run in runs]))
+    return found
+
+
+def headline(axes: Any, study: Study) -> bool:
+    """Means with 95 % intervals, over rates; a dot is one seed."""
+    shown = with_seeds(study)
+    if len(shown) < 2:
+        return False
+    for name in dict.fromkeys(method for method, _, _ in shown):
+        of_it = [(rate, points) for method, rate, points in shown if method == name]
+        means = [[statistics.fmean(values) for values in zip(*points, strict=True)] for _, points in of_it]
+        halves = [[_half(values) for values in zip(*points, strict=True)] for _, points in of_it]
+        face = {"sft": "black", "talr": "0.6"}.get(name, "white")
+        gains, losses = zip(*means, strict=True)
+        across, along = zip(*halves, strict=True)
+        axes.errorbar(gains, losses, along, across, fmt=MARKERS[name], linestyle="-" if len(means) > 1 else "none",
+                      color="0.35", linewidth=0.8, elinewidth=0.6, capsize=2, markersize=7, markerfacecolor=face,
+                      markeredgecolor="black", label=METHODS[name].title, zorder=3)  # fmt: skip
+        dots = [point for _, points in of_it for point in points]
+        axes.scatter(*zip(*dots, strict=True), s=4, color="black", zorder=4)
+        if name in ("sft", "talr") or len(of_it) == 1:  # the others' rates are SFT's
+            side, place = ("left", 9) if name == "sft" else ("right", -9)
+            for (rate, _), mean in zip(of_it, means, strict=True):
+                axes.annotate(rate_text(rate), mean, (place, 6), textcoords="offset points", fontsize=8, ha=side)
+    _loss_scale(axes, [loss for _, _, points in shown for _, loss in points])
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes.set_title(_small_and_large(study), fontsize=10, loc="left")
+    return True
+
+
+def _half(values: tuple[float, ...]) -> float:
+    found = interval(values)
+    return 0.0 if found is None else (found[1] - found[0]) / 2
+
+
+def _loss_scale(axes: Any, losses: list[float]) -> None:
+    """Linear to 0.1, then logarithmic: most methods lose less than that at the small rate."""
+    axes.set_yscale("symlog", linthresh=0.1)
+    ticks = (-0.1, -0.05, 0, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_ylim(min(losses) - 0.02, 1.2 * max(losses) + 0.02)
+    axes.set_xlabel(GAIN)
+    axes.set_ylabel(LOSS)
+
+
+def front_titles(study: Study) -> list[str]:
+    """The methods that have a run on the Pareto front."""
+    points = [((study.gain(run), study.loss(run)), METHODS[run["method"]].title) for run in study.of_reasoning()]
+    points += [(point, WISE_TITLE) for point in wise_points(study)]
+    best = set(front([point for point, _ in points]))
+    return list(dict.fromkeys(title for point, title in sorted(points) if point in best))
+
+
 def pareto(axes: Any, study: Study) -> bool:
     everything: list[tuple[float, float]] = []
     for name, method in METHODS.items():
@@ -76,16 +138,10 @@ def pareto(axes: Any, study: Study) -> bool:
         return False
     best = front(everything)
     axes.plot(*zip(*best, strict=True), color="0.5", linewidth=1, label="Pareto front")
-    axes.set_yscale("symlog", linthresh=0.1)
-    ticks = (-0.1, -0.05, 0, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
-    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.minorticks_off()
-    low, high = min(loss for _, loss in everything), max(loss for _, loss in everything)
-    axes.set_ylim(low - 0.02, 1.2 * high + 0.02)
-    axes.set_xlabel(GAIN)
-    axes.set_ylabel(LOSS)
+    _loss_scale(axes, [loss for _, loss in everything])
     axes.legend(fontsize=7, ncols=2, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    axes.set_title(_small_and_large(study), fontsize=10, loc="left")
+    names = ", ".join(front_titles(study))
+    axes.set_title(f"No run beats these in gain and loss at once: {names}", fontsize=9, loc="left")
     return True
 
 
@@ -168,7 +224,7 @@ def curriculum(axes: Any, study: Study) -> bool:
     axes.text(100, 1.0, "SFT", ha="right", va="bottom", fontsize=8)
     axes.set_xlabel("steps done (%)")
     axes.set_ylabel("mean weight of tokens hard at the start")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     axes.set_title(
         f"TALR's weight of hard tokens goes from {weights[0]:.2f} to {weights[-1]:.2f} at {rate_text(LARGE)}",
         fontsize=10,

@@ -113,5 +113,6 @@ def _others() -> list[Run]:
         *(_of("finch", LARGE, seed=seed) for seed in (1, 2)),
         *(_of(method, rate, domain="label") for rate in (SMALL, 2e-4) for method in ("sft", "talr")),
         *(_of(m, r, domain="facts") for r in (LARGE, SMALL) for m in ("sft", "talr", "lawf", "sft+kl")),
-        *(_of(method, MIDDLE, seed=seed) for seed in (1, 2) for method in ("sft", "talr")),
+        *(_of(method, MIDDLE, seed=seed) for seed in (1, 2) for method in ("sft", "talr", "lora")),
+        _of("lora", 5e-5),
     ]

@@ -11,14 +11,15 @@ from pathlib import Path
 
 from ..marks import filled
 from .claims import judge
-from .figures import common_gain, draw, front, wise_points
-from .methods import LARGE, LORA_FACTOR, METHODS, MIDDLE, SMALL, WISE_TITLE
+from .figures import common_gain, draw, front_titles
+from .methods import LARGE, METHODS, MIDDLE, SMALL, WISE_TITLE
 from .results import Entry, Study, interval, rate_text
 
 DOCS = Path(__file__).parents[2] / "docs"
 BEGIN, END = "<!-- study: written by python -m benchmarks.forgetting --page -->", "<!-- end of study -->"
 FOLDER = "forgetting"  # of the pictures, in DOCS
 CAPTIONS = {
+    "pareto": "Every run: further right learns more, further down forgets less.",
     "equal_gain": "Compared fairly: methods at the same three rates, read off where the domain gain is the same.",
     "tokens": "What the start model makes of the training tokens.",
     "curriculum": "How much the tokens that were hard at the start count, over a training.",
@@ -66,11 +67,11 @@ def short(study: Study, link: str) -> str:
 def page(study: Study, pictures: Sequence[str], found: dict) -> str:
     size = found["size"]
     parts = ["# Which loss at which learning rate", answer(study)]
-    if "pareto" in pictures:
-        parts.append(f"![Domain gain against general loss]({FOLDER}/pareto.png)")
+    if "headline" in pictures:
+        parts.append(f"![Domain gain against general loss, three seeds]({FOLDER}/headline.png)")
     parts.append(INTRODUCTION.format(**size, done=len(found["runs"]), of=found["of"]).strip())
     parts += ["## What held of the papers' claims", claims_table(study)]
-    parts += ["## Every method at three rates", caveat(study), methods_table(study)]
+    parts += ["## Every method and rate", caveat(study), methods_table(study)]
     parts += [f"{CAPTIONS[name]}\n\n![{CAPTIONS[name]}]({FOLDER}/{name}.png)" for name in pictures if name in CAPTIONS]
     parts += ["## The metric, the steps, the text, the size, or the method?", explanations(study)]
     parts += ["## Other things to learn", domains_table(study)]
@@ -129,11 +130,7 @@ def sentences(study: Study) -> list[str]:
         said.append(
             f"TALR gains {g0:.2f} and {g1:.2f} at these rates, and loses {l0:.2f} and {l1:.2f}."
         )  # fmt: skip
-    points = [((study.gain(run), study.loss(run)), METHODS[run["method"]].title) for run in study.of_reasoning()]
-    points += [(point, WISE_TITLE) for point in wise_points(study)]
-    best = set(front([point for point, _ in points]))
-    names = list(dict.fromkeys(title for point, title in sorted(points) if point in best))
-    if names:
+    if names := front_titles(study):
         said.append(f"Nothing beats, in gain and loss at once, some run of {', '.join(names)}.")
     return said
 
@@ -158,10 +155,8 @@ def methods_table(study: Study) -> str:
     if start := study.starts.get("reasoning"):
         lines.append(_line("start model", "", [{"domain": "reasoning", "after": start}], study))
     for name, method in METHODS.items():
-        for rate in (SMALL, MIDDLE, LARGE):
-            actual = rate * (LORA_FACTOR if method.lora else 1)
-            if runs := study.of(name, actual):
-                lines.append(_line(method.title, rate_text(actual), runs, study))
+        for rate in sorted({run["rate"] for run in study.of(name)}):
+            lines.append(_line(method.title, rate_text(rate), study.of(name, rate), study))
     for run in study.of("sft"):
         for alpha, after in run["wise"].items():
             mixed = {**run, "after": after}

@@ -289,7 +289,11 @@ def test_the_page_has_the_answer_the_verdicts_and_pictures(study, tmp_path, monk
     assert "Wise-FT, α = 0.6" in text
     assert all(f"**{word}**" in text for word in ("held", "not held", "not decidable here"))
     pictures = {path.stem for path in (docs / "forgetting").iterdir()}
-    assert pictures == {"pareto", "tokens", "curriculum", "steps", "label"}  # no method has three rates
+    assert pictures == {"headline", "pareto", "tokens", "curriculum", "steps", "label"}  # no method has three rates
+    assert study("figures").with_seeds(study("results").Study(runs))[0][:2] == ("sft", methods.SMALL)
+    few = study("results").Study([run for run in runs if run["seed"] < 2])
+    assert study("figures").with_seeds(few) == []  # a point of the headline has three seeds
+    assert "headline" not in study("figures").draw(few, tmp_path / "few")
     assert "at most 3 of 6 in 12 runs that were asked" in text
     assert all(f"forgetting/{name}.png" in text for name in pictures)
 
