@@ -18,10 +18,11 @@ from . import inputs
 from .contestants import CONTESTANTS, Contestant, with_backends
 from .inputs import Inputs
 from .losses import FROZEN_HEAD, Loss
-from .plan import DECISION, Cell
+from .plan import DECISION, TOKENS, Cell
 from .truth import Truth, truth_of
 
 WARM = 8  # tokens of a first call, for what is loaded or compiled whatever the shape
+SWEPT_CALLS = 3  # that a point of a sweep over N is the median of
 WRONG = 0.9  # relative error of a gradient that is none: bfloat16 logits leave a JSD of 0.0004 one of 0.6
 
 Send = Callable[[dict[str, Any]], Any]
@@ -107,7 +108,7 @@ def _whole(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def alone(cell: Cell, name: str, registry: Registry, folder: Path, send: Send) -> None:
-    """Peak memory, the time of one call, and errors against the truth."""
+    """Peak memory, the time of one call, and errors against the truth; of a sweep over N the time of further calls."""
     given, contestant = load(cell, folder), registry.contestants()[name]
     _warm(cell, contestant, given, contestant.warm_at_full_size)
     loss, (x, w) = contestant.build(cell.loss, given), _leaves(cell, given)
@@ -117,6 +118,8 @@ def alone(cell: Cell, name: str, registry: Registry, folder: Path, send: Send) -
         "seconds_alone": seconds,
         "peak_mib": memory.above(sum(leaf.grad.nbytes for leaf in (x, w) if leaf.grad is not None)),
     }
+    if cell.purpose == TOKENS:
+        figures["seconds"] = [timed(loss, *_leaves(cell, given)) for _ in range(SWEPT_CALLS)]
     if cell.purpose == DECISION:
         truth = Truth.load(truth_path(cell, folder), cell.device)
         figures |= truth.errors(cell.loss, x.grad, w.grad, _values(cell, contestant, given, truth.tokens, w.detach()))

@@ -75,7 +75,7 @@ def _time(rows: list[Row], path: Path) -> Path:
     curves = _curves(axes, rows, "tokens", seconds)
     axes.set(xscale="log", yscale="log", xlabel="tokens N", ylabel="time of forward and backward, s")
     first = rows[0]["settings"]
-    where = f"cross-entropy, {first['dtype']}, D={first['hidden']}, V={first['vocabulary']}; one call alone"
+    where = f"cross-entropy, {first['dtype']}, D={first['hidden']}, V={first['vocabulary']}; median of a few calls"
     _title(axes, _growth(curves, "as fast as full logits at N ="), where)
     return _save(figure, path)
 

@@ -20,7 +20,7 @@ DEFAULTS = {
 }
 # Of each device what the sweeps take: N at the plan's V, then V at a small N.
 SWEEPS = {
-    "cpu": ((256, 512, 1024, 2048, 4096), 512, (16384, 32768, 65536, 131072)),
+    "cpu": ((256, 512, 1024, 2048, 4096), 512, (16384, 32768, 65536, 131072, 262144)),
     "cuda": ((1024, 2048, 4096, 8192, 16384), 2048, (32768, 65536, 131072, 262144)),
 }
 SWEPT = (f"{OURS}sparse", f"{OURS}sparse, int8", "eager, full logits", "F.linear_cross_entropy, chunked")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .ours import OURS
-from .plan import DECISION, Cell
+from .plan import DECISION, SWEPT, TOKENS, VOCABULARY, Cell
 from .store import Row, seconds
 
 EAGER = "eager, full logits"  # what one has without any package
@@ -194,11 +194,43 @@ def markdown(content: Mapping[str, Any]) -> str:
         for cell, members in cells:
             lines += [_line(cell, name, row) for name, row in members.items() if "reason" not in row]
         lines.append("")
+    lines += growth(rows)
     if found := left_out(rows):
         lines += ["| without figures | why | losses |", "|---|---|---|", *(f"| {' | '.join(each)} |" for each in found)]
     if content.get("notes"):
         lines += ["", *(f"- {note}" for note in content["notes"])]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def growth(rows: Mapping[str, Row]) -> list[str]:
+    """Tables of the sweeps: seconds against N, MiB against V; each contestant in a process of its own."""
+    lines = []
+    swept: tuple[tuple[str, str, str, str], ...] = (
+        (TOKENS, "tokens", "vocabulary", "seconds of a call against N"),
+        (VOCABULARY, "vocabulary", "tokens", "peak MiB against V"),
+    )
+    for purpose, across, fixed, what in swept:
+        found = [row for row in rows.values() if row["settings"]["purpose"] == purpose]
+        if not found:
+            continue
+        first = found[0]["settings"]
+        sizes = sorted({row["settings"][across] for row in found})
+        by = {(row["settings"]["contestant"], row["settings"][across]): row for row in found}
+        symbol = "V" if fixed == "vocabulary" else "N"
+        where = f"{first['loss']}, {first['dtype']}, {first['distribution']} inputs, D = {first['hidden']}"
+        lines += [f"### {where}, {symbol} = {first[fixed]:,}: {what}", ""]
+        lines += [f"| | {' | '.join(f'{size:,}' for size in sizes)} |", "|---" * (len(sizes) + 1) + "|"]
+        for name in SWEPT:
+            cells = [_swept(by.get((name, size)), purpose) for size in sizes]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append("")
+    return lines
+
+
+def _swept(row: Row | None, purpose: str) -> str:
+    if row is None or "reason" in row:
+        return "–" if row is None else row["reason"]
+    return _number(seconds(row) if purpose == TOKENS else row["peak_mib"])
 
 
 def _by_inputs(found: dict[Cell, dict[str, Row]]) -> Iterator[tuple[str, list[tuple[Cell, dict[str, Row]]]]]:

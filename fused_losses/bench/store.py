@@ -80,7 +80,7 @@ def settings(cell: Cell, contestant: Contestant) -> dict[str, Any]:
     version = contestant.version() + (f" ({code()})" if contestant.ours else "")
     return cell.settings() | {
         "contestant": contestant.name, "version": version, "torch": torch.__version__,
-        "on": facts()["gpu"] or facts()["cpu"], "threads": torch.get_num_threads(),
+        "on": facts()["gpu"] or f"{facts()['cpu']}, {facts()['capability']}", "threads": torch.get_num_threads(),
     }  # fmt: skip
 
 

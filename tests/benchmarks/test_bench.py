@@ -14,7 +14,7 @@ import torch
 from commands import refused, status
 from processes import ROOT
 
-from fused_losses.bench import inputs, measure, plan, report, run, states, truth
+from fused_losses.bench import inputs, measure, plan, report, run, states, store, truth
 from fused_losses.bench.contestants import CONTESTANTS, Contestant, of_parts
 from fused_losses.bench.losses import FROZEN_HEAD, JSD, LAWF_FROZEN, LOSSES, TALR
 
@@ -159,6 +159,21 @@ def test_those_that_fail_have_a_row_and_the_others_go_on(own, tmp_path, capsys):
     assert reasons["own, GPU"] == "needs a GPU"
     said = capsys.readouterr().out
     assert "out of memory" in said and "needs a GPU" in said
+
+
+def test_rows_of_cpus_with_other_instructions_are_not_one(monkeypatch):
+    """Two kinds of servers have the same name: rounds on both would be one median."""
+    cell, contestant = (
+        plan.Cell("TALR", "flat", D, V, N, "float32", "cpu"),
+        measure.Registry("cpu").contestants()["eager, full logits"],
+    )
+    found = []
+    for capability in ("AVX2", "AVX512"):
+        known = store.facts() | {"cpu": "one name", "gpu": None, "capability": capability}
+        monkeypatch.setattr(store, "facts", lambda known=known: known)
+        found.append(store.settings(cell, contestant))
+        monkeypatch.undo()
+    assert found[0] != found[1] and found[0]["on"] == "one name, AVX2"
 
 
 def test_a_row_says_what_made_it(tmp_path):
@@ -343,6 +358,17 @@ def test_sweeps_have_a_picture_each(tmp_path):
     some += [swept(name, "vocabulary", v / 100, vocabulary=v) for name in plan.SWEPT for v in (1000, 2000)]
     drawn = pictures.draw(rows(*some), tmp_path)
     assert [path.name for path in drawn] == ["tokens.png", "vocabulary.png"] and all(p.stat().st_size for p in drawn)
+    del some[0]
+    some[0] |= {"seconds": [1.0, 9.0, 2.0]}
+    some[-1] |= {"reason": "not enough memory"}
+    lines = report.growth(rows(*some))
+    assert lines[0].endswith("V = 300: seconds of a call against N") and "| | 256 | 512 |" in lines
+    assert "| fused_losses, sparse | – | 2 |" in lines  # the median, and what was not measured
+    assert "| fused_losses, sparse | 100 | 200 |" in lines
+    assert f"| {plan.SWEPT[-1]} | 100 | not enough memory |" in lines
+    assert all(line in report.markdown({"rows": rows(*OURS, *some), "machine": store.facts() | {"date": ""}})
+               for line in lines)  # fmt: skip
+    assert report.growth(rows(*OURS)) == []
 
 
 def test_a_sweep_is_of_four_contestants_and_not_checked(tmp_path, monkeypatch):
@@ -359,6 +385,8 @@ def test_a_sweep_is_of_four_contestants_and_not_checked(tmp_path, monkeypatch):
         for what, v, n in (("tokens", 300, 16), ("tokens", 300, 24), ("vocabulary", 200, 8))
     }
     assert all("hidden_error" not in found[name] and found[name]["seconds_alone"] > 0 for name in of_sweep)
+    calls = {name.partition("/")[0]: len(found[name].get("seconds", ())) for name in of_sweep}
+    assert calls == {"against tokens": 3, "against vocabulary": 0}
 
 
 def test_one_adds_a_contestant_by_its_parts(given):
