@@ -29,7 +29,7 @@ FILES := -n 2 --dist loadfile --no-loadscope-reorder
 
 test: lint
 	$(BIN)/python -m pytest $(GRIDS) $(SLOWEST) $(FILES) -m 'not gpu'
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(GRIDS) $(SLOWEST) -n 2 tests/interpreted
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(GRIDS) $(SLOWEST) -n 2 --dist loadgroup tests/interpreted
 
 test-all: GRIDS := --exhaustive
 test-all: test
@@ -45,7 +45,7 @@ test-fast: lint
 test-tritons: $(VENV)/.core $(TRITONS:%=.tritons/%)
 	for version in $(TRITONS); do \
 		export PYTHONPATH=.tritons/$$version; \
-		$(BIN)/python -m pytest tests/kernels/test_tiles.py && TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/interpreted || exit 1; \
+		$(BIN)/python -m pytest tests/kernels/test_tiles.py && TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist loadgroup tests/interpreted || exit 1; \
 	done
 
 .tritons/%: | $(VENV)/.core

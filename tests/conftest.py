@@ -28,9 +28,10 @@ FAST = frozenset(
 LONG = tuple(
     f"test_{name}.py"
     for name in (
-        "compile", "gpu_commands", "examples", "installation", "demo", "session_speed", "topk_real_model", "package",
-        "resume", "bench", "distributed", "endings", "train", "vocab_parallel", "nvcc", "annotate_command", "callback",
-        "trl", "trainers", "cpu_exact_kernels", "patch_others", "compiled_models", "causal_models",
+        "spread", "compile", "gpu_commands", "examples", "installation", "demo", "session_speed", "topk_real_model",
+        "package", "resume", "bench", "peak_memory", "distributed", "endings", "train", "vocab_parallel", "nvcc",
+        "annotate_command", "callback", "trl", "trainers", "cpu_exact_kernels", "patch_others", "compiled_models",
+        "causal_models",
     )
 )  # fmt: skip
 

@@ -24,6 +24,7 @@ from spread_ranks import (
 )
 from vocab_ranks import DTYPES
 
+pytestmark = pytest.mark.xdist_group("spread")  # the ranks run once, for all of them
 OUTPUTS = ("nll", "kl", "entropy", "prediction", "reference_nll", "lse", "logits_at")
 GRADIENTS = ("d_hidden", "d_weight", "d_bias")
 # Of float32 logits; measured 3.7e-7, the KL of two heads 2.9e-6.
