@@ -88,9 +88,9 @@ def headline(axes: Any, study: Study) -> bool:
         dots = [point for _, points in of_it for point in points]
         axes.scatter(*zip(*dots, strict=True), s=4, color="black", zorder=4)
         if name in ("sft", "talr") or len(of_it) == 1:  # the others' rates are SFT's
-            side, place = ("left", 9) if name == "sft" else ("right", -9)
+            side, place = ("right", (-9, 6)) if name == "talr" else ("left", (9, 6) if name == "sft" else (9, -12))
             for (rate, _), mean in zip(of_it, means, strict=True):
-                axes.annotate(rate_text(rate), mean, (place, 6), textcoords="offset points", fontsize=8, ha=side)
+                axes.annotate(rate_text(rate), mean, place, textcoords="offset points", fontsize=8, ha=side)
     _loss_scale(axes, [loss for _, _, points in shown for _, loss in points])
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     axes.set_title(_small_and_large(study), fontsize=10, loc="left")
