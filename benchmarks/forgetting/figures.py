@@ -183,11 +183,27 @@ def equal_gain(axes: Any, study: Study) -> bool:
     axes.barh([title for _, title in there], [loss for loss, _ in there], color="0.6", edgecolor="black")
     for i, (loss, _) in enumerate(there):
         axes.text(loss, i, f" {loss:.3f}", va="center", fontsize=8)
-    several = interval([study.loss(run) for run in study.of("sft", SMALL)])
-    spread = "" if several is None else f"\n(SFT's seeds at {rate_text(SMALL)}: ± {(several[1] - several[0]) / 2:.3f})"
-    axes.set_xlabel(f"{LOSS} where the domain gain is {level:.2f} nats per token, seed 0{spread}")
-    axes.set_title(f"At the same domain gain {there[0][1]} loses least, {there[-1][1]} most", fontsize=10, loc="left")
+    axes.set_xlabel(f"{LOSS} where the domain gain is {level:.2f} nats per token, seed 0{_how_exact(study, level)}")
+    axes.set_title(_at_equal_gain(there), fontsize=10, loc="left")
     return True
+
+
+def _how_exact(study: Study, level: float) -> str:
+    """What a difference between bars has to be above: SFT along all of its rates, and its seeds."""
+    nearer = study.loss_at_gain("sft", level, 0)
+    several = interval([study.loss(run) for run in study.of("sft", SMALL)])
+    said = ["bars: straight lines between three rates"]
+    said += [] if nearer is None else [f"SFT along all of its rates: {nearer:.3f}"]
+    said += [] if several is None else [f"SFT's seeds at {rate_text(SMALL)}: ± {(several[1] - several[0]) / 2:.3f}"]
+    return "".join(f"\n{each}" for each in said)
+
+
+def _at_equal_gain(there: list[tuple[float, str]]) -> str:
+    titles = {title: loss for loss, title in there}
+    own = METHODS["sft"].title
+    (low, least), (high, most) = there[0], there[-1]
+    middle = f", {own} {titles[own]:.2f}" if own in titles and own not in (least, most) else ""
+    return f"At the same domain gain {least} loses {low:.2f} nats per token{middle}, {most} {high:.2f}"
 
 
 def tokens(axes: Any, study: Study) -> bool:
@@ -269,7 +285,7 @@ def label_only(axes: Any, study: Study) -> bool:
     if len(ends) < 2:
         return False
     axes.set_xscale("log")
-    axes.set_xlabel("learning rate at the start")
+    axes.set_xlabel("learning rate at the start, seed 0")
     axes.set_ylabel(LOSS)
     axes.legend(frameon=False)
     axes.set_title(

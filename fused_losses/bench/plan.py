@@ -91,6 +91,14 @@ class Plan:
     def swept(self) -> list[Contestant]:
         return [contestant for contestant in self.contestants if contestant.name in SWEPT]
 
+    def rows_of(self, results: Any) -> dict[str, Any]:
+        """{name: row} of this plan's, measured by this machine and these versions."""
+        pairs = [(cell, each) for cell in self.cells for each in self.contestants]
+        if self.sweep is not False:
+            pairs += [(cell, each) for cell in self.sweep_cells() for each in self.swept()]
+        found = {cell.row(each.name): results.known(cell, each) for cell, each in pairs}
+        return {name: row for name, row in found.items() if row is not None}
+
 
 def cells(
     device: str,
@@ -115,8 +123,10 @@ def cells(
     found = []
     for d in dims:
         reason = inputs.real_is_not(tokens, d, vocabulary)
+        if reason and distribution == inputs.REAL:
+            raise ValueError(f"--distribution: real hidden states cannot be had: {reason}; give calibrated, or flat")
         chosen = distribution or (inputs.CALIBRATED if reason or device != "cpu" else inputs.REAL)
-        if reason and (chosen == inputs.REAL or distribution is None):
+        if reason and distribution is None:
             chosen = inputs.CALIBRATED
             notes.append(f"calibrated inputs in place of real hidden states: {reason}")
         found += [Cell(loss, chosen, d, vocabulary, tokens, dtype, device) for loss in losses for dtype in dtypes]

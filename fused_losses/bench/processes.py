@@ -22,6 +22,10 @@ class Ended(Exception):
     """A process that gave no result; the message is its row."""
 
 
+def too_long(limit: float) -> str:
+    return f"stopped after {limit:g} s; give more with --limit"
+
+
 CONTEXT = multiprocessing.get_context("forkserver")
 
 
@@ -59,7 +63,7 @@ def started(target: Callable[..., Any], *arguments: Any, limit: float) -> Iterat
 def _messages(connection: Any, process: Any, limit: float) -> Iterator[dict]:
     while True:
         if not connection.poll(limit):
-            raise Ended(f"stopped after {limit:g} s; give more with --limit")
+            raise Ended(too_long(limit))
         try:
             message = connection.recv()
         except EOFError:

@@ -73,6 +73,10 @@ def _lost(other: Figures, mine: Figures) -> list[str]:
     return found
 
 
+RULE = (
+    "ahead of ours: in what a contestant is better than each one of ours, by more than 5 % (errors: by half); in "
+    "brackets the one of ours that it is ahead of in least."
+)
 HEADER = ("loss", "dtype", "ours, s", "eager, s", "ours, MiB", "eager, MiB", "ahead of ours")
 
 
@@ -104,27 +108,53 @@ def _leaders(members: Mapping[str, Row]) -> str:
 
 def answer(rows: Mapping[str, Row]) -> str:
     """The sentence: whether to switch from full logits."""
-    speed, memory, losses = [], [], []
+    speed, memory, losses, names = [], [], [], []
     for cell, members in groups(rows).items():
         some = present(members)
-        mine = next((each for name, each in some.items() if name.startswith(OURS)), None)
+        name = next((name for name in some if name.startswith(OURS)), None)
         eager = some.get(EAGER)
-        if mine is None or eager is None:
+        if name is None or eager is None:
             continue
-        speed.append(eager.seconds / mine.seconds)
-        if mine.peak_mib is not None and eager.peak_mib is not None:
-            memory.append(max(1.0, eager.peak_mib) / max(1.0, mine.peak_mib))
+        speed.append(times(members[EAGER], members[name]))
+        if some[name].peak_mib is not None and eager.peak_mib is not None:
+            memory.append(100 * counted(some[name].peak_mib) / counted(eager.peak_mib))
         losses.append(cell.loss)
+        names.append(name.removeprefix(OURS))
     if not speed:
-        return "No answer: ours and eager have no cell in common yet."
-    what = f"{_range(speed)} times as fast as what you have ({EAGER})"
+        return f"No answer: there are no figures of both ours and {EAGER}{_why(rows)}."
+    ours = f"fused_losses ({' or '.join(dict.fromkeys(names))})"
+    than = f"what you have ({EAGER})"
+    word = "Switch" if min(speed) >= 1 else "It depends" if max(speed) >= 1 else "Stay, unless memory is short"
+    if max(speed) >= 1:
+        what = f"{ours} is {_range(speed)} times as fast as {than}"
+    else:
+        what = f"{ours} takes {_range([1 / ratio for ratio in speed])} times as long as {than}"
     if memory:
-        less = min(memory) >= 1
-        what += f", with {_range(memory if less else [1 / m for m in memory])} times {'less' if less else 'its'} memory"
-    over = ", ".join(dict.fromkeys(losses))
-    if min(speed) >= 1:
-        return f"Switch: {what} ({over})."
-    return f"It depends: {what} ({over}); the table says which loss gains."
+        what += f", with {_range(memory)} % of its memory"
+    some_of = "" if word != "It depends" else "; the table says which loss gains"
+    return f"{word}: {what} ({', '.join(dict.fromkeys(losses))}){some_of}."
+
+
+def times(other: Row, mine: Row) -> float:
+    """How many times as long the other takes: the median over rounds, else of one call alone."""
+    if other.get("of_ours"):
+        return statistics.median(other["of_ours"])
+    a, b = seconds(other), seconds(mine)
+    assert a is not None and b is not None
+    return a / b
+
+
+def counted(mib: float) -> float:
+    """Below one MiB it is what the system rounds to."""
+    return max(1.0, mib)
+
+
+def _why(rows: Mapping[str, Row]) -> str:
+    found = {
+        f"{row['settings']['contestant']}: {row['reason']}" for row in rows.values()
+        if "reason" in row and row["settings"]["contestant"].startswith((OURS, EAGER))
+    }  # fmt: skip
+    return f" ({'; '.join(sorted(found))})" if found else ""
 
 
 def _range(values: Sequence[float]) -> str:

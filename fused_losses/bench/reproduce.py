@@ -17,6 +17,10 @@ def reproduce(folder: Path, name: str, added: Path | None, rounds: int, limit: f
 
     Raises ValueError where there is no such row, or its contestant is not known any more.
     """
+    if not (folder / NAME).is_file():
+        raise ValueError(
+            f"--row: there is no {folder / NAME}; name its folder with --output, or run without --row first"
+        )
     results = Results(folder)
     if name not in results.rows:
         remedy = meant(name, results.rows) or f"; the names are those in {folder / NAME}"

@@ -42,7 +42,16 @@ class _Run:
         self.begin, self.done = time.monotonic(), 0
         sweep = [] if self.plan.sweep is False else self.plan.sweep_cells()
         self.total = len(self.plan.cells) * (len(self.plan.contestants) + 1) + len(sweep) * len(self.plan.swept())
+        self.forget_failures()
         self.broken: dict[str, str] = {}  # {name of inputs: why they cannot be made}
+
+    def forget_failures(self) -> None:
+        """Those of an earlier command are tried again: it may have had less memory. Not what took too long, if it may
+        take no longer now."""
+        same = processes.too_long(self.plan.limit)
+        for name, row in self.plan.rows_of(self.results).items():
+            if "reason" in row and same not in row["reason"]:
+                del self.results.rows[name]
 
     def used(self) -> float:
         """The share of the time."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,7 +57,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
         "--sweep", action=argparse.BooleanOptionalAction, default=None,
         help="time against N and memory against V; default: where time is left",
     )  # fmt: skip
-    what.add_argument("--all", action="store_true", help="D = 2048 and float32 too, without a limit of minutes")
+    what.add_argument("--all", action="store_true", help="every dtype, and D = 2048 too, without a limit of minutes")
     what.add_argument("--row", metavar="NAME", help="this row of bench.json alone, anew")
     how = parser.add_argument_group("how long")
     how.add_argument("--minutes", type=number(float, 0), metavar="M", help="for the whole run; default: 14")
@@ -82,6 +83,7 @@ def _run(given: argparse.Namespace) -> None:
     from ..bench import run as running
 
     plan = _plan(given)
+    _check_folder(given.output)
     with _Bar() as progress:
         results = running.run(plan, progress)
     _report(given, plan, results)
@@ -97,7 +99,7 @@ def _plan(given: argparse.Namespace) -> Plan:
     dtypes = None if given.dtypes is None else [_one_of("--dtypes", name, inputs.DTYPES) for name in given.dtypes]
     for option, names in (("model", inputs.MODELS), ("distribution", ("real", "calibrated", "flat"))):
         if getattr(given, option) is not None:
-            _one_of(f"--{option}", getattr(given, option), names)
+            setattr(given, option, _one_of(f"--{option}", getattr(given, option), names))
     if (given.hidden is None) != (given.vocabulary is None):
         there, other = ("--hidden", "--vocabulary") if given.vocabulary is None else ("--vocabulary", "--hidden")
         raise ValueError(f"{there}: expected {other} with it, got {there} alone; give both, or --model")
@@ -122,6 +124,23 @@ def _plan(given: argparse.Namespace) -> Plan:
     )  # fmt: skip
 
 
+def _check_folder(folder: Path) -> None:
+    """Before any work: results can be written there."""
+    nearest = folder.absolute()
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise ValueError(f"--output: expected a folder, got {folder}, of which {nearest} is a file; give another")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"--output: nothing can be written to {folder} ({error.strerror}); give another folder"
+        ) from None
+
+
 def _chosen(names: Sequence[str] | None, registry: Any) -> list[Any]:
     every = registry.contestants()
     for name in names or ():
@@ -133,9 +152,11 @@ def _chosen(names: Sequence[str] | None, registry: Any) -> list[Any]:
 
 
 def _one_of(option: str, name: str, names: Any) -> str:
-    if name not in names:
+    """As it is written in `names`, whatever the case."""
+    alike = [known for known in names if known.lower() == name.lower()]
+    if not alike:
         raise ValueError(f"{option}: expected one of {', '.join(names)}, got {name!r}{meant(name, names)}")
-    return name
+    return alike[0]
 
 
 def _device(given: argparse.Namespace) -> str:
@@ -169,20 +190,24 @@ class _Bar:
 
 
 def _report(given: argparse.Namespace, plan: Plan, results: Results) -> None:
-    """Of all rows in the folder."""
+    """Of the rows that were asked for; others of the folder are in bench.json alone."""
     from ..bench import pictures, report
 
-    for where, lines in report.decision(results.rows).items():
+    rows = plan.rows_of(results)
+    for where, lines in report.decision(rows).items():
         show(f"Ours (sparse; of JSD exact) beside others: {where}", report.HEADER, lines)
-    if missing := report.left_out(results.rows):
+    print(report.RULE)
+    if missing := report.left_out(rows):
         show("Without figures", ("contestant", "why", "losses"), missing)
     for note in results.notes:
         print(f"Note: {note}")
-    print(f"\n{report.answer(results.rows)}")
-    drawn = pictures.draw(results.rows, plan.folder)
+    if others := len(results.rows) - len(rows):
+        print(f"Note: {results.path} has {others} rows of other inputs, contestants, versions or machines; not shown.")
+    print(f"\n{report.answer(rows)}")
+    drawn = pictures.draw(rows, plan.folder)
     print(f"written: {', '.join(map(str, [results.path, *drawn]))}")
     if given.markdown is not None:
-        given.markdown.write_text(report.markdown(vars(results)), encoding="utf-8")
+        given.markdown.write_text(report.markdown({**vars(results), "rows": rows}), encoding="utf-8")
         print(f"written: {given.markdown}")
 
 

@@ -53,7 +53,7 @@ def _add_training(parser: argparse.ArgumentParser, settings: Any) -> None:
     weights.add_argument("--full", action="store_true", help="train all weights")
     group.add_argument("--targets", nargs="+", metavar="LAYER", help="layers with LoRA; default: q_proj v_proj")
     group.add_argument("--learning-rate", type=number(float, 0), metavar="LR", help="default: that of the method")
-    group.add_argument("--steps", type=number(int, 1), help="most; default: 40, or 3 passes if that is more")
+    group.add_argument("--steps", type=number(int, 1), help="most; default: 3 passes, with anchors at least 40")
     group.add_argument("--batch-size", type=number(int, 1), help="rows of a forward; default: 8, or all there are")
     group.add_argument("--accumulate", type=number(int, 1), default=1, help="forwards of a step; default 1")
     for name in OPTIONS:

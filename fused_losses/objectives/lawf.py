@@ -19,8 +19,8 @@ class LAwFLoss(Objective):
     """Cross-entropy on anchors, KL to the frozen reference elsewhere: KL(q ‖ p), q = c·onehot(label) + (1 − c)·p_ref.
 
     Take it to correct single tokens of the model's own answers, and to train until it is right, as little else moves.
-    Not for answers that others wrote: there every token is a correction, which is `SFTKLLoss`; with every token an
-    anchor LAwF is cross-entropy.
+    With every token an anchor of confidence 1, as in answers that others wrote, LAwF is cross-entropy: there take
+    `SFTKLLoss`, or a `target_probability`, with which the rest of each token stays as the original spreads it.
 
     c, the confidence, is 0 off the anchors (pure KL to the reference), 1 for an anchor that is certain (pure
     cross-entropy), between for a softer one. The value is the true KL(q ‖ p), its gradient that of c·nll + (1 − c)·kl.

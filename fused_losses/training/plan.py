@@ -80,7 +80,8 @@ class Plan:
             self.batch_size = min(BATCH, math.ceil(rows))
         a_step = self.batch_size * self.accumulate
         if self.steps is None:
-            self.steps = max(STEPS, math.ceil(EPOCHS * rows / a_step))
+            least = STEPS if data.corrected else 1  # without anchors nothing stops a training, however small the data
+            self.steps = max(least, math.ceil(EPOCHS * rows / a_step))
         if self.learning_rate is None:
             self.learning_rate = FULL_LEARNING_RATE if self.lora is None else self.kind.learning_rate
         self.order = pass_order(len(self.passed), len(self.replayed), share, self.steps * a_step, self.seed)

@@ -82,7 +82,7 @@ def train(
         targets: names of the layers that get LoRA; q_proj and v_proj by default.
         heldout: file of text whose nll is measured: chats as .jsonl, or plain text.
         learning_rate: the method's by default; it falls linearly to 0.
-        steps: most of them; by default 40 or 3 passes over the rows, whichever is more.
+        steps: most of them; by default 3 passes over the rows, and with anchors, which stop it, at least 40.
         batch_size: rows of a forward; 8 by default, or all rows where there are fewer. accumulate: forwards of a step.
         max_length: most tokens of a row; a longer one is an error.
         options: of the objective: kl_weight, anchor_weight, retain_weight, alpha, threshold.

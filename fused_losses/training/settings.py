@@ -27,7 +27,7 @@ from ..objectives.named import NAMED
 RANK = 8  # of LoRA; its alpha is twice that
 TARGETS = ("q_proj", "v_proj")  # where the model has layers of these names; else what PEFT takes for the model
 LEARNING_RATE, FULL_LEARNING_RATE = 1e-3, 2e-5  # of LoRA, and of all weights
-STEPS = 40  # at least; more where the data are large:
+STEPS = 40  # at least, where there are anchors, which stop it; more where the data are large, and without anchors:
 EPOCHS = 3  # passes over the rows
 BATCH = 8  # rows of a step, or all there are
 MAX_LENGTH = 2048  # tokens of a row

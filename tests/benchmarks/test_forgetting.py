@@ -4,7 +4,10 @@ import copy
 import dataclasses
 import importlib
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,11 +19,14 @@ import fused_losses as fl
 pytest.importorskip("medcalc", reason="pip install --no-deps medcalc-bench")
 
 
+ROOT = Path(__file__).parents[2]
+
+
 @pytest.fixture(scope="module")
 def study():
     """Imports a module of benchmarks.forgetting."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).parents[2])
+        patch.syspath_prepend(ROOT)
         yield lambda name: importlib.import_module(f"benchmarks.forgetting.{name}")
 
 
@@ -191,6 +197,7 @@ def entry(method, rate, seed, test, general, domain="reasoning"):
     from benchmarks.forgetting.results import GENERAL
 
     text = {
+        "tokens": 50,
         "nll": general,
         "start_nll": 2.0,
         "nll_third": general,
@@ -336,6 +343,40 @@ def test_only_what_is_missing_is_run(study, tmp_path, monkeypatch):
     for arguments, expected in (([], whole), (["--missing"], whole[:3])):
         monkeypatch.setattr("sys.argv", ["forgetting", "--output", str(tmp_path), *arguments])
         assert main.main() == 0 and driven.pop() == expected
+
+
+def test_what_is_not_installed_is_told_before_any_run(study, tmp_path, monkeypatch, capsys):
+    main = study("__main__")
+    monkeypatch.setattr(main, "NEEDS", {"torch": "torch", "no_such_module": "a-package"})
+    monkeypatch.setattr("sys.argv", ["forgetting", "--output", str(tmp_path / "out")])
+    assert main.main() == 2 and not (tmp_path / "out").exists()
+    assert capsys.readouterr().err.startswith("missing: a-package; install with: pip install")
+
+
+def test_a_failed_run_is_told_at_once_and_is_not_counted(study, tmp_path, capsys):
+    """Here one that the grid does not have."""
+    main, grid = study("__main__"), study("grid")
+    assert main.drive([grid.Run("no-such-method", 1e-5)], tmp_path, 1, False) == 1
+    said = capsys.readouterr().err
+    assert "failed: reasoning-no-such-method-1e-05-0: --one: expected a name of the grid (--list)" in said, said
+    assert "0/1" in said and "1/1" not in said
+
+
+def test_a_run_ends_with_its_driver(study, tmp_path):
+    """Killed by -9 it can tell nobody; a second driver would begin the run beside it."""
+    main = study("__main__")
+    code = (
+        "import time; from benchmarks.forgetting.__main__ import end_with_driver; end_with_driver(); "
+        "print(1, flush=True); time.sleep(60)"
+    )
+    environment = {**os.environ, main.DRIVEN: "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, cwd=ROOT
+    )
+    assert process.stdout.readline() == b"1\n" and process.poll() is None
+    process.stdin.close()
+    assert process.wait(20) == 1
+    process.stdout.close()
 
 
 def test_the_start_model_is_read_from_its_file_once(study, tmp_path, monkeypatch):
