@@ -144,7 +144,7 @@ def _elsewhere(study: Study) -> str:
     runs = [study.of("sft", rate, "docs") for rate in (SMALL, LARGE)]
     if not all(runs):
         return "."
-    (g0, l0), (g1, l1) = ((statistics.fmean(map(of, found)) for of in (study.gain, study.loss)) for found in runs)
+    (g0, l0), (g1, l1) = ([statistics.fmean(map(of, found)) for of in (study.gain, study.loss)] for found in runs)
     return f"; on Python's documentation it has {g0 / g1:.0%} ({g0:.2f} and {g1:.2f}) and loses {l0:.2f}, not {l1:.2f}."
 
 

@@ -273,13 +273,19 @@ def test_equal_gain_compares_methods_along_the_same_rates(study):
 def test_the_page_has_the_answer_the_verdicts_and_pictures(study, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     page, methods = study("page"), study("methods")
-    runs = [entry("start", 0.0, 0, 1.5, 2.0, domain) for domain in ("reasoning", "label")]
+    runs = [entry("start", 0.0, 0, 1.5, 2.0, domain) for domain in ("reasoning", "label", "docs")]
+    runs += [entry("sft", methods.SMALL, 0, 1.3, 2.1, "docs"), entry("sft", methods.LARGE, 0, 1.1, 2.4, "docs")]
     for seed in (0, 1, 2):
         for i, rate in enumerate((methods.SMALL, methods.LARGE)):
             for domain in ("reasoning", "label"):
                 runs.append(entry("sft", rate, seed, 0.6 - 0.2 * i + seed / 100, 2.1 + 0.4 * i, domain))
             runs.append(entry("talr", rate, seed, 0.9 - 0.4 * i, 2.1 + 0.4 * i + seed / 100))
-    runs[2]["wise"] = {"0.6": runs[3]["after"]}
+    (first,) = [
+        run
+        for run in runs
+        if (run["method"], run["rate"], run["seed"], run["domain"]) == ("sft", methods.SMALL, 0, "reasoning")
+    ]
+    first["wise"] = {"0.6": first["after"]}
     file = tmp_path / "forgetting.json"
     study("store").write_json(file, {"size": vars(study("grid").FULL), "runs": runs, "of": 99})
     docs = tmp_path / "docs"
@@ -293,6 +299,8 @@ def test_the_page_has_the_answer_the_verdicts_and_pictures(study, tmp_path, monk
         assert readme.read_text().startswith("before\n") and "\nold\n" not in readme.read_text()
     text = (docs / "forgetting.md").read_text()
     assert "SFT at 2e-5 has 82% of the domain gain of 4e-4 (0.89 and 1.09 nats per token)" in text
+    assert "documentation it has 50% (0.20 and 0.40) and loses 0.10, not 0.40." in text
+    assert "The gain is of 50 tokens, the general loss of 400 in 8 kinds of 50 to 50, sums are 6" in text
     assert "Wise-FT, α = 0.6" in text
     assert all(f"**{word}**" in text for word in ("held", "not held", "not decidable here"))
     pictures = {path.stem for path in (docs / "forgetting").iterdir()}
