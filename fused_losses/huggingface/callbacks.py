@@ -55,8 +55,10 @@ class FinchCallback(TrainerCallback, ExportableState):
     training that is resumed goes on with it. A batch without labels, or with a loss that is not finite, leaves L̄ as
     it is.
 
-    Raises, when training begins: ValueError where the model is not patched; NotImplementedError with DeepSpeed, LOMO
-    and layerwise optimizers, which take their step within backward, before the loss of the batch is known.
+    Raises, when training begins: ValueError where the model is not patched, or what it is held to is no original but
+    the checkpoint that training is resumed from; NotImplementedError with DeepSpeed, LOMO and layerwise optimizers,
+    which take their step within backward, before the loss of the batch is known. In the first step: RuntimeError for
+    a trainer that does not ask the model for a loss.
 
     Cost: one number is read from the device in each step, and with several ranks summed over them.
     """
@@ -105,6 +107,12 @@ class FinchCallback(TrainerCallback, ExportableState):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         nll, tokens = self._summed(args.device)
+        if not self._patch.used:
+            raise RuntimeError(
+                "FinchCallback: the trainer made a step without asking the model for a loss, so the nll of its batches "
+                "is not known; it makes its loss of logits or elsewhere. Leave the callback out, or train where the "
+                "model is asked, as Trainer and SFTTrainer do"
+            )
         if tokens > 0 and math.isfinite(nll):
             mean = nll / tokens
             kept = mean if self.average is None else self.average

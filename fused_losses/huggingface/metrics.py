@@ -56,7 +56,8 @@ class Callback(TrainerCallback, ExportableState):
     Args:
         prefix: of the names, such as "train/"; "" by default.
 
-    Raises, when training begins: ValueError where the model is not patched; TypeError for a prefix that is no text.
+    Raises: TypeError for a prefix that is no text; ValueError, when training begins, where the model is not patched,
+    or what it is held to is no original but the checkpoint that training is resumed from.
 
     Cost: sums of N numbers in each batch; with several ranks eight numbers are summed over them in each step.
     """

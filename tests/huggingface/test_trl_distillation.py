@@ -69,15 +69,10 @@ def ran(make, new, student=False, teacher=False):
     (distillation, with_lora, "after", False), (gkd, llama, False, True),
 ])  # fmt: skip
 def test_as_unpatched(make, new, student, teacher):
-    """Cross-entropy as the patch. GKDTrainer's student is not: it takes logits."""
+    """Cross-entropy as the patch. GKDTrainer's student is in test_trl_logits.py: it takes logits."""
     (mine, ours), (other, theirs) = ran(make, new, student, teacher), ran(make, new)
     assert error(mine, other) < 1e-9
     assert ours == pytest.approx(theirs, rel=1e-9)
-
-
-def test_a_student_whose_logits_are_asked_for_is_refused():
-    with pytest.raises(RuntimeError, match=r"a trainer that distills\), so CrossEntropyLoss .* would not be used"):
-        gkd(fl.patch(llama()), llama(seed=1)).train()
 
 
 @pytest.mark.parametrize(
