@@ -107,7 +107,7 @@ class FinchCallback(TrainerCallback, ExportableState):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         nll, tokens = self._summed(args.device)
-        if not self._patch.used:
+        if self._patch is not None and not self._patch.used:
             raise RuntimeError(
                 "FinchCallback: the trainer made a step without asking the model for a loss, so the nll of its batches "
                 "is not known; it makes its loss of logits or elsewhere. Leave the callback out, or train where the "

@@ -71,7 +71,9 @@ def patch(
             model that is:
             "base": the model without its PEFT adapters, always; PEFT may come after the patch. "adapter-off" is its
             older name;
-            "start": the model as it is now. Without PEFT a frozen copy of all of it, with PEFT of the adapters only;
+            "start": the model as it is now. Without PEFT a frozen copy of all of it, with PEFT of the adapters only. A
+            Trainer that resumes loads its checkpoint after the patch; patch the model as it was at first, not one made
+            from the checkpoint (which the callbacks of `fused_losses.huggingface` notice; without them nothing does);
             or another model with the same vocabulary.
         reference_cache: a directory for the reference's hidden states: from the second epoch on its forward is skipped
             (`huggingface.cache`).

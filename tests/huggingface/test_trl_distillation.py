@@ -87,3 +87,10 @@ def test_another_objective_is_refused(new, loss):
     callback = fl.huggingface.PatchCallback(loss)
     with pytest.raises(RuntimeError, match=f"{name} (was not used|of fused_losses.patch would not be used)"):
         distillation(new(), llama(seed=1), callbacks=[callback]).train()
+
+
+def test_a_learning_rate_by_a_loss_that_nobody_asks_for_is_refused():
+    """With cross-entropy as the patch the numbers are right, but FinchCallback would hear of none."""
+    run = distillation(fl.patch(llama()), llama(seed=1), callbacks=[fl.huggingface.FinchCallback()])
+    with pytest.raises(RuntimeError, match="FinchCallback: the trainer made a step without asking the model for a los"):
+        run.train()
