@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from ..objectives.options import check_number
+from .sharding import is_sharded
 from .wrappers import STATE
 
 EPSILON = 1e-8
@@ -54,8 +55,10 @@ class FinchCallback(TrainerCallback, ExportableState):
     training that is resumed goes on with it. A batch without labels, or with a loss that is not finite, leaves L̄ as
     it is.
 
-    Raises, when training begins: ValueError where the model is not patched; NotImplementedError with DeepSpeed, LOMO
-    and layerwise optimizers, which take their step within backward, before the loss of the batch is known.
+    Raises, when training begins: ValueError where the model is not patched, or what it is held to is no original but
+    the checkpoint that training is resumed from; NotImplementedError with DeepSpeed, LOMO and layerwise optimizers,
+    which take their step within backward, before the loss of the batch is known. In the first step: RuntimeError for
+    a trainer that does not ask the model for a loss.
 
     Cost: one number is read from the device in each step, and with several ranks summed over them.
     """
@@ -89,6 +92,7 @@ class FinchCallback(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self._check(args, model)
+        check_start("FinchCallback", model, state)
         name = type(self).__name__
         saved = state.stateful_callbacks.setdefault(name, self.state())  # a Trainer looks it up when it saves
         saved = saved[0] if isinstance(saved, list) else saved
@@ -103,6 +107,12 @@ class FinchCallback(TrainerCallback, ExportableState):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         nll, tokens = self._summed(args.device)
+        if self._patch is not None and not self._patch.used:
+            raise RuntimeError(
+                "FinchCallback: the trainer made a step without asking the model for a loss, so the nll of its batches "
+                "is not known; it makes its loss of logits or elsewhere. Leave the callback out, or train where the "
+                "model is asked, as Trainer and SFTTrainer do"
+            )
         if tokens > 0 and math.isfinite(nll):
             mean = nll / tokens
             kept = mean if self.average is None else self.average
@@ -190,14 +200,45 @@ class FinchCallback(TrainerCallback, ExportableState):
 
 def patch_of(model: Any) -> Any:
     """What a patched model carries, through whatever is around it; None where it is not patched."""
+    found = _patched(model)
+    return None if found is None else vars(found)[STATE]
+
+
+def _patched(model: Any) -> Any:
+    """The patched model in whatever is around it, or None."""
     seen = 0
     while isinstance(model, nn.Module) and seen < 8:
         state = vars(model).get(STATE)
         if state is not None:
-            return None if state.loss is None else state
+            return None if state.loss is None else model
         inner = vars(model).get("_orig_mod", vars(model)["_modules"].get("_orig_mod"))
         inner = inner if inner is not None else vars(model)["_modules"].get("module")
         if inner is None and hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
             inner = model.get_base_model()  # type: ignore[operator]
         model, seen = inner, seen + 1
     return None
+
+
+def check_start(who: str, model: Any, state: Any) -> None:
+    """When training begins: ValueError where it is resumed and reference="start" has the checkpoint's weights.
+
+    They are the checkpoint's where somebody has loaded it before the model was patched, as some trainers load an
+    adapter. Nothing is known of a model in pieces on several ranks.
+    """
+    patch = patch_of(model)
+    if not state.global_step or patch is None or patch.source is None:
+        return
+    pairs = list(patch.source.trained(_patched(model)))
+    if pairs and all(_known_equal(*pair) for pair in pairs):
+        raise ValueError(
+            f"{who}: reference='start' has the weights of the checkpoint that training is resumed from, at step "
+            f"{state.global_step}, and not those of the model it started from: the checkpoint was loaded before the "
+            "model was patched; load the model as it was at first and patch that, take reference='base' with a PEFT "
+            "adapter, or give the original model. Where the steps before have moved no weight, begin anew"
+        )
+
+
+def _known_equal(begun: Tensor, now: Tensor) -> bool:
+    if any(t.device.type == "meta" or is_sharded(t) for t in (begun, now)) or begun.shape != now.shape:
+        return False
+    return torch.equal(begun, now.detach().to(begun))

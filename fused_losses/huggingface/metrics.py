@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from .callbacks import patch_of
+from .callbacks import check_start, patch_of
 
 # Sums over tokens since the last log, and the counts that divide them.
 SUMS = ("nll", "tokens", "kl", "retained", "probability", "anchors", "weight", "weighted")
@@ -56,7 +56,8 @@ class Callback(TrainerCallback, ExportableState):
     Args:
         prefix: of the names, such as "train/"; "" by default.
 
-    Raises, when training begins: ValueError where the model is not patched; TypeError for a prefix that is no text.
+    Raises: TypeError for a prefix that is no text; ValueError, when training begins, where the model is not patched,
+    or what it is held to is no original but the checkpoint that training is resumed from.
 
     Cost: sums of N numbers in each batch; with several ranks eight numbers are summed over them in each step.
     """
@@ -104,6 +105,7 @@ class Callback(TrainerCallback, ExportableState):
                 f"Callback: {type(model).__name__} is not patched, so nothing is known of its tokens; call "
                 "fused_losses.patch(model, loss) first, or put PatchCallback before this one"
             )
+        check_start(type(self).__name__, model, state)
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())  # looked up by whoever saves
         saved = saved[-1] if isinstance(saved, list) else saved
         self.sums = saved["attributes"]["sums"] if state.global_step else None

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import DefaultFlowCallback, TrainerCallback
 
 from ..objectives import Objective
-from .callbacks import patch_of
+from .callbacks import check_start, patch_of
 from .metrics import Callback
 from .patching import patch, unpatch
 from .references import Base
@@ -52,7 +52,8 @@ class PatchCallback(TrainerCallback):
 
     Raises: TypeError, ValueError for wrong arguments, when it is made; what `fl.patch` raises when the model is
     patched; ValueError then for reference="base" without an adapter, and for reference="start" where training is
-    resumed and the model has the checkpoint's weights by now (with `stays` it is patched before these are loaded).
+    resumed and the model has the checkpoint's weights by now (with `stays` it is patched before a Trainer loads these,
+    and the error remains for a model that was made from the checkpoint).
 
     Copies and pickles of it are callbacks that have not begun: the loss is copied, a reference model is shared by
     copies. Checkpoints hold the sums since the last log, so training that is resumed between two logs goes on with
@@ -142,6 +143,7 @@ class PatchCallback(TrainerCallback):
                     "model"
                 )
             self._patch_now(model)
+        check_start("PatchCallback", model, state)
         if self.metrics is not None:
             self.metrics.on_train_begin(args, state, control, model=model, **kwargs)
 

@@ -11,9 +11,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import difflib
+import functools
 import inspect
 import sys
 import types
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -50,7 +52,7 @@ def patch(
     Any causal language model of transformers whose head is linear, also with PEFT adapters. No [tokens × vocabulary]
     logits are formed where labels are given. Without labels (generation, scoring) the model is untouched; but in
     training mode a backward through such logits is an error, as the loss would not be this one (label smoothing,
-    compute_loss_func).
+    compute_loss_func). With cross-entropy as the loss it is a warning, once: the patch has no part in it.
 
     `labels` are in Hugging Face's layout, as long as the inputs: the model shifts them as it always does, or takes
     `shift_labels`. `num_items_in_batch` divides the sum of the token losses; Trainer gives it. Further fields of the
@@ -69,7 +71,9 @@ def patch(
             model that is:
             "base": the model without its PEFT adapters, always; PEFT may come after the patch. "adapter-off" is its
             older name;
-            "start": the model as it is now. Without PEFT a frozen copy of all of it, with PEFT of the adapters only;
+            "start": the model as it is now. Without PEFT a frozen copy of all of it, with PEFT of the adapters only. A
+            Trainer that resumes loads its checkpoint after the patch; patch the model as it was at first, not one made
+            from the checkpoint (which the callbacks of `fused_losses.huggingface` notice; without them nothing does);
             or another model with the same vocabulary.
         reference_cache: a directory for the reference's hidden states: from the second epoch on its forward is skipped
             (`huggingface.cache`).
@@ -163,6 +167,7 @@ class Patch:
         self.listeners: list[Callable[..., None]] = []
         self.trained = base.training  # the model has been in training mode since
         self.used = False  # for a loss with a gradient
+        self.warned = False  # that a loss is made of its logits
         self.outer: Callable[[], Any] = _nothing if model is base else weakref.ref(model)
         self.redirected: list[tuple[Any, Any]] = []
         self.fields = loss.batch_fields()
@@ -330,7 +335,7 @@ class Patch:
         name = type(self.loss).__name__
         elsewhere = "label_smoothing_factor, compute_loss_func, a compute_loss of your own, a trainer that distills"
         smoothing = "smoothed cross-entropy is patch(model, fused_losses.CrossEntropyLoss(label_smoothing=...))"
-        if kwargs.get("num_items_in_batch") is not None:
+        if kwargs.get("num_items_in_batch") is not None and not self.loss_is_plain:
             raise ValueError(
                 f"labels: are missing, so {name} of fused_losses.patch would not be used; a Trainer takes them away "
                 "for label_smoothing_factor and compute_loss_func: leave these out, or call "
@@ -347,9 +352,28 @@ class Patch:
                 f"loss is made elsewhere ({elsewhere}), so {name} of fused_losses.patch would not be used; leave that "
                 f"out, or call fused_losses.unpatch(model), or model.eval() if both losses are meant; {smoothing}"
             )
-            for value in _made_elsewhere(outputs, self.loss_is_plain):
-                _refuse_backward(value, message)
+            made = _made_elsewhere(outputs, self.loss_is_plain)
+            if not self.loss_is_plain:
+                for value in made:
+                    _refuse_backward(value, message)
+            elif made and not self.warned:
+                _on_backward(made[0], functools.partial(self._warn_of_logits, type(model).__name__))
         return outputs
+
+    def _warn_of_logits(self, name: str, gradient: Tensor) -> None:
+        """Once: the loss that somebody makes of the logits is what it is without the patch, and so is its memory."""
+        warned, self.warned = self.warned, True
+        if not warned:
+            warnings.warn(
+                f"{name} is patched with cross-entropy, and a loss is made of its logits elsewhere, as TRL's trainers "
+                "CPO, ORPO, TPO, GKD and others make theirs, and as label_smoothing_factor and compute_loss_func do: "
+                "it is what it is without the patch, which saves no memory there, as all logits are formed; call "
+                "fused_losses.unpatch(model), or train where the model is asked for its loss or its "
+                "log-probabilities: SFT, DPO, KTO, GRPO and RLOO of TRL, and fused_losses.sequence_logps in a loop of "
+                "your own; smoothed cross-entropy is patch(model, fused_losses.CrossEntropyLoss(label_smoothing=...))",
+                UserWarning,
+                stacklevel=2,
+            )
 
 
 def _leave_to_python() -> None:
@@ -377,15 +401,17 @@ def _made_elsewhere(outputs: Any, is_plain: bool) -> list[Tensor]:
 
 
 def _refuse_backward(value: Any, message: str) -> None:
-    """Forward tells no mistake from a use that is meant; a gradient does."""
-    if not isinstance(value, Tensor) or not value.requires_grad:
-        return
-
     def refuse(gradient: Tensor) -> None:
         raise RuntimeError(message)
 
-    refuse.__torch_unserializable__ = True  # type: ignore[attr-defined]  # no warning where the tensor is pickled
-    value.register_hook(refuse)
+    _on_backward(value, refuse)
+
+
+def _on_backward(value: Any, act: Callable[[Tensor], None]) -> None:
+    """Forward tells no mistake from a use that is meant; a gradient does."""
+    if isinstance(value, Tensor) and value.requires_grad:
+        act.__torch_unserializable__ = True  # type: ignore[attr-defined]  # no warning where the tensor is pickled
+        value.register_hook(act)
 
 
 def _base_model(model: Any, compiled: bool = False) -> Any:

@@ -7,7 +7,7 @@ import functools
 import inspect
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,6 +138,10 @@ class Source:
     def within(self, compute: Callable[[Tensor], Tensor], hidden: Tensor) -> Callable[[Tensor], Tensor]:
         """`compute`, called while the reference's head has its weight."""
         return compute
+
+    def trained(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of reference="start", where it has weights of its own: these, and the trained ones that began as they."""
+        yield from ()
 
     def tensors(self, model: nn.Module) -> Iterable[tuple[str, Tensor]]:
         """All that decides the hidden states besides the inputs."""
@@ -288,6 +292,9 @@ class Frozen(Base):
     def description(self, model: nn.Module) -> tuple[str, ...]:
         return *model_facts(model), *adapters.facts(model)
 
+    def trained(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+        yield from ((self.frozen[n], p) for n, p in model.named_parameters() if p.requires_grad and n in self.frozen)
+
     def tensors(self, model: nn.Module) -> Iterable[tuple[str, Tensor]]:
         yield from ((n, p) for n, p in model.named_parameters() if n not in self.frozen)
         yield from model.named_buffers()
@@ -408,6 +415,11 @@ class OtherModel(Source):
         rows = rows.to(weight.device)  # type: ignore[arg-type]
         with torch.no_grad(), evaluating(self.other):
             return read_head(self.module, rows, logit_scale, softcap, logits.width)
+
+    def trained(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+        if self.own:
+            begun = dict(self.other.named_parameters())
+            yield from ((begun[n], p) for n, p in model.named_parameters() if p.requires_grad and n in begun)
 
     def tensors(self, model: nn.Module) -> Iterable[tuple[str, Tensor]]:
         yield from self.other.named_parameters()

@@ -1,7 +1,8 @@
 """ms-swift: a file for `--external_plugins FILE --callbacks fused_losses`, which `fused-losses swift-plugin` writes.
 
-Read and tested with ms-swift 4.6.0. The callback patches the model when training begins. What is wrong for the loss is
-said when ms-swift makes the arguments of a training, so before it loads a model.
+Read and tested with ms-swift 4.6.0. The callback patches the model when the Trainer has been made, so before that loads
+the weights of a checkpoint; a resumed adapter is loaded before the Trainer is made. What is wrong for the loss is said
+when ms-swift makes the arguments of a training, so before it loads a model.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class FusedLossesCallback(PatchCallback):
 
     def __init__(self, settings: LossSettings, args: Any, trainer: Any) -> None:
         _check_switches(args, getattr(getattr(trainer, "template", None), "sequence_parallel_size", 1))
-        super().__init__(settings.objective(), **settings.patch_options("auto"))
+        super().__init__(settings.objective(), **settings.patch_options("auto"), stays=True)
         self.own_reference = settings.loads_reference
         self._trainer = trainer
 
@@ -88,8 +89,9 @@ def check(args: Any, settings: LossSettings) -> None:
     """What ms-swift's arguments leave of the loss. `args`: its SftArguments, or of `swift pt` or `swift rlhf`.
 
     Raises ValueError without the callback; for a trainer that has no cross-entropy to replace; beside a switch of
-    ms-swift's that makes the loss too; with sequence parallelism; for reference="base" where there is no adapter; and
-    for LAwF where every token is learned, so that none is held.
+    ms-swift's that makes the loss too; with sequence parallelism; for reference="base" where there is no adapter; for
+    reference="start" where ms-swift loads a checkpoint before the Trainer is made; and for LAwF where every token is
+    learned, so that none is held.
     """
     callbacks = list(getattr(args, "callbacks", None) or [])
     if NAME not in callbacks:
@@ -112,6 +114,7 @@ def check(args: Any, settings: LossSettings) -> None:
             f"reference: {settings.reference} is the model without its adapter, and --tuner_type full has none; take "
             "reference='start', which keeps a frozen copy, or give the folder of the original model"
         )
+    _check_start(args, settings)
     scale = getattr(args, "loss_scale", None)
     objective = settings.objective()
     if "confidence" in objective.batch_fields() and str(scale).split("+")[0] == "all":
@@ -120,6 +123,20 @@ def check(args: Any, settings: LossSettings) -> None:
             "prompt, so it would hold nothing and be plain cross-entropy; take `swift sft` with --loss_scale default "
             "or last_round, or another loss, such as talr"
         )
+
+
+def _check_start(args: Any, settings: LossSettings) -> None:
+    """A checkpoint of all weights is loaded by the Trainer, after our patch, and any other one before it is made."""
+    checkpoint, full = getattr(args, "resume_from_checkpoint", None), getattr(args, "tuner_type", None) == "full"
+    if settings.reference != "start" or not checkpoint or (full and not getattr(args, "resume_only_model", False)):
+        return
+    what = "--model" if full else "--adapters"
+    remedy = "leave --resume_only_model out" if full else "take base"
+    raise ValueError(
+        f"reference: start would be the checkpoint of --resume_from_checkpoint {checkpoint}, which ms-swift loads as "
+        f"{what}, and not the model that the training started from; {remedy}, or give the folder of that model. Where "
+        f"the checkpoint is the model to stay near, give it as {what}"
+    )
 
 
 def source(loss: str, options: Mapping[str, Any], written: Callable[[str], str] = str, **settings: Any) -> str:

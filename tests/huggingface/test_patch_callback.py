@@ -219,6 +219,43 @@ def test_a_patch_that_stays_knows_the_start_of_a_training_that_is_resumed(tmp_pa
     assert logged(resumed) == logged(whole) and logged(whole)[2]["kl"] > 1e-3
 
 
+def before_the_trainer(loss, reference, callback, model):
+    return fl.patch(model, loss, reference=reference), callback
+
+
+def when_it_is_made(loss, reference, callback, model):
+    return model, PatchCallback(loss, reference=reference, stays=True, log=callback is not None)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.parametrize("tuned", ["full", "lora"])
+@pytest.mark.parametrize("how, callback", [
+    (before_the_trainer, Callback), (before_the_trainer, FinchCallback), (when_it_is_made, Callback),
+    (when_it_is_made, None),
+])  # fmt: skip
+def test_a_start_that_is_the_checkpoint_is_refused(how, callback, tuned, tmp_path):
+    """Of a model that somebody made from the checkpoint before it was patched; the original goes on as it was."""
+    new = llama if tuned == "full" else adapted
+    data, checkpoint = rows(8, anchors=True), tmp_path / "checkpoint-2"
+    options = dict(output_dir=str(tmp_path), save_strategy="steps", save_steps=2, data=data)
+
+    def trainer(model):
+        model, added = how(fl.LAwFLoss(), "start", callback and callback(), model)
+        return make(model, *([added] if added else []), **options)
+
+    whole = trainer(new())
+    whole.train()
+    if tuned == "full":
+        loaded = type(llama()).from_pretrained(checkpoint, dtype=next(llama().parameters()).dtype)
+    else:
+        loaded = PeftModel.from_pretrained(llama(), checkpoint, is_trainable=True)
+    with pytest.raises(ValueError, match=r"Callback: reference='start' has the weights of the checkpoint .* at step 2"):
+        trainer(loaded).train(resume_from_checkpoint=str(checkpoint))
+    resumed = trainer(new())
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert logged(resumed)[2:] == logged(whole)[2:]
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 def test_a_patch_that_stays_saves_and_loads_the_best_model(tmp_path):
     """Of a LoRA whose loss in evaluation rises, so that the best one is not the last."""

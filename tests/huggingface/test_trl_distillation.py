@@ -69,15 +69,10 @@ def ran(make, new, student=False, teacher=False):
     (distillation, with_lora, "after", False), (gkd, llama, False, True),
 ])  # fmt: skip
 def test_as_unpatched(make, new, student, teacher):
-    """Cross-entropy as the patch. GKDTrainer's student is not: it takes logits."""
+    """Cross-entropy as the patch. GKDTrainer's student is in test_trl_logits.py: it takes logits."""
     (mine, ours), (other, theirs) = ran(make, new, student, teacher), ran(make, new)
     assert error(mine, other) < 1e-9
     assert ours == pytest.approx(theirs, rel=1e-9)
-
-
-def test_a_student_whose_logits_are_asked_for_is_refused():
-    with pytest.raises(RuntimeError, match=r"a trainer that distills\), so CrossEntropyLoss .* would not be used"):
-        gkd(fl.patch(llama()), llama(seed=1)).train()
 
 
 @pytest.mark.parametrize(
@@ -92,3 +87,10 @@ def test_another_objective_is_refused(new, loss):
     callback = fl.huggingface.PatchCallback(loss)
     with pytest.raises(RuntimeError, match=f"{name} (was not used|of fused_losses.patch would not be used)"):
         distillation(new(), llama(seed=1), callbacks=[callback]).train()
+
+
+def test_a_learning_rate_by_a_loss_that_nobody_asks_for_is_refused():
+    """With cross-entropy as the patch the numbers are right, but FinchCallback would hear of none."""
+    run = distillation(fl.patch(llama()), llama(seed=1), callbacks=[fl.huggingface.FinchCallback()])
+    with pytest.raises(RuntimeError, match="FinchCallback: the trainer made a step without asking the model for a los"):
+        run.train()

@@ -16,7 +16,6 @@ what evaluations before it return, are compared too; with `--float32`, no autoca
 to three digits. `--quick` runs without the patch only what fails with it, and compares no numbers.
 
 It ends with a table, and with status 1 where a test passes without the patch and fails with it, or a number differs.
-`OWN` has what is known to, with the reason.
 """
 
 from __future__ import annotations
@@ -47,12 +46,6 @@ TOLERANCE = {"float32": 5e-4, "bf16": 0.05}  # relative; some tests have bf16 mo
 # Accuracies and parts that are exactly zero: at the start policy and reference are one model, up to rounding errors.
 NOT_COMPARED = ("time", "per_second", "runtime", "flos", "epoch", "learning_rate", "step", "accurac", "zero_std")
 SMALL = {"float32": 0.5, "bf16": 0.1}  # differences of smaller numbers are taken as parts of this
-
-LOGITS = "the trainer makes its loss from logits, which a patched model refuses in training; the patch has no use there"
-# Of a test, of why it fails with a patched model -> why it must.
-OWN: list[tuple[str, str, str]] = [
-    (r"experimental/test_", r"a backward through outputs of a patched .* would not be used", LOGITS),
-]
 
 
 # --- in the tests' processes
@@ -346,15 +339,6 @@ def differences(without: dict, with_patch: dict, small: float) -> list[tuple[flo
     return sorted(found, key=lambda one: -one[0])
 
 
-def own_reason(line: dict | None) -> str | None:
-    """Of the result with the patch, where it is one of `OWN`."""
-    if line is None:
-        return None
-    return next(
-        (why for test, reason, why in OWN if re.search(test, line["test"]) and re.search(reason, line["reason"])), None
-    )
-
-
 def short(reason: str) -> str:
     lines = [line.strip() for line in reason.splitlines() if line.strip()]
     return (lines[0] if lines else "")[:230]
@@ -364,7 +348,7 @@ def report(without: dict[str, dict], with_patch: dict[str, dict], precision: str
     """Prints the table -> whether all that passes without the patch passes with it, with the same numbers."""
     if any(line.get("not_run") for line in without.values()):
         print("What passes with the patch was not run without it, and is counted as passed there.")
-    columns = ("passed without", "passed with", "fails only with", "of these known", "failed or skipped both")
+    columns = ("passed without", "passed with", "fails only with", "failed or skipped both")
     print(f"{'':34s}" + "".join(f"{c:>25s}" for c in columns))
     files = sorted({test.split("::")[0] for test in without})
     total: Counter = Counter()
@@ -375,25 +359,18 @@ def report(without: dict[str, dict], with_patch: dict[str, dict], precision: str
             counts[columns[0]] += a
             counts[columns[1]] += b
             counts[columns[2]] += a and not b
-            counts[columns[3]] += a and not b and own_reason(with_patch.get(test)) is not None
-            counts[columns[4]] += not a and not b
+            counts[columns[3]] += not a and not b
         total += counts
         print(f"{file.split('/')[-1]:34s}" + "".join(f"{counts[c]:25d}" for c in columns))
     print(f"{'all':34s}" + "".join(f"{total[c]:25d}" for c in columns))
 
-    good, trained, known = True, 0, Counter()
+    good, trained = True, 0
     print("\nFails only with the patch:")
     for test, line in without.items():
         after = with_patch.get(test, {"test": test, "outcome": "missing", "reason": "", "notes": []})
         if line["outcome"] == "passed" != after["outcome"]:
-            own = own_reason(after)
-            if own is not None:
-                known[own] += 1
-                continue
             good = False
             print(f"  {test}\n    {short(after['reason'])}")
-    for own, count in known.items():
-        print(f"  {count}: {own}")
     print("\nNumbers that differ:")
     largest = (0.0, "", "", 0.0, 0.0)
     for test, line in without.items():

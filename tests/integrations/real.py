@@ -42,6 +42,7 @@ class Case:
     mean_weight: float | None = None  # that must be logged
     words: tuple[str, ...] = ()  # after the configuration of ours
     evaluated: bool = False  # the evaluation after training must be the last one in it
+    resumed: dict[str, Any] | None = None  # of the trainer's own: another training from {checkpoint}, as the first one
 
 
 @dataclass
@@ -68,6 +69,20 @@ def anchored(**both: Any) -> Case:
     """Rows of 10 tokens with two anchors each, so 2 of 9 labels."""
     reference = dict(fused_loss="lawf", fused_loss_reference="base")
     return Case("LAwF, anchors", reference, logs=ANCHORS, both=both, mean_weight=2 / 9)
+
+
+RESUMED = {"save_steps": 1}
+CHECKPOINT = {"resume_from_checkpoint": "{checkpoint}"}  # that of the first step
+IN_WORK = "{work}/LAwF-resumed-ours/checkpoint-1"
+
+
+def resumed(**whole: Any) -> list[Case]:
+    """`whole`: of the trainer's own, to train all weights, whose original is the start."""
+    base, start = (case.ours for case in WITH_REFERENCE[:2])
+    return [
+        Case("LAwF, resumed", base, logs=ANCHORS, both=RESUMED, resumed=CHECKPOINT),
+        Case("LAwF, start, resumed", start, logs=ANCHORS, both={**RESUMED, **whole}, resumed=CHECKPOINT),
+    ]
 
 
 # --- the trainers
@@ -171,6 +186,7 @@ TRAINERS = {
             Case("DFT", dict(fused_loss="dft"), {"use_dft_loss": True}),
             Case("EAFT", dict(fused_loss="eaft"), {"use_eaft_loss": True}, factor=EAFT, tolerance=2e-4),
             *WITH_REFERENCE,
+            *resumed(finetuning_type="full"),
             anchored(tokenized_path="{work}/tokenized"),
             Case("LAwF, evaluation", WITH_REFERENCE[0].ours, logs=ANCHORS, evaluated=True,
                  both={"val_size": 0.25, "eval_strategy": "steps", "eval_steps": STEPS, "do_eval": True}),
@@ -178,7 +194,11 @@ TRAINERS = {
                  both={"predict_with_generate": True, "do_predict": True, "eval_dataset": "tiny", "max_new_tokens": 4,
                        "max_samples": 6}),
         ],
-        [Refusal("use_dft_loss: LLaMA-Factory would", SFT, {"use_dft_loss": True})],
+        [
+            Refusal("use_dft_loss: LLaMA-Factory would", SFT, {"use_dft_loss": True}),
+            Refusal("PatchCallback: reference='start' has the weights of the checkpoint", WITH_REFERENCE[1].ours,
+                    {"adapter_name_or_path": IN_WORK, "resume_from_checkpoint": IN_WORK}),
+        ],
     ),
     "swift": Trainer(
         ["torch==2.13.0 ms-swift==4.6.0"], swift,
@@ -188,6 +208,7 @@ TRAINERS = {
             Case("loss_scale", dict(fused_loss="weighted"), {},
                  both={"dataset": "{work}/scaled.jsonl", "is_binary_loss_scale": "false"}),
             *WITH_REFERENCE,
+            *resumed(tuner_type="full"),
             Case("LAwF, group means", dict(fused_loss="lawf", fused_loss_reference="base", fused_loss_options=GROUPS)),
         ],
         [
@@ -197,6 +218,8 @@ TRAINERS = {
             Refusal("--rlhf_type dpo: its trainer", SFT, {"command": "rlhf", "rlhf_type": "dpo"}),
             Refusal("--tuner_type full has none", WITH_REFERENCE[0].ours, {"tuner_type": "full"}),
             Refusal("--loss_scale all: every token is learned", WITH_REFERENCE[0].ours, {"loss_scale": "all"}),
+            Refusal("reference: start would be the checkpoint", WITH_REFERENCE[1].ours,
+                    {"resume_from_checkpoint": IN_WORK}),
         ],
     ),
     "axolotl": Trainer(
@@ -207,6 +230,7 @@ TRAINERS = {
             Case("packed", SFT, {}, both={**WHOLE, "gradient_accumulation_steps": 1, **PACKED}),
             Case("LAwF, packed", WITH_REFERENCE[0].ours, logs=ANCHORS, both=PACKED),
             *WITH_REFERENCE,
+            *resumed(**WHOLE),
             Case("LAwF, group means", dict(fused_loss="lawf", fused_loss_reference="base", fused_loss_options=GROUPS)),
             anchored(datasets=[{"path": "{work}/tokenized.jsonl", "ds_type": "json", "type": None}]),
         ],
@@ -215,6 +239,8 @@ TRAINERS = {
             Refusal("fused_los: there is no such key; did you mean fused_loss?", dict(fused_los="talr")),
             Refusal("fused_loss: is not in the configuration", {}, {"plugins": [PLUGIN]}),
             Refusal("adapter: is not in the configuration", WITH_REFERENCE[0].ours, WHOLE),
+            Refusal("PerplexityCallback: reference='start' has the weights of the checkpoint", WITH_REFERENCE[1].ours,
+                    {"lora_model_dir": IN_WORK, "resume_from_checkpoint": IN_WORK}),
         ],
         {"AXOLOTL_DO_NOT_TRACK": "1"},
     ),
@@ -383,6 +409,15 @@ def compare(environment: Path, trainer: Trainer, case: Case) -> str | None:
         during, after = evaluations(folder(environment, f"{case.name} ours"))
         if not math.isclose(during, after, rel_tol=1e-6):
             return f"{case.name}: evaluation after training says {after}, the last one in it {during}"
+    if case.resumed is not None:
+        checkpoint = next(folder(environment, f"{case.name} ours").rglob("checkpoint-1"))
+        given = json.loads(json.dumps({**case.both, **case.resumed}).replace("{checkpoint}", str(checkpoint)))
+        again = trained(environment, trainer, f"{case.name} again", case.ours, given, case.words)
+        print(f"{case.name:14} again   " + "  ".join(f"{entry['loss']:.6f}" for entry in again), flush=True)
+        for a, b in zip(again, ours, strict=True):
+            for key in ("loss", *case.logs):
+                if not math.isclose(a[key], b[key], rel_tol=case.tolerance, abs_tol=1e-8):
+                    return f"{case.name}: {key} {a[key]} is not {b[key]}, that of the training that was not interrupted"
     if case.theirs is None:
         return None
     theirs = trained(environment, trainer, f"{case.name} theirs", {}, {**case.both, **case.theirs})

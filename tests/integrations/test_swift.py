@@ -182,6 +182,33 @@ def test_arguments_without_room_for_the_loss_are_refused_before_a_model_is_loade
         swift.factory.get_training_args(Arguments(**changes))
 
 
+@pytest.mark.parametrize("changes, message", [
+    ({}, "would be the checkpoint of --resume_from_checkpoint out/checkpoint-2, .* as --adapters, .* take base, or"),
+    ({"adapters": ["out/checkpoint-2"], "resume_only_model": True}, "loads as --adapters"),
+    ({"tuner_type": "full", "resume_only_model": True}, "loads as --model, .* leave --resume_only_model out, or give"),
+    ({"tuner_type": "full"}, None),
+    ({"resume_from_checkpoint": None, "adapters": ["out/checkpoint-2"]}, None),
+])  # fmt: skip
+def test_the_start_of_a_training_that_is_resumed(changes, message, swift):
+    """Where ms-swift loads the checkpoint before our callback comes, it is refused."""
+    register("lawf", reference="start")
+    args = Arguments(**{"resume_from_checkpoint": "out/checkpoint-2", **changes})
+    if message is None:
+        assert swift.factory.get_training_args(args)
+    else:
+        with pytest.raises(ValueError, match=f"reference: start .*{message}"):
+            swift.factory.get_training_args(args)
+    register("lawf", reference="base")
+    assert args.tuner_type == "full" or swift.factory.get_training_args(args)
+
+
+def test_the_model_is_patched_from_when_the_trainer_is_made(swift):
+    """So before a Trainer loads the weights of a checkpoint, and for evaluation before and after training."""
+    register("lawf", reference="start")
+    callback, _ = made(swift, Arguments())
+    assert "_fused_losses" in vars(callback._model) and callback.stays
+
+
 def test_the_last_registration_counts(swift):
     register("lawf", reference="base")
     register("talr")
