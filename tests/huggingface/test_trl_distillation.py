@@ -3,8 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
-from training import DESCENT, error, llama, rows, step, tokenizer
+from training import DESCENT, error, llama, rows, step, tokenizer, with_lora
 
 import fused_losses as fl
 
@@ -14,11 +13,6 @@ pytestmark = [
 ]
 PLAIN = dict(bf16=False, gradient_checkpointing=False)
 WORDS = "{% for m in messages %}{{ m.content }} {% endfor %}"
-
-
-def with_lora():
-    torch.manual_seed(1)
-    return get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
 
 
 def words(row):

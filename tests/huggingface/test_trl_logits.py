@@ -7,8 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
-from training import DESCENT, error, llama, rows, sft_trainer, step, tokenizer, trainer
+from training import DESCENT, error, llama, rows, sft_trainer, step, tokenizer, trainer, with_lora
 
 import fused_losses as fl
 from fused_losses.huggingface import FinchCallback
@@ -21,11 +20,6 @@ pytestmark = [
 ]
 PLAIN = dict(bf16=False, gradient_checkpointing=False)
 SAID = "is patched with cross-entropy, and a loss is made of its logits elsewhere"
-
-
-def with_lora():
-    torch.manual_seed(1)
-    return get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
 
 
 def words(ids):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from training import DESCENT, V, collate, error, llama, mixtral, rows, step, tokenizer
+from training import DESCENT, V, collate, error, llama, mixtral, rows, step, tokenizer, with_lora
 from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
@@ -47,11 +47,6 @@ def frozen_head():
     model = llama(tie_word_embeddings=False)
     model.lm_head.requires_grad_(False)
     return model
-
-
-def with_lora():
-    torch.manual_seed(1)
-    return get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
 
 
 def experts():

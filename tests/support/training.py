@@ -52,6 +52,14 @@ def llama(seed: int = 0, **config: Any) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**{**sizes, **special, "initializer_range": 0.3, **config})).double()
 
 
+def with_lora() -> Any:
+    """The same with an adapter that has moved."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    return get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+
+
 def mixtral(seed: int = 0) -> MixtralForCausalLM:
     torch.manual_seed(seed)
     sizes = dict(vocab_size=V, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)

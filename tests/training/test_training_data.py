@@ -184,3 +184,26 @@ def test_held_out_text_that_is_none_is_said(content, message, tmp_path):
     (tmp_path / "text.txt").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         training.read_text(tokenizer(), tmp_path / "text.txt")
+
+
+@pytest.mark.parametrize(
+    "count, corrected, replayed, expected",
+    [
+        (10, False, 0, 4),
+        (10, True, 0, 40),
+        (1, False, 0, 3),
+        (200, False, 0, 75),
+        (200, True, 0, 75),
+        (10, False, 5, 5),
+    ],
+)
+def test_few_chats_are_passed_over_three_times_and_anchors_get_forty_steps(count, corrected, replayed, expected):
+    """Anchors stop a training; nothing stops one of chats, and ten of them in forty steps are learned by heart."""
+    from fused_losses.training.data import Data, Row
+    from fused_losses.training.plan import Plan
+
+    rows = [Row(f"a:{i}", "learn", [1, 2, 3], [-100, 2, 3], [[1, 1.0]], corrected) for i in range(count)]
+    rows += [Row(f"b:{i}", "replay", [1, 2, 3], [-100, 2, 3], []) for i in range(replayed)]
+    plan = Plan("sft", {}, 8, None, 0.25, None, None, None, 1, 64, True, 0.9, 0.02, 0, None, progress=False, name=None)
+    plan.take(Data(rows), [])
+    assert plan.steps == expected
