@@ -132,6 +132,8 @@ def _compiled(specimen: Specimen, target: GPUTarget) -> Any:
         signature[name] = specimen.types.get(name) or type_of(name, specimen.operand)
         if signature[name][0] == "*" or name in ("V", "D", "D_REF") or name.startswith("stride"):
             attributes[(index,)] = [["tt.divisibility", 16]]
+    if "PRECISION" in constants:
+        constants["PRECISION"] = left_out.precision(target.backend == "hip")
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=target, options=specimen.options)
 
@@ -152,7 +154,8 @@ def specimens() -> Iterator[Specimen]:
             "row_statistics" + name, rows.row_statistics_kernel, ARCHITECTURES, some | entropy, warps, absent
         )
         no_r = () if some["REFERENCE"] else ("r_ptr",)
-        blocks = left_out.BLOCKS | dict(K=16) | {flag: on for flag, on in some.items() if flag != "BLOCK"}
+        blocks = left_out.BLOCKS | dict(K=16, PRECISION=None)  # the last by architecture
+        blocks |= {flag: on for flag, on in some.items() if flag != "BLOCK"}
         yield Specimen("left_out" + name, left_out.left_out_kernel, ARCHITECTURES, blocks, left_out.OPTIONS, no_r)
         yield Specimen("logit_bits" + name, rows.logit_bits_kernel, ARCHITECTURES, some, warps, no_r)
         if some["REFERENCE"]:
@@ -182,13 +185,16 @@ def specimens() -> Iterator[Specimen]:
     separate = both | dict(HAS_A=True, HAS_B=False, SEPARATE=True, HAS_ENTROPY=False, HAS_DIVERGENCE=False)
     none = ("b_ptr", *of_entropy, *of_divergence)
     yield Specimen("directions, separate", directions.directions_kernel, ARCHITECTURES, separate, warps, none)
-    profile = dict(BLOCK=128, SOFTCAP=True)
+    profile = dict(SOFTCAP=True, **rows.PROFILE)
     yield Specimen("tail_profile", rows.tail_profile_kernel, ARCHITECTURES, profile, dict(num_warps=4, **tiles.FUSED))
 
     small = dict(num_warps=4, **tiles.FUSED)
     yield Specimen("count_bits", entries.count_bits_kernel, ARCHITECTURES, dict(BLOCK=1024), small)
-    yield Specimen("columns_of_bits", entries.columns_of_bits_kernel, ARCHITECTURES, dict(WORDS=entries.WORDS), small)
-    yield Specimen("weighted_sum", entries.weighted_sum_kernel, ARCHITECTURES, dict(BLOCK=16, BLOCK_D=256), small)
+    yield Specimen("columns_of_bits", entries.columns_of_bits_kernel, ARCHITECTURES, dict(WORDS=entries.WORDS),
+                   dict(num_warps=entries.WORDS_WARPS, **tiles.FUSED))  # fmt: skip
+    for dim in (16, 256):
+        yield Specimen(f"weighted_sum, D {dim}", entries.weighted_sum_kernel, ARCHITECTURES, entries.sum_tile(dim),
+                       dict(num_warps=entries.SUMMED_WARPS, **tiles.FUSED))  # fmt: skip
     for kind in ("i8", "fp8e4nv"):
         of = tuple(a for a in ARCHITECTURES if (a in tiles.FLOAT8) != (kind == "i8"))
         constants = dict(HAS_FACTOR=True, INT8=kind == "i8", **quantized.BLOCKS)

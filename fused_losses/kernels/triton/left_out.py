@@ -5,6 +5,7 @@ The scan does the same in its epilogue, where it has no final sums yet; here the
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,10 +15,25 @@ from .rows import LOG_SUM, REF_LOG_SUM, REF_TOP, SHIFT, TOP, _gap, _logits
 from .scan import LEFT_GAP, LEFT_GAP_SQUARE, LEFT_SQUARE, LEFT_SUM, LEFTS, Left
 from .tiles import FUSED
 
-BLOCKS = dict(BLOCK_C=16, BLOCK_V=32)
-OPTIONS = dict(num_warps=4, **FUSED)
+BLOCKS = dict(BLOCK_C=32, BLOCK_V=32)
+OPTIONS = dict(num_warps=2, **FUSED)
+# So many logits beside each other, which one thread has, are added before they go into the running sums: in the loop no
+# lanes exchange sums.
+BESIDE = tl.constexpr(4)
 # Programs that a chunk is divided among, for a GPU of some hundred multiprocessors.
 PROGRAMS = 1024
+
+
+def precision(of_amd: bool) -> str:
+    """Of the products with the directions: on the tensor cores as three of tf32 numbers, which are off by some 2⁻²¹ of
+    a number's size. AMD's matrix instructions take float32 itself."""
+    return "ieee" if of_amd else "tf32x3"
+
+
+@triton.jit
+def _beside(x):
+    """Sums of BESIDE numbers that lie beside each other; a thread has them all."""
+    return tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // BESIDE, BESIDE)), 2)
 
 
 @triton.jit(do_not_specialize=["C", "blocks_per_part"])
@@ -25,13 +41,14 @@ def left_out_kernel(
     z_ptr, r_ptr, labels_ptr, bits_ptr, rows_ptr, directions_ptr, left_ptr, low_ptr, C, V, words, blocks_per_part,
     scale, softcap, reference_scale, reference_softcap,
     BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr, K: tl.constexpr, REFERENCE: tl.constexpr, DIFFERENCE: tl.constexpr,
-    SOFTCAP: tl.constexpr, REFERENCE_SOFTCAP: tl.constexpr,
+    SOFTCAP: tl.constexpr, REFERENCE_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Of p·slope, and of (p − p_ref)·slope, where neither the bit is set nor the label is: sums and sums of squares
     into left [parts, LEFTS, C], products with directions [V, K] into low [parts, 1 or 2, C, K].
 
     Traffic: 4·C·V bytes, 8·C·V with r, C·V/8 of bits, and C/BLOCK_C times the directions from the L2 cache. FLOP:
-    C·V·(2·K + 15), with r twice that. Floor: the traffic over the memory bandwidth.
+    C·V·(2·K + 15), with r twice that; tensor cores make the products in three. Floor: the traffic over the memory
+    bandwidth.
     """
     rows = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     part = tl.program_id(1)
@@ -49,7 +66,7 @@ def left_out_kernel(
         shift = tl.load(rows_ptr + SHIFT * C + rows, mask=valid, other=0.0)[:, None]
         gap_low = tl.zeros((BLOCK_C, K), tl.float32)
     low = tl.zeros((BLOCK_C, K), tl.float32)
-    left_sum = tl.zeros((BLOCK_C,), tl.float32)
+    left_sum = tl.zeros((BLOCK_C, BLOCK_V // BESIDE), tl.float32)
     left_square, left_gap, left_gap_square = left_sum, left_sum, left_sum
     first = part * blocks_per_part
     for block in range(first, min(first + blocks_per_part, tl.cdiv(V, BLOCK_V))):
@@ -59,33 +76,33 @@ def left_out_kernel(
             z_ptr, r_ptr, columns, V, scale, softcap, reference_scale, reference_softcap,
             REFERENCE, DIFFERENCE, SOFTCAP, REFERENCE_SOFTCAP,
         )  # fmt: skip
-        word = tl.load(bits_ptr + columns // 32, mask=columns < V, other=0)
-        out = (((word >> (columns % 32)) & 1) != 0) | (columns == label[:, None]) | (columns >= V)
+        tl.static_assert(BLOCK_V == 32, "a block of columns is one word of bits")
+        out = (((tl.load(bits_ptr + block) >> (columns % 32)) & 1) != 0) | (columns == label[:, None]) | (columns >= V)
         slope = tl.where(out, 0.0, 1.0)
         if SOFTCAP:
             u = z / softcap
             slope *= 1.0 - u * u
         # Chosen away, not multiplied: what is beyond the last column may be infinite.
         left = tl.where(out, 0.0, tl.exp((z - top) - log_sum)) * slope
-        left_sum += tl.sum(left, 1)
-        left_square += tl.sum(left * left, 1)
+        left_sum += _beside(left)
+        left_square += _beside(left * left)
         directions = tl.load(
             directions_ptr + column[:, None] * K + tl.arange(0, K)[None, :], mask=(column < V)[:, None], other=0.0
         )
-        low = tl.dot(left, directions, low, input_precision="ieee")
+        low = tl.dot(left, directions, low, input_precision=PRECISION)
         if REFERENCE:
             gap, _ = _gap(z, d, r, top, log_sum, ref_top, ref_log_sum, shift)
             gap = tl.where(out, 0.0, gap) * slope
-            left_gap += tl.sum(gap, 1)
-            left_gap_square += tl.sum(gap * gap, 1)
-            gap_low = tl.dot(gap, directions, gap_low, input_precision="ieee")
+            left_gap += _beside(gap)
+            left_gap_square += _beside(gap * gap)
+            gap_low = tl.dot(gap, directions, gap_low, input_precision=PRECISION)
     where = left_ptr + part * LEFTS * C + rows
-    tl.store(where + LEFT_SUM * C, left_sum, mask=valid)
-    tl.store(where + LEFT_SQUARE * C, left_square, mask=valid)
+    tl.store(where + LEFT_SUM * C, tl.sum(left_sum, 1), mask=valid)
+    tl.store(where + LEFT_SQUARE * C, tl.sum(left_square, 1), mask=valid)
     at = rows[:, None] * K + tl.arange(0, K)[None, :]
     if REFERENCE:
-        tl.store(where + LEFT_GAP * C, left_gap, mask=valid)
-        tl.store(where + LEFT_GAP_SQUARE * C, left_gap_square, mask=valid)
+        tl.store(where + LEFT_GAP * C, tl.sum(left_gap, 1), mask=valid)
+        tl.store(where + LEFT_GAP_SQUARE * C, tl.sum(left_gap_square, 1), mask=valid)
         tl.store(low_ptr + 2 * part * C * K + at, low, mask=valid[:, None])
         tl.store(low_ptr + (2 * part + 1) * C * K + at, gap_low, mask=valid[:, None])
     else:
@@ -107,6 +124,7 @@ def left_out(
     left_out_kernel[(blocks, parts)](
         z, r, labels, bits, rows, directions, left, low, count, vocabulary, bits.shape[1], per_part, scale, softcap,
         reference_scale, reference_softcap, K=width, REFERENCE=r is not None, DIFFERENCE=difference,
-        SOFTCAP=softcap > 0, REFERENCE_SOFTCAP=reference_softcap > 0, **BLOCKS, **OPTIONS,
+        SOFTCAP=softcap > 0, REFERENCE_SOFTCAP=reference_softcap > 0,
+        PRECISION=precision(torch.version.hip is not None), **BLOCKS, **OPTIONS,
     )  # fmt: skip
     return left.sum(0), low.sum(0)
