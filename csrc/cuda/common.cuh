@@ -41,6 +41,8 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   return value;
 }
 
+inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
+
 // More than 48 KB of dynamic shared memory must be asked for.
 template <class Kernel>
 void allow_shared(Kernel kernel, int64_t bytes, const char* name) {

@@ -5,6 +5,11 @@
 // the H100; estimated, not measured).
 // Without a reference one pass is enough. With one a second pass needs the totals of the first: a cluster of blocks
 // holds the row in its shared memory and reads it once (sm_90 and later); elsewhere the row is read twice, 16·V bytes.
+// The second is also better where a cluster's blocks leave no room for others on their multiprocessors and there are
+// rows enough for all of these. At V = 128,256 a cluster has 8 blocks of 128 KB: 16 warps a multiprocessor, 16 rows at
+// a time on 132 of them, loading, computing and waiting for each other in turn. That took 0.42 ms for 256 rows on an
+// H200. Rows read twice, one a block, have 32 warps a multiprocessor (56 registers a thread) and 64 KB of loads in
+// flight; the operations on a pair of logits, some 200, then cost more than the 16·V bytes.
 #include "common.cuh"
 
 namespace fused_losses::cuda {
@@ -427,7 +432,9 @@ template <int WIDTH>
 bool launch_held(const RowStatistics& a, Stream stream) {
   const auto kernel = row_cluster_kernel<WIDTH>;
   const int64_t limit = cluster_shared_limit(kernel);
-  for (const int64_t wanted : {SHARED_FOR_TWO, SHARED_AT_MOST})
+  if (limit == 0) return false;
+  const bool few = 2 * a.tokens <= multiprocessors();  // then a block a row would leave most of them idle
+  for (const int64_t wanted : {SHARED_FOR_TWO, few ? SHARED_AT_MOST : SHARED_FOR_TWO})
     for (int blocks = 1; blocks <= 8; blocks *= 2) {
       const int64_t bytes = held_bytes(a.vocabulary, blocks);
       if (bytes <= (wanted < limit ? wanted : limit))

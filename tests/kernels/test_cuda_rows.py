@@ -128,6 +128,16 @@ def test_row_statistics_in_clusters_with_idle_blocks(shim, v):
 
 
 @needs_compiler
+@pytest.mark.parametrize("n, clusters", [(2, True), (3, False)])
+def test_long_rows_take_clusters_only_where_there_are_few(shim, n, clusters):
+    """More than two blocks a multiprocessor can hold, and more or less than one row for two of the shim's 4."""
+    z, r, labels, difference, options = row_case("own", n, 102_500)
+    truth = truth_of(Rows(z, r, difference, labels, *options))
+    check(row_statistics(shim, z, r, labels, difference, options, cluster_limit=227 << 10), truth, ROW_TOLERANCES)
+    assert shim.launched() == ("row_cluster_kernel" if clusters else "row_kernel")
+
+
+@needs_compiler
 def test_row_statistics_of_one_id(shim):
     z = torch.tensor([[3.0], [-2.0]])
     out = row_statistics(shim, z, z + 1, torch.zeros(2, dtype=torch.int64))

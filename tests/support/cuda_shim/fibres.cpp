@@ -3,6 +3,7 @@
 #include "cuda_on_cpu.h"
 
 #include <memory>
+#include <string>
 #include <vector>
 
 #ifndef __x86_64__
@@ -148,7 +149,10 @@ void wait(Scope scope, const char* what) {
   change(running->context, scheduler);
 }
 
+std::string launched;  // the last kernel
+
 void run(const char* name, dim3 grid, dim3 block, int64_t shared_bytes, int cluster_size, const std::function<void()>& kernel) {
+  launched = name;
   const size_t threads = block.x, size = static_cast<size_t>(cluster_size), all = threads * size;
   if (block.y != 1 || block.z != 1 || threads == 0 || threads > 1024 || threads % LANES || grid.x % size || !grid.x ||
       !grid.y || grid.y > 65535 || grid.z != 1)
@@ -198,3 +202,4 @@ extern "C" __attribute__((visibility("default"))) void shim_set(int64_t cluster_
   shim::cluster_limit = cluster_limit;
   shim::reversed = reversed;
 }
+extern "C" __attribute__((visibility("default"))) const char* shim_launched() { return shim::launched.c_str(); }

@@ -24,6 +24,7 @@ class Shim:
         torch.ops.load_library(str(library))
         self.functions = ctypes.CDLL(str(library))
         self.functions.shim_set.argtypes = [ctypes.c_int64, ctypes.c_int]
+        self.functions.shim_launched.restype = ctypes.c_char_p
 
     @contextmanager
     def setting(self, cluster_limit: int = 0, backwards: bool = False) -> Iterator[None]:
@@ -33,6 +34,10 @@ class Shim:
             yield
         finally:
             self.functions.shim_set(0, False)
+
+    def launched(self) -> str:
+        """Name of the kernel that ran last."""
+        return self.functions.shim_launched().decode()
 
     def mistake(self, number: int) -> tuple[str, list[float]]:
         """What the shim says about a kernel of self_test.cu; number 0 has no mistake."""
