@@ -61,9 +61,8 @@ def test_against_the_oracle(backend, gradient, case, dtype, within):
 def of_roundings(case, dtype: torch.dtype, gradient: str) -> dict[str, float]:
     """Errors that come of the operands' format alone, where plain PyTorch has not got these roundings.
 
-    A shared reference: x − x_ref is rounded once. Sparse: dx is a product of rounded values, rounded as it is stored
-    and once more when it is weighted; the bias takes rounded values and is rounded. Independent roundings add as
-    squares.
+    A shared reference: x − x_ref is rounded once. Sparse: dx is rounded as the rows are stored, as they are weighted
+    and at the end; the bias takes rounded values and is rounded. Independent roundings add as squares.
     """
     case = case.rounded(dtype)
     truth, least = run(case, torch.float64, "reference"), {}
