@@ -120,9 +120,10 @@ def _weight_bound(call: _Call, exact: Tensor, weight: Tensor) -> float | None:
     else:
         error = largest
     if len(weight) > MOST_ROWS:
-        counts = torch.bincount(
-            sparse.columns, weights=sparse.segments(torch.ones_like(sparse.left)).values.abs(), minlength=len(weight)
-        )
+        # Sorted sums and not bincount, which PyTorch refuses on CUDA where only deterministic algorithms are allowed.
+        magnitudes = sparse.segments(torch.ones_like(sparse.left)).values.abs()
+        starts, _, order = by_column(sparse.offsets, sparse.columns, len(weight))
+        counts = torch.segment_reduce(magnitudes[order], "sum", offsets=starts, initial=0)
         weight = weight.index_select(0, counts.topk(MOST_ROWS).indices)
     norm = float(torch.linalg.vector_norm(weight, dtype=torch.promote_types(weight.dtype, torch.float32)))
     shard = call.problem.head.shard

@@ -153,7 +153,8 @@ def test_row_statistics(backend, shape, head, reference, within):
         # The KL is a difference: its error is that of the logits' rounding, not its own.
         figures |= {
             "kl": (against(kl, rows.kl, 1e-2), 1e-5), "reference_nll": (relative(ref_nll, rows.reference_nll), 3e-6),
-            "reference_entropy": (relative(ref_entropy, rows.reference_entropy), 3e-6),
+            # Sums about 1 are rounded by 2⁻²⁴, and their logarithms by as much again, however near 0 the entropy is.
+            "reference_entropy": (against(ref_entropy, rows.reference_entropy, 1e-1), 3e-6),
         }  # fmt: skip
         names = list(Row)
     least = {Row.SHIFT: 1.0, Row.TOTALS_SHIFT: 1.0, Row.LOG_SUM: 1.0, Row.REF_LOG_SUM: 1.0}
@@ -217,7 +218,8 @@ def test_extended_statistics_and_directions(shape, head, reference, dtype, withi
     directions.extended_statistics(*logits_of(rows), beta, known, nll, log_p2, rank, divergence, extended)
     # Of nearly equal logits, any.
     close = ((rows.z - rows.z.gather(1, rows.labels[:, None])).abs() < 1e-5).sum(1) - 1
-    figures = {"log_p2": (against(log_p2, rows.log_p2, 1e-2), 1e-5)}
+    # The logarithm of a sum near 1, which is rounded by 2⁻²⁴ more than once.
+    figures = {"log_p2": (against(log_p2, rows.log_p2, 3e-2), 1e-5)}
     figures["rank"] = (((rank - rows.rank).abs() > close).sum().item(), 0)
     g = torch.Generator().manual_seed(1)
     weights = [torch.randn(n, generator=g).to(DEVICE) for _ in range(3)]

@@ -158,6 +158,13 @@ def relative(value: Tensor, truth: Tensor) -> float:
     return ((value.double() - truth.double()).norm() / truth.double().norm().clamp(min=1e-300)).item()
 
 
+def with_rounded_difference(case: Case, dtype: torch.dtype) -> Case:
+    """x = x_ref + (x − x_ref rounded once to `dtype`): what a product of that difference with the head sees."""
+    seen = case.rounded(dtype)
+    reference = seen.reference_hidden.double()
+    return replace(seen, hidden=reference + (seen.hidden.double() - reference).to(dtype).double())
+
+
 def errors(case: Case, dtype: torch.dtype, backend: str = "torch", **options) -> dict[str, float]:
     """Relative error of every output and gradient against the float64 oracle on the same rounded inputs."""
     case = case.rounded(dtype)
