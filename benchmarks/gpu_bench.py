@@ -343,7 +343,8 @@ class Bench:
                 self.save()
 
     def kernel(self, name: str, backend: str, kernel: Callable, args: tuple, work: dict[str, float]) -> None:
-        times = self.clock.rounds({"": lambda: kernel(*args)}, self.rounds, cold=True)[""]
+        with torch.no_grad():  # as where the arguments were made: some are views
+            times = self.clock.rounds({"": lambda: kernel(*args)}, self.rounds, cold=True)[""]
         ceilings = self.content.get("ceilings")
         floor = None
         if ceilings is not None:

@@ -29,8 +29,9 @@ PURPOSE = {
 NO_TRITON = (
     "triton is not installed; it comes with builds of torch for CUDA, and with: pip install 'fused_losses[gpu]' (Linux)"
 )
-# Architectures (90: Hopper) on which the CUDA kernels were measured to be faster than Triton's: "auto" takes them.
-CUDA_MEASURED_FASTER: frozenset[int] = frozenset()
+# Architectures on which the CUDA kernels were measured to be faster than Triton's (90: an H200, docs/benchmarks.md):
+# "auto" takes them there.
+CUDA_MEASURED_FASTER = frozenset({90})
 
 
 class Backend(Protocol):

@@ -15,7 +15,7 @@ from ..backends.chunks import by_column
 from ..problem import Gradients, Needs, Problem, Segments, Upstream
 from ..shards import Shard
 from .certificate import L1_SHARE, GradientReport, fewest, relative_bound, select
-from .spectrum import norm_bound
+from .spectrum import norm_bound, norm_bound_unwaited
 from .weighted import WeightedSparse, sum_of_rows
 
 # So often tokens are chosen by the norm of dx as it is then; after that all are exact.
@@ -113,19 +113,27 @@ def _weight_bound(call: _Call, exact: Tensor, weight: Tensor) -> float | None:
     sparse = call.sparse
     rows = call.problem.hidden[:, : call.problem.head.weight.shape[1]]
     errors = torch.where(exact, 0, sparse.row_error * abs(call.scale))
-    largest = float(errors.amax())
-    if largest and math.isfinite(largest):
-        each = errors / largest
-        error = largest * math.sqrt(float(each.sum(dtype=torch.float64))) * norm_bound(each.sqrt()[:, None] * rows)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    if _runs_behind(weight):
+        # In place of the largest rows all of them: to read the gradient takes less time than to find those.
+        largest = errors.amax()
+        each = torch.where(largest > 0, errors / largest, 0)
+        products = norm_bound_unwaited(each.sqrt()[:, None] * rows)
+        bounds = (
+            largest * each.sum(dtype=torch.float64).sqrt() * products,
+            torch.linalg.vector_norm(weight, dtype=wide),
+        )
+        error, norm = torch.stack([bound.double() for bound in bounds]).tolist()
     else:
-        error = largest
-    if len(weight) > MOST_ROWS:
-        # Sorted sums and not bincount, which PyTorch refuses on CUDA where only deterministic algorithms are allowed.
-        magnitudes = sparse.segments(torch.ones_like(sparse.left)).values.abs()
-        starts, _, order = by_column(sparse.offsets, sparse.columns, len(weight))
-        counts = torch.segment_reduce(magnitudes[order], "sum", offsets=starts, initial=0)
-        weight = weight.index_select(0, counts.topk(MOST_ROWS).indices)
-    norm = float(torch.linalg.vector_norm(weight, dtype=torch.promote_types(weight.dtype, torch.float32)))
+        error = float(errors.amax())
+        if error and math.isfinite(error):
+            each = errors / error
+            error *= math.sqrt(float(each.sum(dtype=torch.float64))) * norm_bound(each.sqrt()[:, None] * rows)
+        if len(weight) > MOST_ROWS:
+            magnitudes = sparse.segments(torch.ones_like(sparse.left)).values.abs()
+            counts = torch.bincount(sparse.columns, weights=magnitudes, minlength=len(weight))
+            weight = weight.index_select(0, counts.topk(MOST_ROWS).indices)
+        norm = float(torch.linalg.vector_norm(weight, dtype=wide))
     shard = call.problem.head.shard
     if shard is not None:
         square = torch.tensor(norm * norm, dtype=torch.float64, device=weight.device)
@@ -134,6 +142,11 @@ def _weight_bound(call: _Call, exact: Tensor, weight: Tensor) -> float | None:
         return math.nan
     bound = relative_bound(error, norm)
     return bound if bound < math.inf else None
+
+
+def _runs_behind(tensor: Tensor) -> bool:
+    """Whether what is asked of its device is done later, so that every number read from it is waited for."""
+    return tensor.device.type != "cpu"
 
 
 def _with_exact(call: _Call, done: _Done, exact: Tensor) -> _Done:
@@ -179,7 +192,7 @@ def _sparse_hidden(call: _Call, done: _Done) -> Tensor:
     spread = head.shard is not None  # sums over the ranks are rounded afterwards
     dtype = problem.accumulator if spread or sparse.low is not None else problem.hidden.dtype
     if sparse.rows is not None:
-        hidden = sum_of_rows([(weight, sparse.rows)], left, torch.cat(means)).to(dtype)
+        hidden = sum_of_rows([(weight, sparse.rows)], left, torch.cat(means), dtype)
     else:
         segments = sparse.segments(weight)
         products = [

@@ -36,6 +36,7 @@ from ..shards import Shard
 COUNT = 16  # directions
 PROBES = 8
 FIRST, POWER = 3, 10
+FEW = 6  # powers where none is waited for
 # P(χ²_8 < 8 / 7.6²) = 1e-6.
 PROBE_FACTOR = 7.6
 # σ may have grown by this part of itself before the spectrum is computed anew.
@@ -162,6 +163,34 @@ def limits_of_low_rank(b: Tensor) -> tuple[float, float]:
     part = b.double() - b.double().mean(0)
     values = torch.linalg.eigvalsh(part.t() @ part)
     return math.sqrt(max(0.0, float(values[-1]))) * (1 + 1e-6), float(b.double().norm(dim=1).amax())
+
+
+@torch.no_grad()
+def norm_bound_unwaited(matrix: Tensor) -> Tensor:
+    """As `norm_bound`, for devices that run behind the host: a number on the device, of some 50 operations, none of
+    which is waited for. At most 1.8 times the largest singular value at D = 4096, 1.2 times where few stand out.
+
+    With Gaussian Ω [D, 8] and B = matrixᵀ matrix, ‖Bᵏ Ω‖_F ≥ λᵏ ‖g‖ of its largest eigenvalue λ and 8 normal numbers g;
+    k = 6. Not finite where the matrix is not.
+    """
+    matrix = matrix.float() if matrix.dtype != torch.float64 else matrix
+    scale = torch.zeros((), dtype=torch.float64, device=matrix.device)
+    if not matrix.numel():
+        return scale
+    tiny = torch.finfo(matrix.dtype).tiny
+    largest = torch.linalg.vector_norm(matrix, ord=math.inf)
+    matrix = matrix / largest.clamp(min=tiny)  # so that squares stay within the range
+    dim = matrix.shape[1]
+    block = _gaussian(dim, PROBES, matrix.dtype, matrix.device).t().contiguous()
+    for _ in range(FEW):
+        block = (block @ matrix.t()) @ matrix
+        size = torch.linalg.vector_norm(block)
+        scale += size.double().log()
+        block = block / size.clamp(min=tiny)
+    eigenvalue = torch.exp((scale + math.log(PROBE_FACTOR / math.sqrt(PROBES))) / FEW)
+    # Of operands that are rounded to tf32, 2 of each product.
+    rounding = torch.finfo(matrix.dtype).eps if torch.get_float32_matmul_precision() == "highest" else 2.0**-11
+    return largest * (eigenvalue * (1 + 8 * math.sqrt(dim) * torch.finfo(matrix.dtype).eps + 4 * FEW * rounding)).sqrt()
 
 
 @torch.no_grad()

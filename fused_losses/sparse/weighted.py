@@ -16,7 +16,7 @@ from .certificate import L1_SHARE, select, shares
 from .softmax import HALF_SCALE, SparseSoftmax, narrow, sums_of_rows, weighted, widened
 from .spectrum import limits_of_low_rank
 
-ROWS = 1024  # tokens whose rows are in fp32 at a time
+ROWS = 1024  # tokens whose rows are in fp32 at a time, where several are added up
 
 # Ids [N, k] and weights [N, k] of single logits.
 Single = tuple[Tensor, Tensor]
@@ -179,10 +179,15 @@ def mostly_exact(problem: Problem, entries: Entries, upstream: Upstream, single:
 
 
 def sum_of_rows(
-    parts: list[tuple[Tensor | None, Tensor]], left: Tensor | None = None, mean: Tensor | None = None
-) -> Tensor:
-    """Σ weight·rows + left·mean in the dtype of the rows, computed in fp32, some tokens at a time."""
-    out = torch.empty_like(parts[0][1])
+    parts: list[tuple[Tensor | None, Tensor]], left: Tensor | None = None, mean: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
+    """Σ weight·rows + left·mean, computed in fp32, in `dtype` or that of the rows."""
+    weight, rows = parts[0]
+    out = torch.empty_like(rows, dtype=dtype)
+    if len(parts) == 1 and weight is not None and (left is None or out.dtype == weight.dtype):
+        torch.mul(rows, weight[:, None], out=out)
+        return out if left is None else out.addr_(left, mean)
     for at in (slice(i, i + ROWS) for i in range(0, len(out), ROWS)):
         terms = [rows[at].float() if w is None else w[at, None] * rows[at] for w, rows in parts]
         if left is not None:

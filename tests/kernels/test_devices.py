@@ -62,6 +62,13 @@ def test_nvidia_needs_no_check(monkeypatch):
     assert backends.chain("cuda")[-1] == ("triton", None)
 
 
+@pytest.mark.parametrize("capability, taken", [((9, 0), "cuda"), ((8, 0), "triton"), ((10, 0), "triton")])
+def test_cuda_kernels_are_taken_where_they_were_measured_to_be_faster(capability, taken, monkeypatch):
+    monkeypatch.setattr(backends, "unavailable", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert backends.chain("cuda")[-1] == (taken, None)
+
+
 def test_a_build_without_gpus_says_so(monkeypatch):
     fresh(monkeypatch)
     monkeypatch.setattr(torch.version, "cuda", None)

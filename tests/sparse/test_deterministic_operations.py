@@ -33,11 +33,11 @@ class Seen(TorchDispatchMode):
 @pytest.mark.parametrize("gradient", ["exact", "sparse"])
 @pytest.mark.parametrize("reference", [None, "shared"])
 def test_nothing_that_is_refused(gradient, reference, monkeypatch):
-    monkeypatch.setattr(gradients, "MOST_ROWS", 8)
+    monkeypatch.setattr(gradients, "_runs_behind", lambda tensor: True)  # as on a GPU
     chosen = []
     bound = gradients._weight_bound
     monkeypatch.setattr(gradients, "_weight_bound", lambda *given: chosen.append(bound(*given)) or chosen[-1])
     with coarse(1e-6), mock.patch.object(softmax, "FEWEST_TOKENS", 1), Seen() as seen:
         run_with_report(make(24, 16, 300, bias=True, reference=reference, spread=4.0), torch.float32, "cpu", gradient)
     assert seen.names and not seen.refused
-    assert gradient == "exact" or chosen  # the largest rows were chosen
+    assert gradient == "exact" or chosen
