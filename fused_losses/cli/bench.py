@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 NEEDS = ("tqdm", "matplotlib")
 EPILOG = """examples:
-  fused-losses bench                                       # some 15 minutes on 2 cores
+  fused-losses bench                                       # under 15 minutes on 2 cores
   fused-losses bench --model qwen3-4b --losses TALR JSD
   fused-losses bench --row 'TALR/bfloat16/real/D576-V49152-N2048/TRL'
 

