@@ -142,34 +142,32 @@ def unavailable(width: int, dtype: torch.dtype) -> str | None:
     return reason
 
 
-# Of each block of tokens and ids, the most promising so many.
-VARIANTS = 6
-
-
 def candidates(architecture: int, kind: str, itemsize: int, shared_memory: int = SHARED_MEMORY) -> list[Scan]:
-    """Tiles that may fit, the table's own first, then the larger ones: those need less of the L2 cache."""
+    """Tiles that may fit, the table's own first, then the larger ones: those need less of the L2 cache. Of each block
+    of tokens and ids, warps and slices, the one with 128 bytes of a row at a time and the most stages."""
     if backends.interpreted():
         some = gpu_scan.INTERPRETED_TILE
         return [some._replace(kind=kind), some._replace(kind=kind, block_v=32, slices=1)]
     own = tiles.scan_tile(architecture, kind)
     accumulators = 2 if kind.startswith(("shared", "own")) else 1
     registers = 256 if architecture == 100 else 128  # sums of a thread; on Blackwell they are in memory of their own
-    found: dict[tuple[int, int], list[Scan]] = {}
+    found: dict[tuple[int, ...], list[Scan]] = {}
     for n, v, d, slices, warps, stages in itertools.product(
-        (64, 128, 256), (64, 128, 256), (32, 64, 128, 256), (1, 2, 4), (4, 8), (2, 3, 4, 5)
+        (64, 128, 256), (64, 128, 256), (32, 64, 128, 256), (1, 2, 4), (4, 8, 16), (2, 3, 4, 5)
     ):
         sums = n * v * accumulators / (32 * warps)
-        fits = 32 <= sums <= registers and (n + v) * d * itemsize * stages <= shared_memory
+        # With 16 warps a thread has half the registers.
+        fits = 32 <= sums <= registers * 8 / max(8, warps) and (n + v) * d * itemsize * stages <= shared_memory
         # A slice is whole words of bits, and small enough beside the sums.
         if fits and v // slices >= 32 and sums / slices <= 64 and d * itemsize <= 256:
             tile = Scan(architecture, kind, n, v, d, slices, warps, stages, architecture >= 90, "")
-            found.setdefault((n, v), []).append(tile)
+            found.setdefault((n, v, warps, slices), []).append(tile)
 
     def rank(tile: Scan) -> tuple[float, ...]:
-        return abs(tile.block_d * itemsize - 128), tile.slices, -tile.warps, -tile.stages
+        return abs(tile.block_d * itemsize - 128), -tile.stages
 
     by_traffic = sorted(found, key=lambda block: (1 / block[0] + 1 / block[1], block))
-    chosen = [tile for block in by_traffic for tile in sorted(found[block], key=rank)[:VARIANTS]]
+    chosen = [min(found[block], key=rank) for block in by_traffic]
     return [own, *(tile for tile in chosen if tile[:-1] != own[:-1])]
 
 
