@@ -4,8 +4,7 @@ import itertools
 
 import pytest
 import torch
-from cases import HEADS, REFERENCES, coarse, errors, make, name, near_the_reference, relative, run
-from cases import with_rounded_difference as rounded_difference
+from cases import HEADS, REFERENCES, coarse, errors, make, name, near_the_reference, relative, rounded_difference, run
 from machine import BACKENDS, DEVICE, DRY, DTYPES, HALVES, ROUNDING, pick, repeats_that_differ
 from test_objectives import NAMES, objectives
 from torch import Tensor

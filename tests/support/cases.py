@@ -158,7 +158,7 @@ def relative(value: Tensor, truth: Tensor) -> float:
     return ((value.double() - truth.double()).norm() / truth.double().norm().clamp(min=1e-300)).item()
 
 
-def with_rounded_difference(case: Case, dtype: torch.dtype) -> Case:
+def rounded_difference(case: Case, dtype: torch.dtype) -> Case:
     """x = x_ref + (x − x_ref rounded once to `dtype`): what a product of that difference with the head sees."""
     seen = case.rounded(dtype)
     reference = seen.reference_hidden.double()
