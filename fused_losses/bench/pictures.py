@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -73,20 +74,20 @@ def _brief(value: float) -> str:
 def _time(rows: list[Row], path: Path) -> Path:
     figure, axes = _axes((6, 4))
     curves = _curves(axes, rows, "tokens", seconds)
-    axes.set(xscale="log", yscale="log", xlabel="tokens N", ylabel="time of forward and backward, s")
+    axes.set(xlabel="tokens N", ylabel="time of forward and backward, s")
     first = rows[0]["settings"]
     where = f"cross-entropy, {first['dtype']}, D={first['hidden']}, V={first['vocabulary']}; median of a few calls"
-    _title(axes, _growth(curves, "as fast as full logits at N ="), where)
+    _title(axes, _growth(curves, "as fast as full logits at N\u00a0="), where)
     return _save(figure, path)
 
 
 def _memory(rows: list[Row], path: Path) -> Path:
     figure, axes = _axes((6, 4))
     curves = _curves(axes, rows, "vocabulary", lambda row: report.counted(row["peak_mib"] or 0.0))
-    axes.set(xscale="log", yscale="log", xlabel="vocabulary V", ylabel="peak memory above inputs and gradients, MiB")
+    axes.set(xlabel="vocabulary V", ylabel="peak MiB above inputs and gradients")
     first = rows[0]["settings"]
     where = f"cross-entropy, {first['dtype']}, D={first['hidden']}, N={first['tokens']}"
-    _title(axes, _growth(curves, "less memory than full logits at V ="), where)
+    _title(axes, _growth(curves, "less memory than full logits at V\u00a0="), where)
     return _save(figure, path)
 
 
@@ -99,9 +100,10 @@ def _curves(axes: Any, rows: list[Row], across: str, value: Any) -> dict[str, di
     for (name, points), marker, style in zip(curves.items(), MARKERS, STYLES, strict=False):
         colour = "black" if name.startswith(OURS) else "#777777"
         axes.plot(list(points), list(points.values()), style, marker=marker, color=colour, label=name)
-    axes.set_xscale("log")
+    axes.set(xscale="log", yscale="log")  # before the ticks, which a scale takes back
     ticks = sorted({at for points in curves.values() for at in points})
     axes.set_xticks(ticks, [f"{at:,}" for at in ticks], fontsize=8)
+    _plain(axes.yaxis)
     axes.minorticks_off()
     axes.legend(fontsize=8)
     return curves
@@ -113,7 +115,7 @@ def _growth(curves: dict[str, dict[int, float]], what: str) -> str:
     if not both:
         return "Growth of each contestant"
     ratios = [eager[at] / ours[at] for at in (both[0], both[-1])]
-    return f"{_brief(ratios[0])} and {_brief(ratios[1])} times {what} {both[0]:,} and {both[-1]:,}"
+    return f"{_brief(ratios[0])} and {_brief(ratios[1])} times {what}\u00a0{both[0]:,} and {both[-1]:,}"
 
 
 # --- what they share
@@ -135,18 +137,23 @@ def _axes(size: tuple[float, float]) -> tuple[Any, Any]:
 
 def _log_room(axes: Any) -> None:
     """Room for the legend and whole marks; plain numbers."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     axes.set(xlim=(left / 1.5, right * 1.5), ylim=(bottom / 1.5, top * 1.5))
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.set_major_formatter("{x:g}")
-        axis.set_minor_formatter(NullFormatter())
+        _plain(axis)
+
+
+def _plain(axis: Any) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _title(axes: Any, message: str, where: str) -> None:
-    axes.set_title(f"{message}\n", fontsize=12, weight="bold", loc="left")
+    lines = textwrap.wrap(message, int(8.5 * axes.figure.get_size_inches()[0]))
+    axes.set_title("\n".join([*lines, ""]), fontsize=12, weight="bold", loc="left")
     axes.text(0, 1.02, where, transform=axes.transAxes, fontsize=8, color="#444444")
 
 

@@ -458,8 +458,22 @@ def test_tables_and_pictures_are_written(tmp_path, capsys):
     assert " as what you have (eager" in capsys.readouterr().out
 
 
-def test_sweeps_have_a_picture_each(tmp_path):
+def test_sweeps_have_a_picture_each(tmp_path, monkeypatch):
+    from matplotlib.text import Text
+
     from fused_losses.bench import pictures
+
+    saved, ticks = pictures._save, []
+
+    def with_ticks_seen(figure, path):
+        (axes,) = figure.axes
+        ticks.append([tick.get_text() for tick in axes.get_xticklabels()])
+        path = saved(figure, path)
+        titles = [title for title in axes.findobj(Text) if title.get_weight() == "bold"]
+        assert titles and all(t.get_window_extent().x1 <= figure.bbox.x1 for t in titles)  # nothing is cut off
+        return path
+
+    monkeypatch.setattr(pictures, "_save", with_ticks_seen)
 
     def swept(name, purpose, seconds, **size):
         found = row(name, seconds, 10 * seconds, None)
@@ -470,6 +484,7 @@ def test_sweeps_have_a_picture_each(tmp_path):
     some += [swept(name, "vocabulary", v / 100, vocabulary=v) for name in plan.SWEPT for v in (1000, 2000)]
     drawn = pictures.draw(rows(*some), tmp_path)
     assert [path.name for path in drawn] == ["tokens.png", "vocabulary.png"] and all(p.stat().st_size for p in drawn)
+    assert ticks == [["256", "512"], ["1,000", "2,000"]]  # what was measured, and nothing else
     del some[0]
     some[0] |= {"seconds": [1.0, 9.0, 2.0]}
     some[-1] |= {"reason": "not enough memory"}
