@@ -125,8 +125,8 @@ def token_losses(
         ignore_index: tokens with this label are removed before any work.
         gradient: "exact"; "sparse": sparse-plus-rank-one softmax with a certified error (`sparse.softmax`), values are
             those of "exact"; "auto": sparse where the products are of bfloat16 or float16 (autocast included) and V ≥
-            8192, else exact. Gradients of the entropy, and of a divergence with β > 0, have no sparse form: calls that
-            ask for them are exact, as the report says.
+            8192, but for a frozen head on a GPU, else exact. Gradients of the entropy, and of a divergence with β > 0,
+            have no sparse form: calls that ask for them are exact, as the report says.
         tolerance: of sparse gradients: bound on the relative L2 error of the gradient of hidden, all tokens and the
             caller's upstream weights together, in (0, 1); 1.5 times it bounds the relative L1 error of the gradient of
             the logits. Tokens that would break either get exact gradients. Where the first cannot be proved (less than

@@ -67,7 +67,7 @@ class Operands:
             if own is not None:
                 self.reference_weight, self.reference_bias = _rows_of(own.weight.to(dtype)), bias_of(own)
             else:
-                self.hidden = (problem.hidden.float() - problem.reference_hidden.float()).to(dtype)
+                self.hidden = difference_of(problem)
                 self.bias = None
         tensors = [self.hidden, self.weight, self.reference_hidden, self.reference_weight]
         if eight is not None:
@@ -163,6 +163,14 @@ class Operands:
                     REFERENCE_ENTROPY="reference_entropy" in problem.wanted, **constants,
                 )  # fmt: skip
         return Scanned(partial, left, low)
+
+
+def difference_of(problem: Problem, tokens: slice = slice(None)) -> Tensor:
+    """x − x_ref, rounded once: a difference of half-precision numbers is computed in fp32."""
+    x, x_ref = problem.hidden[tokens], problem.reference_hidden[tokens]
+    if x.dtype == x_ref.dtype == problem.dtype:
+        return x - x_ref
+    return (x.float() - x_ref.float()).to(problem.dtype)
 
 
 def bounds(operands: Operands, label: list[Tensor], threshold: float) -> Tensor:

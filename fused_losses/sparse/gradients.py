@@ -77,14 +77,14 @@ def gradients(
 
 
 def _held_to_hidden_bound(call: _Call, done: _Done) -> tuple[Tensor, _Done, float]:
-    """dx in fp32, exact for the tokens that have to be, and the bound that it then has."""
+    """dx, exact for the tokens that have to be, and the bound that it then has."""
     sparse, tolerance = call.sparse, call.problem.tolerance
     squares = (sparse.hidden_error * abs(call.scale)).double().square()
     finite = bool((squares.isfinite() & sparse.norm.isfinite()).all())
     hidden = _sparse_hidden(call, done)
     for attempt in range(ATTEMPTS + 1):
         error = torch.where(done.tokens, 0, squares)
-        rows = hidden.square().sum(1, dtype=torch.float64).nan_to_num(0, 0, 0)
+        rows = _squares_of_rows(hidden).nan_to_num(0, 0, 0)
         total, norm = torch.stack((error.sum(), rows.sum())).tolist()
         limit = (tolerance / (1 + tolerance)) ** 2 * norm
         if total <= limit:
@@ -93,7 +93,14 @@ def _held_to_hidden_bound(call: _Call, done: _Done) -> tuple[Tensor, _Done, floa
         done = _with_exact(call, done, exact)
         hidden[done.tokens] = done.total.hidden[done.tokens].to(hidden.dtype) * done.scale
     bound = relative_bound(math.sqrt(total), math.sqrt(norm)) if finite else math.nan
-    return hidden, done, bound
+    return hidden.to(call.problem.hidden.dtype), done, bound
+
+
+def _squares_of_rows(matrix: Tensor) -> Tensor:
+    """[N] float64 ‖row‖²."""
+    if _runs_behind(matrix):  # where fp32 sums go by trees, and a matrix of squares would be the largest of all
+        return torch.linalg.vector_norm(matrix, dim=1).double().square()
+    return matrix.square().sum(1, dtype=torch.float64)
 
 
 def _l1_bound(sparse: WeightedSparse, exact: Tensor) -> float:
@@ -118,7 +125,7 @@ def _weight_bound(call: _Call, exact: Tensor, weight: Tensor) -> float | None:
         # In place of the largest rows all of them: to read the gradient takes less time than to find those.
         largest = errors.amax()
         each = torch.where(largest > 0, errors / largest, 0)
-        products = norm_bound_unwaited(each.sqrt()[:, None] * rows)
+        products = norm_bound_unwaited(rows, each.sqrt())
         bounds = (
             largest * each.sum(dtype=torch.float64).sqrt() * products,
             torch.linalg.vector_norm(weight, dtype=wide),

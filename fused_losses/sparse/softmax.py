@@ -198,7 +198,7 @@ class Builder:
 
         def join(name: str, parts: Sequence[object] = chunks) -> Tensor | None:
             tensors = [getattr(part, name) for part in parts]
-            return None if tensors[0] is None else torch.cat(tensors)
+            return tensors[0] if len(tensors) == 1 or tensors[0] is None else torch.cat(tensors)
 
         tails = [c.tails for c in chunks]
         # The sum is of the same value however many threads take part in it.

@@ -19,6 +19,7 @@ Of a head whose rows are spread over ranks, W is all rows: the ranks add up what
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .. import shards
+from ..devices import multiplies_wide
 from ..kernels import schemas
 from ..problem import Directions, in_half_precision
 from ..shards import Shard
@@ -151,8 +153,9 @@ def _largest(matrix: Tensor, start: Tensor, iterations: int = 6) -> float:
     return scale
 
 
+@functools.lru_cache(16)  # on a GPU the host waits for the copy
 def _gaussian(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The same in every run."""
+    """The same in every run; not to be written to."""
     generator = torch.Generator().manual_seed(rows)
     return torch.randn(rows, columns, generator=generator, dtype=torch.float64).to(device, dtype)
 
@@ -166,20 +169,21 @@ def limits_of_low_rank(b: Tensor) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def norm_bound_unwaited(matrix: Tensor) -> Tensor:
-    """As `norm_bound`, for devices that run behind the host: a number on the device, of some 50 operations, none of
-    which is waited for. At most 1.8 times the largest singular value at D = 4096, 1.2 times where few stand out.
+def norm_bound_unwaited(rows: Tensor, factor: Tensor) -> Tensor:
+    """As `norm_bound` of factor · rows, factors [N] in [0, 1], for devices that run behind the host: a number on the
+    device, of some 50 operations, none of which is waited for; one copy of the rows in fp32 is made. At most 1.8 times
+    the largest singular value at D = 4096, 1.2 times where few stand out.
 
     With Gaussian Ω [D, 8] and B = matrixᵀ matrix, ‖Bᵏ Ω‖_F ≥ λᵏ ‖g‖ of its largest eigenvalue λ and 8 normal numbers g;
     k = 6. Not finite where the matrix is not.
     """
-    matrix = matrix.float() if matrix.dtype != torch.float64 else matrix
-    scale = torch.zeros((), dtype=torch.float64, device=matrix.device)
-    if not matrix.numel():
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    scale = torch.zeros((), dtype=torch.float64, device=rows.device)
+    if not rows.numel():
         return scale
-    tiny = torch.finfo(matrix.dtype).tiny
-    largest = torch.linalg.vector_norm(matrix, ord=math.inf)
-    matrix = matrix / largest.clamp(min=tiny)  # so that squares stay within the range
+    tiny = torch.finfo(dtype).tiny
+    largest = (torch.linalg.vector_norm(rows, ord=math.inf, dim=1) * factor).amax().to(dtype)
+    matrix = rows * (factor / largest.clamp(min=tiny))[:, None]  # so that squares stay within the range
     dim = matrix.shape[1]
     block = _gaussian(dim, PROBES, matrix.dtype, matrix.device).t().contiguous()
     for _ in range(FEW):
@@ -245,6 +249,8 @@ def _times(rows: Tensor, weight: Tensor) -> Tensor:
         out = torch.empty(len(rows), len(weight), dtype=torch.float32)
         if torch.ops.fused_losses.logits(rows.to(weight.dtype), weight.contiguous(), None, out):
             return out
+    if weight.dtype != rows.dtype and multiplies_wide(weight):
+        return torch.mm(rows.to(weight.dtype), weight.t(), out_dtype=rows.dtype)
     return torch.cat([rows @ part.t() for part in blocks(weight, rows.dtype)], 1)
 
 

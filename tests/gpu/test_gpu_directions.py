@@ -10,7 +10,7 @@ from scan_truth import deviations, misleading, problem_of
 
 import fused_losses as fl
 from fused_losses.backends import gpu_scan
-from fused_losses.sparse import softmax
+from fused_losses.sparse import softmax, spectrum
 
 SHAPE = pick((21, 16, 300), (40, 96, 507))
 CHANCE = pick(1.2, 1.02)
@@ -60,6 +60,18 @@ def test_gradients_are_within_their_certificates(backend, shape, head, reference
     if not frozen:
         figures["d_weight"] = (relative(got["d_weight"], truth["d_weight"]), report.weight_bound + rounding)
     within(nll=(relative(got["nll"], truth["nll"]), 1e-5 + ROUNDING[dtype]), **figures)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_products_of_the_probes_have_the_digits_of_float32(dtype, within):
+    """By them it is decided how far a head that is trained has moved."""
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randn(1003, 96, generator=g).to(DEVICE, dtype)
+    probes = torch.randn(8, 96, generator=g).bfloat16().float().to(DEVICE)
+    got = spectrum._times(probes, weight)
+    assert got.dtype == torch.float32
+    # A small number of bfloat16 may have a digit more than float16.
+    within(error=(relative(got, probes.double() @ weight.double().t()), 1e-5 if dtype == torch.float16 else 2e-6))
 
 
 @every_backend

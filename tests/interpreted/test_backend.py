@@ -28,6 +28,7 @@ from low_rank_cases import inputs as low_rank_inputs
 from sparse_checks import CERTIFICATE, check_certificate, check_flat_chunks, check_label_borders, check_room, logits_of
 
 import fused_losses as fl
+from fused_losses import preparation
 from fused_losses.backends import gpu, gpu_scan, gpu_tails
 from fused_losses.sparse import softmax
 
@@ -410,3 +411,25 @@ def test_certain_tokens_and_saturated_soft_caps(path):
     loss = fl.CrossEntropyLoss(gradient="sparse", backend="triton")
     loss(hidden, fl.LMHead(torch.randn(67, 2), softcap=5.0), torch.arange(4)).backward()
     assert hidden.grad.isfinite().all() and 0 <= loss.gradient_report.bound <= 0.15
+
+
+@pytest.mark.parametrize(
+    "trained, more, mode",
+    [
+        ((), {}, "exact"), ((), {"scan": "int8"}, "sparse"), (("weight",), {}, "sparse"), (("bias",), {}, "sparse"),
+        ((), {"gradient": "sparse"}, "sparse"), ((), {"backend": "torch"}, "sparse"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_auto_is_exact_for_a_frozen_head(trained, more, mode, monkeypatch):
+    """Where that was measured to take less time and memory."""
+    monkeypatch.setattr(preparation, "SMALLEST_VOCABULARY", 64)
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(4, 16, generator=g).half().requires_grad_()
+    parts = {"weight": torch.randn(64, 16, generator=g).half(), "bias": torch.randn(64, generator=g).half()}
+    for part in trained:
+        parts[part].requires_grad_()
+    out = fl.token_losses(hidden, fl.LMHead(**parts), torch.arange(4), **{"backend": "triton", **more})
+    assert out.gradient_report.mode == mode
+    if not trained and not more:
+        assert "head is frozen" in str(out.gradient_report)

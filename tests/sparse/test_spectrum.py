@@ -81,8 +81,9 @@ def test_norm_bound_is_above_the_largest_singular_value_and_near_it(kind, rows, 
 @given(st.sampled_from(KINDS), st.integers(1, 80), st.integers(1, 50), st.integers(0, 1000))
 def test_the_bound_that_is_not_waited_for_is_one_and_not_far_off(kind, rows, columns, seed):
     matrix = weight_of(kind, rows, columns, seed)
-    truth = float(torch.linalg.svdvals(matrix.double())[0])
-    found = float(norm_bound_unwaited(matrix))
+    factor = torch.rand(rows, generator=torch.Generator().manual_seed(seed))
+    truth = float(torch.linalg.svdvals((factor[:, None] * matrix).double())[0])
+    found = float(norm_bound_unwaited(matrix, factor))
     assert truth <= found * (1 + 1e-6) and found <= 1.5 * truth
 
 
@@ -99,10 +100,16 @@ def test_norm_bound_of_what_is_not_finite_huge_or_nothing():
     huge = 1e30 * torch.randn(20, 10)
     assert float(torch.linalg.svdvals(huge.double())[0]) <= norm_bound(huge) < math.inf
     assert norm_bound(torch.zeros(3, 4)) == norm_bound(torch.zeros(0, 4)) == 0
-    assert float(torch.linalg.svdvals(huge.double())[0]) <= norm_bound_unwaited(huge) < math.inf
-    assert norm_bound_unwaited(torch.zeros(3, 4)) == norm_bound_unwaited(torch.zeros(0, 4)) == 0
+    ones = torch.ones(20)
+    assert float(torch.linalg.svdvals(huge.double())[0]) <= norm_bound_unwaited(huge, ones) < math.inf
+    for empty in (torch.zeros(3, 4), torch.zeros(0, 4)):
+        assert norm_bound(empty) == norm_bound_unwaited(empty, ones[: len(empty)]) == 0
     for number in (math.inf, math.nan):
-        assert not norm_bound_unwaited(torch.tensor([[1.0, number]])).isfinite()
+        assert not norm_bound_unwaited(torch.tensor([[1.0, number]]), ones[:1]).isfinite()
+    # What counts may be far smaller than what does not.
+    rows, factor = torch.stack([huge[0], 1e-5 * torch.ones(10)]), torch.tensor([0.0, 1.0])
+    truth = 1e-5 * math.sqrt(10)
+    assert truth <= norm_bound_unwaited(rows, factor) <= 1.5 * truth
 
 
 @pytest.fixture
