@@ -167,7 +167,10 @@ def _cannot_be_loaded(arguments: argparse.Namespace, error: Exception) -> str:
             f"{name_of(arguments)} comes with Python code of its own, which is not run by default; read it, and give "
             "--trust-remote-code"
         )
-    return f"{name_of(arguments)} cannot be loaded: {_line(error)}"
+    nowhere = ""
+    if arguments.model and not Path(arguments.model).expanduser().exists():
+        nowhere = f"there is no folder {Path(arguments.model).absolute()}, so it was taken for a name of the hub; "
+    return f"{name_of(arguments)} cannot be loaded: {nowhere}{_line(error)}"
 
 
 def _line(error: BaseException) -> str:

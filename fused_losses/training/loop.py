@@ -57,7 +57,7 @@ class Loop:
         self.measure = Measurement(model, plan.data.rows, plan.text, collate, plain, reference)
         self.every = max(1, plan.steps // MEASUREMENTS)
         self.every_heldout = self.every * max(1, MEASUREMENTS // OF_HELDOUT)
-        self.stopped = f"all {plan.steps} steps"
+        self.stopped: str | None = None  # why, before the last step
         self.first_step: float | None = None  # seconds until it was done
 
     def run(self) -> dict[str, Any]:
@@ -134,11 +134,13 @@ class Loop:
         return not plan.kind.needs_reference or found.get("kl_retained", 0.0) <= plan.stop_kl
 
     def report(self, state: Any) -> dict[str, Any]:
+        steps, at = self.plan.steps, state.global_step
+        why = self.stopped or (f"all {steps} steps" if at >= steps else f"not finished: step {at} of {steps}")
         entries = self.measured(state)
         measured = [entry[reports.MEASURED] for entry in entries]
         return reports.of(
             self.plan, state.log_history, measured[0] if measured else {}, measured[-1] if measured else {},
-            steps=state.global_step, stopped=self.stopped, seconds=round(time.perf_counter() - self.begun, 2),
+            steps=at, stopped=why, seconds=round(time.perf_counter() - self.begun, 2),
             seconds_to_first_step=self.first_step, least_anchor=entries[-1].get(reports.LEAST) if entries else None,
             trained_parameters=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
         )  # fmt: skip

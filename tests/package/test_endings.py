@@ -1,5 +1,6 @@
 """How commands end: their exit status, one line for what is wrong, and quietly where nobody reads them."""
 
+import json
 import os
 import signal
 import subprocess
@@ -154,5 +155,7 @@ def test_one_that_goes_on_says_from_which_step(saved, tmp_path, capsys, monkeypa
         stopped.setattr(Folder, "mark", marked)
         assert status(*words) == 130
     assert "goes on from step 2, the last checkpoint" in capsys.readouterr().err
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["stopped"].startswith("not finished: step ") and report["stopped"].endswith(" of 4")
     assert status(*words) == 0
     assert "goes on from step 2 of 4, the last checkpoint\n" in capsys.readouterr().err

@@ -155,6 +155,14 @@ def test_nothing_is_unpickled(saved, tmp_path):
         models.check(options("--model", saved, "--adapter", tmp_path))
 
 
+def test_a_folder_that_is_not_there_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    message = rf"there is no folder {tmp_path / 'out' / 'model'}, so it was taken for a name of the hub; OSError"
+    with pytest.raises(ValueError, match=message):
+        models.load_tokenizer(options("--model", "out/model"))
+
+
 def test_code_of_a_model_is_not_run_unless_asked(saved, tmp_path, monkeypatch):
     """The configuration names a class of its own, whose file would leave a mark."""
     config = json.loads((saved / "config.json").read_text())
