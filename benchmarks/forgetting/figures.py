@@ -123,10 +123,12 @@ def front_titles(study: Study) -> list[str]:
 
 def pareto(axes: Any, study: Study) -> bool:
     everything: list[tuple[float, float]] = []
+    rates: dict[tuple[float, float], str] = {}
     for name, method in METHODS.items():
         runs = study.of(name)
         points = [(study.gain(run), study.loss(run)) for run in runs]
         everything += points
+        rates |= {point: rate_text(run["rate"]) for point, run in zip(points, runs, strict=True)}
         if points:
             face = "black" if name == "sft" else "0.6" if name == "talr" else "white"
             axes.scatter(*zip(*points, strict=True), marker=MARKERS[name], s=40, facecolor=face, edgecolor="black",
@@ -137,9 +139,12 @@ def pareto(axes: Any, study: Study) -> bool:
     if len(everything) < 2:
         return False
     best = front(everything)
-    axes.plot(*zip(*best, strict=True), color="0.5", linewidth=1, label="Pareto front")
+    axes.plot(*zip(*best, strict=True), color="0.5", linewidth=1, label="Pareto front, rates")
+    for before, at in zip([None, *best], best, strict=False):
+        if at in rates and rates[at] != rates.get(before):  # Wise-FT's are of weights between two models
+            axes.annotate(rates[at], at, xytext=(6, -4), textcoords="offset points", fontsize=6)
     _loss_scale(axes, [loss for _, loss in everything])
-    axes.legend(fontsize=7, ncols=2, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes.legend(fontsize=7, ncols=2, frameon=False, loc="center left", bbox_to_anchor=(1.05, 0.5))
     names = ", ".join(front_titles(study))
     axes.set_title(f"No run beats these in gain and loss at once: {names}", fontsize=9, loc="left")
     return True
