@@ -179,7 +179,7 @@ class Gpu:
 
     def _tile(self, problem: Problem, directed: bool = False) -> tiles.Scan | None:
         """Of a scan; None: there is none, and logits are formed in chunks."""
-        return gpu_scan.choose_tile(problem, directed)
+        return None if gpu_scan.logits_are_faster(problem) else gpu_scan.choose_tile(problem, directed)
 
     def _logit_chunks(
         self, problem: Problem, out: Statistics

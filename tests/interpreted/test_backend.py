@@ -433,3 +433,24 @@ def test_auto_is_exact_for_a_frozen_head(trained, more, mode, monkeypatch):
     assert out.gradient_report.mode == mode
     if not trained and not more:
         assert "head is frozen" in str(out.gradient_report)
+
+
+@pytest.mark.parametrize("reference", [None, "shared", "own"])
+@pytest.mark.parametrize("call", ["sparse", "no gradient"])
+def test_logits_in_the_place_of_a_slower_scan(reference, call, monkeypatch):
+    """Where they were measured to be faster: with a reference alone."""
+    chunks, form = [], gpu.Gpu._logit_chunks
+    monkeypatch.setattr(gpu_scan, "LOGITS_FASTER", frozenset({gpu_scan._architecture(torch.device("cpu"))}))
+    monkeypatch.setattr(gpu.Gpu, "_logit_chunks", lambda *given: chunks.append(given) or form(*given))
+    case = make(18, 17, 123, reference=reference, ignored=0)
+    if call == "no gradient":
+        hidden, head, other = case.inputs(torch.float32, "cpu")
+        with torch.no_grad():
+            out = fl.token_losses(hidden, head, case.labels, reference=other, backend="triton")
+        got = {"nll": out.nll}
+    else:
+        with coarse(2e-3, tolerance=0.9):
+            got = run(case, torch.float32, "triton", "sparse", tolerance=0.9)
+    assert bool(chunks) == (reference is not None)
+    truth = run(case, torch.float64, "reference")
+    assert relative(got["nll"], truth["nll"]) <= 1e-6
