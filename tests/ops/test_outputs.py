@@ -7,10 +7,12 @@ import torch
 from cases import HEADS, REFERENCES, coarse, errors, make, name, relative, run, run_with_report, with_more
 
 import fused_losses as fl
-from fused_losses import backends
+from fused_losses import backends, preparation
 from fused_losses import reference as oracle
 from fused_losses.backends import chunks, row_passes
+from fused_losses.problem import Head
 from fused_losses.sparse.certificate import L1_SHARE
+from fused_losses.validation import Options
 
 BACKENDS = [
     "torch",
@@ -223,6 +225,19 @@ def test_rank_and_log_p2_are_computed_when_first_read():
     expected = (z > z.gather(1, case.labels.clamp(min=0)[:, None])).sum(1)
     assert torch.equal(out.rank, expected.masked_fill(case.labels < 0, -1))
     assert ((out.rank == 0) == (out.prediction == case.labels))[case.labels >= 0].all()
+
+
+@pytest.mark.parametrize(
+    "device, backend, frozen, sparse",
+    [("cuda", "auto", True, False), ("cuda", "auto", False, True), ("cuda", "torch", True, True),
+     ("cpu", "auto", True, True)],
+)  # fmt: skip
+def test_auto_in_a_graph_where_the_backend_is_not_known_yet(device, backend, frozen, sparse):
+    head = Head(torch.zeros(8192, 2), None, 1.0, None)
+    tolerance, note = preparation._tolerance(
+        Options(), preparation.Outputs(), torch.bfloat16, head, not frozen, backend, device
+    )
+    assert (tolerance is not None) == sparse == (note is None)
 
 
 def test_what_has_no_sparse_form_is_exact_and_the_report_says_so():
