@@ -136,12 +136,12 @@ def token_losses(
         backend: "auto", "triton" or "cuda" (kernels for GPUs), "cpu" (compiled kernels), "torch" (chunked, any device),
             or "reference" (full logits; exact; for checks on small inputs). `fused-losses info` says what "auto" takes.
         scan: "int8": the products of the forward are of 8-bit numbers, and the logits whose p stands out are computed
-            again from the full ones: on a CPU a fraction of the time, and values that are off by a tenth of what
-            bfloat16 logits are (docs/method.md). `gradient_report.value_error` says how much that was on tokens that
-            were measured. Where it is too much products are full, and so they are for exact gradients and where such
-            products cannot be had; the report says why. Certified bounds then hold for the gradient of the values as
-            computed. Backends "cpu", and those for GPUs without a reference and in half precision (not yet run on a
-            GPU). "full", and for now "auto": full products.
+            again from the full ones: with AVX-512 VNNI a fraction of the time (without, more), and values that are off
+            by a tenth of what bfloat16 logits are (docs/method.md). `gradient_report.value_error` says how much that
+            was on tokens that were measured. Where it is too much products are full, and so they are for exact
+            gradients and where such products cannot be had; the report says why. Certified bounds then hold for the
+            gradient of the values as computed. Backends "cpu", and those for GPUs without a reference and in half
+            precision (on an H200 no faster than full ones). "full", and for now "auto": full products.
 
     A head spread over the ranks of a process group (`LMHead`) takes all of these but "reference" and products of 8-bit
     numbers.
