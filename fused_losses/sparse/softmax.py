@@ -180,10 +180,11 @@ class Builder:
     def add(self, entries: Entries, done: bool) -> None:
         """`done`: the chunk's gradient has been computed densely, so its entries are dropped."""
         if done:
-            kl = None if entries.kl_values is None else entries.kl_values[:0]
+            # New tensors: a part of the old ones would keep all of their memory.
+            kl = None if entries.kl_values is None else entries.kl_values.new_empty(0)
             entries = replace(
-                entries, counts=torch.zeros_like(entries.counts), columns=entries.columns[:0],
-                nll_values=entries.nll_values[:0], kl_values=kl,
+                entries, counts=torch.zeros_like(entries.counts), columns=entries.columns.new_empty(0),
+                nll_values=entries.nll_values.new_empty(0), kl_values=kl,
             )  # fmt: skip
         self.chunks.append(entries)
         self.done.append(torch.full_like(entries.counts, done, dtype=torch.bool))

@@ -249,7 +249,9 @@ def _times(rows: Tensor, weight: Tensor) -> Tensor:
         out = torch.empty(len(rows), len(weight), dtype=torch.float32)
         if torch.ops.fused_losses.logits(rows.to(weight.dtype), weight.contiguous(), None, out):
             return out
-    if weight.dtype != rows.dtype and multiplies_wide(weight):
+    if weight.device.type != "cpu" and weight.dtype == rows.dtype:
+        return rows @ weight.t()
+    if multiplies_wide(weight):
         return torch.mm(rows.to(weight.dtype), weight.t(), out_dtype=rows.dtype)
     return torch.cat([rows @ part.t() for part in blocks(weight, rows.dtype)], 1)
 

@@ -10,6 +10,7 @@ from sparse_checks import BACKENDS, check_flat_chunks, check_label_borders, chec
 import fused_losses as fl
 from fused_losses import reference as oracle
 from fused_losses.kernels import schemas
+from fused_losses.problem import Entries
 from fused_losses.sparse import softmax
 
 # The least; sizes that neither a chunk of 16 tokens nor a vector of 4 ids divides, D even as micro-kernels want it.
@@ -339,3 +340,15 @@ def test_gradients_of_a_vocabulary_that_two_bytes_do_not_hold(summed):
     assert report.mode == "sparse" and report.exact_tokens < 10 and report.entries > 1000
     assert relative(hidden.grad.double(), truth["d_hidden"]) < 0.05
     assert relative(head.weight.grad.double(), truth["d_weight"]) < 0.05
+
+
+def test_a_chunk_that_is_done_leaves_no_entries_in_memory():
+    """Nor parts of length 0, which would hold the whole."""
+    builder = object.__new__(softmax.Builder)
+    builder.chunks, builder.done = [], []
+    zeros = torch.zeros(2)
+    builder.add(Entries(torch.tensor([2]), torch.arange(2).int(), zeros, zeros, tails=None), done=True)
+    (entries,) = builder.chunks
+    kept = (entries.columns, entries.nll_values, entries.kl_values)
+    assert [part.untyped_storage().nbytes() for part in kept] == [0, 0, 0]
+    assert entries.counts.tolist() == [0] and builder.done[0].tolist() == [True]
