@@ -40,7 +40,8 @@ class WithFields:
             ms-swift has loss_scale; others refuse it.
 
     Raises: ValueError where the rows' tokens are not found in the batch, as where the collator cuts them; where a row
-    lacks a field that another has; for an anchor that nothing predicts; and for a `scale` that the loss cannot take.
+    lacks a field that another has; for an anchor that nothing predicts; for fields without labels; and for a
+        `scale` that the loss cannot take.
     """
 
     def __init__(self, collator: Callable[..., Any], loss: Objective, scale: str | None = None) -> None:
@@ -84,6 +85,11 @@ class WithFields:
         chats = [i for i, row in enumerate(rows) if "confidence" in self.fields and not _has_anchors(row)]
         if scale is not None:
             batch.update(self._scaled(scale, values))
+        if (values or of_batch or chats) and batch.get("labels") is None:
+            raise ValueError(
+                f"labels: the batch has none, and {self.loss_name} takes the tokens that have one; give the data set a "
+                "column labels: input_ids, with -100 where nothing counts"
+            )
         if values or chats:
             whole = batch["input_ids"]
             places = _places(whole, ids, [_without_padding(row, x) for row, x in zip(rows, ids, strict=True)])

@@ -246,7 +246,9 @@ def test_it_stands_for_its_collator_in_other_processes_too():
     (lambda f: {k: v[0] for k, v in collate(f).items()}, rows(1, anchors=True), "expected a batch .* got shape"),
     (collate, [{**rows(1)[0], "anchors": [0]}], "row 0: position 0 is its first token, which nothing predicts"),
     (collate, [{**rows(1)[0], "confidence": [0.5]}], "row 0, confidence: expected as many as input_ids"),
-], ids=["cut", "flat", "first", "short"])  # fmt: skip
+    (lambda f: {**collate(f), "labels": None}, rows(1, anchors=True), "labels: the batch has none, and LAwFLoss takes"),
+    (lambda f: {**collate(f), "labels": None}, rows(1), "labels: the batch has none, .* give the data set a column"),
+], ids=["cut", "flat", "first", "short", "unlabelled anchors", "unlabelled"])  # fmt: skip
 def test_mistakes_are_named(collator, data, message):
     with pytest.raises(ValueError, match=message):
         WithFields(collator, fl.LAwFLoss())(data)
