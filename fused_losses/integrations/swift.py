@@ -21,7 +21,7 @@ from .settings import LossSettings, refuse
 NAME = "fused_losses"
 SETTINGS = ("reference", "reference_cache", "keep_logits", "eval_loss")
 FIELDS = ("confidence", "weights")  # of a batch, that ms-swift's loss_scale makes
-STRATEGIES = ("default", "last_round", "all", "base")  # of loss_scale, with which it makes neither
+BINARY = ("default", "last_round", "all", "base", "ignore_empty_think", "ignore_think_prefix")  # that makes neither
 SWITCHES = {
     "enable_dft_loss": "name dft as the loss of the plugin",
     "loss_type": "leave it out",
@@ -137,7 +137,7 @@ def _is_binary(args: Any) -> bool:
     binary = getattr(args, "is_binary_loss_scale", None)
     if binary is not None:
         return bool(binary)
-    return set(str(getattr(args, "loss_scale", None) or "default").split("+")) <= set(STRATEGIES)
+    return set(str(getattr(args, "loss_scale", None) or "default").split("+")) <= set(BINARY)
 
 
 def _check_start(args: Any, settings: LossSettings) -> None:

@@ -185,6 +185,7 @@ def test_arguments_without_room_for_the_loss_are_refused_before_a_model_is_loade
 @pytest.mark.parametrize("changes, makes", [
     ({}, False), ({"loss_scale": "last_round"}, False), ({"loss_scale": None}, False), ({"loss_scale": "all"}, False),
     ({"loss_scale": "react", "is_binary_loss_scale": True}, False), ({"loss_scale": "react"}, True),
+    ({"loss_scale": "last_round+ignore_empty_think"}, False), ({"loss_scale": "hermes+ignore_empty_think"}, True),
     ({"loss_scale": "last_round+hermes"}, True), ({"is_binary_loss_scale": False}, True),
 ])  # fmt: skip
 def test_weights_that_loss_scale_does_not_make_are_named_before_a_model_is_loaded(changes, makes, swift):
