@@ -188,6 +188,18 @@ def test_a_model_that_is_not_patched_does_not_take_the_batch_in_silence(anchors)
         llama()(**batch)
 
 
+@pytest.mark.parametrize("column, meant", [("anchor", "anchors"), ("weight", "weights"), ("confidences", "confidence")])
+def test_a_column_but_for_a_slip_is_named_once(column, meant):
+    data = [{**row, column: [1], "position_ids": [], "token_type_ids": [], "id": 3} for row in rows(2)]
+    made = collated(
+        lambda features: collate([{k: f[k] for k in ("input_ids", "labels")} for f in features]), fl.LAwFLoss()
+    )
+    with pytest.warns(UserWarning, match=rf"^{column}: is a column .* did you mean {meant}\?$") as said:
+        made(data)
+    made(data)
+    assert len(said) == 1
+
+
 def learned_rows(count=8):
     return [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in rows(count)]
 
