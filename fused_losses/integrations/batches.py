@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from ..labels import AnchorLabels
 from ..objectives import Objective
 
 IGNORED = -100
+SLIP = 0.85  # how like a field's, by difflib, a column's name is that must be meant for it: anchor, weight
 ROWS = 16  # after which it is said that nothing is learned, or nothing held
 
 
@@ -31,7 +33,8 @@ class WithFields:
     that is not patched refuses, as it would ignore the fields.
 
     Columns that other losses of this package take are left out, with a warning: a baseline may have the same data. It
-    also warns where the first rows have no token that LAwF holds, or none that it learns.
+    also warns of a column that has such a name but for a slip, and where the first rows have no token that LAwF holds,
+    or none that it learns.
 
     Args:
         collator: called with a list of rows, or with a list of such lists (axolotl's packing).
@@ -40,7 +43,8 @@ class WithFields:
             ms-swift has loss_scale; others refuse it.
 
     Raises: ValueError where the rows' tokens are not found in the batch, as where the collator cuts them; where a row
-    lacks a field that another has; for an anchor that nothing predicts; and for a `scale` that the loss cannot take.
+    lacks a field that another has; for an anchor that nothing predicts; for fields without labels; and for a
+        `scale` that the loss cannot take.
     """
 
     def __init__(self, collator: Callable[..., Any], loss: Objective, scale: str | None = None) -> None:
@@ -49,6 +53,7 @@ class WithFields:
         self.own = {*self.fields, "anchors"} if "confidence" in self.fields else set(self.fields)
         self.others = (known_fields() | {"anchors"}) - self.own  # columns of other losses
         self.warned: set[str] = set()
+        self.met: set[str] = set()  # columns that are none of ours
         self.seen, self.learns, self.holds = 0, False, False
 
     def __getattr__(self, name: str) -> Any:
@@ -84,6 +89,11 @@ class WithFields:
         chats = [i for i, row in enumerate(rows) if "confidence" in self.fields and not _has_anchors(row)]
         if scale is not None:
             batch.update(self._scaled(scale, values))
+        if (values or of_batch or chats) and batch.get("labels") is None:
+            raise ValueError(
+                f"labels: the batch has none, and {self.loss_name} takes the tokens that have one; give the data set a "
+                "column labels: input_ids, with -100 where nothing counts"
+            )
         if values or chats:
             whole = batch["input_ids"]
             places = _places(whole, ids, [_without_padding(row, x) for row, x in zip(rows, ids, strict=True)])
@@ -128,6 +138,13 @@ class WithFields:
                 "loss that it is for, or remove the column",
                 stacklevel=4,
             )
+        for name in sorted({str(name) for row in rows for name in row} - self.others - self.own - self.met):
+            self.met.add(name)
+            close = difflib.get_close_matches(name, self.own | self.others, 1, SLIP)
+            if close:
+                warnings.warn(
+                    f"{name}: is a column of the data that no loss reads; did you mean {close[0]}?", stacklevel=4
+                )
 
     def _look(self, batch: Any, rows: int) -> None:
         """LAwF that holds nothing is plain cross-entropy, and LAwF that learns nothing trains nothing."""

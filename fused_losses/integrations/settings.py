@@ -12,9 +12,12 @@ from typing import Any
 from ..huggingface import patch
 from ..huggingface.references import NAMES as REFERENCES
 from ..objectives import Objective
+from ..objectives.jsd import OfAReference
 from ..objectives.named import make_objective
+from ..objectives.options import option_names
 
 PREFIX = "fused_loss"
+SLIP = 0.84  # how like one of KEYS, by difflib, a key is that must be meant for one: fused_los_options
 KEYS = {
     "fused_loss": "its name: talr, lawf, sft, ... as in `fused-losses train --method`, or a class's, such as TALRLoss",
     "fused_loss_options": "options of its constructor by name, such as {temperature: 2.0}",
@@ -51,6 +54,13 @@ class LossSettings:
             )
         if self.reference is not None and not objective.takes_reference:
             raise ValueError(f"fused_loss_reference: {name} has no use for one; leave it out")
+        if self.reference in REFERENCES and _only_follows(objective):
+            has_labels = "nll_weight" in option_names(type(objective))
+            labels = ", or the option nll_weight, to learn the labels too" if has_labels else ""
+            raise ValueError(
+                f"fused_loss_reference: {self.reference} is the model that the training starts from, from which {name} "
+                f"is 0, so nothing would be learned; give the folder of the teacher{labels}"
+            )
         if self.loads_reference and not _is_model_folder(self.reference):
             raise ValueError(
                 f"fused_loss_reference: expected base, start or the folder of a model (with its config.json), got "
@@ -107,9 +117,10 @@ class LossSettings:
 def take(config: dict[str, Any]) -> LossSettings | None:
     """What a configuration says, with our keys removed from it; None where it has none of them.
 
-    Raises ValueError for a key that only begins like ours, and for options without a loss.
+    Raises ValueError for a key that only begins like ours, or is one of ours but for a slip, and for options without a
+    loss.
     """
-    ours = {key: config.pop(key) for key in list(config) if isinstance(key, str) and key.startswith(PREFIX)}
+    ours = {key: config.pop(key) for key in list(config) if isinstance(key, str) and _is_ours(key)}
     unknown = [key for key in ours if key not in KEYS]
     if unknown:
         close = difflib.get_close_matches(unknown[0], KEYS, 1)
@@ -148,6 +159,16 @@ def refuse(config: Mapping[str, Any], switches: Mapping[str, str], who: str) -> 
     for name, remedy in switches.items():
         if config.get(name) not in (None, False, 0, "", "none"):
             raise ValueError(f"{name}: {who} would make the loss itself, and fused_loss makes it; {remedy}")
+
+
+def _is_ours(key: str) -> bool:
+    """fused_los and fuse_loss_options too: some trainers ignore keys that they do not know."""
+    return key.startswith(PREFIX) or bool(difflib.get_close_matches(key.lower().replace("-", "_"), KEYS, 1, SLIP))
+
+
+def _only_follows(objective: Objective) -> bool:
+    """Whether nothing but the distance from the reference is learned."""
+    return isinstance(objective, OfAReference) and not objective.nll_weight
 
 
 def _is_model_folder(name: Any) -> bool:

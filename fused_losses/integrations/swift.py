@@ -21,6 +21,7 @@ from .settings import LossSettings, refuse
 NAME = "fused_losses"
 SETTINGS = ("reference", "reference_cache", "keep_logits", "eval_loss")
 FIELDS = ("confidence", "weights")  # of a batch, that ms-swift's loss_scale makes
+BINARY = ("default", "last_round", "all", "base", "ignore_empty_think", "ignore_think_prefix")  # that makes neither
 SWITCHES = {
     "enable_dft_loss": "name dft as the loss of the plugin",
     "loss_type": "leave it out",
@@ -90,8 +91,8 @@ def check(args: Any, settings: LossSettings) -> None:
 
     Raises ValueError without the callback; for a trainer that has no cross-entropy to replace; beside a switch of
     ms-swift's that makes the loss too; with sequence parallelism; for reference="base" where there is no adapter; for
-    reference="start" where ms-swift loads a checkpoint before the Trainer is made; and for LAwF where every token is
-    learned, so that none is held.
+    reference="start" where ms-swift loads a checkpoint before the Trainer is made; for LAwF where every token is
+    learned, so that none is held; and for a loss of weights where `loss_scale` makes none.
     """
     callbacks = list(getattr(args, "callbacks", None) or [])
     if NAME not in callbacks:
@@ -123,6 +124,20 @@ def check(args: Any, settings: LossSettings) -> None:
             "prompt, so it would hold nothing and be plain cross-entropy; take `swift sft` with --loss_scale default "
             "or last_round, or another loss, such as talr"
         )
+    weights = objective.batch_fields().get("weights")
+    if weights is not None and not weights.optional and _is_binary(args):
+        raise ValueError(
+            f"--loss_scale {scale}: gives no weights, which {type(objective).__name__} needs; take rules that are not "
+            "zeros and ones, such as react, or --is_binary_loss_scale false with loss_scale in the messages of the data"
+        )
+
+
+def _is_binary(args: Any) -> bool:
+    """Whether ms-swift makes labels of loss_scale, and no weights of tokens, as far as its arguments say."""
+    binary = getattr(args, "is_binary_loss_scale", None)
+    if binary is not None:
+        return bool(binary)
+    return set(str(getattr(args, "loss_scale", None) or "default").split("+")) <= set(BINARY)
 
 
 def _check_start(args: Any, settings: LossSettings) -> None:

@@ -38,7 +38,8 @@ class Field:
     labelled: bool = False
     in_a_batch: str = (
         "a column of that name in the data set, which the collator must pass on (AnchorCollator and the collators of "
-        "fused_losses.integrations do; LLaMA-Factory keeps such columns of a tokenized_path alone)"
+        "fused_losses.integrations do; LLaMA-Factory keeps such columns of a tokenized_path alone, and ms-swift makes "
+        "weights of --loss_scale)"
     )
 
     def read(self, tokens: Tokens, values: Tensor, name: str) -> Tensor:

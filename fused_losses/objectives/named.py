@@ -68,6 +68,9 @@ def make_objective(name: Any, options: Mapping[str, Any] | None = None, said_of:
         raise TypeError(f"{said_of}_options: expected options by name, got {options!r}; write {{temperature: 2.0}}")
     if wrong := [key for key in options or {} if not isinstance(key, str)]:
         raise TypeError(f"{said_of}_options: expected names, got {wrong[0]!r}")
+    if glued := [key for key, value in (options or {}).items() if ":" in key and value is None]:
+        spaced = ": ".join(glued[0].split(":", 1))
+        raise TypeError(f"{said_of}_options: {glued[0]}: YAML needs a space after its colon: {{{spaced}}}")
     parameters = inspect.signature(cls.__init__).parameters
     given = {key: read_option(value) for key, value in (options or {}).items()}
     for key, parameter in parameters.items():

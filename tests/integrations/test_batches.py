@@ -188,6 +188,18 @@ def test_a_model_that_is_not_patched_does_not_take_the_batch_in_silence(anchors)
         llama()(**batch)
 
 
+@pytest.mark.parametrize("column, meant", [("anchor", "anchors"), ("weight", "weights"), ("confidences", "confidence")])
+def test_a_column_but_for_a_slip_is_named_once(column, meant):
+    data = [{**row, column: [1], "position_ids": [], "token_type_ids": [], "id": 3} for row in rows(2)]
+    made = collated(
+        lambda features: collate([{k: f[k] for k in ("input_ids", "labels")} for f in features]), fl.LAwFLoss()
+    )
+    with pytest.warns(UserWarning, match=rf"^{column}: is a column .* did you mean {meant}\?$") as said:
+        made(data)
+    made(data)
+    assert len(said) == 1
+
+
 def learned_rows(count=8):
     return [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in rows(count)]
 
@@ -246,7 +258,9 @@ def test_it_stands_for_its_collator_in_other_processes_too():
     (lambda f: {k: v[0] for k, v in collate(f).items()}, rows(1, anchors=True), "expected a batch .* got shape"),
     (collate, [{**rows(1)[0], "anchors": [0]}], "row 0: position 0 is its first token, which nothing predicts"),
     (collate, [{**rows(1)[0], "confidence": [0.5]}], "row 0, confidence: expected as many as input_ids"),
-], ids=["cut", "flat", "first", "short"])  # fmt: skip
+    (lambda f: {**collate(f), "labels": None}, rows(1, anchors=True), "labels: the batch has none, and LAwFLoss takes"),
+    (lambda f: {**collate(f), "labels": None}, rows(1), "labels: the batch has none, .* give the data set a column"),
+], ids=["cut", "flat", "first", "short", "unlabelled anchors", "unlabelled"])  # fmt: skip
 def test_mistakes_are_named(collator, data, message):
     with pytest.raises(ValueError, match=message):
         WithFields(collator, fl.LAwFLoss())(data)

@@ -57,6 +57,7 @@ def test_options_as_yaml_reads_them():
     ("tlar", {}, "fused_loss: expected one of lawf, .*, got 'tlar'; did you mean talr?"),
     (3, {}, "fused_loss: expected one of .* got 3"),
     ("talr", {"tau": 2}, "TALRLoss: has no option tau; did you mean temperature"),
+    ("talr", {"temperature:2": None}, "temperature:2: .* needs a space after its colon: {temperature: 2}"),
     ("talr", {"temperature": "hot"}, "temperature: expected .* got 'hot'"),
     ("talr", 2.0, r"fused_loss_options: expected options by name, got 2.0; write \{temperature: 2.0\}"),
     ("talr", {1: 2}, "fused_loss_options: expected names, got 1"),
@@ -83,6 +84,8 @@ def test_keys_are_taken_out_of_a_configuration():
 @pytest.mark.parametrize("config, message", [
     ({"fused_loss_options": {"kl_weight": 1}}, "fused_loss_options: given without fused_loss"),
     ({"fused_loss": "talr", "fused_loss_refrence": "base"}, "no such key; did you mean fused_loss_reference"),
+    ({"fused_los": "talr"}, "fused_los: there is no such key; did you mean fused_loss"),
+    ({"fused_loss": "talr", "fused-los-options": {}}, "fused-los-options: there .* did you mean fused_loss_options"),
     ({"fused_loss": "lawf"}, "fused_loss_reference: LAwFLoss compares .* give base"),
     ({"fused_loss": "talr", "fused_loss_reference": "base"}, "fused_loss_reference: TALRLoss has no use"),
     ({"fused_loss": "lawf", "fused_loss_reference": "nowhere"}, "expected base, start or the folder .* got 'nowhere'"),
@@ -93,6 +96,20 @@ def test_keys_are_taken_out_of_a_configuration():
 def test_a_wrong_key_is_named(config, message):
     with pytest.raises(ValueError, match=message):
         take(config)
+
+
+def test_other_keys_of_trainers_are_no_slips_of_ours():
+    config = {"use_dft_loss": False, "loss_type": None, "use_liger_loss": True, "loss": 1, 3: 4, "optim": "adamw_fused"}
+    assert take(dict(config)) is None and take({"fused_loss": "sft", **config}) == LossSettings("sft")
+
+
+@pytest.mark.parametrize("name", ["jsd", "reverse-kl"])
+@pytest.mark.parametrize("reference", ["base", "start", "adapter-off"])
+def test_a_distance_from_the_model_itself_alone_is_refused(name, reference):
+    """It is 0 with a gradient of 0 at the first step, and so for ever."""
+    with pytest.raises(ValueError, match=f"fused_loss_reference: {reference} is the model .* give the folder of the"):
+        LossSettings(name, reference=reference)
+    assert LossSettings("jsd", {"nll_weight": 0.1}, reference=reference).reference == reference
 
 
 def test_the_folder_of_a_model_is_a_reference(tmp_path, monkeypatch):

@@ -182,6 +182,23 @@ def test_arguments_without_room_for_the_loss_are_refused_before_a_model_is_loade
         swift.factory.get_training_args(Arguments(**changes))
 
 
+@pytest.mark.parametrize("changes, makes", [
+    ({}, False), ({"loss_scale": "last_round"}, False), ({"loss_scale": None}, False), ({"loss_scale": "all"}, False),
+    ({"loss_scale": "react", "is_binary_loss_scale": True}, False), ({"loss_scale": "react"}, True),
+    ({"loss_scale": "last_round+ignore_empty_think"}, False), ({"loss_scale": "hermes+ignore_empty_think"}, True),
+    ({"loss_scale": "last_round+hermes"}, True), ({"is_binary_loss_scale": False}, True),
+])  # fmt: skip
+def test_weights_that_loss_scale_does_not_make_are_named_before_a_model_is_loaded(changes, makes, swift):
+    register("weighted")
+    if makes:
+        assert swift.factory.get_training_args(Arguments(**changes))
+    else:
+        with pytest.raises(ValueError, match=r"--loss_scale .*: gives no weights, which WeightedLoss needs"):
+            swift.factory.get_training_args(Arguments(**changes))
+    register("talr")
+    assert swift.factory.get_training_args(Arguments(**changes))
+
+
 @pytest.mark.parametrize("changes, message", [
     ({}, "would be the checkpoint of --resume_from_checkpoint out/checkpoint-2, .* as --adapters, .* take base, or"),
     ({"adapters": ["out/checkpoint-2"], "resume_only_model": True}, "loads as --adapters"),
