@@ -458,6 +458,13 @@ def find_source(
                 f"reference: expected 'base', 'start' or a model, got {reference!r}; one on disk: load it with "
                 "from_pretrained first"
             )
+        if loss.only_follows and (reference == "start" or adapters.at_start(model)):
+            warnings.warn(
+                f"reference={reference!r}: that is the model as it is now, from which {name} is 0 and has no gradient, "
+                "so nothing will be learned; give the teacher, another model",
+                UserWarning,
+                stacklevel=3,
+            )
         if reference != "start":
             return Base(model, outer, cache, reference)
         if adapters.has_layers(model) or (outer is not None and hasattr(outer, "peft_config")):

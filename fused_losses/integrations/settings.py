@@ -12,7 +12,6 @@ from typing import Any
 from ..huggingface import patch
 from ..huggingface.references import NAMES as REFERENCES
 from ..objectives import Objective
-from ..objectives.jsd import OfAReference
 from ..objectives.named import make_objective
 from ..objectives.options import option_names
 
@@ -54,7 +53,7 @@ class LossSettings:
             )
         if self.reference is not None and not objective.takes_reference:
             raise ValueError(f"fused_loss_reference: {name} has no use for one; leave it out")
-        if self.reference in REFERENCES and _only_follows(objective):
+        if self.reference in REFERENCES and objective.only_follows:
             has_labels = "nll_weight" in option_names(type(objective))
             labels = ", or the option nll_weight, to learn the labels too" if has_labels else ""
             raise ValueError(
@@ -164,11 +163,6 @@ def refuse(config: Mapping[str, Any], switches: Mapping[str, str], who: str) -> 
 def _is_ours(key: str) -> bool:
     """fused_los and fuse_loss_options too: some trainers ignore keys that they do not know."""
     return key.startswith(PREFIX) or bool(difflib.get_close_matches(key.lower().replace("-", "_"), KEYS, 1, SLIP))
-
-
-def _only_follows(objective: Objective) -> bool:
-    """Whether nothing but the distance from the reference is learned."""
-    return isinstance(objective, OfAReference) and not objective.nll_weight
 
 
 def _is_model_folder(name: Any) -> bool:

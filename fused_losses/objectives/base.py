@@ -289,6 +289,11 @@ class Objective(nn.Module):
         return self.needs_reference or self.is_own or type(self).reference_is_optional
 
     @property
+    def only_follows(self) -> bool:
+        """Whether nothing but the distance from the reference is learned: nothing, from the model as it starts."""
+        return False
+
+    @property
     def by_sequence(self) -> bool:
         """Whether the loss of a call depends on which tokens make a sequence, so that `sequence_ids` are of use."""
         return any(field.of_sequences for field in type(self).fields.values())

@@ -18,6 +18,10 @@ class OfAReference(Distillation):
 
     needs_reference = True
 
+    @property
+    def only_follows(self) -> bool:
+        return not self.nll_weight
+
     def token_loss(self, out: Statistics) -> Tensor:
         return self.plus_nll(out.divergence, out)
 

@@ -490,3 +490,12 @@ def test_start_and_the_adapters_settings():
     with off.disable_adapter():
         lawf(off, "start")  # as it is: without the adapter
     assert kl(off) == pytest.approx(kl_of(start, llama()), rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", [fl.JSDLoss(), fl.ReverseKLLoss(), fl.JSDLoss(nll_weight=0.1)], ids=str)
+@pytest.mark.parametrize("reference, trained", [("start", False), ("base", False), ("base", True)])
+def test_distilling_from_the_model_itself_is_a_warning(loss, reference, trained, recwarn):
+    fl.patch(adapted(trained), loss, reference=reference)
+    said = [str(each.message) for each in recwarn if "nothing will be learned" in str(each.message)]
+    assert len(said) == (not trained and loss.only_follows)
+    assert all(reference in line and "give the teacher" in line for line in said)
