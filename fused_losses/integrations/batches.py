@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ..labels import AnchorLabels
 from ..objectives import Objective
 
 IGNORED = -100
+COMMON = frozenset({"input_ids", "labels", "attention_mask", "position_ids", "token_type_ids"})
 ROWS = 16  # after which it is said that nothing is learned, or nothing held
 
 
@@ -31,7 +33,8 @@ class WithFields:
     that is not patched refuses, as it would ignore the fields.
 
     Columns that other losses of this package take are left out, with a warning: a baseline may have the same data. It
-    also warns where the first rows have no token that LAwF holds, or none that it learns.
+    also warns of a column whose name is nearly that of a field, such as anchor, and where the first rows have no token
+    that LAwF holds, or none that it learns.
 
     Args:
         collator: called with a list of rows, or with a list of such lists (axolotl's packing).
@@ -60,7 +63,7 @@ class WithFields:
         nested = bool(features) and not isinstance(features[0], Mapping)
         groups = [list(group) for group in features] if nested else [list(features)]
         rows = [row for group in groups for row in group]
-        self._name_unused(rows)
+        self.name_unused({name for row in rows for name in row})
         plain = [self._stripped(group) for group in groups]
         batch = self.collator(plain if nested else plain[0], *args, **kwargs)
         if self.fields or self.scale is not None:
@@ -120,14 +123,18 @@ class WithFields:
             )
         return {name: scale.float()}
 
-    def _name_unused(self, rows: list[Mapping[str, Any]]) -> None:
-        for name in sorted({name for row in rows for name in row.keys() & self.others} - self.warned):
+    def name_unused(self, columns: Iterable[str]) -> None:
+        """Warns of columns of other losses, and of those whose name is nearly that of a field of this loss."""
+        for name in sorted(set(columns) - self.warned - self.own):
+            close = difflib.get_close_matches(name, self.own, 1, 0.8)
+            if name in self.others:
+                what = ", so it is left out; name the loss that it is for, or remove the column"
+            elif close and name not in COMMON:
+                what = f"; did you mean {close[0]}?"
+            else:
+                continue
             self.warned.add(name)
-            warnings.warn(
-                f"{name}: is a column of the data that {self.loss_name} has no use for, so it is left out; name the "
-                "loss that it is for, or remove the column",
-                stacklevel=4,
-            )
+            warnings.warn(f"{name}: is a column of the data that {self.loss_name} has no use for{what}", stacklevel=4)
 
     def _look(self, batch: Any, rows: int) -> None:
         """LAwF that holds nothing is plain cross-entropy, and LAwF that learns nothing trains nothing."""
