@@ -9,12 +9,15 @@ from __future__ import annotations
 import difflib
 import math
 import os
+from collections.abc import Collection
 from typing import Any
 
 from pydantic import BaseModel, model_validator
 
-from ..objectives.options import option_names
-from .batches import collated
+from ..objectives import Objective
+from ..objectives.named import NAMED
+from ..objectives.options import OTHER_NAMES, option_names
+from .batches import WithFields, collated
 from .settings import KEYS, LossSettings, refuse, take
 
 try:
@@ -57,7 +60,7 @@ class FusedLossesArgs(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def check_fused_loss(cls, data: Any) -> Any:
-        check(data)
+        check(data, cls.model_fields)
         return data
 
 
@@ -96,6 +99,8 @@ class FusedLossesPlugin(BasePlugin):
         for name in ("data_collator", "eval_data_collator"):
             if getattr(trainer, name, None) is not None:
                 setattr(trainer, name, collated(getattr(trainer, name), loss))
+        for name in ("train_dataset", "eval_dataset"):  # the Trainer takes columns out before a collator sees them
+            WithFields(None, loss).name_unused(getattr(getattr(trainer, name, None), "column_names", None) or ())
         PerplexityCallback().add_to(trainer)  # first, so that what prints or reports has the numbers
         return []
 
@@ -120,12 +125,12 @@ def settings_of(cfg: Any) -> LossSettings | None:
     return take({key: cfg[key] for key in list(cfg) if str(key).startswith("fused_loss")})
 
 
-def check(cfg: Any) -> None:
-    """What a configuration as YAML has it leaves of the loss, as axolotl drops keys that it does not know.
+def check(cfg: Any, known: Collection[str] = ()) -> None:
+    """What a configuration as YAML has it leaves of the loss, as axolotl drops keys that are not `known` to it.
 
     Raises ValueError for a wrong key, also one that is nearly ours; for the plugin without a loss; beside a switch of
-    axolotl's that makes the loss too; for an option of the loss among axolotl's keys; and for an original that the
-    model's adapter, or its want of one, cannot give.
+    axolotl's that makes the loss too; for an option of a loss, or what is nearly one of this loss, among axolotl's
+    keys; and for an original that the model's adapter, or its want of one, cannot give.
     """
     for key in map(str, cfg):
         near = key not in KEYS and difflib.get_close_matches(key.lower().replace("-", "_"), KEYS, 1, 0.8)
@@ -141,12 +146,9 @@ def check(cfg: Any) -> None:
         return
     refuse(cfg, SWITCHES, "axolotl")
     kind = type(settings.objective())
-    for name in option_names(kind):
-        if name != "backend" and cfg.get(name) is not None:  # axolotl has a key backend, and none of the others
-            raise ValueError(
-                f"{name}: is an option of {kind.__name__} and no key of its own, so axolotl would drop it; write "
-                f"fused_loss_options: {{{name}: {cfg[name]}}}"
-            )
+    for name in map(str, cfg):
+        if name not in known and name not in KEYS and cfg.get(name) is not None:
+            check_option(name, cfg[name], kind)
     if settings.reference not in ("base", "adapter-off"):
         return
     if not cfg.get("adapter"):
@@ -158,6 +160,29 @@ def check(cfg: Any) -> None:
         raise ValueError(
             f"fused_loss_reference: {settings.reference} is the model without its adapter, and relora: merges the "
             "adapter into it again and again; give the folder of the original"
+        )
+
+
+def check_option(name: str, value: Any, kind: type[Objective]) -> None:
+    """ValueError where a key that axolotl would drop is an option of a loss, or nearly one of this loss."""
+    names = option_names(kind)
+    if name == "backend":  # a key of axolotl's too
+        return
+    remedy = f"so axolotl would drop it; write fused_loss_options: {{{name}: {value}}}"
+    if name in names:
+        raise ValueError(f"{name}: is an option of {kind.__name__} and no key of its own, {remedy}")
+    whose = [other.__name__ for other in NAMED.values() if name in option_names(other)]
+    if whose:
+        raise ValueError(
+            f"{name}: is an option of {', '.join(whose)}, not of {kind.__name__}, and no key of axolotl's, which would "
+            f"drop it; leave it out, or name that loss; {kind.__name__} has {', '.join(names)}"
+        )
+    known = OTHER_NAMES.get(name.lower(), "")
+    close = [known] if known in names else difflib.get_close_matches(name, names, 1, 0.8)
+    if close:
+        raise ValueError(
+            f"{name}: is no key of axolotl's, which would drop it; did you mean fused_loss_options: "
+            f"{{{close[0]}: {value}}}?"
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from ..objectives import Objective
 
 IGNORED = -100
 SLIP = 0.85  # how like a field's, by difflib, a column's name is that must be meant for it: anchor, weight
+COMMON = frozenset({"input_ids", "labels", "attention_mask", "position_ids", "token_type_ids"})
 ROWS = 16  # after which it is said that nothing is learned, or nothing held
 
 
@@ -33,8 +34,8 @@ class WithFields:
     that is not patched refuses, as it would ignore the fields.
 
     Columns that other losses of this package take are left out, with a warning: a baseline may have the same data. It
-    also warns of a column that has such a name but for a slip, and where the first rows have no token that LAwF holds,
-    or none that it learns.
+    also warns of a column that has such a name but for a slip, such as anchor, and where the first rows have no token
+    that LAwF holds, or none that it learns.
 
     Args:
         collator: called with a list of rows, or with a list of such lists (axolotl's packing).
@@ -44,7 +45,7 @@ class WithFields:
 
     Raises: ValueError where the rows' tokens are not found in the batch, as where the collator cuts them; where a row
     lacks a field that another has; for an anchor that nothing predicts; for fields without labels; and for a
-        `scale` that the loss cannot take.
+    `scale` that the loss cannot take.
     """
 
     def __init__(self, collator: Callable[..., Any], loss: Objective, scale: str | None = None) -> None:
@@ -53,7 +54,6 @@ class WithFields:
         self.own = {*self.fields, "anchors"} if "confidence" in self.fields else set(self.fields)
         self.others = (known_fields() | {"anchors"}) - self.own  # columns of other losses
         self.warned: set[str] = set()
-        self.met: set[str] = set()  # columns that are none of ours
         self.seen, self.learns, self.holds = 0, False, False
 
     def __getattr__(self, name: str) -> Any:
@@ -65,7 +65,7 @@ class WithFields:
         nested = bool(features) and not isinstance(features[0], Mapping)
         groups = [list(group) for group in features] if nested else [list(features)]
         rows = [row for group in groups for row in group]
-        self._name_unused(rows)
+        self.name_unused({name for row in rows for name in row})
         plain = [self._stripped(group) for group in groups]
         batch = self.collator(plain if nested else plain[0], *args, **kwargs)
         if self.fields or self.scale is not None:
@@ -130,21 +130,18 @@ class WithFields:
             )
         return {name: scale.float()}
 
-    def _name_unused(self, rows: list[Mapping[str, Any]]) -> None:
-        for name in sorted({name for row in rows for name in row.keys() & self.others} - self.warned):
-            self.warned.add(name)
-            warnings.warn(
-                f"{name}: is a column of the data that {self.loss_name} has no use for, so it is left out; name the "
-                "loss that it is for, or remove the column",
-                stacklevel=4,
-            )
-        for name in sorted({str(name) for row in rows for name in row} - self.others - self.own - self.met):
-            self.met.add(name)
+    def name_unused(self, columns: Iterable[str]) -> None:
+        """Warns, once, of columns of other losses, and of those whose name is nearly that of a field."""
+        for name in sorted({str(name) for name in columns} - self.warned - self.own):
             close = difflib.get_close_matches(name, self.own | self.others, 1, SLIP)
-            if close:
-                warnings.warn(
-                    f"{name}: is a column of the data that no loss reads; did you mean {close[0]}?", stacklevel=4
-                )
+            if name in self.others:
+                what = ", so it is left out; name the loss that it is for, or remove the column"
+            elif close and name not in COMMON:
+                what = f"; did you mean {close[0]}?"
+            else:
+                continue
+            self.warned.add(name)
+            warnings.warn(f"{name}: is a column of the data that {self.loss_name} has no use for{what}", stacklevel=4)
 
     def _look(self, batch: Any, rows: int) -> None:
         """LAwF that holds nothing is plain cross-entropy, and LAwF that learns nothing trains nothing."""

@@ -55,6 +55,11 @@ def test_the_arguments_are_merged(merged):
     (dict(fused_loss="dft", rl="dpo"), "rl: axolotl"),
     (dict(fused_loss_options={}), "given without fused_loss"),
     (dict(fused_loss="talr", temperature=2), r"temperature: is an option .* fused_loss_options: \{temperature: 2\}"),
+    (dict(fused_loss="talr", temprature=2), r"temprature: is no key .* fused_loss_options: \{temperature: 2"),
+    (dict(fused_loss="talr", tau=2), r"tau: is no key .* did you mean fused_loss_options: \{temperature: 2"),
+    (dict(fused_loss="lawf", fused_loss_reference="start", kl_weight=0.1),
+     "kl_weight: is an option of SFTKLLoss, .*, not of LAwFLoss, .* LAwFLoss has anchor_weight"),
+    (dict(fused_loss="sft", top_k=5), "top_k: is an option of EAFTLoss, not of CrossEntropyLoss"),
     (dict(fused_loss="lawf", fused_loss_reference="base"), "base is the model without .* adapter: is not in .* start"),
     (dict(fused_loss="lawf", fused_loss_reference="base", adapter="lora", relora=True), "base is .* relora: merges"),
 ])  # fmt: skip
@@ -93,6 +98,12 @@ def test_the_plugin_without_a_loss_is_an_error(merged):
     assert merged(lr=1, plugins=[PLUGIN], fused_loss="sft")
 
 
+def test_a_key_that_the_configuration_knows_is_no_option_of_ours(axolotl):
+    config = {"fused_loss": "talr", "temperature": 0.7, "kl_weight": 0.1, "tau": 1, "temprature": 2}
+    axolotl.check(config, known=config)
+    axolotl.check({"fused_loss": "talr", "temperature": None, "tau": None})
+
+
 def made_trainer():
     return types.SimpleNamespace(
         data_collator=print, eval_data_collator=None, callback_handler=types.SimpleNamespace(callbacks=["its own"]),
@@ -119,6 +130,23 @@ def test_the_model_the_collators_and_the_callbacks_are_fitted(axolotl):
     grouped = {**config, "fused_loss_options": {"reduction": "group_mean"}}
     plugin.add_callbacks_post_trainer(grouped, trainer)
     assert trainer.model_accepts_loss_kwargs is False
+
+
+@pytest.mark.parametrize("where", ["train_dataset", "eval_dataset"])
+def test_columns_that_the_trainer_takes_out_are_named(axolotl, where):
+    """A Trainer leaves out what the model's forward does not name, before a collator sees it."""
+    trainer, plugin = made_trainer(), axolotl.FusedLossesPlugin()
+    columns = ["input_ids", "labels", "attention_mask", "position_ids", "length"]
+    setattr(trainer, where, types.SimpleNamespace(column_names=[*columns, "anchors"]))
+    with pytest.warns(UserWarning, match="anchors: is a column of the data that CrossEntropyLoss has no use for, so"):
+        plugin.add_callbacks_post_trainer({"fused_loss": "sft"}, trainer)
+    lawf = {"fused_loss": "lawf", "fused_loss_reference": "start"}
+    plugin.add_callbacks_post_trainer(lawf, trainer)  # a warning would be an error here
+    setattr(trainer, where, types.SimpleNamespace(column_names=[*columns, "anchor"]))
+    with pytest.warns(UserWarning, match=r"anchor: is a column .* did you mean anchors\?"):
+        plugin.add_callbacks_post_trainer(lawf, trainer)
+    setattr(trainer, where, types.SimpleNamespace(column_names=None))  # as a stream may have it
+    plugin.add_callbacks_post_trainer(lawf, trainer)
 
 
 def test_ppl_is_that_of_the_nll(axolotl, monkeypatch):

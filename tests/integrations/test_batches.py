@@ -178,6 +178,17 @@ def test_columns_of_other_losses_are_left_out_and_named_once(column, values):
     collator(data)  # no second warning, which would be an error here
 
 
+@pytest.mark.parametrize("loss, column, meant", [
+    (fl.LAwFLoss(), "anchor", "anchors"), (fl.LAwFLoss(), "confidences", "confidence"),
+    (fl.WeightedLoss(), "weight", "weights"), (fl.PSFTLoss(), "old_nlls", "old_nll"),
+])  # fmt: skip
+def test_a_column_that_is_nearly_a_field_is_named(loss, column, meant):
+    collator = collated(collate, loss)
+    with pytest.warns(UserWarning, match=rf"{column}: .* {type(loss).__name__} has no use for; did you mean {meant}\?"):
+        collator.name_unused(["input_ids", "labels", "attention_mask", "position_ids", "length", "text", column])
+    collator.name_unused([column])  # no second warning, which would be an error here
+
+
 @pytest.mark.parametrize("anchors", [False, True])
 def test_a_model_that_is_not_patched_does_not_take_the_batch_in_silence(anchors):
     """Such as after training, with a callback that has unpatched it: its own loss would count the prompts."""
