@@ -102,6 +102,8 @@ class WithFields:
                 batch[name] = laid_out(name, there, places, tuple(whole.shape))
             if chats:
                 _hold_prompts(batch, [places[i] for i in chats], scale is not None)
+            if "confidence" in batch:
+                _leave_out_firsts(batch, places)
         if (self.fields.keys() - {"sequence_ids"}) & batch.keys():
             self._look(batch, len(rows))
             batch["labels"] = batch["labels"].as_subclass(AnchorLabels)
@@ -185,10 +187,9 @@ def _hold_prompts(batch: Any, places: list[tuple[int, slice]], scaled: bool) -> 
     ids, labels = batch["input_ids"], batch["labels"]
     learned = labels != IGNORED
     here = torch.zeros_like(learned)
-    firsts = _sequence_starts(batch, ids)
+    firsts = _sequence_starts(batch, ids, places)
     for row, at in places:
         here[row, at] = True
-        firsts[row, at.start] = True
     whole = torch.where(learned, labels, ids).masked_fill(firsts, IGNORED)
     batch["labels"] = torch.where(here, whole, labels)
     ones = (learned & ~firsts).float()
@@ -198,14 +199,26 @@ def _hold_prompts(batch: Any, places: list[tuple[int, slice]], scaled: bool) -> 
     batch["confidence"] = torch.where(here, ones * before if scaled else ones, before)
 
 
-def _sequence_starts(batch: Any, ids: Tensor) -> Tensor:
-    """Of sequences that were packed into one row: where positions begin anew, or the numbers in the mask change."""
+def _leave_out_firsts(batch: Any, places: list[tuple[int, slice]]) -> None:
+    """The first token of a row that stands behind another one, or behind padding, is predicted by nothing of its own:
+    LAwF neither learns nor holds it."""
+    firsts = _sequence_starts(batch, batch["input_ids"], places)
+    batch["labels"] = batch["labels"].masked_fill(firsts, IGNORED)
+    batch["confidence"] = batch["confidence"].masked_fill(firsts, 0)
+
+
+def _sequence_starts(batch: Any, ids: Tensor, places: list[tuple[int, slice]]) -> Tensor:
+    """The first tokens of rows, and of sequences that were packed into one: where positions begin anew, or the numbers
+    in the mask change."""
     firsts = torch.zeros_like(ids, dtype=torch.bool)
     positions, mask = batch.get("position_ids"), batch.get("attention_mask")
     if isinstance(positions, Tensor) and positions.shape == ids.shape:
         firsts |= positions == 0
     if isinstance(mask, Tensor) and mask.shape == ids.shape:
         firsts[:, 1:] |= (mask[:, 1:] != mask[:, :-1]) & (mask[:, 1:] > 0)
+    for row, at in places:
+        if at.start < at.stop:
+            firsts[row, at.start] = True
     return firsts
 
 

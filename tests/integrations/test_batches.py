@@ -120,6 +120,17 @@ def test_packed_rows_do_not_predict_each_other():
     assert torch.equal(by_mask["labels"], batch["labels"])
 
 
+@pytest.mark.parametrize("collator", [packed, masked, left], ids=lambda c: c.__name__)
+def test_first_tokens_of_rows_with_anchors_are_neither_learned_nor_held(collator):
+    """Behind another row, or behind padding."""
+    data = [{"input_ids": row["input_ids"], "labels": row["input_ids"], "anchors": [[2, 0.5]]} for row in rows(4)]
+    data[1]["anchors"] = None
+    batch = WithFields(collator, fl.LAwFLoss())(data)
+    assert int((batch["labels"] != -100).sum()) == sum(len(row["input_ids"]) - 1 for row in data)
+    assert batch["confidence"].sum() == 3 * 0.5 + len(data[1]["input_ids"]) - 1
+    assert not batch["confidence"][batch["labels"] == -100].any()
+
+
 @pytest.mark.parametrize("anchors", [False, True])
 def test_a_packed_row_whose_padding_the_collator_cuts_off(anchors):
     """As LLaMA-Factory has it for flash attention: of rows of a fixed length the batch has what their mask counts."""
