@@ -22,6 +22,15 @@ GIVE_REFERENCE = (
 )
 
 
+SLIP = 0.84  # how like a known name another is, by difflib, that must be meant for it: anchor, fused_los_options
+
+
+def slip_of(name: str, names: Iterable[str]) -> str | None:
+    """The known name that this one is meant for, where names that nobody knows would pass; None otherwise."""
+    close = difflib.get_close_matches(name.lower().replace("-", "_"), list(names), 1, SLIP)
+    return close[0] if close and close[0] != name else None
+
+
 def meant(name: str, names: Iterable[str]) -> str:
     """A question, where one of the names is nearly this one."""
     close = difflib.get_close_matches(name, list(names), 1)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import difflib
 import functools
 import inspect
 import sys
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import slip_of
 from ..labels import plain
 from ..objectives import CrossEntropyLoss, Objective
 from ..objectives.base import OPTIONS
@@ -262,11 +262,10 @@ class Patch:
             if kwargs.get(name) is not None and name not in self.fields and name not in self.accepted:
                 raise TypeError(f"{name}: {type(self.loss).__name__} has no use for it; leave it out of the batch")
         for name in kwargs.keys() - self.accepted - self.fields.keys():
-            meant = difflib.get_close_matches(name, [f for f in self.fields if f not in kwargs], 1, 0.8)
+            meant = slip_of(name, [f for f in self.fields if f not in kwargs])
             if meant:
                 raise TypeError(
-                    f"{name}: neither the model nor {type(self.loss).__name__} has such a field; did you mean "
-                    f"{meant[0]}?"
+                    f"{name}: neither the model nor {type(self.loss).__name__} has such a field; did you mean {meant}?"
                 )
         if kwargs.get("anchors") is not None and "anchors" not in self.accepted:
             raise TypeError("anchors: give confidence, which fused_losses.huggingface.AnchorCollator makes of them")

@@ -6,7 +6,6 @@ made, and puts the loss's fields into the batches.
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 from collections.abc import Collection
@@ -14,6 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, model_validator
 
+from ..checks import slip_of
 from ..objectives import Objective
 from ..objectives.named import NAMED
 from ..objectives.options import OTHER_NAMES, option_names
@@ -133,9 +133,9 @@ def check(cfg: Any, known: Collection[str] = ()) -> None:
     keys; and for an original that the model's adapter, or its want of one, cannot give.
     """
     for key in map(str, cfg):
-        near = key not in KEYS and difflib.get_close_matches(key.lower().replace("-", "_"), KEYS, 1, 0.8)
+        near = None if key in KEYS else slip_of(key, KEYS)
         if near:
-            raise ValueError(f"{key}: there is no such key; did you mean {near[0]}? There are {', '.join(KEYS)}")
+            raise ValueError(f"{key}: there is no such key; did you mean {near}? There are {', '.join(KEYS)}")
     settings = settings_of(cfg)
     if settings is None:
         if any(str(name).startswith(f"{__name__}.") for name in cfg.get("plugins") or []):
@@ -178,11 +178,11 @@ def check_option(name: str, value: Any, kind: type[Objective]) -> None:
             f"drop it; leave it out, or name that loss; {kind.__name__} has {', '.join(names)}"
         )
     known = OTHER_NAMES.get(name.lower(), "")
-    close = [known] if known in names else difflib.get_close_matches(name, names, 1, 0.8)
+    close = known if known in names else slip_of(name, names)
     if close:
         raise ValueError(
             f"{name}: is no key of axolotl's, which would drop it; did you mean fused_loss_options: "
-            f"{{{close[0]}: {value}}}?"
+            f"{{{close}: {value}}}?"
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -10,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import slip_of
 from ..huggingface.collator import read_confidence
 from ..huggingface.fields import joined, known_fields, laid_out, read_fields
 from ..labels import AnchorLabels
 from ..objectives import Objective
 
 IGNORED = -100
-SLIP = 0.85  # how like a field's, by difflib, a column's name is that must be meant for it: anchor, weight
 COMMON = frozenset({"input_ids", "labels", "attention_mask", "position_ids", "token_type_ids"})
 ROWS = 16  # after which it is said that nothing is learned, or nothing held
 
@@ -135,11 +134,11 @@ class WithFields:
     def name_unused(self, columns: Iterable[str]) -> None:
         """Warns, once, of columns of other losses, and of those whose name is nearly that of a field."""
         for name in sorted({str(name) for name in columns} - self.warned - self.own):
-            close = difflib.get_close_matches(name, self.own | self.others, 1, SLIP)
+            close = slip_of(name, self.own | self.others)
             if name in self.others:
                 what = ", so it is left out; name the loss that it is for, or remove the column"
             elif close and name not in COMMON:
-                what = f"; did you mean {close[0]}?"
+                what = f"; did you mean {close}?"
             else:
                 continue
             self.warned.add(name)

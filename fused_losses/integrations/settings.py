@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..checks import meant, slip_of
 from ..huggingface import patch
 from ..huggingface.references import NAMES as REFERENCES
 from ..objectives import Objective
@@ -16,7 +16,6 @@ from ..objectives.named import make_objective
 from ..objectives.options import option_names
 
 PREFIX = "fused_loss"
-SLIP = 0.84  # how like one of KEYS, by difflib, a key is that must be meant for one: fused_los_options
 KEYS = {
     "fused_loss": "its name: talr, lawf, sft, ... as in `fused-losses train --method`, or a class's, such as TALRLoss",
     "fused_loss_options": "options of its constructor by name, such as {temperature: 2.0}",
@@ -122,9 +121,7 @@ def take(config: dict[str, Any]) -> LossSettings | None:
     ours = {key: config.pop(key) for key in list(config) if isinstance(key, str) and _is_ours(key)}
     unknown = [key for key in ours if key not in KEYS]
     if unknown:
-        close = difflib.get_close_matches(unknown[0], KEYS, 1)
-        meant = f"; did you mean {close[0]}?" if close else ""
-        raise ValueError(f"{unknown[0]}: there is no such key{meant}; there are {', '.join(KEYS)}")
+        raise ValueError(f"{unknown[0]}: there is no such key{meant(unknown[0], KEYS)}; there are {', '.join(KEYS)}")
     ours = {key: value for key, value in ours.items() if value is not None}
     if not ours:
         return None
@@ -162,7 +159,7 @@ def refuse(config: Mapping[str, Any], switches: Mapping[str, str], who: str) -> 
 
 def _is_ours(key: str) -> bool:
     """fused_los and fuse_loss_options too: some trainers ignore keys that they do not know."""
-    return key.startswith(PREFIX) or bool(difflib.get_close_matches(key.lower().replace("-", "_"), KEYS, 1, SLIP))
+    return key.startswith(PREFIX) or slip_of(key, KEYS) is not None
 
 
 def _is_model_folder(name: Any) -> bool:
