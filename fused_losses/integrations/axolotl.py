@@ -60,7 +60,10 @@ class FusedLossesArgs(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def check_fused_loss(cls, data: Any) -> Any:
-        check(data, cls.model_fields)
+        try:
+            check(data, cls.model_fields)
+        except TypeError as error:  # pydantic lists ValueErrors beside its own, and lets others through
+            raise ValueError(str(error)) from error
         return data
 
 

@@ -22,6 +22,7 @@ NAME = "fused_losses"
 SETTINGS = ("reference", "reference_cache", "keep_logits", "eval_loss")
 FIELDS = ("confidence", "weights")  # of a batch, that ms-swift's loss_scale makes
 BINARY = ("default", "last_round", "all", "base", "ignore_empty_think", "ignore_think_prefix")  # that makes neither
+WEIGHING = ("react", "hermes", "qwen", "agentflan", "alpha_umi")  # those that ms-swift has besides, which make weights
 SWITCHES = {
     "enable_dft_loss": "name dft as the loss of the plugin",
     "loss_type": "leave it out",
@@ -92,7 +93,8 @@ def check(args: Any, settings: LossSettings) -> None:
     Raises ValueError without the callback; for a trainer that has no cross-entropy to replace; beside a switch of
     ms-swift's that makes the loss too; with sequence parallelism; for reference="base" where there is no adapter; for
     reference="start" where ms-swift loads a checkpoint before the Trainer is made; for LAwF where every token is
-    learned, so that none is held; and for a loss of weights where `loss_scale` makes none.
+    learned, so that none is held; and where `loss_scale` makes no weights for a loss that needs them, or some for one
+    that has none.
     """
     callbacks = list(getattr(args, "callbacks", None) or [])
     if NAME not in callbacks:
@@ -130,6 +132,11 @@ def check(args: Any, settings: LossSettings) -> None:
             f"--loss_scale {scale}: gives no weights, which {type(objective).__name__} needs; take rules that are not "
             "zeros and ones, such as react, or --is_binary_loss_scale false with loss_scale in the messages of the data"
         )
+    if not set(FIELDS) & objective.batch_fields().keys() and _makes_weights(args):
+        raise ValueError(
+            f"--loss_scale {scale}: weighs tokens, and {type(objective).__name__} has no such weights; take the loss "
+            "weighted, a rule of zeros and ones, such as default, or --is_binary_loss_scale true"
+        )
 
 
 def _is_binary(args: Any) -> bool:
@@ -138,6 +145,12 @@ def _is_binary(args: Any) -> bool:
     if binary is not None:
         return bool(binary)
     return set(str(getattr(args, "loss_scale", None) or "default").split("+")) <= set(BINARY)
+
+
+def _makes_weights(args: Any) -> bool:
+    """Whether ms-swift surely makes weights of tokens; a rule that somebody has registered may."""
+    names = set(str(getattr(args, "loss_scale", None) or "default").split("+"))
+    return not _is_binary(args) and (bool(names & set(WEIGHING)) or args.is_binary_loss_scale is False)
 
 
 def _check_start(args: Any, settings: LossSettings) -> None:

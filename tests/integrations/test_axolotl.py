@@ -47,6 +47,10 @@ def test_the_arguments_are_merged(merged):
 
 @pytest.mark.parametrize("config, message", [
     (dict(fused_loss="tlar"), "did you mean talr"),
+    (dict(fused_loss=3), "fused_loss: expected"),
+    (dict(fused_loss="talr", fused_loss_options=[2.0]), "fused_loss_options: expected"),
+    (dict(fused_loss="talr", fused_loss_options={"temperature": "two"}), "temperature: expected"),
+    (dict(fused_loss="talr", fused_loss_options={"temprature": 2.0}), "did you mean temperature"),
     (dict(fused_loss="lawf"), "fused_loss_reference: LAwFLoss compares"),
     (dict(fused_loss="dft", liger_fused_linear_cross_entropy=True), "liger_fused_linear_cross_entropy: axolotl"),
     (dict(fused_loss="dft", cut_cross_entropy=True), "cut_cross_entropy: axolotl"),

@@ -196,7 +196,14 @@ def test_weights_that_loss_scale_does_not_make_are_named_before_a_model_is_loade
         with pytest.raises(ValueError, match=r"--loss_scale .*: gives no weights, which WeightedLoss needs"):
             swift.factory.get_training_args(Arguments(**changes))
     register("talr")
-    assert swift.factory.get_training_args(Arguments(**changes))
+    if makes:
+        with pytest.raises(ValueError, match=r"--loss_scale .*: weighs tokens, and TALRLoss has no such weights; take"):
+            swift.factory.get_training_args(Arguments(**changes))
+    else:
+        assert swift.factory.get_training_args(Arguments(**changes))
+    assert swift.factory.get_training_args(Arguments(**changes | {"is_binary_loss_scale": True}))
+    own = {"loss_scale": "somebodys", "is_binary_loss_scale": None}  # what it makes is seen in the first batch
+    assert swift.factory.get_training_args(Arguments(**own))
 
 
 @pytest.mark.parametrize("changes, message", [
