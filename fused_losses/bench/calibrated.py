@@ -1,11 +1,11 @@
 """Made inputs of the head that behave like a real model's, of any D and V, without a model at hand.
 
-They are drawn from 290 kB of statistics, measured on SmolLM2-135M-Instruct (D = 576, V = 49,152) and two texts:
+They are drawn from 300 kB of statistics, measured on SmolLM2-135M-Instruct (D = 576, V = 49,152) and two texts:
 answers that it generated, and Python's documentation. What decides about errors of sparse gradients is that rows of a
 real head are far from Gaussian in the directions in which hidden states of a text differ (ids of a topic lie
-together), and Gaussian enough in all others. So r = 49 orthonormal directions B of the model were taken: the mean
-row, the mean hidden state of each text, 10 leading ones of the head, 24 of hidden states, 12 of their change by a
-fine-tuning. In these, rows and hidden states are those of prototypes: 3,072 rows of the head, each standing for n_i
+together), and Gaussian enough in all others. So r = 65 orthonormal directions B of the model were taken: the mean
+row, the mean hidden state of each text, 10 leading ones of the head, 24 of hidden states, 28 of their change by a
+fine-tuning. In these, rows and hidden states are those of prototypes: 2,200 rows of the head, each standing for n_i
 of them (1 for the likeliest ids), and 384 tokens of each text. With Q [r, D], orthonormal rows, in the place of B:
 
     W_v = Q^T B^T w_i + |w_i - B B^T w_i| u_v                     i drawn so that n_i V / 49,152 rows have it
@@ -14,13 +14,16 @@ of them (1 for the likeliest ids), and 384 tokens of each text. With Q [r, D], o
 
 u: Gaussian, orthogonal to Q, of length 1, with the measured spectra. D' = (D - r) / (576 - r), so that logits keep
 their variance at any D. The last term stands for what a hidden state has in common with the ids that it predicts: a_t
-and b_t give the likeliest id the odds, and the others the entropy among them, that the prototype has. The label is
-the id whose nll is nearest to the prototype's. In the outlier channels of the model (32, or D / 4) Q has what B has
-there, and is random in all others. The reference's hidden state is x_t - s_t d_t,
+and b_t give the likeliest id the odds, and the others the entropy among them, that the prototype has; K, with which
+the mass of unlikely ids comes nearest, is 350 for generated text (in proportion to V below 49,152, at least 60) and 60
+for documentation. The label is the id whose nll is nearest to the prototype's. In the outlier channels of the model
+(32, or D / 4) Q has what B has there, and is random in all others. The reference's hidden state is x_t - s_t d_t,
 
-    d_t = Q^T B^T d_j + |d_j - B B^T d_j| sqrt(D') (cos_j x'_t + sin_j u''_t),
+    d_t = Q^T B^T d_j + |d_j - B B^T d_j| sqrt(D') (cos_j x'_t + sin_j u''_t) + c_t (1 - Q^T Q) W_(v_1),
 
-x'_t the direction of x_t outside Q, and s_t such that the token has its prototype's share of the mean KL asked for.
+x'_t the direction of x_t outside Q, c_t such that the likeliest id rises or falls beside the others by the share of
+the KL that it has in the prototype, and s_t such that the token has its prototype's share of the mean KL asked for.
+
 With D < 2 r only the first D / 2 directions are taken. Above V = 49,152 added rows are drawn like others and then
 made rarer by one number along the mean hidden state: before the last term together they have ((V / 49,152)^0.2 - 1)
 times what others have, by the law of rank and frequency with the exponent 0.8 that SmolLM2's ids have on
@@ -43,8 +46,7 @@ STATISTICS = Path(__file__).parent / "calibrated.pt"
 KINDS = ("generated", "documentation")
 MEASURED_V, MEASURED_D = 49152, 576
 LAW = 0.8  # exponent of rank and frequency
-CANDIDATES = 60  # ids that a hidden state is moved towards
-LEAST_DIM, LEAST_VOCABULARY = 8, 128
+LEAST_DIM, LEAST_VOCABULARY, LEAST_CANDIDATES = 8, 128, 60
 
 
 class Calibrated(NamedTuple):
@@ -68,7 +70,7 @@ def calibrated(
     kl: mean KL(reference ‖ model) in nats, before rounding to `dtype`; 0: the reference is the model.
     dtype: of all but labels; computed in float32, so inputs of another dtype are these, rounded.
 
-    ValueError for a size, kind, KL, or dtype that cannot be. Cost: 3 products of [tokens, dim] and [vocabulary, dim]
+    ValueError for a size, kind, KL, or dtype that cannot be. Cost: 6 products of [tokens, dim] and [vocabulary, dim]
     and some 20 passes over the logits of 64 tokens at a time; memory of the head and of these logits.
     """
     _check(tokens, dim, vocabulary, dtype, kind, kl)
@@ -150,7 +152,7 @@ def draw(
     weight = _rows(head, vocabulary, directions)
     prototypes = len(text["length"])
     drawn = torch.cat([torch.randperm(prototypes, generator=g) for _ in range(-(-tokens // prototypes))])[:tokens]
-    text = {name: value if "scale" in name else value[drawn] for name, value in text.items()}
+    text = {name: value if "scale" in name or not value.dim() else value[drawn] for name, value in text.items()}
     length = {name: (text[name] * directions.widening).to(device)[:, None] for name in ("length", "change_length")}
     hidden = directions.shared(text["coefficients"]) + length["length"] * directions.others(tokens, text["scale"])
     if vocabulary > MEASURED_V:
@@ -161,6 +163,7 @@ def draw(
     other = cos * own + (1 - cos.square()).sqrt() * directions.others(tokens, text["change_scale"])
     change = directions.shared(text["change"]) + length["change_length"] * other
     wanted = text["kl"] * (kl / text["kl"].mean())
+    change += _sharpening(hidden, weight, change, text["sharpening"].to(device), directions)
     reference = hidden - _strength(hidden, weight, change, wanted.to(device), g) * change
     return Calibrated(hidden.to(dtype), weight.to(dtype), labels, reference.to(dtype))
 
@@ -205,7 +208,8 @@ def _make_rarer(weight: Tensor, hidden: Tensor) -> None:
 def _peak(hidden: Tensor, weight: Tensor, text: dict, directions: _Directions) -> Tensor:
     """Moves each token towards the ids that it finds likeliest, in place, until the likeliest has the odds and the
     others the entropy that are wanted; returns labels."""
-    count = min(CANDIDATES, len(weight) // 2)
+    count = int(text["candidates"])
+    count = min(max(LEAST_CANDIDATES, count * len(weight) // MEASURED_V), count, len(weight) // 2)
     size = 1 - torch.arange(2.0, 1 + count, device=hidden.device).log() / math.log(1 + count)
     labels = torch.empty(len(hidden), dtype=torch.long, device=hidden.device)
     for at in _parts(len(hidden), 64):
@@ -271,6 +275,39 @@ def entropy_of(z: Tensor, many: Tensor | None = None) -> Tensor:
     log_p = (z if many is None else z + many).log_softmax(1)
     p = log_p.exp()
     return -(p * (log_p if many is None else (log_p - many).masked_fill(many == -torch.inf, 0))).sum(1, keepdim=True)
+
+
+def _sharpening(hidden: Tensor, weight: Tensor, change: Tensor, wanted: Tensor, directions: _Directions) -> Tensor:
+    """[N, D] to add to `change` so that its logits have the share `wanted` [N], signed as the likeliest id's odds
+    change: a multiple of that id's row, outside Q."""
+    found = torch.empty_like(change)
+    for at in _parts(len(hidden), 64):
+        z = hidden[at] @ weight.T
+        near, share = _representatives(z, directions.generator)
+        p = (z.gather(1, near) + share).softmax(1)
+        step = directions.outside(weight[near[:, 0]])
+        moved = torch.stack([(rows @ weight.T).gather(1, near) for rows in (change[at], step)], 1)
+        largest, (a, b), ((v_aa, v_ab), (_, v_bb)) = (t.movedim(0, -1) for t in likeliest_beside_others(p, moved))
+        k = wanted[at].abs().clamp(max=0.99)
+        k = torch.minimum(k / ((1 - k) * largest), 0.9 * b.square() / v_bb.clamp(min=1e-12))
+        # (a + c b)² = k (v_aa + 2 c v_ab + c² v_bb), on the side of the wanted sign
+        square, linear, rest = b.square() - k * v_bb, a * b - k * v_ab, a.square() - k * v_aa
+        root = (linear.square() - square * rest).clamp(min=0).sqrt()
+        found[at] = ((root * wanted[at].sign() * b.sign() - linear) / square)[:, None] * step
+    return found
+
+
+def likeliest_beside_others(p: Tensor, moved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """By probabilities p [N, n], the likeliest id first, and changes of logits moved [N, m, n]: the largest
+    probability p_1 [N]; how far its logit moves beside the others' mean, o [N, m]; and the covariance of the others'
+    logits, V [N, m, m].
+
+    The likeliest id's share of what a change does is p_1 o² / (p_1 o² + V), to second order that of the KL.
+    """
+    others = p[:, 1:] / p[:, 1:].sum(1, keepdim=True)
+    mean = (moved[:, :, 1:] @ others[:, :, None])[:, :, 0]
+    rest = moved[:, :, 1:] - mean[:, :, None]
+    return p[:, 0], moved[:, :, 0] - mean, (rest * others[:, None]) @ rest.transpose(1, 2)
 
 
 def _strength(hidden: Tensor, weight: Tensor, change: Tensor, wanted: Tensor, g: torch.Generator) -> Tensor:
