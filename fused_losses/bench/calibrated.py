@@ -70,7 +70,7 @@ def calibrated(
     kl: mean KL(reference ‖ model) in nats, before rounding to `dtype`; 0: the reference is the model.
     dtype: of all but labels; computed in float32, so inputs of another dtype are these, rounded.
 
-    ValueError for a size, kind, KL, or dtype that cannot be. Cost: 6 products of [tokens, dim] and [vocabulary, dim]
+    ValueError for a size, kind, KL, or dtype that cannot be. Cost: 8 products of [tokens, dim] and [vocabulary, dim]
     and some 20 passes over the logits of 64 tokens at a time; memory of the head and of these logits.
     """
     _check(tokens, dim, vocabulary, dtype, kind, kl)

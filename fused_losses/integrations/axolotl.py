@@ -136,7 +136,7 @@ def check(cfg: Any, known: Collection[str] = ()) -> None:
     keys; and for an original that the model's adapter, or its want of one, cannot give.
     """
     for key in map(str, cfg):
-        near = None if key in KEYS else slip_of(key, KEYS)
+        near = slip_of(key, KEYS)
         if near:
             raise ValueError(f"{key}: there is no such key; did you mean {near}? There are {', '.join(KEYS)}")
     settings = settings_of(cfg)

@@ -150,7 +150,8 @@ def _is_binary(args: Any) -> bool:
 def _makes_weights(args: Any) -> bool:
     """Whether ms-swift surely makes weights of tokens; a rule that somebody has registered may."""
     names = set(str(getattr(args, "loss_scale", None) or "default").split("+"))
-    return not _is_binary(args) and (bool(names & set(WEIGHING)) or args.is_binary_loss_scale is False)
+    binary = getattr(args, "is_binary_loss_scale", None)
+    return binary is False or (binary is None and bool(names & set(WEIGHING)))
 
 
 def _check_start(args: Any, settings: LossSettings) -> None:

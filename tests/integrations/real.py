@@ -221,6 +221,7 @@ TRAINERS = {
             Refusal("--rlhf_type dpo: its trainer", SFT, {"command": "rlhf", "rlhf_type": "dpo"}),
             Refusal("--tuner_type full has none", WITH_REFERENCE[0].ours, {"tuner_type": "full"}),
             Refusal("--loss_scale all: every token is learned", WITH_REFERENCE[0].ours, {"loss_scale": "all"}),
+            Refusal("--loss_scale react: weighs tokens", WITH_REFERENCE[3].ours, {"loss_scale": "react"}),
             Refusal("reference: start would be the checkpoint", WITH_REFERENCE[1].ours,
                     {"resume_from_checkpoint": IN_WORK}),
         ],
@@ -240,6 +241,7 @@ TRAINERS = {
         [
             Refusal("use_eaft: axolotl would", SFT, {"use_eaft": True}),
             Refusal("fused_los: there is no such key; did you mean fused_loss?", dict(fused_los="talr")),
+            Refusal("temperature: expected", dict(fused_loss="talr", fused_loss_options={"temperature": "two"})),
             Refusal("fused_loss: is not in the configuration", {}, {"plugins": [PLUGIN]}),
             Refusal("adapter: is not in the configuration", WITH_REFERENCE[0].ours, WHOLE),
             Refusal("PerplexityCallback: reference='start' has the weights of the checkpoint", WITH_REFERENCE[1].ours,
