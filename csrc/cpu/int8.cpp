@@ -20,7 +20,7 @@ namespace at::native::cpublas {
 namespace fused_losses {
 namespace {
 
-constexpr int64_t TOKENS = 128, DEPTH = 512;  // a block of the weight of about that depth stays in the first cache
+constexpr int64_t TOKENS = 128, DEPTH = 512;  // of one product, about: a block of the weight of that depth stays in cache
 
 bool processor_has_vnni() {
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -69,6 +69,7 @@ bool int8_is_fast() {
 }
 
 void int8_head(const Int8Head& head) {
+  fault_in(head.blocks, head.kept * head.padded() * INT8_VOCABULARY);
   parallel(head.kept, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; block++)
       quantize_block(head, block, head.blocks + block * head.padded() * INT8_VOCABULARY,
@@ -89,11 +90,11 @@ void int8_logits(const void* hidden, Element element, const float* inverse, cons
     kernels().quantize_tokens((const char*)hidden + first * D * size, element, inverse, last - first, D, padded,
                               tokens.data + first * padded, token_scales.data + first);
   });
-  parallel((V + W - 1) / W, [&](int64_t begin, int64_t end) {
+  shared((V + W - 1) / W, 1, [&](auto& next) {
     Aligned<uint8_t> own(padded * W);
     Aligned<float> own_scales(W);
     Aligned<int32_t> own_sums(W), tile(N * W);
-    for (int64_t block = begin; block < end; block++) {
+    for (int64_t block, end; next(block, end);) {
       const bool kept = block < head.kept;
       const uint8_t* weight = kept ? head.blocks + block * padded * W : own.data;
       const float* scales = kept ? head.scales + block * W : own_scales.data;

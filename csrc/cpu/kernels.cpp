@@ -23,7 +23,7 @@
 #define FL_INLINE inline __attribute__((always_inline))
 #define FL_TABLE(name) \
   {name, compact, tail_profile, exact_statistics, exact_directions, rows_product, columns_product, weighted_sum, \
-   quantize_tokens, quantize_weight, multiply_int8, scale_products}
+   few_products, quantize_tokens, quantize_weight, multiply_int8, scale_products}
 
 #if FL_X86
 #pragma GCC push_options

@@ -43,6 +43,26 @@ void pack(const T* hidden, T* panel, int64_t tokens, int64_t valid, int64_t D) {
     }
 }
 
+float wide(float x) { return x; }
+float wide(uint16_t x) {
+  const uint32_t bits = (uint32_t)x << 16;
+  float y;
+  std::memcpy(&y, &bits, 4);
+  return y;
+}
+
+// Of so few tokens that reading the weight takes the time: rows one after the other, as memory likes them best.
+template <class T>
+void few(const T* hidden, const T* weight, const float* bias, float* out, int64_t N, int64_t V, int64_t D) {
+  Aligned<float> tokens((N + FEW_TOKENS - 1) / FEW_TOKENS * FEW_TOKENS * D);
+  for (int64_t i = 0; i < N * D; i++) tokens.data[i] = wide(hidden[i]);
+  std::fill(tokens.data + N * D, tokens.data + (N + FEW_TOKENS - 1) / FEW_TOKENS * FEW_TOKENS * D, 0.0f);
+  parallel(V, [&](int64_t begin, int64_t end) {
+    kernels().few_products(tokens.data, N, weight, sizeof(T) == 4 ? Element::Float32 : Element::BFloat16, V, D, bias,
+                           out, begin, end);
+  });
+}
+
 template <class T>
 bool product(const T* hidden, const T* weight, const float* bias, float* out, int64_t N, int64_t V, int64_t D) {
   constexpr bool vnni = sizeof(T) == 2;
@@ -51,6 +71,10 @@ bool product(const T* hidden, const T* weight, const float* bias, float* out, in
                  bool) = at::native::cpublas::brgemm;
   if (!brgemm || !at::native::cpublas::brgemm_release || (vnni && D % 2)) return false;
 
+  if (N <= (vnni ? 1 : 2) * FEW_TOKENS) {
+    few(hidden, weight, bias, out, N, V, D);
+    return true;
+  }
   constexpr int64_t DEPTH = DEPTH_BYTES / sizeof(T);
   const int64_t tokens = N <= 16 ? 16 : N <= 32 ? 32 : MOST_TOKENS;
   const int64_t panels = (N + tokens - 1) / tokens, blocks = (V + VOCABULARY - 1) / VOCABULARY;

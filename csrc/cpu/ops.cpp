@@ -9,6 +9,13 @@
 #include <numeric>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23
+#endif
+#endif
+
 #include "kernels.h"
 
 namespace fused_losses {
@@ -17,6 +24,19 @@ using torch::stable::Tensor;
 
 void parallel(int64_t count, Range range, const void* context) {
   torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { range(begin, end, context); });
+}
+
+void fault_in(void* data, int64_t bytes) {
+#if defined(__linux__)
+  if (bytes < FRESH_BYTES) return;
+  constexpr int64_t page = 4096, piece = 1 << 21;
+  char* start = (char*)(((uintptr_t)data + page - 1) / page * page);
+  const int64_t size = ((char*)data + bytes - start) / page * page;
+  parallel((size + piece - 1) / piece, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++)
+      if (madvise(start + i * piece, std::min(piece, size - i * piece), MADV_POPULATE_WRITE)) return;
+  });
+#endif
 }
 
 int threads() { return (int)torch::stable::get_num_threads(); }
@@ -102,8 +122,9 @@ void compact_op(const Tensor& z, const std::optional<Tensor>& r, bool difference
   float* square = data<float>(squares);  // [2, N]
   const RowDirections low = {directions ? directions->size(1) : 0, data<float>(directions), data<float>(nll_low),
                              data<float>(kl_low), square, square ? square + n : nullptr};
-  parallel(n, [&](int64_t begin, int64_t end) {
-    kernels().compact(chunk, results, entries, low, hidden ? &operands : nullptr, begin, end);
+  shared(n, 8, [&](auto& next) {
+    for (int64_t begin, end; next(begin, end);)
+      kernels().compact(chunk, results, entries, low, hidden ? &operands : nullptr, begin, end);
   });
 }
 
@@ -168,9 +189,10 @@ void rows_product_op(const Tensor& offsets, const Tensor& columns, const Tensor&
                      const Tensor& scale, const Tensor& vector, Tensor out) {
   const Sparse s = sparse_of(offsets, columns, values, matrix.size(0), matrix.size(1));
   const std::vector<int64_t> bounds = balanced(s.offsets, s.rows, 1);
-  parallel((int64_t)bounds.size() - 1, [&](int64_t begin, int64_t end) {
-    kernels().rows_product(s, matrix.data_ptr(), element(matrix), data<float>(scale), data<float>(vector),
-                           out.data_ptr(), element(out), bounds[begin], bounds[end]);
+  shared((int64_t)bounds.size() - 1, 1, [&](auto& next) {
+    for (int64_t begin, end; next(begin, end);)
+      kernels().rows_product(s, matrix.data_ptr(), element(matrix), data<float>(scale), data<float>(vector),
+                             out.data_ptr(), element(out), bounds[begin], bounds[end]);
   });
 }
 
@@ -193,11 +215,13 @@ void columns_product_op(const Tensor& offsets, const Tensor& columns, const Tens
       rows[at] = (int32_t)t;
       sorted[at] = s.values[j];
     }
+  fault_in(out.data_ptr(), V * s.hidden * (element(out) == Element::Float32 ? 4 : 2));
   const std::vector<int64_t> bounds = balanced(starts.data(), V, 2);
-  parallel((int64_t)bounds.size() - 1, [&](int64_t begin, int64_t end) {
-    kernels().columns_product(s.hidden, starts.data(), rows.data(), sorted.data(), matrix.data_ptr(), element(matrix),
-                              data<float>(scale), data<float>(vector), data<float>(base), (float)base_scale,
-                              out.data_ptr(), element(out), bounds[begin], bounds[end]);
+  shared((int64_t)bounds.size() - 1, 1, [&](auto& next) {
+    for (int64_t begin, end; next(begin, end);)
+      kernels().columns_product(s.hidden, starts.data(), rows.data(), sorted.data(), matrix.data_ptr(), element(matrix),
+                                data<float>(scale), data<float>(vector), data<float>(base), (float)base_scale,
+                                out.data_ptr(), element(out), bounds[begin], bounds[end]);
   });
 }
 

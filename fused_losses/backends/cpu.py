@@ -151,7 +151,8 @@ def scan(problem: Problem, out: Statistics, selection: Selection) -> Iterator[tu
         whole = product(problem) or chunks.project
         sweep = int8.Sweep(problem, whole, lambda some: statistics(some)[0], gradients=capacity > 1)
     multiply = product(problem) if sweep is None else sweep.product
-    for chunk in chunks.logit_chunks(problem, multiply, narrow=True, extra=capacity * 4 * (1 + values)):
+    budget = None if sweep is None else sweep.chunk_bytes
+    for chunk in chunks.logit_chunks(problem, multiply, narrow=True, extra=capacity * 4 * (1 + values), budget=budget):
         size = len(chunk.z)
         if not buffers:
             buffers = (
@@ -168,7 +169,7 @@ def scan(problem: Problem, out: Statistics, selection: Selection) -> Iterator[tu
 def _nothing_kept(problem: Problem) -> Selection:
     """Of a scan for its statistics alone."""
     profile = torch.zeros(problem.head.vocabulary)
-    return Selection(int8.THRESHOLD, 1, torch.empty(0, dtype=torch.int64), profile, False)
+    return Selection(int8.THRESHOLD / int8.REFINED, 1, torch.empty(0, dtype=torch.int64), profile, False)
 
 
 def _compact(

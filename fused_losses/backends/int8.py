@@ -24,12 +24,14 @@ from ..problem import Problem, Statistics
 from . import chunks
 from .chunks import Chunk, Product
 
-# Nats, of the sampled tokens' nll on average. Measured on real text: 0.0003 to 0.0015, and 0.013 to 0.025 with ordinary
+# Nats, of the sampled tokens' nll on average. Measured on real text: 0.0003 to 0.0027, and 0.013 to 0.025 with ordinary
 # bfloat16 logits.
 MOST_ERROR = 0.01
 # Part of the mean KL, which is small and has to be right beside the nll.
 MOST_KL_ERROR = 0.02
 THRESHOLD = 1e-4  # of p, from which on logits are exact in a pass without gradients; times √(1 − p[label])
+# Times the threshold of an entry, from which on logits are exact in csrc/cpu/refine.inc. GPUs have all entries' exact.
+REFINED = 2
 # Standard deviation of the error of a token's logits up to which 8 bits will do. On real text 0.13, and 0.23 at most.
 MOST_SPREAD = 0.4
 MEASURED = 16  # tokens, fewer in calls of less than 64 times as many
@@ -40,7 +42,11 @@ FLAT_NOTE = "distributions are flat, and their gradients exact"
 SAMPLED_ROWS = 64, 512  # of x and W: what the channels' factors are chosen by
 NO_OPERANDS = (*[None] * 7, 1.0)
 BLOCK = 128  # rows of the head that are quantised together: INT8_VOCABULARY of csrc/cpu/kernels.h
-KEPT_BYTES = 64 << 20  # of the head in 8 bits, for the chunks that follow
+# Of the head in 8 bits, for the chunks that follow; all of it where chunks can be so much smaller. Measured (D = 2048,
+# 100 MB in 8 bits): 0.95 of the time. Chunks of up to 32 MiB are memory that glibc keeps, whose pages need not be
+# given again in each call: 0.97 of the time that chunks of 64 MiB take.
+KEPT_BYTES = 64 << 20
+CHUNKS = 24 << 20, 30 << 20  # bytes of a chunk while all of the head is kept
 LARGEST_WIDTH = 1 << 15  # 255 · 127 · D must stay below 2^31
 GAIN = 0.9  # channels are shared where that makes the error of logits less than so much of it
 
@@ -69,19 +75,20 @@ def missing(problem: Problem, backend: str) -> str | None:
 class Int8Product:
     """x Wᵀ + b of 8-bit numbers; of full ones, by `whole`, while `full` is set.
 
-    `again`: there will be several products with the same head, of which the first KEPT_BYTES then stay in 8 bits.
+    `kept_bytes`: so many of the head stay in 8 bits, for the products that follow.
     """
 
-    def __init__(self, channel: Tensor | None, whole: Product, again: bool, logit_scale: float = 1.0) -> None:
+    def __init__(self, channel: Tensor | None, whole: Product, kept_bytes: int, logit_scale: float = 1.0) -> None:
         self.channel, self.logit_scale = channel, logit_scale
         self.inverse = None if channel is None else channel.reciprocal()
         self.whole = whole
         self.off = False  # by too much, where measured: full products from then on
         self.flat = False  # the chunk before got exact gradients
-        self.kept_bytes = KEPT_BYTES if again else 0
+        self.kept_bytes = kept_bytes
         self.head: tuple[Tensor, ...] | None = None
         self.squares: tuple[float, float] | None = None
         self.too_wide = 0  # hidden states, which got full products
+        self.none_wide = False  # known of all that will come
 
     @property
     def full(self) -> bool:
@@ -96,7 +103,8 @@ class Int8Product:
             self.whole(out, hidden, weight, bias)
             return
         self.squares = self.squares or squares_of(weight, self.channel)
-        wide = too_wide(hidden, self.inverse, self.squares, self.logit_scale)
+        none = torch.empty(0, dtype=torch.int64)
+        wide = none if self.none_wide else too_wide(hidden, self.inverse, self.squares, self.logit_scale)
         self.too_wide += len(wide)
         if self.head is None:
             self.head = self._head(weight)
@@ -124,8 +132,8 @@ class Int8Product:
         return out
 
     def _head(self, weight: Tensor) -> tuple[Tensor, ...]:
-        quads = -(-weight.shape[1] // 4)
-        count = min(-(-len(weight) // BLOCK), self.kept_bytes // (4 * quads * BLOCK))
+        quads, blocks_of_all = _shape_of(weight)
+        count = min(blocks_of_all, self.kept_bytes // (4 * quads * BLOCK))
         blocks = torch.empty(count, quads, BLOCK, 4, dtype=torch.uint8)
         scales, sums = torch.empty(count * BLOCK), torch.empty(count * BLOCK, dtype=torch.int32)
         if count:
@@ -143,7 +151,13 @@ class Sweep:
         assert self.found is not None
         count = len(problem.labels)
         again = problem.has_reference or 4 * count * problem.head.vocabulary > chunks.CHUNK_BYTES
-        self.product = Int8Product(channel_of(problem), whole, again, problem.head.logit_scale)
+        kept, self._chunk_bytes = _memory(problem.head.weight) if again else (0, chunks.CHUNK_BYTES)
+        self.product = Int8Product(channel_of(problem), whole, kept, problem.head.logit_scale)
+        if count and not problem.has_reference:
+            head, product = problem.head, self.product
+            product.squares = squares_of(head.weight, product.channel)
+            rows = problem.hidden[:, : head.weight.shape[1]]
+            product.none_wide = not len(too_wide(rows, product.inverse, product.squares, product.logit_scale))
         measured = min(MEASURED, max(2, count // 64), count)
         self.sample = torch.arange(measured) * count // max(1, measured)
         sampled = replace(problem.rows(self.sample).for_gradients(), int8=None, wanted=frozenset({"entropy"}))
@@ -152,6 +166,11 @@ class Sweep:
             self.product.flat, self.found.note = True, FLAT_NOTE
         self.errors: list[Tensor] = []
         self.kl_errors: list[Tensor] = []
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Of a chunk's logits, as `chunks.CHUNK_BYTES`."""
+        return chunks.CHUNK_BYTES if self.product.full else self._chunk_bytes
 
     def operands(self, chunk: Chunk) -> tuple[Any, ...]:
         """What `compact` makes exact logits of a chunk from; nothing where they are exact already."""
@@ -181,7 +200,8 @@ class Sweep:
         """Measures the statistics of a chunk, `out`; whether its products, and those that follow, are to be full."""
         if self.product.full:
             return False
-        at = ((self.sample >= tokens.start) & (self.sample < tokens.stop)).nonzero().flatten()
+        first, last = torch.searchsorted(self.sample, torch.tensor([tokens.start, tokens.stop])).tolist()
+        at = slice(first, last)
         here = self.sample[at] - tokens.start
         self.found.note = None
         self.errors.append(_errors(out.nll[here], self.truth.nll[at]))
@@ -205,6 +225,23 @@ class Sweep:
         self.product.off, self.product.head = True, None
         self.found.note = f"{what}, measured on {sum(map(len, self.errors))} of {len(self.problem.labels)} tokens"
         return True
+
+
+def _shape_of(weight: Tensor) -> tuple[int, int]:
+    """Of a head in 8 bits: [blocks, words, BLOCK, 4]; words, blocks."""
+    return -(-weight.shape[1] // 4), -(-len(weight) // BLOCK)
+
+
+def _memory(weight: Tensor) -> tuple[int, int]:
+    """Bytes of the head that are kept, and of a chunk."""
+    words, blocks = _shape_of(weight)
+    all_bytes, (least, most), usual = 4 * words * BLOCK * blocks, CHUNKS, chunks.CHUNK_BYTES
+    left = KEPT_BYTES + usual - all_bytes
+    if left < min(least, usual):
+        return KEPT_BYTES, usual
+    # A chunk of bf16 counts a rounded copy of its logits, which only exact gradients touch.
+    most = most * 6 // 4 if weight.dtype == torch.bfloat16 else most
+    return all_bytes, min(left, most, usual)
 
 
 def _errors(found: Tensor, truth: Tensor) -> Tensor:
@@ -254,9 +291,10 @@ def too_wide(
     step² / 12 in the mean square.
     """
     x = hidden.float() if inverse is None else hidden.float() * inverse
-    variance = (x.abs().amax(1) / 127).square() * squares[0] + x.square().sum(1) * squares[1]
+    largest, norm = torch.linalg.vector_norm(x, math.inf, dim=1), torch.linalg.vector_norm(x, dim=1)
+    variance = (largest / 127).square() * squares[0] + norm.square() * squares[1]
     spread = (variance / 12).sqrt() * abs(logit_scale)
-    return (~(spread <= MOST_SPREAD) & x.isfinite().all(1)).nonzero().flatten()
+    return (~(spread <= MOST_SPREAD) & largest.isfinite()).nonzero().flatten()
 
 
 def _spread(rows: Tensor, most: int) -> Tensor:

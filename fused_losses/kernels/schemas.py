@@ -233,8 +233,8 @@ def has_logits(dtype: torch.dtype) -> bool:
     """Whether `logits` works here, tried on a small product."""
     if load() is not None or dtype not in (torch.float32, torch.bfloat16):
         return False
-    hidden, weight = torch.arange(12, dtype=dtype).view(3, 4), torch.arange(20, dtype=dtype).view(5, 4)
-    out = torch.empty(3, 5, dtype=torch.float32)
+    hidden = torch.arange(80, dtype=dtype).view(20, 4)  # few tokens would not try the micro-kernels
+    weight, out = torch.arange(20, dtype=dtype).view(5, 4), torch.empty(20, 5, dtype=torch.float32)
     try:
         return bool(torch.ops.fused_losses.logits(hidden, weight, None, out)) and torch.equal(
             out, hidden.float() @ weight.float().T

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import relative
-from cpu_products import check_products, check_rounding_of_bf16, check_slices
+from cpu_products import check_large_columns, check_products, check_rounding_of_bf16, check_slices
 from processes import pythonpath
 from sparse_checks import needs_kernels
 
@@ -32,6 +32,11 @@ def test_sums_of_columns_in_slices(matrix_dtype, out_dtype):
 
 
 @needs_kernels
+def test_large_sums_of_columns():
+    check_large_columns()
+
+
+@needs_kernels
 def test_bf16_output_is_rounded_to_nearest_even_and_keeps_nan():
     check_rounding_of_bf16()
 
@@ -39,7 +44,11 @@ def test_bf16_output_is_rounded_to_nearest_even_and_keeps_nan():
 # The least; one token more than a block of 64; D a little more than several blocks of 64 or 128, V between blocks.
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(1, 2, 1), (65, 64, 64), (70, 1030, 130), (3, 514, 1000)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 2, 1), (65, 64, 64), (70, 1030, 130), (3, 514, 1000), (8, 70, 2), (9, 1030, 131), (16, 34, 64)],
+    ids=str,
+)
 def test_logits(dtype, shape):
     if not schemas.has_logits(dtype):
         pytest.skip("this PyTorch exports no micro-kernels for it")

@@ -11,6 +11,8 @@ from cases import name
 from processes import pythonpath
 from sparse_checks import needs_kernels
 
+from fused_losses.backends import int8
+
 pytestmark = needs_kernels
 FLOATS = [torch.float32, torch.bfloat16]
 
@@ -65,6 +67,22 @@ def test_kept_logits_are_exact(dtype, reference, head):
 @pytest.mark.parametrize("d, v", [(1, 20), (16, 33), (32, 64), (130, 1000)], ids=str)
 def test_kept_logits_at_borders(d, v):
     int8_products.check_exact_logits(d=d, v=v, spread=3.0, threshold=6e-2)
+
+
+@pytest.mark.parametrize("reference", [False, True], ids=["alone", "reference"])
+def test_kept_logits_of_long_rows(reference):
+    """Which they are is told by a lower bound of the lse."""
+    options = dict(n=5, v=20_001, threshold=1e-3, reference=reference)
+    int8_products.check_exact_logits(**options)
+    z = int8_products.Rough(**options | {"reference": False}).exact()[0]
+    lower = int8_products.lse_of(z, lambda lse: torch.full_like(lse, int8.REFINED * 1e-3).log())
+    assert (lower < z.logsumexp(1) - 1e-3).all() and (lower > z.logsumexp(1) - 1).all()
+
+
+@pytest.mark.parametrize("reference", [False, True], ids=["alone", "reference"])
+def test_flat_rows_have_no_exact_logits_but_the_labels(reference):
+    """By that bound nearly all of them would be."""
+    int8_products.check_exact_logits(n=5, v=4000, spread=0.1, threshold=1e-3, reference=reference, flat=True)
 
 
 @pytest.mark.parametrize("wanted, found", [("avx2", "AVX2"), ("baseline", "128-bit SIMD")])

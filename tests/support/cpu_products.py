@@ -59,6 +59,29 @@ def check_slices(matrix_dtype, out_dtype):
         assert buffer[:shift].isnan().all() and buffer[shift + v * d :].isnan().all()
 
 
+def check_large_columns():
+    """A result whose pages the system is asked for before it is written, wherever it begins."""
+    n, v, d = 5, 33_000, 260
+    g = torch.Generator().manual_seed(0)
+    columns = torch.randint(v, (n, 40), generator=g).sort(1).values
+    offsets = torch.arange(n + 1) * 40
+    values, x = torch.randn(n * 40, generator=g), torch.randn(n, d, generator=g)
+    scale, vector = torch.randn(v, generator=g), torch.randn(d, generator=g)
+    truth = scale.double()[:, None] * vector
+    truth.index_put_(
+        (columns.flatten(),), values.double()[:, None] * x.double().repeat_interleave(40, 0), accumulate=True
+    )
+    assert 4 * v * d > 32 << 20  # FRESH_BYTES of csrc/cpu/kernels.h
+    for shift in (0, 3):
+        buffer = torch.full((v * d + 8,), torch.nan)
+        out = buffer[shift : shift + v * d].view(v, d)
+        torch.ops.fused_losses.columns_product(
+            offsets, columns.flatten().int(), values, x, scale, vector, None, 0.0, out
+        )  # fmt: skip
+        assert relative(out, truth) < 1e-6
+        assert buffer[:shift].isnan().all() and buffer[shift + v * d :].isnan().all()
+
+
 def check_rounding_of_bf16():
     """To nearest, ties to even; NaN stays NaN."""
     x = torch.tensor([[1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 3.0e38, torch.nan, torch.inf] * 4])
