@@ -150,8 +150,10 @@ class Sweep:
         self.problem, self.found = problem, problem.int8
         assert self.found is not None
         count = len(problem.labels)
-        again = problem.has_reference or 4 * count * problem.head.vocabulary > chunks.CHUNK_BYTES
-        kept, self._chunk_bytes = _memory(problem.head.weight) if again else (0, chunks.CHUNK_BYTES)
+        # In one chunk a reference takes a second product, and there is nothing that smaller chunks would leave.
+        kept, self._chunk_bytes = KEPT_BYTES if problem.has_reference else 0, chunks.CHUNK_BYTES
+        if 4 * count * problem.head.vocabulary > chunks.CHUNK_BYTES:
+            kept, self._chunk_bytes = _memory(problem.head.weight)
         self.product = Int8Product(channel_of(problem), whole, kept, problem.head.logit_scale)
         if count and not problem.has_reference:
             head, product = problem.head, self.product

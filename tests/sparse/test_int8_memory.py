@@ -26,6 +26,24 @@ def test_memory_of_the_head_and_of_a_chunk(rows, width, whole, dtype):
     assert int8.CHUNKS[0] <= chunk <= chunks.CHUNK_BYTES
 
 
+@pytest.mark.parametrize("reference, kept", [(None, 0), ("shared", 1 << 14)])
+def test_one_chunk_keeps_no_more_than_before(reference, kept):
+    """Smaller chunks would leave nothing for the head where there is one alone."""
+    case = make(*SHAPE, spread=4.0, reference=reference)
+    seen = []
+
+    def product(self, *arguments, of=int8.Int8Product.__init__):
+        of(self, *arguments)
+        seen.append(self.kept_bytes)
+
+    with (
+        coarse(1e-3), mock.patch.object(int8, "KEPT_BYTES", 1 << 14),
+        mock.patch.object(int8.Int8Product, "__init__", product),
+    ):  # fmt: skip
+        run_with_report(case, torch.float32, "cpu", "sparse", scan="int8")
+    assert seen and set(seen) == {kept}
+
+
 @pytest.mark.parametrize("wide", [False, True], ids=["none", "one-token"])
 @pytest.mark.parametrize("reference", [None, "shared"])
 def test_hidden_states_that_8_bits_are_too_few_for(wide, reference):
