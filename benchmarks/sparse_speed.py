@@ -191,9 +191,10 @@ def measure(hidden: Tensor, weight: Tensor, members: dict, runs: int) -> dict[st
 
 
 PARTS = {
-    **dict.fromkeys(("logits", "int8_logits", "int8_head"), "logits (GEMM)"),
-    "compact": "row statistics, compaction", "pack": "row statistics, compaction",
-    "tail_profile": "tail profile", "weighted_sum": "tail profile", "rows_product": "dx = S'W + m'(qᵀW)",
+    **dict.fromkeys(("logits", "int8_logits", "half_logits", "int8_head"), "logits (GEMM)"),
+    **dict.fromkeys(("compact", "compact_half", "label_logits", "pack"), "row statistics, compaction"),
+    **dict.fromkeys(("tail_profile", "half_tail_profile", "weighted_sum"), "tail profile"),
+    "rows_product": "dx = S'W + m'(qᵀW)",
     "columns_product": "dW = S'ᵀx + q(m'ᵀx)",
 }  # fmt: skip
 

@@ -19,7 +19,7 @@ from .sparse import gradients as sparse_gradients
 from .sparse import softmax
 from .sparse.certificate import GradientReport
 from .sparse.softmax import Builder, SparseSoftmax
-from .sparse.weighted import Single, WeightedSparse, mostly_exact, single_rows, weigh
+from .sparse.weighted import Single, WeightedSparse, mostly_exact, mostly_sparse, single_rows, weigh
 
 # Called with the report when backward has filled it in.
 Publish = Callable[[GradientReport], None]
@@ -216,19 +216,24 @@ class SparseSummedLossFunction(torch.autograd.Function):
         with _no_autocast(problem):
             out = backend.empty_statistics(problem)
             builder = Builder(problem, backend, needs)
+            later: list[slice] = []  # whose weights are not wanted at once
             for chunk, entries in builder.scan(out):
-                at = chunk.tokens
-                here = out.at(at)
-                upstream = weights_of(here, at)
-                single = picked_weights(problem.part(at), picked_slopes(problem, here), upstream)
-                flat = mostly_exact(problem, entries, upstream, single)
-                if flat:
-                    if dense is None:
-                        dense = backend.empty_gradients(problem, needs)
-                    backend.add_dense(problem, chunk, here, upstream, dense)
+                at, flat = chunk.tokens, False
+                if mostly_sparse(problem, entries):
+                    later.append(at)
+                else:
+                    here = out.at(at)
+                    upstream = weights_of(here, at)
+                    single = picked_weights(problem.part(at), picked_slopes(problem, here), upstream)
+                    flat = mostly_exact(problem, entries, upstream, single)
+                    if flat:
+                        if dense is None:
+                            dense = backend.empty_gradients(problem, needs)
+                        backend.add_dense(problem, chunk, here, upstream, dense)
+                    weights.append((upstream, at))
                 builder.add(entries, done=flat)
-                weights.append((upstream, at))
                 del chunk  # its buffers go before the entries are joined
+            weights += [(weights_of(out.at(at), at), at) for at in _merged(later)]
             sparse, half = builder.finish(), builder.selection.threshold >= softmax.FINEST_HALF
             del builder, entries
             upstream = _joined(weights, out)
@@ -345,6 +350,17 @@ def _weights_of(loss: TokenLoss, sums: list[Tensor], problem: Problem) -> Callab
         return Upstream(**dict(zip(leaves, found, strict=True)))
 
     return upstream
+
+
+def _merged(parts: list[slice]) -> list[slice]:
+    """Ascending slices, those that follow one another as one."""
+    merged: list[slice] = []
+    for part in parts:
+        if merged and merged[-1].stop == part.start:
+            merged[-1] = slice(merged[-1].start, part.stop)
+        else:
+            merged.append(part)
+    return merged
 
 
 def _joined(parts: list[tuple[Upstream, slice]], out: Statistics) -> Upstream:

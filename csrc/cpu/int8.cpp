@@ -68,55 +68,107 @@ bool int8_is_fast() {
   return fast;
 }
 
-void int8_head(const Int8Head& head) {
-  fault_in(head.blocks, head.kept * head.padded() * INT8_VOCABULARY);
-  parallel(head.kept, [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; block++)
-      quantize_block(head, block, head.blocks + block * head.padded() * INT8_VOCABULARY,
-                     head.scales + block * INT8_VOCABULARY, head.sums + block * INT8_VOCABULARY);
+void int8_head(const Int8Head& head, const float* tokens, int64_t count, const float* bias, float* out) {
+  const int64_t W = INT8_VOCABULARY, blocks = tokens ? (head.vocabulary + W - 1) / W : head.kept;
+  fault_in(head.blocks, head.kept * head.padded() * W);
+  parallel(blocks, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; block++) {
+      if (block < head.kept)
+        quantize_block(head, block, head.blocks + block * head.padded() * W, head.scales + block * W,
+                       head.sums + block * W);
+      if (tokens)
+        kernels().few_products(tokens, count, head.weight, head.element, head.vocabulary, head.hidden, bias, out,
+                               block * W, std::min((block + 1) * W, head.vocabulary));
+    }
   });
 }
 
-void int8_logits(const void* hidden, Element element, const float* inverse, const Int8Head& head, const float* bias,
-                 float* out, int64_t N) {
+// begin(block, scales and sums of its rows), then finish(block, first token, so many, their products, their scales).
+template <class Block>
+static void products(const void* hidden, Element element, const float* inverse, const Int8Head& head, int64_t N,
+                     const Block& start) {
   const int64_t V = head.vocabulary, D = head.hidden, padded = head.padded(), W = INT8_VOCABULARY;
   const int64_t panels = (N + TOKENS - 1) / TOKENS, depth = depth_of(padded);
   const int64_t size = element == Element::Float32 ? 4 : 2;
   const bool fast = int8_is_fast();
   Aligned<uint8_t> tokens(N * padded);
-  Aligned<float> token_scales(N);
+  Aligned<float> token_scales(N), shifts(N);
   parallel(panels, [&](int64_t begin, int64_t end) {
     const int64_t first = begin * TOKENS, last = std::min(end * TOKENS, N);
-    kernels().quantize_tokens((const char*)hidden + first * D * size, element, inverse, last - first, D, padded,
-                              tokens.data + first * padded, token_scales.data + first);
+    kernels().quantize_tokens((const char*)hidden + first * D * size, element, inverse, head.mean, last - first, D,
+                              padded, tokens.data + first * padded, token_scales.data + first, shifts.data + first);
   });
   shared((V + W - 1) / W, 1, [&](auto& next) {
     Aligned<uint8_t> own(padded * W);
     Aligned<float> own_scales(W);
-    Aligned<int32_t> own_sums(W), tile(N * W);
+    Aligned<int32_t> own_sums(W), tile(TOKENS * W);
+    Block of_block = start;
     for (int64_t block, end; next(block, end);) {
       const bool kept = block < head.kept;
       const uint8_t* weight = kept ? head.blocks + block * padded * W : own.data;
       const float* scales = kept ? head.scales + block * W : own_scales.data;
       const int32_t* sums = kept ? head.sums + block * W : own_sums.data;
       if (!kept) quantize_block(head, block, own.data, own_scales.data, own_sums.data);
-      if (fast) {
-        for (int64_t k = 0; k < padded; k += depth)
-          for (int64_t t = 0; t < N; t += TOKENS)
-            at::native::cpublas::brgemm(std::min(TOKENS, N - t), W, std::min(depth, padded - k), padded, W, W, k > 0,
-                                        tokens.data + t * padded + k, (const signed char*)weight + k * W,
-                                        tile.data + t * W, true);
-      } else {
-        kernels().multiply_int8(tokens.data, weight, N, padded, tile.data);
+      of_block.begin(block, scales, sums);
+      for (int64_t first = 0; first < N; first += TOKENS) {
+        const int64_t count = std::min(TOKENS, N - first);
+        if (fast)
+          for (int64_t k = 0; k < padded; k += depth)
+            at::native::cpublas::brgemm(count, W, std::min(depth, padded - k), padded, W, W, k > 0,
+                                        tokens.data + first * padded + k, (const signed char*)weight + k * W, tile.data,
+                                        true);
+        else kernels().multiply_int8(tokens.data + first * padded, weight, count, padded, tile.data);
+        of_block.finish(block, first, count, tile.data, token_scales.data + first, shifts.data + first);
       }
-      const int64_t first = block * W, rows = std::min(W, V - first);
-      for (int64_t t = 0; t < N; t++)
-        kernels().scale_products(tile.data + t * W, sums, token_scales.data[t], scales, bias ? bias + first : nullptr,
-                                 rows, out + t * V + first);
     }
     if (fast) at::native::cpublas::brgemm_release(true);
     end_streams();
   });
+}
+
+void int8_logits(const void* hidden, Element element, const float* inverse, const Int8Head& head, const float* bias,
+                 float* out, int64_t N) {
+  struct Block {
+    float* out;
+    const float* bias;
+    int64_t vocabulary;
+    const float* scales = nullptr;
+    const int32_t* sums = nullptr;
+
+    void begin(int64_t, const float* of_rows, const int32_t* sums_of_rows) { scales = of_rows, sums = sums_of_rows; }
+    void finish(int64_t block, int64_t first, int64_t count, const int32_t* tile, const float* token_scales,
+                const float* shifts) {
+      const int64_t v = block * INT8_VOCABULARY;
+      for (int64_t t = 0; t < count; t++)
+        kernels().scale_products(tile + t * INT8_VOCABULARY, sums, token_scales[t], shifts[t], scales, bias ? bias + v : nullptr,
+                                 std::min(INT8_VOCABULARY, vocabulary - v), out + (first + t) * vocabulary + v);
+    }
+  };
+  products(hidden, element, inverse, head, N, Block{out, bias, head.vocabulary});
+}
+
+void half_logits(const void* hidden, Element element, const float* inverse, const Int8Head& head, const float* bias,
+                 float factor, const HalfChunk& out, int64_t N) {
+  struct Block {
+    const HalfChunk& out;
+    const float* bias;
+    float factor;
+    HalfBlock of = {};
+
+    void begin(int64_t block, const float* scales, const int32_t* sums) {
+      const int64_t first = block * INT8_VOCABULARY;
+      of.ids = std::min(INT8_VOCABULARY, out.vocabulary - first), of.has_bias = bias;
+      for (int64_t v = 0; v < of.ids; v++) {
+        of.scales[v] = scales[v], of.rest[v] = -128.0f * (float)sums[v] * scales[v];
+        if (bias) of.bias[v] = std::max(bias[first + v], -1e30f);
+      }
+    }
+    void finish(int64_t block, int64_t first, int64_t count, const int32_t* tile, const float* token_scales,
+                const float* shifts) {
+      kernels().half_products(tile, of, token_scales, shifts, count, factor, out, first, block);
+    }
+  };
+  products(hidden, element, inverse, head, N, Block{out, bias, factor});
 }
 
 }  // namespace fused_losses

@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <string>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -21,13 +22,13 @@
 
 // For what stands in an inner loop: a vector that passes through memory costs more than most of these.
 #define FL_INLINE inline __attribute__((always_inline))
-#define FL_TABLE(name) \
+#define FL_TABLE(name, ...) \
   {name, compact, tail_profile, exact_statistics, exact_directions, rows_product, columns_product, weighted_sum, \
-   few_products, quantize_tokens, quantize_weight, multiply_int8, scale_products}
+   few_products, add_to_few, quantize_tokens, quantize_weight, multiply_int8, scale_products, __VA_ARGS__}
 
 #if FL_X86
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 namespace fused_losses::avx512 {
 #define LANES 16
 #include "vector.inc"
@@ -37,13 +38,15 @@ namespace fused_losses::avx512 {
 #include "directions.inc"
 #include "exact.inc"
 #include "quantize.inc"
+#include "half.inc"
+#include "entries.inc"
 #undef LANES
-static const Kernels table = FL_TABLE("AVX-512");
+static const Kernels table = FL_TABLE("AVX-512", compact_half, half_tail_profile, half_products, scale_entries, halve_entries, label_logits);
 }  // namespace fused_losses::avx512
 #pragma GCC pop_options
 
 #pragma GCC push_options
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 namespace fused_losses::avx2 {
 #define LANES 8
 #include "vector.inc"
@@ -53,8 +56,10 @@ namespace fused_losses::avx2 {
 #include "directions.inc"
 #include "exact.inc"
 #include "quantize.inc"
+#include "half.inc"
+#include "entries.inc"
 #undef LANES
-static const Kernels table = FL_TABLE("AVX2");
+static const Kernels table = FL_TABLE("AVX2", compact_half, half_tail_profile, half_products, scale_entries, halve_entries, label_logits);
 }  // namespace fused_losses::avx2
 #pragma GCC pop_options
 #endif
@@ -69,7 +74,7 @@ namespace fused_losses::baseline {
 #include "exact.inc"
 #include "quantize.inc"
 #undef LANES
-static const Kernels table = FL_TABLE("128-bit SIMD");
+static const Kernels table = FL_TABLE("128-bit SIMD", nullptr, nullptr, nullptr, nullptr, nullptr, nullptr);
 }  // namespace fused_losses::baseline
 
 namespace fused_losses {
@@ -82,7 +87,9 @@ static const Kernels& choose() {
   if (name != "avx2" && name != "baseline" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     return avx512::table;
-  if (name != "baseline" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::table;
+  if (name != "baseline" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c"))
+    return avx2::table;
 #endif
   return baseline::table;
 }

@@ -109,6 +109,27 @@ struct Sparse {
 // Rows of the weight that are quantised together, for `int8_logits`.
 constexpr int64_t INT8_VOCABULARY = 128;
 
+// Logits of one chunk in float16, less `offset_of` the label's. For AVX-512 and AVX2.
+constexpr int64_t HALF_MAXIMA = 8;  // of a block of INT8_VOCABULARY ids: the largest of those with the same id modulo it
+constexpr float HALF_MOST = 60000;
+struct HalfChunk {
+  int64_t vocabulary;
+  uint16_t *z, *largest;      // [N, padded()], −∞ beyond the vocabulary; [N, maxima()]
+  const float* label_logits;  // [N]
+  const int64_t* labels;      // [N]
+
+  int64_t blocks() const { return (vocabulary + INT8_VOCABULARY - 1) / INT8_VOCABULARY; }
+  int64_t padded() const { return blocks() * INT8_VOCABULARY; }
+  int64_t maxima() const { return (blocks() + 1) / 2 * 2 * HALF_MAXIMA; }
+};
+// Near the logits that count. Where the label is ruled out its logit is not.
+inline float offset_of(float label_logit) { return label_logit > -1e4f && label_logit < 1e4f ? label_logit : 0; }
+struct HalfBlock {
+  alignas(64) float scales[INT8_VOCABULARY], rest[INT8_VOCABULARY], bias[INT8_VOCABULARY];
+  int64_t ids;
+  bool has_bias;
+};
+
 // So many tokens take `few_products`, in float32 twice as many. Measured (V = 49,152, D = 2048): 8 tokens in 18 ms in the
 // place of 36, in bfloat16 in 10 in the place of 19.
 constexpr int64_t FEW_TOKENS = 8;
@@ -140,14 +161,29 @@ struct Kernels {
   // FEW_TOKENS.
   void (*few_products)(const float* tokens, int64_t count, const void* matrix, Element, int64_t rows, int64_t hidden,
                        const float* bias, float* out, int64_t begin, int64_t end);
+  // See products.inc.
+  void (*add_to_few)(const void* rows, Element, int64_t count, int64_t hidden, const float* factors, float* sums);
   // See quantize.inc.
-  void (*quantize_tokens)(const void* hidden, Element, const float* channel, int64_t count, int64_t hidden_size,
-                          int64_t padded, uint8_t* out, float* scales);
+  void (*quantize_tokens)(const void* hidden, Element, const float* channel, const float* mean, int64_t count,
+                          int64_t hidden_size, int64_t padded, uint8_t* out, float* scales, float* lost);
   void (*quantize_weight)(const void* weight, Element, const float* channel, int64_t rows, int64_t hidden_size,
                           int64_t padded, uint8_t* out, float* scales, int32_t* sums);
   void (*multiply_int8)(const uint8_t* tokens, const uint8_t* weight, int64_t count, int64_t padded, int32_t* products);
-  void (*scale_products)(const int32_t* products, const int32_t* sums, float scale, const float* scales,
+  void (*scale_products)(const int32_t* products, const int32_t* sums, float scale, float shift, const float* scales,
                          const float* bias, int64_t count, float* out);
+  // See half.inc and quantize.inc; null where there is none.
+  void (*compact_half)(const HalfChunk&, const RowResults&, const RowEntries&, const RowDirections&, const Operands&,
+                       int64_t begin, int64_t end);
+  void (*half_tail_profile)(const HalfChunk&, const float* lse, const int64_t* rows, int64_t row_count, float* profile,
+                            int64_t begin, int64_t end);
+  void (*half_products)(const int32_t* products, const HalfBlock&, const float* token_scales, const float* shifts,
+                        int64_t tokens, float factor, const HalfChunk&, int64_t first_token, int64_t block);
+  // See entries.inc.
+  void (*scale_entries)(const int64_t* offsets, const void* values, bool half, float scale, const float* factor, float* out,
+                        int64_t begin, int64_t end);
+  void (*halve_entries)(const int64_t* offsets, const float* values, float half_scale, uint16_t* out, float* scales,
+                        float* l1, float* l2, int64_t begin, int64_t end);
+  void (*label_logits)(const Operands&, const int64_t* labels, float* out, int64_t begin, int64_t end);
 };
 
 const Kernels& kernels();
@@ -163,6 +199,7 @@ struct Int8Head {
   const void* weight;  // [V, D]
   Element element;
   const float* channel;
+  const float* mean;   // [D] nearly the mean of weight · channel, or null: what rounding a token loses of it is given back
   int64_t vocabulary, hidden, kept;
   uint8_t* blocks;     // [kept, padded / 4, INT8_VOCABULARY, 4]
   float* scales;       // [kept · INT8_VOCABULARY]
@@ -171,11 +208,17 @@ struct Int8Head {
   int64_t padded() const { return (hidden + 3) / 4 * 4; }
 };
 
-void int8_head(const Int8Head&);
+// With `tokens`, rows as those of `few_products`, also their products with all of the weight, from the rows that are in
+// cache then.
+void int8_head(const Int8Head&, const float* tokens = nullptr, int64_t count = 0, const float* bias = nullptr,
+               float* out = nullptr);
 // out[t, v] = hidden[t] · weight[v] + bias[v] in float32, from products of 8-bit numbers of hidden · inverse and weight ·
 // channel. `inverse` [D], or null: ones.
 void int8_logits(const void* hidden, Element, const float* inverse, const Int8Head&, const float* bias, float* out,
                  int64_t tokens);
+// The same times `factor`, less `offset_of` the label's, as z and `largest` of the chunk.
+void half_logits(const void* hidden, Element, const float* inverse, const Int8Head&, const float* bias, float factor,
+                 const HalfChunk& out, int64_t tokens);
 // Whether oneDNN has the micro-kernel for this processor.
 bool int8_is_fast();
 

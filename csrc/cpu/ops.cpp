@@ -6,6 +6,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 #include <vector>
 
@@ -74,22 +75,93 @@ bool logits_op(const Tensor& hidden, const Tensor& weight, const std::optional<T
                 hidden.size(0), weight.size(0), hidden.size(1));
 }
 
-Int8Head int8_head_of(const Tensor& weight, const std::optional<Tensor>& channel, const Tensor& blocks,
-                      const Tensor& scales, const Tensor& sums) {
-  return {weight.data_ptr(), element(weight), data<float>(channel), weight.size(0), weight.size(1), blocks.size(0),
+Int8Head int8_head_of(const Tensor& weight, const std::optional<Tensor>& channel, const std::optional<Tensor>& mean,
+                      const Tensor& blocks, const Tensor& scales, const Tensor& sums) {
+  return {weight.data_ptr(), element(weight), data<float>(channel), data<float>(mean), weight.size(0), weight.size(1), blocks.size(0),
           data<uint8_t>(blocks), data<float>(scales), data<int32_t>(sums)};
 }
 
 void int8_head_op(const Tensor& weight, const std::optional<Tensor>& channel, Tensor blocks, Tensor scales,
-                  Tensor sums) {
-  int8_head(int8_head_of(weight, channel, blocks, scales, sums));
+                  Tensor sums, const std::optional<Tensor>& hidden, const std::optional<Tensor>& bias,
+                  std::optional<Tensor> out) {
+  const Int8Head head = int8_head_of(weight, channel, std::nullopt, blocks, scales, sums);
+  if (!hidden) return int8_head(head);
+  const int64_t count = hidden->size(0), size = count * head.hidden;
+  const int64_t padded = (count + FEW_TOKENS - 1) / FEW_TOKENS * FEW_TOKENS * head.hidden;
+  const Aligned<float> tokens(padded);
+  std::copy(data<float>(*hidden), data<float>(*hidden) + size, tokens.data);
+  std::fill(tokens.data + size, tokens.data + padded, 0.0f);
+  int8_head(head, tokens.data, count, data<float>(bias), data<float>(out));
 }
 
 void int8_logits_op(const Tensor& hidden, const std::optional<Tensor>& inverse, const Tensor& weight,
-                    const std::optional<Tensor>& channel, const Tensor& blocks, const Tensor& scales,
-                    const Tensor& sums, const std::optional<Tensor>& bias, Tensor out) {
+                    const std::optional<Tensor>& channel, const std::optional<Tensor>& mean,
+                    const Tensor& blocks, const Tensor& scales, const Tensor& sums, const std::optional<Tensor>& bias, Tensor out) {
   int8_logits(hidden.data_ptr(), element(hidden), data<float>(inverse),
-              int8_head_of(weight, channel, blocks, scales, sums), data<float>(bias), data<float>(out), hidden.size(0));
+              int8_head_of(weight, channel, mean, blocks, scales, sums), data<float>(bias), data<float>(out), hidden.size(0));
+}
+
+HalfChunk half_chunk_of(const Tensor& weight_or_profile, const Tensor& z, const Tensor& largest,
+                        const Tensor& label_logits, const Tensor* labels) {
+  return {weight_or_profile.size(0), data<uint16_t>(z), data<uint16_t>(largest), data<float>(label_logits),
+          labels ? data<int64_t>(*labels) : nullptr};
+}
+
+Operands operands_of(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias, double scale) {
+  return {data<float>(hidden), nullptr, weight.data_ptr(), element(weight), weight.size(1), nullptr, nullptr, nullptr, 0,
+          data<float>(bias), (float)scale, 0};
+}
+
+void label_logits_op(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias, double scale,
+                     const Tensor& labels, Tensor out) {
+  const Operands operands = operands_of(hidden, weight, bias, scale);
+  parallel(hidden.size(0), [&](int64_t begin, int64_t end) {
+    kernels().label_logits(operands, data<int64_t>(labels), data<float>(out), begin, end);
+  });
+}
+
+void half_logits_op(const Tensor& hidden, const std::optional<Tensor>& inverse, const Tensor& weight,
+                    const std::optional<Tensor>& channel, const std::optional<Tensor>& mean,
+                    const Tensor& blocks, const Tensor& scales, const Tensor& sums, const std::optional<Tensor>& bias, double scale, const Tensor& label_logits,
+                    Tensor out, Tensor largest) {
+  half_logits(hidden.data_ptr(), element(hidden), data<float>(inverse),
+              int8_head_of(weight, channel, mean, blocks, scales, sums), data<float>(bias), (float)scale,
+              half_chunk_of(weight, out, largest, label_logits, nullptr), hidden.size(0));
+}
+
+void compact_half_op(Tensor z, Tensor largest, const Tensor& label_logits, const Tensor& labels, double threshold,
+                     Tensor nll, Tensor prediction, Tensor lse, std::optional<Tensor> entropy, Tensor tail,
+                     Tensor nll_l1, Tensor counts, Tensor columns, Tensor values, const std::optional<Tensor>& directions, std::optional<Tensor> low,
+                     std::optional<Tensor> square, const Tensor& hidden, const Tensor& weight,
+                     const std::optional<Tensor>& bias, double scale) {
+  const HalfChunk chunk = half_chunk_of(weight, z, largest, label_logits, &labels);
+  const Operands operands = operands_of(hidden, weight, bias, scale);
+  const RowResults results = {
+      data<float>(nll), nullptr, data<float>(entropy), nullptr, nullptr, data<int64_t>(prediction), nullptr, nullptr,
+      data<float>(lse), data<float>(tail), data<float>(nll_l1), nullptr, nullptr, nullptr, data<int64_t>(counts)};
+  const RowEntries entries = {columns.size(1), (float)threshold, data<int32_t>(columns), data<float>(values), nullptr};
+  const RowDirections of_rest = {directions ? directions->size(1) : 0, data<float>(directions), data<float>(low), nullptr,
+                                 data<float>(square), nullptr};
+  shared(nll.size(0), 8, [&](auto& next) {
+    for (int64_t begin, end; next(begin, end);)
+      kernels().compact_half(chunk, results, entries, of_rest, operands, begin, end);
+  });
+}
+
+void half_tail_profile_op(const Tensor& z, const Tensor& label_logits, const Tensor& lse, const Tensor& counts,
+                          const Tensor& which, int64_t first, Tensor profile) {
+  const HalfChunk chunk = half_chunk_of(profile, z, z, label_logits, nullptr);
+  std::vector<int64_t> rows;
+  for (int64_t i = 0; i < which.size(0); i++) {
+    const int64_t t = data<int64_t>(which)[i] - first;
+    if (data<int64_t>(counts)[t] >= 0 && std::isfinite(data<float>(lse)[t])) rows.push_back(t);
+  }
+  const int64_t V = chunk.vocabulary, width = 4096;
+  parallel((V + width - 1) / width, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; block++)
+      kernels().half_tail_profile(chunk, data<float>(lse), rows.data(), (int64_t)rows.size(), data<float>(profile),
+                                  block * width, std::min(V, (block + 1) * width));
+  });
 }
 
 Chunk chunk_of(const Tensor& z, const std::optional<Tensor>& r, bool difference, const Tensor& labels, double softcap) {
@@ -128,16 +200,44 @@ void compact_op(const Tensor& z, const std::optional<Tensor>& r, bool difference
   });
 }
 
+// Where each row begins, of rows with so many entries; of one with a negative count there are none.
+std::vector<int64_t> offsets_of(const Tensor& counts) {
+  const int64_t n = counts.size(0);
+  std::vector<int64_t> offsets(n + 1, 0);
+  for (int64_t t = 0; t < n; t++) offsets[t + 1] = offsets[t] + std::max<int64_t>(data<int64_t>(counts)[t], 0);
+  return offsets;
+}
+
+void scale_entries_op(const Tensor& counts, const Tensor& values, double scale, const Tensor& factor, Tensor out) {
+  const std::vector<int64_t> offsets = offsets_of(counts);
+  const bool half = values.scalar_type() == torch::headeronly::ScalarType::Half;
+  shared(counts.size(0), 64, [&](auto& next) {
+    for (int64_t begin, end; next(begin, end);)
+      kernels().scale_entries(offsets.data(), values.data_ptr(), half, (float)scale, data<float>(factor),
+                              data<float>(out), begin, end);
+  });
+}
+
+void halve_entries_op(const Tensor& counts, const Tensor& values, double half_scale, Tensor out, Tensor scales,
+                      Tensor l1, Tensor l2) {
+  const std::vector<int64_t> offsets = offsets_of(counts);
+  shared(counts.size(0), 64, [&](auto& next) {
+    for (int64_t begin, end; next(begin, end);)
+      kernels().halve_entries(offsets.data(), data<float>(values), (float)half_scale, data<uint16_t>(out),
+                              data<float>(scales), data<float>(l1), data<float>(l2), begin, end);
+  });
+}
+
 // The stored entries of [rows, capacity] one after the other.
 void pack_op(const Tensor& counts, const Tensor& from, Tensor to) {
   const int64_t n = counts.size(0), capacity = from.size(1);
-  const int64_t* count = data<int64_t>(counts);
-  std::vector<int64_t> offsets(n + 1, 0);
-  for (int64_t t = 0; t < n; t++) offsets[t + 1] = offsets[t] + std::max<int64_t>(count[t], 0);
+  const std::vector<int64_t> offsets = offsets_of(counts);
   const int32_t* source = data<int32_t>(from);
   int32_t* target = data<int32_t>(to);
-  for (int64_t t = 0; t < n; t++)
-    std::copy(source + t * capacity, source + t * capacity + offsets[t + 1] - offsets[t], target + offsets[t]);
+  parallel(n, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; t++)
+      std::copy(source + t * capacity, source + t * capacity + offsets[t + 1] - offsets[t], target + offsets[t]);
+  });
 }
 
 void tail_profile_op(const Tensor& z, const std::optional<Tensor>& r, bool difference, const Tensor& labels,
@@ -242,9 +342,37 @@ void weighted_sum_op(const Tensor& matrix, const Tensor& scale, Tensor out) {
   }
 }
 
-int64_t interface_op() { return 4; }  // INTERFACE of fused_losses/kernels/schemas.py
+// out = block · matrixᵀ · diag(factor) · matrix for the 8 rows of `block`: each piece of the matrix is read once. By fixed
+// pieces, as weighted_sum.
+void gram_product_op(const Tensor& matrix, const Tensor& factor, const Tensor& block, Tensor out) {
+  constexpr int64_t ROWS = 16;
+  const int64_t N = matrix.size(0), D = matrix.size(1), parts = std::min<int64_t>((N + ROWS - 1) / ROWS, 16);
+  const int64_t size = matrix.element_size();
+  std::vector<float> partial(parts * FEW_TOKENS * D, 0.0f);
+  parallel(parts, [&](int64_t first_part, int64_t last_part) {
+    for (int64_t part = first_part; part < last_part; part++)
+      for (int64_t begin = N * part / parts, end = N * (part + 1) / parts; begin < end; begin += ROWS) {
+        const int64_t count = std::min(ROWS, end - begin);
+        const char* rows = (const char*)matrix.data_ptr() + begin * D * size;
+        float products[FEW_TOKENS * ROWS];
+        kernels().few_products(data<float>(block), FEW_TOKENS, rows, element(matrix), count, D, nullptr, products, 0,
+                               count);
+        for (int64_t i = 0; i < FEW_TOKENS; i++)
+          for (int64_t k = 0; k < count; k++) products[i * count + k] *= data<float>(factor)[begin + k];
+        kernels().add_to_few(rows, element(matrix), count, D, products, partial.data() + part * FEW_TOKENS * D);
+      }
+  });
+  float* sum = data<float>(out);
+  std::fill(sum, sum + FEW_TOKENS * D, 0.0f);
+  for (int64_t part = 0; part < parts; part++)
+    for (int64_t d = 0; d < FEW_TOKENS * D; d++) sum[d] += partial[part * FEW_TOKENS * D + d];
+}
+
+int64_t interface_op() { return 5; }  // INTERFACE of fused_losses/kernels/schemas.py
 
 std::string simd_op() { return kernels().name; }
+
+bool has_half_logits_op() { return kernels().compact_half; }
 
 bool int8_is_fast_op() { return int8_is_fast(); }
 
@@ -254,17 +382,25 @@ STABLE_TORCH_LIBRARY_IMPL(fused_losses, CPU, m) {
   m.impl("logits", TORCH_BOX(&logits_op));
   m.impl("int8_logits", TORCH_BOX(&int8_logits_op));
   m.impl("int8_head", TORCH_BOX(&int8_head_op));
+  m.impl("label_logits", TORCH_BOX(&label_logits_op));
+  m.impl("half_logits", TORCH_BOX(&half_logits_op));
+  m.impl("compact_half", TORCH_BOX(&compact_half_op));
+  m.impl("half_tail_profile", TORCH_BOX(&half_tail_profile_op));
   m.impl("compact", TORCH_BOX(&compact_op));
+  m.impl("scale_entries", TORCH_BOX(&scale_entries_op));
+  m.impl("halve_entries", TORCH_BOX(&halve_entries_op));
   m.impl("pack", TORCH_BOX(&pack_op));
   m.impl("tail_profile", TORCH_BOX(&tail_profile_op));
   m.impl("exact_statistics", TORCH_BOX(&exact_statistics_op));
   m.impl("exact_directions", TORCH_BOX(&exact_directions_op));
   m.impl("rows_product", TORCH_BOX(&rows_product_op));
   m.impl("columns_product", TORCH_BOX(&columns_product_op));
+  m.impl("gram_product", TORCH_BOX(&gram_product_op));
   m.impl("weighted_sum", TORCH_BOX(&weighted_sum_op));
 }
 STABLE_TORCH_LIBRARY_IMPL(fused_losses, CompositeExplicitAutograd, m) {
   m.impl("simd", TORCH_BOX(&simd_op));
+  m.impl("has_half_logits", TORCH_BOX(&has_half_logits_op));
   m.impl("int8_is_fast", TORCH_BOX(&int8_is_fast_op));
   m.impl("interface", TORCH_BOX(&interface_op));
 }

@@ -90,6 +90,10 @@ class Chunk:
     common: Tensor | None = None  # [D] fp32, see `common_row`
     stage: Stage = Stage.PRODUCTS
     refill: Callable[[Chunk], None] | None = None  # by full products, where these are not: to PRODUCTS once more
+    # The same tokens with full products, where z is none of float32.
+    pieces: Callable[[], Iterator[Chunk]] | None = None
+    # The statistics of exact mode and its [7, C], where they have been made of these logits.
+    exact: tuple[Statistics, Tensor] | None = None
 
     def enter(self, stage: Stage, *allowed: Stage) -> None:
         """To `stage`, from one of `allowed`."""
@@ -154,7 +158,7 @@ class Chunk:
 
 def logit_chunks(
     problem: Problem, product: Product | None = None, *, narrow: bool, extra: int = 0, budget: int | None = None,
-    separate: bool = True,
+    separate: bool = True, tokens: slice | None = None,
 ) -> Iterator[Chunk]:  # fmt: skip
     """Chunks of tokens with z = x Wᵀ + u Bᵀ + b in their buffers, and r that of the reference; neither scaled nor
     capped.
@@ -165,8 +169,10 @@ def logit_chunks(
     the plain matrix products with W; that with B is fp32, on CUDA of operands of their dtype. `narrow`: a buffer for
     rounded operands of further products is wanted, and if `separate` one for each direction. `extra`: bytes per token
     that the caller adds to the chunk. `budget`: bytes of a chunk, where not CHUNK_BYTES.
+    `tokens`: of which they are; None: of all.
     """
-    count, columns = len(problem.labels), len(problem.head.weight)
+    span = tokens or slice(0, len(problem.labels))
+    count, columns = span.stop - span.start, len(problem.head.weight)
     if count == 0:
         return
     dtype, acc, device = problem.dtype, problem.accumulator, problem.hidden.device
@@ -182,7 +188,7 @@ def logit_chunks(
     others = separate * (problem.entropy_gradient + (problem.beta is not None))
     numbers = acc.itemsize * (1 + problem.has_reference + others) + 2 * (dtype != acc and narrow)
     per_token = problem.head.most_rows * numbers + extra
-    size = _balanced(count, max(1, (budget or CHUNK_BYTES) // per_token))
+    size = balanced(count, max(1, (budget or CHUNK_BYTES) // per_token))
     z_buffer = torch.empty(size, columns, dtype=acc, device=device)
     r_buffer = torch.empty_like(z_buffer) if problem.has_reference else None
     entropy_buffer = torch.empty_like(z_buffer) if separate and problem.entropy_gradient else None
@@ -191,7 +197,7 @@ def logit_chunks(
     rounds = narrow and dtype != acc and (half is not None or multiplies_wide(z_buffer))
     common = common_row(model.weight) if rounds else None
 
-    for tokens in slices(count, size):
+    for tokens in slices(span.stop, size, span.start):
         here = tokens.stop - tokens.start
         z, r, entropy, divergence = (
             None if buffer is None else buffer[:here]
@@ -408,13 +414,13 @@ def empty_statistics(problem: Problem) -> Statistics:
     )
 
 
-def _balanced(count: int, most: int) -> int:
+def balanced(count: int, most: int) -> int:
     """A chunk size ≤ `most` (rounded up to 16) that splits `count` evenly."""
     chunks = -(-count // most)
     size = -(-count // chunks)
     return min(count, -(-size // 16) * 16)
 
 
-def slices(count: int, size: int) -> Iterator[slice]:
-    for start in range(0, count, size):
-        yield slice(start, min(start + size, count))
+def slices(stop: int, size: int, start: int = 0) -> Iterator[slice]:
+    for begin in range(start, stop, size):
+        yield slice(begin, min(begin + size, stop))

@@ -5,7 +5,8 @@ statistics and compaction in three passes over a row in cache, and the two spars
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from ..kernels import schemas
 from ..problem import Entries, Gradients, Needs, Problem, Rows, Segments, Selection, Statistics, Tails, Upstream
-from . import chunks, int8, row_passes, single
+from ..sparse.certificate import L1_SHARE
+from . import chunks, half, int8, row_passes, single
 from . import torch as chunked
 from .chunks import Chunk, Product, Stage, empty_gradients, empty_rows, empty_statistics
 from .torch import HAS_DIRECTIONS, SAMPLED_TOKENS, UpstreamOf
@@ -26,8 +28,11 @@ __all__ = [
 HALF_OR_SINGLE = (torch.float32, torch.bfloat16)
 
 
-def statistics(problem: Problem, keep_rows: bool = False) -> tuple[Statistics, Rows]:
-    """1 GEMM, 2 with a reference; with `keep_rows` one more for each of ∂nll/∂x, ∂kl/∂x, ..."""
+def statistics(
+    problem: Problem, keep_rows: bool = False, multiply: Product | None = None
+) -> tuple[Statistics, Rows]:  # fmt: skip
+    """1 GEMM, 2 with a reference; with `keep_rows` one more for each of ∂nll/∂x, ∂kl/∂x, ... `multiply`: in place of
+    `product`."""
     if problem.accumulator != torch.float32:
         return chunked.statistics(problem, keep_rows)
     out = empty_statistics(problem)
@@ -38,7 +43,7 @@ def statistics(problem: Problem, keep_rows: bool = False) -> tuple[Statistics, R
         return out, Rows()
     rows = empty_rows(problem, len(problem.labels)) if keep_rows else Rows()
     several = sum(kept is not None for kept in rows.tensors()) > 1
-    for chunk in _exact_chunks(problem, narrow=keep_rows, extra=4 * problem.head.vocabulary * several):
+    for chunk in _exact_chunks(problem, keep_rows, 4 * problem.head.vocabulary * several, multiply):
         here = out.at(chunk.tokens)
         known = _exact_statistics(problem, chunk, here)
         if keep_rows:
@@ -59,8 +64,11 @@ def gradients(problem: Problem, upstream: UpstreamOf, needs: Needs) -> tuple[Sta
     return out, total
 
 
-def _exact_chunks(problem: Problem, narrow: bool, extra: int = 0) -> Iterator[Chunk]:
-    return chunks.logit_chunks(problem, product(problem), narrow=narrow, extra=extra, separate=False)
+def _exact_chunks(
+    problem: Problem, narrow: bool, extra: int = 0, multiply: Product | None = None
+) -> Iterator[Chunk]:  # fmt: skip
+    multiply = multiply or product(problem)
+    return chunks.logit_chunks(problem, multiply, narrow=narrow, extra=extra, separate=False)
 
 
 def _exact_statistics(problem: Problem, chunk: Chunk, out: Statistics) -> Tensor:
@@ -146,13 +154,19 @@ def scan(problem: Problem, out: Statistics, selection: Selection) -> Iterator[tu
     values = 1 + problem.has_reference
     capacity = selection.capacity
     buffers: tuple[Tensor, ...] = ()
-    sweep = None
+    sweep, rest = None, slice(0, len(problem.labels))
     if problem.int8 is not None:
         whole = product(problem) or chunks.project
-        sweep = int8.Sweep(problem, whole, lambda some: statistics(some)[0], gradients=capacity > 1)
+        sweep = int8.Sweep(problem, whole, _statistics, gradients=capacity > 1)
+        if sweep.halves:
+            for chunk, entries in half.scan(problem, out, selection, sweep):
+                rest = slice(chunk.tokens.stop, rest.stop)
+                yield chunk, entries
+                del chunk, entries  # their memory is another chunk's
     multiply = product(problem) if sweep is None else sweep.product
-    budget = None if sweep is None else sweep.chunk_bytes
-    for chunk in chunks.logit_chunks(problem, multiply, narrow=True, extra=capacity * 4 * (1 + values), budget=budget):
+    was_flat = sweep is not None and sweep.product.flat
+    budget, extra = None if sweep is None else sweep.chunk_bytes, capacity * 4 * (1 + values)
+    for chunk in chunks.logit_chunks(problem, multiply, narrow=True, extra=extra, budget=budget, tokens=rest):
         size = len(chunk.z)
         if not buffers:
             buffers = (
@@ -160,10 +174,16 @@ def scan(problem: Problem, out: Statistics, selection: Selection) -> Iterator[tu
                 *(torch.empty(size, capacity, dtype=torch.float32) for _ in range(values)),
             )
         here = [b[:size] for b in buffers]
-        yield chunk, _compact(problem, out.at(chunk.tokens), chunk, selection, here, sweep)
+        entries = _of_flat(problem, out.at(chunk.tokens), chunk, selection) if was_flat else None
+        yield chunk, entries or _compact(problem, out.at(chunk.tokens), chunk, selection, here, sweep)
+        # Where an exact gradient took this chunk's full products, that of the next is likely to take its own.
+        was_flat = chunk.stage is not Stage.LOGITS
         if sweep is not None:
-            # Where an exact gradient took this chunk's full products, that of the next is likely to take its own.
-            sweep.product.flat = chunk.stage is not Stage.LOGITS
+            sweep.product.flat = was_flat
+
+
+def _statistics(problem: Problem, multiply: Product) -> Statistics:
+    return statistics(problem, multiply=multiply)[0]
 
 
 def _nothing_kept(problem: Problem) -> Selection:
@@ -172,12 +192,32 @@ def _nothing_kept(problem: Problem) -> Selection:
     return Selection(int8.THRESHOLD / int8.REFINED, 1, torch.empty(0, dtype=torch.int64), profile, False)
 
 
+def _of_flat(problem: Problem, out: Statistics, chunk: Chunk, selection: Selection) -> Entries | None:
+    """No entries and the statistics of exact mode, of a chunk most of whose tokens are to be exact for sure; else None.
+
+    Their largest p is so small that what the capacity lets a token keep leaves out more than the bound allows.
+    """
+    allowed = L1_SHARE * (problem.tolerance or 1)
+    if problem.has_reference or chunk.refill is not None or 2 * allowed >= 1:
+        return None
+    chunk.exact = out, _exact_statistics(problem, chunk, out)
+    log_largest_p = -chunk.exact[1][schemas.ExactRow.LOG_SUM]
+    if not float(log_largest_p.median()) < math.log((1 - 2 * allowed) / selection.capacity):
+        return None
+    counts, zeros = torch.full_like(out.prediction, -1), torch.zeros_like(out.nll)
+    tails = Tails(zeros, zeros)
+    if selection.directions is not None:
+        tails.nll_low, tails.nll_square = zeros.new_zeros(len(zeros), selection.directions.shape[1]), zeros
+    return Entries(counts, counts.new_empty(0, dtype=torch.int32), zeros[:0], None, tails)
+
+
 def _compact(
     problem: Problem, out: Statistics, chunk: Chunk, selection: Selection, buffers: list[Tensor],
     sweep: int8.Sweep | None,
 ) -> Entries:  # fmt: skip
     """The statistics and the entries of a chunk of products, of which logits are made."""
-    finish(problem, chunk)
+    if chunk.stage is Stage.PRODUCTS:
+        finish(problem, chunk)
     labels, softcap = problem.labels[chunk.tokens].contiguous(), problem.head.softcap or 0.0
     logits = (chunk.z, chunk.r, chunks.keeps_difference(problem, chunk), labels, softcap)
     columns, nll_values, *kl_values = buffers
@@ -210,16 +250,7 @@ def _compact(
     if with_kl:
         tails.kl_left, tails.kl_left_l1 = rows[schemas.KL_TAIL], rows[schemas.KL_TAIL_L1]
         tails.kl_l1 = rows[schemas.KL_L1]
-    return packed(counts, buffers, tails)
-
-
-def packed(counts: Tensor, buffers: Sequence[Tensor], tails: Tails) -> Entries:
-    """The entries of tokens that have so many in buffers [C, capacity]: columns, values and, with a KL, its values."""
-    total = int(counts.clamp(min=0).sum())
-    columns, values, *kl_values = (torch.empty(total, dtype=source.dtype) for source in buffers)
-    for source, target in zip(buffers, (columns, values, *kl_values), strict=True):
-        torch.ops.fused_losses.pack(counts, source, target)
-    return Entries(counts, columns, values, kl_values[0] if kl_values else None, tails)
+    return int8.packed(counts, buffers, tails)
 
 
 def finish(problem: Problem, chunk: Chunk) -> None:
@@ -232,18 +263,29 @@ def finish(problem: Problem, chunk: Chunk) -> None:
         chunks.finish(problem, chunk.z[rows], None if chunk.r is None else chunk.r[rows], chunk.difference)
 
 
-def _fill_whole(problem: Problem, chunk: Chunk) -> None:
-    """Exact gradients take exact logits, whatever the scan took."""
-    if chunk.refill is not None:
-        chunk.refill(chunk)
+def _whole(problem: Problem, chunk: Chunk) -> Iterator[tuple[Chunk, slice]]:
+    """A chunk with exact logits, whatever the scan took, in one or several; and which of its tokens they have."""
+    if chunk.pieces is None:
+        if chunk.refill is not None:
+            chunk.refill(chunk)
+        yield chunk, slice(0, len(chunk.z))
+        return
+    chunk.enter(Stage.SPENT, Stage.LOGITS)
+    for piece in chunk.pieces():
+        yield piece, slice(piece.tokens.start - chunk.tokens.start, piece.tokens.stop - chunk.tokens.start)
 
 
 def dense_rows(problem: Problem, chunk: Chunk) -> Rows:
     if problem.accumulator != torch.float32:
         return chunked.dense_rows(problem, chunk)
-    _fill_whole(problem, chunk)
-    rows, again = empty_rows(problem, len(chunk.z)), empty_statistics(problem.part(chunk.tokens).for_gradients())
-    _keep_rows(problem, chunk, again, _exact_statistics(problem, chunk, again), rows, slice(None))
+    rows = empty_rows(problem, len(chunk.z))
+    if chunk.exact is not None:
+        _keep_rows(problem, chunk, *chunk.exact, rows, slice(None))
+        return rows
+    again = empty_statistics(problem.part(chunk.tokens).for_gradients())
+    for piece, at in _whole(problem, chunk):
+        here = again.at(at)
+        _keep_rows(problem, piece, here, _exact_statistics(problem, piece, here), rows, at)
     return rows
 
 
@@ -251,9 +293,13 @@ def add_dense(problem: Problem, chunk: Chunk, out: Statistics, upstream: Upstrea
     if problem.accumulator != torch.float32:
         chunked.add_dense(problem, chunk, out, upstream, total)
         return
-    _fill_whole(problem, chunk)
+    if chunk.exact is not None:
+        _add(problem, chunk, *chunk.exact, upstream, total)
+        return
     again = empty_statistics(problem.part(chunk.tokens).for_gradients())  # only `known` is not there
-    _add(problem, chunk, again, _exact_statistics(problem, chunk, again), upstream, total)
+    for piece, at in _whole(problem, chunk):
+        here = again.at(at)
+        _add(problem, piece, here, _exact_statistics(problem, piece, here), upstream.at(at), total)
 
 
 def rows_product(segments: Segments, matrix: Tensor, scale: Tensor, vector: Tensor, dtype: torch.dtype) -> Tensor:

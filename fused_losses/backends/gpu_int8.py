@@ -64,7 +64,7 @@ def begin(problem: Problem, directed: bool, values: Callable[[Problem, Eight | N
     if eight.weight.dtype == torch.int8:  # numbers of fp8 have an exponent each
         head, inverse = problem.head, None if channel is None else channel.reciprocal()
         hidden = problem.hidden[:, : head.weight.shape[1]]
-        wide = len(too_wide(hidden, inverse, squares_of(head.weight, channel), head.logit_scale))
+        wide = len(too_wide(hidden, inverse, squares_of(head.weight, channel)[0], head.logit_scale))
         if wide:
             record.note = f"8 bits are too few for {wide} of {count} hidden states"
             return None

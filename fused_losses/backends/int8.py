@@ -11,8 +11,10 @@ Source: scales per row and per token, and c = √(max|x| / max|W|) per channel, 
 
 from __future__ import annotations
 
+import bisect
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,18 +22,18 @@ import torch
 from torch import Tensor
 
 from ..kernels import schemas
-from ..problem import Problem, Statistics
-from . import chunks
+from ..problem import Entries, Problem, Statistics, Tails
+from . import chunks, half
 from .chunks import Chunk, Product
 
-# Nats, of the sampled tokens' nll on average. Measured on real text: 0.0003 to 0.0027, and 0.013 to 0.025 with ordinary
+# Nats, of the sampled tokens' nll on average. Measured on real text: 0.0004 to 0.0024, and 0.013 to 0.025 with ordinary
 # bfloat16 logits.
 MOST_ERROR = 0.01
 # Part of the mean KL, which is small and has to be right beside the nll.
 MOST_KL_ERROR = 0.02
 THRESHOLD = 1e-4  # of p, from which on logits are exact in a pass without gradients; times √(1 − p[label])
 # Times the threshold of an entry, from which on logits are exact in csrc/cpu/refine.inc. GPUs have all entries' exact.
-REFINED = 2
+REFINED = 4
 # Standard deviation of the error of a token's logits up to which 8 bits will do. On real text 0.13, and 0.23 at most.
 MOST_SPREAD = 0.4
 MEASURED = 16  # tokens, fewer in calls of less than 64 times as many
@@ -39,7 +41,8 @@ MEASURED = 16  # tokens, fewer in calls of less than 64 times as many
 # full products; the first may be full at once then.
 FLAT = 0.85
 FLAT_NOTE = "distributions are flat, and their gradients exact"
-SAMPLED_ROWS = 64, 512  # of x and W: what the channels' factors are chosen by
+AT_A_TIME = 1 << 18  # numbers of the hidden states
+SAMPLED_ROWS = 64, 256  # of x and W: what the channels' factors are chosen by
 NO_OPERANDS = (*[None] * 7, 1.0)
 BLOCK = 128  # rows of the head that are quantised together: INT8_VOCABULARY of csrc/cpu/kernels.h
 # Of the head in 8 bits, for the chunks that follow; all of it where chunks can be so much smaller. Measured (D = 2048,
@@ -47,6 +50,7 @@ BLOCK = 128  # rows of the head that are quantised together: INT8_VOCABULARY of 
 # given again in each call: 0.97 of the time that chunks of 64 MiB take.
 KEPT_BYTES = 64 << 20
 CHUNKS = 24 << 20, 30 << 20  # bytes of a chunk while all of the head is kept
+HALF_CHUNK = 31 << 20, 37 << 20  # with logits in float16: of these, and with their entries
 LARGEST_WIDTH = 1 << 15  # 255 · 127 · D must stay below 2^31
 GAIN = 0.9  # channels are shared where that makes the error of logits less than so much of it
 
@@ -87,6 +91,7 @@ class Int8Product:
         self.kept_bytes = kept_bytes
         self.head: tuple[Tensor, ...] | None = None
         self.squares: tuple[float, float] | None = None
+        self.mean: Tensor | None = None  # [D] of the head's rows, times the channel
         self.too_wide = 0  # hidden states, which got full products
         self.none_wide = False  # known of all that will come
 
@@ -102,7 +107,7 @@ class Int8Product:
         if self.full:
             self.whole(out, hidden, weight, bias)
             return
-        self.squares = self.squares or squares_of(weight, self.channel)
+        self.sample(weight)
         none = torch.empty(0, dtype=torch.int64)
         wide = none if self.none_wide else too_wide(hidden, self.inverse, self.squares, self.logit_scale)
         self.too_wide += len(wide)
@@ -111,10 +116,27 @@ class Int8Product:
         exact = None if not len(wide) else self._exactly(hidden[wide], weight, bias, out.dtype)
         bias = None if bias is None else bias.float().contiguous()
         torch.ops.fused_losses.int8_logits(
-            hidden.contiguous(), self.inverse, weight, self.channel, *self.head, bias, out
+            hidden.contiguous(), self.inverse, weight, self.channel, self.mean, *self.head, bias, out
         )  # fmt: skip
         if exact is not None:
             out[wide] = exact
+
+    def sample(self, weight: Tensor, dtype: torch.dtype | None = None) -> None:
+        """What products need to know of the head, in `dtype` where it is not in that of its weight."""
+        if self.squares is None:
+            rows = _spread(weight, SAMPLED_ROWS[1])
+            self.squares, self.mean = squares_of(rows if dtype is None else rows.to(dtype), self.channel)
+
+    def half(
+        self, out: Tensor, largest: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float,
+        label_logits: Tensor,
+    ) -> None:  # fmt: skip
+        """Logits in float16, less the labels'; see `half`."""
+        if self.head is None:
+            self.head = self._head(weight)
+        torch.ops.fused_losses.half_logits(
+            hidden, self.inverse, weight, self.channel, self.mean, *self.head, bias, scale, label_logits, out, largest
+        )
 
     def _exactly(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Full products of some tokens."""
@@ -131,48 +153,73 @@ class Int8Product:
                 rest = rest - part.to(rest.dtype)
         return out
 
-    def _head(self, weight: Tensor) -> tuple[Tensor, ...]:
+    def _head(self, weight: Tensor, few: tuple[Tensor | None, ...] | None = None) -> tuple[Tensor, ...]:
         quads, blocks_of_all = _shape_of(weight)
         count = min(blocks_of_all, self.kept_bytes // (4 * quads * BLOCK))
         blocks = torch.empty(count, quads, BLOCK, 4, dtype=torch.uint8)
-        scales, sums = torch.empty(count * BLOCK), torch.empty(count * BLOCK, dtype=torch.int32)
-        if count:
-            torch.ops.fused_losses.int8_head(weight, self.channel, blocks, scales, sums)
+        scales, sums = (torch.empty(count * BLOCK, dtype=dtype) for dtype in (torch.float32, torch.int32))
+        if count or few is not None:
+            torch.ops.fused_losses.int8_head(weight, self.channel, blocks, scales, sums, *few or (None,) * 3)
         return blocks, scales, sums
+
+    def first(self, out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        """Full products of a few tokens, while the head, which is read for it, becomes 8 bits."""
+        if self.head is not None or hidden.dtype == torch.float64 or len(hidden) > MEASURED:
+            self.whole(out, hidden, weight, bias)
+            return
+        bias = None if bias is None else bias.float().contiguous()
+        self.head = self._head(weight, (hidden.float().contiguous(), bias, out))
 
 
 class Sweep:
     """What a scan with 8-bit products needs besides those: exact logits that matter, and what the rest is off by."""
 
     def __init__(
-        self, problem: Problem, whole: Product, exact: Callable[[Problem], Statistics], gradients: bool
+        self, problem: Problem, whole: Product, exact: Callable[[Problem, Product], Statistics], gradients: bool
     ) -> None:
         self.problem, self.found = problem, problem.int8
         assert self.found is not None
-        count = len(problem.labels)
-        # In one chunk a reference takes a second product, and there is nothing that smaller chunks would leave.
-        kept, self._chunk_bytes = KEPT_BYTES if problem.has_reference else 0, chunks.CHUNK_BYTES
-        if 4 * count * problem.head.vocabulary > chunks.CHUNK_BYTES:
-            kept, self._chunk_bytes = _memory(problem.head.weight)
-        self.product = Int8Product(channel_of(problem), whole, kept, problem.head.logit_scale)
+        count, head = len(problem.labels), problem.head
+        product = self.product = Int8Product(channel_of(problem), whole, 0, head.logit_scale)
         if count and not problem.has_reference:
-            head, product = problem.head, self.product
-            product.squares = squares_of(head.weight, product.channel)
+            product.sample(head.weight, problem.dtype)
             rows = problem.hidden[:, : head.weight.shape[1]]
             product.none_wide = not len(too_wide(rows, product.inverse, product.squares, product.logit_scale))
+        self._halves = half.is_possible(problem, product.none_wide)
+        # In one chunk a reference takes a second product, and there is nothing that smaller chunks would leave.
+        kept, self._chunk_bytes = KEPT_BYTES if problem.has_reference else 0, chunks.CHUNK_BYTES
+        if (2 if self._halves else 4) * count * head.vocabulary > chunks.CHUNK_BYTES:
+            kept, self._chunk_bytes = _memory(head.weight, self._halves)
+        product.kept_bytes = kept
         measured = min(MEASURED, max(2, count // 64), count)
         self.sample = torch.arange(measured) * count // max(1, measured)
         sampled = replace(problem.rows(self.sample).for_gradients(), int8=None, wanted=frozenset({"entropy"}))
-        self.truth = exact(sampled) if count else None
+        self.truth = exact(sampled, product.first) if count else None
         if gradients and count and float(self.truth.entropy.median()) > FLAT * math.log(problem.head.vocabulary):
             self.product.flat, self.found.note = True, FLAT_NOTE
-        self.errors: list[Tensor] = []
-        self.kl_errors: list[Tensor] = []
+        # As lists: a chunk takes one look at them, and each operation on a few numbers takes longer than all of it.
+        self._at: list[int] = self.sample.tolist()
+        self._true_nll: list[float] = self.truth.nll.tolist() if count else []
+        self._true_kl: list[float] = self.truth.kl.tolist() if count and problem.has_reference else []
+        self.errors: list[float] = []
+        self.kl_errors: list[float] = []
 
     @property
     def chunk_bytes(self) -> int:
         """Of a chunk's logits, as `chunks.CHUNK_BYTES`."""
         return chunks.CHUNK_BYTES if self.product.full else self._chunk_bytes
+
+    @property
+    def halves(self) -> bool:
+        """Whether logits are kept in float16."""
+        return self._halves and not self.product.full
+
+    def whole_chunks(self, tokens: slice) -> Callable[[], Iterator[Chunk]]:
+        """Makes chunks of these tokens with full products."""
+        return functools.partial(
+            chunks.logit_chunks, self.problem, self.product.whole, narrow=True, budget=self._chunk_bytes,
+            separate=False, tokens=tokens,
+        )  # fmt: skip
 
     def operands(self, chunk: Chunk) -> tuple[Any, ...]:
         """What `compact` makes exact logits of a chunk from; nothing where they are exact already."""
@@ -202,31 +249,40 @@ class Sweep:
         """Measures the statistics of a chunk, `out`; whether its products, and those that follow, are to be full."""
         if self.product.full:
             return False
-        first, last = torch.searchsorted(self.sample, torch.tensor([tokens.start, tokens.stop])).tolist()
+        first, last = within(self._at, tokens)
         at = slice(first, last)
         here = self.sample[at] - tokens.start
         self.found.note = None
-        self.errors.append(_errors(out.nll[here], self.truth.nll[at]))
-        nll, limit = float(torch.cat(self.errors).mean()), MOST_ERROR
+        self.errors += _errors(out.nll[here].tolist(), self._true_nll[at])
+        nll, limit = sum(self.errors) / len(self.errors), MOST_ERROR
         self.found.value_error = nll
         what = f"the nll was off by {nll:.2g} nats on average, more than {limit:g}"
         too_much = not nll <= limit
         if not math.isfinite(nll):
             what = "the nll is not finite"
         if out.kl is not None and not too_much:
-            self.kl_errors.append(_errors(out.kl[here], self.truth.kl[at]))
-            seen = self.truth.kl[: sum(map(len, self.kl_errors))]
-            limit = MOST_KL_ERROR * float(seen[seen.isfinite()].sum()) / max(1, len(seen)) + 1e-5
+            self.kl_errors += _errors(out.kl[here].tolist(), self._true_kl[at])
+            seen = self._true_kl[: len(self.kl_errors)]
+            limit = MOST_KL_ERROR * sum(filter(math.isfinite, seen)) / max(1, len(seen)) + 1e-5
             limit *= 3 if len(seen) < 4 else 1  # a few tokens say little of the mean
-            kl = float(torch.cat(self.kl_errors).mean())
+            kl = sum(self.kl_errors) / len(self.kl_errors)
             too_much, what = not kl <= limit, f"the KL was off by {kl:.2g} nats on average, more than {limit:.2g}"
         if not (too_much and len(here)):
             if self.product.too_wide:
                 self.found.note = f"8 bits are too few for {self.product.too_wide} hidden states, which alone have them"
             return False
         self.product.off, self.product.head = True, None
-        self.found.note = f"{what}, measured on {sum(map(len, self.errors))} of {len(self.problem.labels)} tokens"
+        self.found.note = f"{what}, measured on {len(self.errors)} of {len(self.problem.labels)} tokens"
         return True
+
+
+def packed(counts: Tensor, buffers: Sequence[Tensor], tails: Tails) -> Entries:
+    """The entries of tokens that have so many in buffers [C, capacity]: columns, values and, with a KL, its values."""
+    total = int(counts.clamp(min=0).sum())
+    columns, values, *kl_values = (torch.empty(total, dtype=source.dtype) for source in buffers)
+    for source, target in zip(buffers, (columns, values, *kl_values), strict=True):
+        torch.ops.fused_losses.pack(counts, source, target)
+    return Entries(counts, columns, values, kl_values[0] if kl_values else None, tails)
 
 
 def _shape_of(weight: Tensor) -> tuple[int, int]:
@@ -234,21 +290,29 @@ def _shape_of(weight: Tensor) -> tuple[int, int]:
     return -(-weight.shape[1] // 4), -(-len(weight) // BLOCK)
 
 
-def _memory(weight: Tensor) -> tuple[int, int]:
+def _memory(weight: Tensor, halves: bool) -> tuple[int, int]:
     """Bytes of the head that are kept, and of a chunk."""
     words, blocks = _shape_of(weight)
     all_bytes, (least, most), usual = 4 * words * BLOCK * blocks, CHUNKS, chunks.CHUNK_BYTES
     left = KEPT_BYTES + usual - all_bytes
     if left < min(least, usual):
         return KEPT_BYTES, usual
-    # A chunk of bf16 counts a rounded copy of its logits, which only exact gradients touch.
-    most = most * 6 // 4 if weight.dtype == torch.bfloat16 else most
+    if halves:
+        most = HALF_CHUNK[1]
+    elif weight.dtype == torch.bfloat16:
+        most = most * 6 // 4  # counts a rounded copy of the logits, which only exact gradients touch
     return all_bytes, min(left, most, usual)
 
 
-def _errors(found: Tensor, truth: Tensor) -> Tensor:
+def within(ascending: Sequence[int], tokens: slice) -> tuple[int, int]:
+    """From which to which of them are in a range."""
+    return bisect.bisect_left(ascending, tokens.start), bisect.bisect_left(ascending, tokens.stop)
+
+
+def _errors(found: list[float], truth: list[float]) -> list[float]:
     """|found − truth|; 0 where both are not finite."""
-    return torch.where(found.isfinite() | truth.isfinite(), (found - truth).abs(), 0)
+    pairs = zip(found, truth, strict=True)
+    return [abs(f - t) if math.isfinite(f) or math.isfinite(t) else 0.0 for f, t in pairs]
 
 
 @torch.no_grad()
@@ -257,7 +321,8 @@ def channel_of(problem: Problem) -> Tensor | None:
     weight = problem.head.weight
     dim = weight.shape[1]
     x, w = (
-        _spread(rows, most)[:, :dim].float() for rows, most in zip((problem.hidden, weight), SAMPLED_ROWS, strict=True)
+        _spread(rows, most)[:, :dim].to(problem.dtype).float()
+        for rows, most in zip((problem.hidden, weight), SAMPLED_ROWS, strict=True)
     )
     if not len(x) or not len(w):
         return None
@@ -274,13 +339,16 @@ def channel_of(problem: Problem) -> Tensor | None:
     return channel if bool(shared < GAIN**2 * plain) else None
 
 
-def squares_of(weight: Tensor, channel: Tensor | None) -> tuple[float, float]:
-    """Means over rows of the head, times their channel: of ‖W_v‖², and of the square of a step of their 8 bits."""
+def squares_of(weight: Tensor, channel: Tensor | None) -> tuple[tuple[float, float], Tensor | None]:
+    """Means over rows of the head, times their channel: of ‖W_v‖², and of the square of a step of their 8 bits; and the
+    mean row."""
     rows = _spread(weight, SAMPLED_ROWS[1]).float()
     if not len(rows):
-        return 0.0, 0.0
+        return (0.0, 0.0), None
     rows = rows if channel is None else rows * channel
-    return float(rows.square().sum(1).mean()), float((rows.abs().amax(1) / 127).square().mean())
+    squares = float(rows.square().sum(1).mean()), float((rows.abs().amax(1) / 127).square().mean())
+    mean = rows.mean(0)
+    return squares, mean if bool(mean.isfinite().all()) else None
 
 
 def too_wide(
@@ -292,8 +360,12 @@ def too_wide(
     An element of x or W is off by at most half a step, of its row's largest by 127, and evenly so within that: by
     step² / 12 in the mean square.
     """
-    x = hidden.float() if inverse is None else hidden.float() * inverse
-    largest, norm = torch.linalg.vector_norm(x, math.inf, dim=1), torch.linalg.vector_norm(x, dim=1)
+    sizes = []
+    # A few rows at a time: the memory of more would be new, and its pages would take longer than this.
+    for rows in hidden.split(max(1, AT_A_TIME // max(1, hidden.shape[1]))):
+        x = rows.float() if inverse is None else rows.float() * inverse
+        sizes.append(torch.stack([x.abs().amax(1), torch.linalg.vector_norm(x, dim=1)]))
+    largest, norm = torch.cat(sizes, 1)
     variance = (largest / 127).square() * squares[0] + norm.square() * squares[1]
     spread = (variance / 12).sqrt() * abs(logit_scale)
     return (~(spread <= MOST_SPREAD) & largest.isfinite()).nonzero().flatten()

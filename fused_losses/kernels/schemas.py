@@ -66,12 +66,32 @@ SCHEMAS = (
     # out[t, v] = hidden[t] · weight[v] + bias[v], float32 from float32 or bfloat16 operands; false: not possible here
     "logits(Tensor hidden, Tensor weight, Tensor? bias, Tensor(a!) out) -> bool",
     # blocks uint8 [B, D' / 4, 128, 4], D' a multiple of 4: the first 128 B rows of weight · channel in 8 bits, row v of
-    # a block as blocks[b, :, v]; scales [128 B]; sums [128 B] int32 of a row's numbers
-    "int8_head(Tensor weight, Tensor? channel, Tensor(a!) blocks, Tensor(b!) scales, Tensor(c!) sums) -> ()",
+    # a block as blocks[b, :, v]; scales [128 B]; sums [128 B] int32 of a row's numbers. With `hidden` [n, D], float32,
+    # of a few tokens also out [n, V] = hidden · weight + bias
+    "int8_head(Tensor weight, Tensor? channel, Tensor(a!) blocks, Tensor(b!) scales, Tensor(c!) sums, "
+    "Tensor? hidden, Tensor? bias, Tensor(d!)? out) -> ()",
     # As logits, from products of 8-bit numbers of hidden · inverse and of weight · channel, of `blocks` and made on the
-    # way where these end
-    "int8_logits(Tensor hidden, Tensor? inverse, Tensor weight, Tensor? channel, Tensor blocks, Tensor scales, "
-    "Tensor sums, Tensor? bias, Tensor(a!) out) -> ()",
+    # way where these end; `mean` [D], nearly the mean row of weight · channel: what rounding a token loses of it is
+    # given back
+    "int8_logits(Tensor hidden, Tensor? inverse, Tensor weight, Tensor? channel, Tensor? mean, Tensor blocks, "
+    "Tensor scales, Tensor sums, Tensor? bias, Tensor(a!) out) -> ()",
+    # out[t] = scale · (hidden[t] · weight[labels[t]] + bias[labels[t]]), hidden float32
+    "label_logits(Tensor hidden, Tensor weight, Tensor? bias, float scale, Tensor labels, Tensor(a!) out) -> ()",
+    # As int8_logits, times `scale`, less label_logits (0 in place of those that are not within 10,000), in float16:
+    # out [N, 128 B], B = ⌈V / 128⌉, −∞ beyond V; largest [N, 8 B'], B' = B or, if that is odd, B + 1: of a block of 128
+    # the largest of those with the same id modulo 8
+    "half_logits(Tensor hidden, Tensor? inverse, Tensor weight, Tensor? channel, Tensor? mean, Tensor blocks, "
+    "Tensor scales, Tensor sums, Tensor? bias, float scale, Tensor label_logits, Tensor(a!) out, "
+    "Tensor(b!) largest) -> ()",
+    # As compact, of what half_logits made, without a reference and without a soft-cap; the entries leave z, as −∞
+    "compact_half(Tensor(a!) z, Tensor(b!) largest, Tensor label_logits, Tensor labels, float threshold, "
+    "Tensor(c!) nll, Tensor(d!) prediction, Tensor(e!) lse, Tensor(f!)? entropy, Tensor(g!) tail, Tensor(h!) nll_l1, "
+    "Tensor(i!) counts, Tensor(j!) columns, Tensor(k!) nll_values, Tensor? directions, Tensor(l!)? nll_low, "
+    "Tensor(m!)? square, Tensor hidden, Tensor weight, Tensor? bias, float scale) -> ()",
+    # As tail_profile, of what compact_half has left; `which` are shifted by `first`, and those without an lse or with
+    # too many entries left out
+    "half_tail_profile(Tensor z, Tensor label_logits, Tensor lse, Tensor counts, Tensor which, int first, "
+    "Tensor(a!) profile) -> ()",
     # Statistics and entries of a chunk's logits z, or of r + z with `difference`; counts −1: more than the capacity.
     # With directions [V, K], K a multiple of 16: nll_low [N, K] = Σ_v of what is left out of ∂nll/∂z · directions[v],
     # kl_low likewise, squares [2, N] Σ of its squares. With `hidden` [N, D], of z, and `reference`, of r, both float32,
@@ -83,6 +103,11 @@ SCHEMAS = (
     "Tensor(k!)? kl_values, Tensor? directions, Tensor(l!)? nll_low, Tensor(m!)? kl_low, Tensor(n!)? squares, "
     "Tensor? hidden, Tensor? reference, Tensor? weight, Tensor? low_rank, Tensor? low_hidden, Tensor? low_reference, "
     "Tensor? bias, float scale) -> ()",
+    # out = values · scale · factor of their row; values float32 or float16, `counts` of each row
+    "scale_entries(Tensor counts, Tensor values, float scale, Tensor factor, Tensor(a!) out) -> ()",
+    # out = half_scale · values / scales in float16, scales = max |values| of a row; what that rounds, in L1 and L2 norm
+    "halve_entries(Tensor counts, Tensor values, float half_scale, Tensor(a!) out, Tensor(b!) scales, Tensor(c!) l1, "
+    "Tensor(d!) l2) -> ()",
     # The counted entries of [N, capacity] (32-bit) one after the other
     "pack(Tensor counts, Tensor source, Tensor(a!) out) -> ()",
     # profile += Σ over the tokens `which` of what is not an entry
@@ -105,14 +130,17 @@ SCHEMAS = (
     # out[v] = base_scale · base[v] + Σ_j values[j] · matrix[row of j] + scale[v] · vector, j over column v
     "columns_product(Tensor offsets, Tensor columns, Tensor values, Tensor matrix, Tensor scale, Tensor vector, "
     "Tensor? base, float base_scale, Tensor(a!) out) -> ()",
+    # out [8, D] = block [8, D] · matrixᵀ · diag(factor) · matrix, of a matrix with few rows or in a core's cache
+    "gram_product(Tensor matrix, Tensor factor, Tensor block, Tensor(a!) out) -> ()",
     # out = Σ_v scale[v] · matrix[v]
     "weighted_sum(Tensor matrix, Tensor scale, Tensor(a!) out) -> ()",
     "simd() -> str",
     "int8_is_fast() -> bool",
+    "has_half_logits() -> bool",
     "interface() -> int",
 )
 # Raised with every change of a schema or of what its arguments mean, here and in csrc/cpu/ops.cpp.
-INTERFACE = 4
+INTERFACE = 5
 
 # The rows of `kept` [4, N] of `attention`: Σ p·slope over entries but the label's; over all entries Σ gap·slope,
 # Σ |gap·slope|, and the last with TOTALS_SHIFT in place of SHIFT. gap = p − p_ref.
@@ -147,7 +175,7 @@ for _schema in SCHEMAS + GPU_SCHEMAS:
     torch.library.define(f"fused_losses::{_name}", _schema.removeprefix(_name))
     if _name == "logits":
         torch.library.register_fake("fused_losses::logits", lambda hidden, weight, bias, out: True)
-    elif _name not in ("simd", "int8_is_fast", "interface", "cuda_interface"):
+    elif _name not in ("simd", "int8_is_fast", "has_half_logits", "interface", "cuda_interface"):
         torch.library.register_fake(f"fused_losses::{_name}", lambda *args: None)
 
 
@@ -226,6 +254,12 @@ def _guide() -> str:
 
 def _first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def takes_entries(values: torch.Tensor) -> bool:
+    """Whether `scale_entries` and `halve_entries` are there for them."""
+    here = values.device.type == "cpu" and values.dtype in (torch.float32, torch.float16)
+    return here and load() is None and torch.ops.fused_losses.has_half_logits()
 
 
 @functools.cache

@@ -22,6 +22,7 @@ from .weighted import WeightedSparse, sum_of_rows
 ATTEMPTS = 4
 # Rows of the weight's gradient of which its norm is taken: those with the largest entries have nearly all of it.
 MOST_ROWS = 4096
+AT_A_TIME = 1 << 20  # numbers
 
 
 @dataclass
@@ -100,7 +101,9 @@ def _squares_of_rows(matrix: Tensor) -> Tensor:
     """[N] float64 ‖row‖²."""
     if _runs_behind(matrix):  # where fp32 sums go by trees, and a matrix of squares would be the largest of all
         return torch.linalg.vector_norm(matrix, dim=1).double().square()
-    return matrix.square().sum(1, dtype=torch.float64)
+    # A few rows at a time: the memory of more would be new, and its pages would take longer than this.
+    parts = matrix.split(max(1, AT_A_TIME // matrix.shape[1]))
+    return torch.cat([rows.square().sum(1, dtype=torch.float64) for rows in parts])
 
 
 def _l1_bound(sparse: WeightedSparse, exact: Tensor) -> float:
@@ -135,12 +138,15 @@ def _weight_bound(call: _Call, exact: Tensor, weight: Tensor) -> float | None:
         error = float(errors.amax())
         if error and math.isfinite(error):
             each = errors / error
-            error *= math.sqrt(float(each.sum(dtype=torch.float64))) * norm_bound(each.sqrt()[:, None] * rows)
+            error *= math.sqrt(float(each.sum(dtype=torch.float64))) * norm_bound(rows, each.sqrt())
+        few = max(1, AT_A_TIME // weight.shape[1])
         if len(weight) > MOST_ROWS:
             magnitudes = sparse.segments(torch.ones_like(sparse.left)).values.abs()
             counts = torch.bincount(sparse.columns, weights=magnitudes, minlength=len(weight))
-            weight = weight.index_select(0, counts.topk(MOST_ROWS).indices)
-        norm = float(torch.linalg.vector_norm(weight, dtype=wide))
+            parts = (weight.index_select(0, ids) for ids in counts.topk(MOST_ROWS).indices.split(few))
+        else:
+            parts = iter(weight.split(few))
+        norm = float(torch.stack([torch.linalg.vector_norm(part, dtype=wide) for part in parts]).norm())
     shard = call.problem.head.shard
     if shard is not None:
         square = torch.tensor(norm * norm, dtype=torch.float64, device=weight.device)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .. import shards
 from ..backends import Backend
+from ..kernels import schemas
 from ..problem import Entries, Needs, Problem, Selection, Statistics, Tails
 from .certificate import parameters
 from .spectrum import directions_of
@@ -134,14 +135,20 @@ def weighted(
     counts: Tensor, nll_values: Tensor, kl_values: Tensor | None, a: Tensor | None, b: Tensor | None
 ) -> Tensor:  # fmt: skip
     """a·nll_values + b·kl_values, entry by entry, in a new tensor; `counts` per token."""
-    parts = [
-        torch.repeat_interleave(weight, counts, output_size=len(values)).mul_(_single(values))
-        for weight, values in ((a, nll_values), (b, kl_values))
-        if weight is not None
-    ]
+    parts = [_times_rows(counts, v, weight) for weight, v in ((a, nll_values), (b, kl_values)) if weight is not None]
     if not parts:
         return torch.zeros_like(_single(nll_values))
     return parts[0] if len(parts) == 1 else parts[0].add_(parts[1])
+
+
+def _times_rows(counts: Tensor, values: Tensor, factor: Tensor) -> Tensor:
+    """Each value times the factor of its row."""
+    if factor.dtype == torch.float32 and schemas.takes_entries(values):
+        out = torch.empty_like(values, dtype=torch.float32)
+        scale = 1.0 if values.dtype == torch.float32 else 1 / HALF_SCALE
+        torch.ops.fused_losses.scale_entries(counts, values, scale, factor.contiguous(), out)
+        return out
+    return torch.repeat_interleave(factor, counts, output_size=len(values)).mul_(_single(values))
 
 
 def _single(values: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from __future__ import annotations
 import functools
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +38,7 @@ from ..shards import Shard
 COUNT = 16  # directions
 PROBES = 8
 FIRST, POWER = 3, 10
+USUAL = 1e-9, 1e9  # between these squares' sums are far from the limits of float32
 FEW = 6  # powers where none is waited for
 # P(χ²_8 < 8 / 7.6²) = 1e-6.
 PROBE_FACTOR = 7.6
@@ -198,9 +199,9 @@ def norm_bound_unwaited(rows: Tensor, factor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def norm_bound(matrix: Tensor) -> float:
-    """At least the largest singular value of a matrix [N, D]; at most 1.3 times it, and where few stand out next to
-    nothing above it.
+def norm_bound(rows: Tensor, factor: Tensor | None = None) -> float:
+    """At least the largest singular value of factor · rows, [N, D] and [N] ≥ 0, None: ones; at most 1.3 times it, and
+    where few stand out next to nothing above it.
 
     B = matrixᵀ matrix, U eight orthonormal vectors near the leading ones, α the largest eigenvalue of UᵀBU, β the norm
     of BU outside of U, γ a bound of the largest eigenvalue of B outside of U: that of B is at most
@@ -208,37 +209,54 @@ def norm_bound(matrix: Tensor) -> float:
     numbers g, and ‖g‖ is below √8 / 7.6 with a probability of 1e-6; k up to 10, while γ matters. 10 to 28 products of
     N·D numbers with 8 vectors.
     """
-    matrix = matrix.to(torch.float64 if matrix.dtype == torch.float64 else torch.float32)
-    largest = float(torch.stack(matrix.aminmax()).abs().amax()) if matrix.numel() else 0.0
+    dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    largest_of_rows = rows.abs().amax(1).to(dtype) if rows.numel() else rows.new_zeros(1, dtype=dtype)
+    factor = torch.ones_like(largest_of_rows) if factor is None else factor.to(dtype)
+    largest = float((largest_of_rows * factor).amax())
     if largest == 0 or not math.isfinite(largest):
         return largest if largest == 0 else math.inf
-    matrix = matrix / largest  # so that squares stay within the range
-    dim, probes = matrix.shape[1], min(PROBES, matrix.shape[1])
+    dim, probes = rows.shape[1], min(PROBES, rows.shape[1])
+    usual = USUAL[0] < largest and float(largest_of_rows.amax()) < USUAL[1]
+    times = _gram_product(rows, factor, largest, usual)
 
-    def times(block: Tensor) -> Tensor:
-        return (block @ matrix.t()) @ matrix  # in this order a product with a few rows takes a tenth of the time
-
-    leading = _gaussian(dim + 1, probes, matrix.dtype, matrix.device)[:dim]
+    leading = _gaussian(dim + 1, probes, dtype, rows.device)[:dim]
     for _ in range(FIRST):
         leading = torch.linalg.qr(times(leading.t().contiguous()).t()).Q
-    rows = leading.t().contiguous()
-    image = times(rows)
+    leading_rows = leading.t().contiguous()
+    image = times(leading_rows)
     inside = image @ leading
     alpha = float(torch.linalg.eigvalsh(inside.double())[-1])
-    beta = float((image - inside @ rows).norm())
-    block = _gaussian(dim, PROBES, matrix.dtype, matrix.device).t().contiguous()
+    beta = float((image - inside @ leading_rows).norm())
+    block = _gaussian(dim, PROBES, dtype, rows.device).t().contiguous()
     scale = 0.0  # the logarithm of what the block has been divided by
     for power in range(1, POWER + 1):
-        block = times(block - (block @ leading) @ rows)
-        block -= (block @ leading) @ rows
+        block = times(block - (block @ leading) @ leading_rows)
+        block -= (block @ leading) @ leading_rows
         size = float(block.norm())
         scale += math.log(size) if size else -math.inf
         gamma = math.exp((scale + math.log(PROBE_FACTOR / math.sqrt(PROBES))) / power)
         if gamma <= alpha / 2:  # a tighter one would change nothing
             break
         block /= size
-    rounding = 1 + 8 * math.sqrt(dim) * torch.finfo(matrix.dtype).eps
+    rounding = 1 + 8 * math.sqrt(dim) * torch.finfo(dtype).eps
     return largest * math.sqrt((alpha + gamma + math.hypot(alpha - gamma, 2 * beta)) / 2 * rounding)
+
+
+def _gram_product(rows: Tensor, factor: Tensor, largest: float, usual: bool) -> Callable[[Tensor], Tensor]:
+    """block [k, D] times matrixᵀ matrix, matrix = factor / largest · rows, in the dtype of the factors. `usual`: the
+    rows' squares are within its range."""
+    compiled = rows.device.type == "cpu" and rows.dtype in (torch.float32, torch.bfloat16) and schemas.load() is None
+    if compiled and usual and rows.shape[1] >= PROBES:
+        rows, squares = rows.contiguous(), (factor / largest).square()
+
+        def times(block: Tensor) -> Tensor:
+            out = torch.empty_like(block)
+            torch.ops.fused_losses.gram_product(rows, squares, block.contiguous(), out)
+            return out
+
+        return times
+    matrix = rows * factor[:, None] / largest  # so that squares stay within the range
+    return lambda block: (block @ matrix.t()) @ matrix  # in this order a tenth of the time with few rows
 
 
 def _times(rows: Tensor, weight: Tensor) -> Tensor:
@@ -308,7 +326,8 @@ class _Known:
 
     def moved_to(self, weight: Tensor) -> bool:
         """Takes the weight for a later state of the head, unless it is too far from the one of the spectrum."""
-        change = self._norm(float((_times(self.probes, weight) - self.probed).double().norm()))
+        difference = _times(self.probes, weight).sub_(self.probed)
+        change = self._norm(float(torch.linalg.vector_norm(difference, dtype=torch.float64)))
         moved = PROBE_FACTOR * change / math.sqrt(PROBES)
         found = self.spectrum
         if not moved <= MOST_GROWTH * found.sigma:

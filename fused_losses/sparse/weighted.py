@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import shards
 from ..backends import Backend
+from ..kernels import schemas
 from ..problem import Entries, Problem, Segments, Upstream
 from .certificate import L1_SHARE, select, shares
 from .softmax import HALF_SCALE, SparseSoftmax, narrow, sums_of_rows, weighted, widened
@@ -178,6 +179,16 @@ def mostly_exact(problem: Problem, entries: Entries, upstream: Upstream, single:
     return len(exact) > len(error) / 2
 
 
+def mostly_sparse(problem: Problem, entries: Entries) -> bool:
+    """Whether `mostly_exact` is false of a chunk for sure, whatever its upstream weights: with that of the nll alone a
+    token's share of the error over its share of the norm does not depend on it."""
+    if problem.has_reference or problem.ids is not None or problem.head.shard is not None:
+        return False
+    tails, limit = entries.tails, L1_SHARE * problem.tolerance
+    sparse = (2 * tails.nll_left <= limit * tails.nll_l1) & (entries.counts >= 0)
+    return 2 * int(sparse.count_nonzero()) >= len(sparse)
+
+
 def sum_of_rows(
     parts: list[tuple[Tensor | None, Tensor]], left: Tensor | None = None, mean: Tensor | None = None,
     dtype: torch.dtype | None = None,
@@ -232,6 +243,11 @@ def single_rows(problem: Problem, backend: Backend, single: Single) -> Tensor:
 def _halved(offsets: Tensor, values: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     """Values as `WeightedSparse.values` has them, [N] scales, and [N] L1 and L2 norm of what that rounds."""
     counts = offsets.diff()
+    if schemas.takes_entries(values):
+        half = torch.empty_like(values, dtype=torch.float16)
+        scale, l1, l2 = (torch.empty(len(counts), dtype=torch.float32) for _ in range(3))
+        torch.ops.fused_losses.halve_entries(counts, values, HALF_SCALE, half, scale, l1, l2)
+        return half, scale, (l1, l2)
     largest = torch.segment_reduce(values.abs(), "max", lengths=counts, initial=0)
     scale = torch.where(largest.isfinite(), largest, 1).clamp(min=torch.finfo(values.dtype).tiny * HALF_SCALE)
     half = weighted(counts, values, None, HALF_SCALE / scale, None).half()

@@ -13,14 +13,15 @@ pytestmark = needs_kernels
 SHAPE = 130, 64, 1500
 
 
+@pytest.mark.parametrize("halves", [False, True], ids=["float32", "float16"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "rows, width, whole",
     [(64, 32, True), (49_152, 576, True), (49_152, 2048, True), (151_936, 896, True), (128_256, 2048, False)],
 )
-def test_memory_of_the_head_and_of_a_chunk(rows, width, whole, dtype):
+def test_memory_of_the_head_and_of_a_chunk(rows, width, whole, dtype, halves):
     """Together no more than a usual chunk and KEPT_BYTES; all of the head where that leaves enough for chunks."""
-    kept, chunk = int8._memory(torch.empty(rows, width, dtype=dtype, device="meta"))
+    kept, chunk = int8._memory(torch.empty(rows, width, dtype=dtype, device="meta"), halves)
     assert kept + chunk <= chunks.CHUNK_BYTES + int8.KEPT_BYTES
     assert (kept >= rows * width) == whole
     assert int8.CHUNKS[0] <= chunk <= chunks.CHUNK_BYTES
@@ -32,13 +33,13 @@ def test_one_chunk_keeps_no_more_than_before(reference, kept):
     case = make(*SHAPE, spread=4.0, reference=reference)
     seen = []
 
-    def product(self, *arguments, of=int8.Int8Product.__init__):
-        of(self, *arguments)
+    def head(self, *arguments, of=int8.Int8Product._head):
         seen.append(self.kept_bytes)
+        return of(self, *arguments)
 
     with (
         coarse(1e-3), mock.patch.object(int8, "KEPT_BYTES", 1 << 14),
-        mock.patch.object(int8.Int8Product, "__init__", product),
+        mock.patch.object(int8.Int8Product, "_head", head),
     ):  # fmt: skip
         run_with_report(case, torch.float32, "cpu", "sparse", scan="int8")
     assert seen and set(seen) == {kept}

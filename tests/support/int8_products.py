@@ -46,14 +46,16 @@ def head_of(weight: Tensor, channel: Tensor | None, count: int) -> tuple[Tensor,
     scales = torch.full((count * BLOCK,), torch.nan)
     sums = torch.full((count * BLOCK,), 85, dtype=torch.int32)
     if count:
-        OPS.int8_head(weight, channel, blocks, scales, sums)
+        OPS.int8_head(weight, channel, blocks, scales, sums, None, None, None)
     return blocks, scales, sums
 
 
-def product(hidden: Tensor, weight: Tensor, bias: Tensor | None, channel: Tensor | None, kept: int) -> Tensor:
+def product(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, channel: Tensor | None, kept: int, mean: Tensor | None = None
+) -> Tensor:  # fmt: skip
     out = torch.full((len(hidden), len(weight)), torch.nan)
     inverse = None if channel is None else channel.reciprocal()
-    OPS.int8_logits(hidden, inverse, weight, channel, *head_of(weight, channel, kept), bias, out)
+    OPS.int8_logits(hidden, inverse, weight, channel, mean, *head_of(weight, channel, kept), bias, out)
     return out
 
 

@@ -263,7 +263,7 @@ def _compact(problem: Problem, held: Held, selection: Selection, capacity: int) 
         tails.kl_l1 = (rows[schemas.KL_L1] - lump_gap).clamp(min=0)
     # Without the lump's own |p − 1|·slope.
     tails.nll_l1 = (rows[schemas.NLL_L1] + torch.expm1(-lumped[0]) * lump).clamp(min=0)
-    return _thinned(_put_right(held, column, cpu.packed(counts, buffers, tails)), held, selection, here)
+    return _thinned(_put_right(held, column, int8.packed(counts, buffers, tails)), held, selection, here)
 
 
 def _put_lump(problem: Problem, held: Held, column: Column) -> tuple[Tensor, Tensor | None]:
