@@ -140,8 +140,9 @@ void int8_logits(const void* hidden, Element element, const float* inverse, cons
                 const float* shifts) {
       const int64_t v = block * INT8_VOCABULARY;
       for (int64_t t = 0; t < count; t++)
-        kernels().scale_products(tile + t * INT8_VOCABULARY, sums, token_scales[t], shifts[t], scales, bias ? bias + v : nullptr,
-                                 std::min(INT8_VOCABULARY, vocabulary - v), out + (first + t) * vocabulary + v);
+        kernels().scale_products(tile + t * INT8_VOCABULARY, sums, token_scales[t], shifts[t], scales,
+                                 bias ? bias + v : nullptr, std::min(INT8_VOCABULARY, vocabulary - v),
+                                 out + (first + t) * vocabulary + v);
     }
   };
   products(hidden, element, inverse, head, N, Block{out, bias, head.vocabulary});

@@ -25,6 +25,7 @@
 #define FL_TABLE(name, ...) \
   {name, compact, tail_profile, exact_statistics, exact_directions, rows_product, columns_product, weighted_sum, \
    few_products, add_to_few, quantize_tokens, quantize_weight, multiply_int8, scale_products, __VA_ARGS__}
+#define FL_HALF compact_half, half_tail_profile, half_products, scale_entries, halve_entries, label_logits
 
 #if FL_X86
 #pragma GCC push_options
@@ -41,7 +42,7 @@ namespace fused_losses::avx512 {
 #include "half.inc"
 #include "entries.inc"
 #undef LANES
-static const Kernels table = FL_TABLE("AVX-512", compact_half, half_tail_profile, half_products, scale_entries, halve_entries, label_logits);
+static const Kernels table = FL_TABLE("AVX-512", FL_HALF);
 }  // namespace fused_losses::avx512
 #pragma GCC pop_options
 
@@ -59,7 +60,7 @@ namespace fused_losses::avx2 {
 #include "half.inc"
 #include "entries.inc"
 #undef LANES
-static const Kernels table = FL_TABLE("AVX2", compact_half, half_tail_profile, half_products, scale_entries, halve_entries, label_logits);
+static const Kernels table = FL_TABLE("AVX2", FL_HALF);
 }  // namespace fused_losses::avx2
 #pragma GCC pop_options
 #endif

@@ -77,7 +77,8 @@ bool logits_op(const Tensor& hidden, const Tensor& weight, const std::optional<T
 
 Int8Head int8_head_of(const Tensor& weight, const std::optional<Tensor>& channel, const std::optional<Tensor>& mean,
                       const Tensor& blocks, const Tensor& scales, const Tensor& sums) {
-  return {weight.data_ptr(), element(weight), data<float>(channel), data<float>(mean), weight.size(0), weight.size(1), blocks.size(0),
+  return {weight.data_ptr(), element(weight), data<float>(channel), data<float>(mean), weight.size(0), weight.size(1),
+          blocks.size(0),
           data<uint8_t>(blocks), data<float>(scales), data<int32_t>(sums)};
 }
 
@@ -96,9 +97,11 @@ void int8_head_op(const Tensor& weight, const std::optional<Tensor>& channel, Te
 
 void int8_logits_op(const Tensor& hidden, const std::optional<Tensor>& inverse, const Tensor& weight,
                     const std::optional<Tensor>& channel, const std::optional<Tensor>& mean,
-                    const Tensor& blocks, const Tensor& scales, const Tensor& sums, const std::optional<Tensor>& bias, Tensor out) {
+                    const Tensor& blocks, const Tensor& scales, const Tensor& sums, const std::optional<Tensor>& bias,
+                    Tensor out) {
   int8_logits(hidden.data_ptr(), element(hidden), data<float>(inverse),
-              int8_head_of(weight, channel, mean, blocks, scales, sums), data<float>(bias), data<float>(out), hidden.size(0));
+              int8_head_of(weight, channel, mean, blocks, scales, sums), data<float>(bias), data<float>(out),
+              hidden.size(0));
 }
 
 HalfChunk half_chunk_of(const Tensor& weight_or_profile, const Tensor& z, const Tensor& largest,
@@ -122,7 +125,8 @@ void label_logits_op(const Tensor& hidden, const Tensor& weight, const std::opti
 
 void half_logits_op(const Tensor& hidden, const std::optional<Tensor>& inverse, const Tensor& weight,
                     const std::optional<Tensor>& channel, const std::optional<Tensor>& mean,
-                    const Tensor& blocks, const Tensor& scales, const Tensor& sums, const std::optional<Tensor>& bias, double scale, const Tensor& label_logits,
+                    const Tensor& blocks, const Tensor& scales, const Tensor& sums, const std::optional<Tensor>& bias,
+                    double scale, const Tensor& label_logits,
                     Tensor out, Tensor largest) {
   half_logits(hidden.data_ptr(), element(hidden), data<float>(inverse),
               int8_head_of(weight, channel, mean, blocks, scales, sums), data<float>(bias), (float)scale,
@@ -131,7 +135,8 @@ void half_logits_op(const Tensor& hidden, const std::optional<Tensor>& inverse, 
 
 void compact_half_op(Tensor z, Tensor largest, const Tensor& label_logits, const Tensor& labels, double threshold,
                      Tensor nll, Tensor prediction, Tensor lse, std::optional<Tensor> entropy, Tensor tail,
-                     Tensor nll_l1, Tensor counts, Tensor columns, Tensor values, const std::optional<Tensor>& directions, std::optional<Tensor> low,
+                     Tensor nll_l1, Tensor counts, Tensor columns, Tensor values, const std::optional<Tensor>& directions,
+                     std::optional<Tensor> low,
                      std::optional<Tensor> square, const Tensor& hidden, const Tensor& weight,
                      const std::optional<Tensor>& bias, double scale) {
   const HalfChunk chunk = half_chunk_of(weight, z, largest, label_logits, &labels);

@@ -19,7 +19,7 @@ from fused_losses.backends import half
 from fused_losses.kernels import schemas
 from fused_losses.sparse import softmax, spectrum, weighted
 
-pytestmark = [needs_kernels, pytest.mark.skipif(schemas.load() is not None, reason="not built")]
+pytestmark = [needs_kernels]
 FLOATS = [torch.float32, torch.bfloat16]
 if schemas.load() is None and not OPS.has_half_logits():
     pytestmark.append(pytest.mark.skip(reason="neither AVX2 nor AVX-512"))
@@ -72,7 +72,7 @@ def test_flat_rows():
     found = half_logits.compacted(n=20, v=5000, spread=0.01, threshold=1e-2, off=0.01)
     label = torch.nn.functional.one_hot(found.case.labels, 5000).bool()
     rough = torch.where(label, found.case.exact()[0], found.before)
-    torch.testing.assert_close(found.nll.double(), rough.logsumexp(1) - rough[label], rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.nll.double(), rough.logsumexp(1) - rough[label], rtol=0, atol=1.3e-6)
     assert torch.equal(found.counts, torch.ones_like(found.counts))
     assert torch.equal(rough[torch.arange(20), found.prediction], rough.amax(1))
 
@@ -86,7 +86,7 @@ def test_not_finite(value):
     expected = fl.token_losses(case.hidden, case.weight, case.labels, backend="cpu", scan="int8").nll
     found = fl.token_losses(hidden, case.weight, case.labels, backend="cpu", scan="int8")
     rest = torch.arange(6) != 2
-    assert found.nll[2].isnan() and torch.allclose(found.nll[rest], expected[rest], atol=1e-3)
+    assert found.nll[2].isnan() and torch.allclose(found.nll[rest], expected[rest], rtol=0, atol=3.7e-5)
 
 
 def test_a_label_that_is_ruled_out():
@@ -99,7 +99,7 @@ def test_a_label_that_is_ruled_out():
     truth = fl.token_losses(
         case.hidden.double(), fl.LMHead(case.weight.double(), bias=bias.double()), case.labels, backend="reference"
     )
-    assert got.nll[3] > 9e29 and torch.allclose(got.nll[others].double(), truth.nll[others], atol=2e-2)
+    assert got.nll[3] > 9e29 and torch.allclose(got.nll[others].double(), truth.nll[others], rtol=0, atol=1e-4)
     assert torch.equal(got.prediction, truth.prediction)
 
 
@@ -169,7 +169,7 @@ def test_what_rounding_loses_of_the_mean_is_given_back(dtype, shared):
     q, scale = int8_products.quantised(hidden, inverse)
     scaled = hidden.double() if inverse is None else hidden.double() * inverse.double()
     lost = (scaled - q * scale[:, None]) @ mean.double()
-    torch.testing.assert_close(mended, plain + lost[:, None], rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(mended, plain + lost[:, None], rtol=0, atol=1.3e-4)
     before, after = ((found - truth).mean(1).abs().mean() for found in (plain, mended))
     assert after < before / 5  # measured 9 to 17
 
@@ -184,7 +184,7 @@ def test_few_products_beside_the_head(dtype, kept, n):
     found = [torch.empty_like(part) for part in alone]
     OPS.int8_head(weight, None, *found, hidden.float(), bias, out)
     assert all(torch.equal(a, b) for a, b in zip(alone, found, strict=True))
-    torch.testing.assert_close(out.double(), hidden.double() @ weight.double().t() + bias, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out.double(), hidden.double() @ weight.double().t() + bias, rtol=0, atol=1.7e-5)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=name)
@@ -197,7 +197,7 @@ def test_gram_product(dtype, n, d):
     OPS.gram_product(matrix, factor, block, out)
     wide = matrix.double()
     expected = block.double() @ (wide.t() * factor.double()) @ wide
-    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=4e-7 * float(expected.abs().max()))
     assert spectrum.norm_bound(matrix, factor) == pytest.approx(
         spectrum.norm_bound(matrix.double(), factor.double()), rel=1e-4
     )
