@@ -283,9 +283,17 @@ class Directions(NamedTuple):
     basis: Tensor  # U [D, k], orthonormal columns
     # G [V, K], nearly (W − 1cᵀ)U, with columns of zeros up to a multiple of 16. In float32, only numbers that
     # `in_half_precision` does not round: tensor cores take them so.
+    # With a sketch more columns, of normal numbers; then all in bfloat16.
     rows: Tensor
     sigma: float  # at least the largest singular value of W − 1cᵀ − GUᵀ
     longest: float  # at least the norm of a row of W
+    # `rows` as products of bfloat16 numbers need them, which round what they multiply by at most so much of itself.
+    pairs: Tensor | None = None
+    rounding: float = 0.0
+
+    @property
+    def limits(self) -> tuple[float, float, float]:
+        return self.sigma, self.longest, self.rounding
 
 
 def in_half_precision(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -304,6 +312,11 @@ class Selection(NamedTuple):
     profile: Tensor  # [V], gains Σ p over what the sampled tokens leave out
     with_rows: bool  # the products of entries and weight are wanted too, where the backend has them at hand
     directions: Tensor | None = None  # [V, K]: what is left out is wanted in these
+    pairs: Tensor | None = None  # of `Directions`
+
+    def in_dtype(self, dtype: torch.dtype) -> Selection:
+        """With directions in that dtype."""
+        return self if self.directions is None else self._replace(directions=self.directions.to(dtype))
 
 
 @dataclass

@@ -24,7 +24,7 @@
 #define FL_INLINE inline __attribute__((always_inline))
 #define FL_TABLE(name, ...) \
   {name, compact, tail_profile, exact_statistics, exact_directions, rows_product, columns_product, weighted_sum, \
-   few_products, add_to_few, quantize_tokens, quantize_weight, multiply_int8, scale_products, __VA_ARGS__}
+   few_products, quantize_tokens, quantize_weight, multiply_int8, scale_products, __VA_ARGS__}
 #define FL_HALF compact_half, half_tail_profile, half_products, scale_entries, halve_entries, label_logits
 
 #if FL_X86
@@ -42,7 +42,8 @@ namespace fused_losses::avx512 {
 #include "half.inc"
 #include "entries.inc"
 #undef LANES
-static const Kernels table = FL_TABLE("AVX-512", FL_HALF);
+static const Kernels table = FL_TABLE("AVX-512", FL_HALF, false);
+static const Kernels table_bf16 = FL_TABLE("AVX-512", FL_HALF, true);
 }  // namespace fused_losses::avx512
 #pragma GCC pop_options
 
@@ -60,7 +61,7 @@ namespace fused_losses::avx2 {
 #include "half.inc"
 #include "entries.inc"
 #undef LANES
-static const Kernels table = FL_TABLE("AVX2", FL_HALF);
+static const Kernels table = FL_TABLE("AVX2", FL_HALF, false);
 }  // namespace fused_losses::avx2
 #pragma GCC pop_options
 #endif
@@ -75,7 +76,7 @@ namespace fused_losses::baseline {
 #include "exact.inc"
 #include "quantize.inc"
 #undef LANES
-static const Kernels table = FL_TABLE("128-bit SIMD", nullptr, nullptr, nullptr, nullptr, nullptr, nullptr);
+static const Kernels table = FL_TABLE("128-bit SIMD", nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, false);
 }  // namespace fused_losses::baseline
 
 namespace fused_losses {
@@ -87,7 +88,7 @@ static const Kernels& choose() {
 #if FL_X86
   if (name != "avx2" && name != "baseline" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return avx512::table;
+    return __builtin_cpu_supports("avx512bf16") ? avx512::table_bf16 : avx512::table;
   if (name != "baseline" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
       __builtin_cpu_supports("f16c"))
     return avx2::table;

@@ -65,9 +65,11 @@ struct RowEntries {
 // What the entries leave out, in directions of the head. `matrix` null: not wanted.
 struct RowDirections {
   int64_t width;            // K, a multiple of 16
-  const float* matrix;      // [V, K]
+  const void* matrix;       // [V, K]
+  Element element;
   float *nll, *kl;          // [N, K] Σ_v of what is left out of ∂nll/∂z (∂kl/∂z) · matrix[v]
   float *nll_square, *kl_square;  // [N] Σ of its squares
+  const uint16_t* pairs;    // its rows v and v + 16 of each 32 beside each other, [⌈V / 32⌉ · 16, K, 2]; or null
 };
 
 // What logits are where they are computed again from operands that are not rounded: softcap · tanh(scale / softcap ·
@@ -161,8 +163,6 @@ struct Kernels {
   // FEW_TOKENS.
   void (*few_products)(const float* tokens, int64_t count, const void* matrix, Element, int64_t rows, int64_t hidden,
                        const float* bias, float* out, int64_t begin, int64_t end);
-  // See products.inc.
-  void (*add_to_few)(const void* rows, Element, int64_t count, int64_t hidden, const float* factors, float* sums);
   // See quantize.inc.
   void (*quantize_tokens)(const void* hidden, Element, const float* channel, const float* mean, int64_t count,
                           int64_t hidden_size, int64_t padded, uint8_t* out, float* scales, float* lost);
@@ -184,6 +184,7 @@ struct Kernels {
   void (*halve_entries)(const int64_t* offsets, const float* values, float half_scale, uint16_t* out, float* scales,
                         float* l1, float* l2, int64_t begin, int64_t end);
   void (*label_logits)(const Operands&, const int64_t* labels, float* out, int64_t begin, int64_t end);
+  bool has_pairs;  // the processor has products of bfloat16 numbers
 };
 
 const Kernels& kernels();

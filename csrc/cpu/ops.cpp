@@ -133,20 +133,27 @@ void half_logits_op(const Tensor& hidden, const std::optional<Tensor>& inverse, 
               half_chunk_of(weight, out, largest, label_logits, nullptr), hidden.size(0));
 }
 
+RowDirections row_directions(const std::optional<Tensor>& directions, const std::optional<Tensor>& pairs) {
+  RowDirections d = {};
+  if (!directions) return d;
+  d.width = directions->size(1), d.matrix = directions->data_ptr(), d.element = element(*directions);
+  d.pairs = data<uint16_t>(pairs);
+  return d;
+}
+
 void compact_half_op(Tensor z, Tensor largest, const Tensor& label_logits, const Tensor& labels, double threshold,
                      Tensor nll, Tensor prediction, Tensor lse, std::optional<Tensor> entropy, Tensor tail,
                      Tensor nll_l1, Tensor counts, Tensor columns, Tensor values, const std::optional<Tensor>& directions,
-                     std::optional<Tensor> low,
-                     std::optional<Tensor> square, const Tensor& hidden, const Tensor& weight,
-                     const std::optional<Tensor>& bias, double scale) {
+                     const std::optional<Tensor>& pairs, std::optional<Tensor> low, std::optional<Tensor> square,
+                     const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias, double scale) {
   const HalfChunk chunk = half_chunk_of(weight, z, largest, label_logits, &labels);
   const Operands operands = operands_of(hidden, weight, bias, scale);
   const RowResults results = {
       data<float>(nll), nullptr, data<float>(entropy), nullptr, nullptr, data<int64_t>(prediction), nullptr, nullptr,
       data<float>(lse), data<float>(tail), data<float>(nll_l1), nullptr, nullptr, nullptr, data<int64_t>(counts)};
   const RowEntries entries = {columns.size(1), (float)threshold, data<int32_t>(columns), data<float>(values), nullptr};
-  const RowDirections of_rest = {directions ? directions->size(1) : 0, data<float>(directions), data<float>(low), nullptr,
-                                 data<float>(square), nullptr};
+  RowDirections of_rest = row_directions(directions, pairs);
+  of_rest.nll = data<float>(low), of_rest.nll_square = data<float>(square);
   shared(nll.size(0), 8, [&](auto& next) {
     for (int64_t begin, end; next(begin, end);)
       kernels().compact_half(chunk, results, entries, of_rest, operands, begin, end);
@@ -177,8 +184,9 @@ void compact_op(const Tensor& z, const std::optional<Tensor>& r, bool difference
                 double threshold, Tensor nll, Tensor prediction, std::optional<Tensor> kl,
                 std::optional<Tensor> entropy, std::optional<Tensor> reference_nll,
                 std::optional<Tensor> reference_entropy, Tensor rows, Tensor counts, Tensor columns, Tensor nll_values,
-                std::optional<Tensor> kl_values, const std::optional<Tensor>& directions, std::optional<Tensor> nll_low,
-                std::optional<Tensor> kl_low, std::optional<Tensor> squares, const std::optional<Tensor>& hidden,
+                std::optional<Tensor> kl_values, const std::optional<Tensor>& directions,
+                const std::optional<Tensor>& pairs, std::optional<Tensor> nll_low, std::optional<Tensor> kl_low,
+                std::optional<Tensor> squares, const std::optional<Tensor>& hidden,
                 const std::optional<Tensor>& reference, const std::optional<Tensor>& weight,
                 const std::optional<Tensor>& low_rank, const std::optional<Tensor>& low_hidden,
                 const std::optional<Tensor>& low_reference, const std::optional<Tensor>& bias, double scale) {
@@ -197,8 +205,9 @@ void compact_op(const Tensor& z, const std::optional<Tensor>& r, bool difference
   const RowEntries entries = {columns.size(1), (float)threshold, data<int32_t>(columns), data<float>(nll_values),
                               data<float>(kl_values)};
   float* square = data<float>(squares);  // [2, N]
-  const RowDirections low = {directions ? directions->size(1) : 0, data<float>(directions), data<float>(nll_low),
-                             data<float>(kl_low), square, square ? square + n : nullptr};
+  RowDirections low = row_directions(directions, pairs);
+  low.nll = data<float>(nll_low), low.kl = data<float>(kl_low);
+  low.nll_square = square, low.kl_square = square ? square + n : nullptr;
   shared(n, 8, [&](auto& next) {
     for (int64_t begin, end; next(begin, end);)
       kernels().compact(chunk, results, entries, low, hidden ? &operands : nullptr, begin, end);
@@ -349,35 +358,13 @@ void weighted_sum_op(const Tensor& matrix, const Tensor& scale, Tensor out) {
 
 // out = block · matrixᵀ · diag(factor) · matrix for the 8 rows of `block`: each piece of the matrix is read once. By fixed
 // pieces, as weighted_sum.
-void gram_product_op(const Tensor& matrix, const Tensor& factor, const Tensor& block, Tensor out) {
-  constexpr int64_t ROWS = 16;
-  const int64_t N = matrix.size(0), D = matrix.size(1), parts = std::min<int64_t>((N + ROWS - 1) / ROWS, 16);
-  const int64_t size = matrix.element_size();
-  std::vector<float> partial(parts * FEW_TOKENS * D, 0.0f);
-  parallel(parts, [&](int64_t first_part, int64_t last_part) {
-    for (int64_t part = first_part; part < last_part; part++)
-      for (int64_t begin = N * part / parts, end = N * (part + 1) / parts; begin < end; begin += ROWS) {
-        const int64_t count = std::min(ROWS, end - begin);
-        const char* rows = (const char*)matrix.data_ptr() + begin * D * size;
-        float products[FEW_TOKENS * ROWS];
-        kernels().few_products(data<float>(block), FEW_TOKENS, rows, element(matrix), count, D, nullptr, products, 0,
-                               count);
-        for (int64_t i = 0; i < FEW_TOKENS; i++)
-          for (int64_t k = 0; k < count; k++) products[i * count + k] *= data<float>(factor)[begin + k];
-        kernels().add_to_few(rows, element(matrix), count, D, products, partial.data() + part * FEW_TOKENS * D);
-      }
-  });
-  float* sum = data<float>(out);
-  std::fill(sum, sum + FEW_TOKENS * D, 0.0f);
-  for (int64_t part = 0; part < parts; part++)
-    for (int64_t d = 0; d < FEW_TOKENS * D; d++) sum[d] += partial[part * FEW_TOKENS * D + d];
-}
-
-int64_t interface_op() { return 5; }  // INTERFACE of fused_losses/kernels/schemas.py
+int64_t interface_op() { return 6; }  // INTERFACE of fused_losses/kernels/schemas.py
 
 std::string simd_op() { return kernels().name; }
 
 bool has_half_logits_op() { return kernels().compact_half; }
+
+bool has_pairs_op() { return kernels().has_pairs; }
 
 bool int8_is_fast_op() { return int8_is_fast(); }
 
@@ -400,11 +387,11 @@ STABLE_TORCH_LIBRARY_IMPL(fused_losses, CPU, m) {
   m.impl("exact_directions", TORCH_BOX(&exact_directions_op));
   m.impl("rows_product", TORCH_BOX(&rows_product_op));
   m.impl("columns_product", TORCH_BOX(&columns_product_op));
-  m.impl("gram_product", TORCH_BOX(&gram_product_op));
   m.impl("weighted_sum", TORCH_BOX(&weighted_sum_op));
 }
 STABLE_TORCH_LIBRARY_IMPL(fused_losses, CompositeExplicitAutograd, m) {
   m.impl("simd", TORCH_BOX(&simd_op));
+  m.impl("has_pairs", TORCH_BOX(&has_pairs_op));
   m.impl("has_half_logits", TORCH_BOX(&has_half_logits_op));
   m.impl("int8_is_fast", TORCH_BOX(&int8_is_fast_op));
   m.impl("interface", TORCH_BOX(&interface_op));

@@ -39,6 +39,7 @@ class Backend(Protocol):
 
     SAMPLED_TOKENS: int
     HAS_DIRECTIONS: bool
+    HAS_SKETCH: bool
 
     def statistics(self, problem: Problem, keep_rows: bool = False) -> tuple[Statistics, Rows]: ...
     def gradients(self, problem: Problem, upstream: Any, needs: Needs) -> tuple[Statistics, Gradients]: ...

@@ -18,10 +18,10 @@ from ..sparse.certificate import L1_SHARE
 from . import chunks, half, int8, row_passes, single
 from . import torch as chunked
 from .chunks import Chunk, Product, Stage, empty_gradients, empty_rows, empty_statistics
-from .torch import HAS_DIRECTIONS, SAMPLED_TOKENS, UpstreamOf
+from .torch import HAS_DIRECTIONS, HAS_SKETCH, SAMPLED_TOKENS, UpstreamOf
 
 __all__ = [
-    "HAS_DIRECTIONS", "SAMPLED_TOKENS", "add_dense", "columns_product", "dense_rows", "empty_gradients",
+    "HAS_DIRECTIONS", "HAS_SKETCH", "SAMPLED_TOKENS", "add_dense", "columns_product", "dense_rows", "empty_gradients",
     "empty_statistics", "gradients", "rows_product", "scan", "statistics", "weighted_sum",
 ]  # fmt: skip
 
@@ -235,7 +235,7 @@ def _compact(
     torch.ops.fused_losses.compact(
         *logits, selection.threshold, out.nll, out.prediction, out.kl, out.entropy, out.reference_nll,
         out.reference_entropy, rows, counts, columns, nll_values, kl_values[0] if with_kl else None,
-        directions, tails.nll_low, tails.kl_low, squares,
+        directions, selection.pairs, tails.nll_low, tails.kl_low, squares,
         *(int8.NO_OPERANDS if sweep is None else sweep.operands(chunk)),
     )  # fmt: skip
     row_passes.more_statistics(problem, chunk, out)  # after the logits that are computed again

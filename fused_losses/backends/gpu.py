@@ -69,6 +69,7 @@ class Gpu:
     # The tail profile is made of so many tokens; each costs a row of logits.
     SAMPLED_TOKENS = 256
     HAS_DIRECTIONS = True
+    HAS_SKETCH = False
 
     empty_statistics = staticmethod(empty_statistics)
     empty_gradients = staticmethod(empty_gradients)

@@ -80,7 +80,7 @@ def _compact(
         tails.nll_low, tails.nll_square = _empty(size, directions.shape[1]), _empty(size)
     torch.ops.fused_losses.compact_half(
         *logits, selection.threshold, out.nll, out.prediction, out.lse, out.entropy, tails.nll_left, tails.nll_l1,
-        counts, *buffers, directions, tails.nll_low, tails.nll_square, *exact,
+        counts, *buffers, directions, selection.pairs, tails.nll_low, tails.nll_square, *exact,
     )  # fmt: skip
     return counts, tails
 

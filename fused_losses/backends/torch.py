@@ -31,8 +31,9 @@ from .single import add_picked_
 
 # The tail profile is made of so many tokens.
 SAMPLED_TOKENS = 1024
-# Whether `scan` takes what is left out in directions of the head.
+# Whether `scan` takes what is left out in directions of the head, and in random ones for the weight's bound.
 HAS_DIRECTIONS = True
+HAS_SKETCH = True
 # Numbers that a product gathers at a time.
 GATHERED = 1 << 22
 
@@ -160,7 +161,7 @@ def scan(problem: Problem, out: Statistics, selection: Selection) -> Iterator[tu
 
     The chunk's buffers hold what `dense_rows` and `add_dense` need.
     """
-    sampled = selection.sampled
+    sampled, selection = selection.sampled, selection.in_dtype(problem.accumulator)
     for chunk in logit_chunks(problem, narrow=True):
         parts: list[Entries] = []
         here = sampled[(sampled >= chunk.tokens.start) & (sampled < chunk.tokens.stop)] - chunk.tokens.start

@@ -86,23 +86,25 @@ SCHEMAS = (
     # As compact, of what half_logits made, without a reference and without a soft-cap; the entries leave z, as −∞
     "compact_half(Tensor(a!) z, Tensor(b!) largest, Tensor label_logits, Tensor labels, float threshold, "
     "Tensor(c!) nll, Tensor(d!) prediction, Tensor(e!) lse, Tensor(f!)? entropy, Tensor(g!) tail, Tensor(h!) nll_l1, "
-    "Tensor(i!) counts, Tensor(j!) columns, Tensor(k!) nll_values, Tensor? directions, Tensor(l!)? nll_low, "
-    "Tensor(m!)? square, Tensor hidden, Tensor weight, Tensor? bias, float scale) -> ()",
+    "Tensor(i!) counts, Tensor(j!) columns, Tensor(k!) nll_values, Tensor? directions, Tensor? pairs, "
+    "Tensor(l!)? nll_low, Tensor(m!)? square, Tensor hidden, Tensor weight, Tensor? bias, float scale) -> ()",
     # As tail_profile, of what compact_half has left; `which` are shifted by `first`, and those without an lse or with
     # too many entries left out
     "half_tail_profile(Tensor z, Tensor label_logits, Tensor lse, Tensor counts, Tensor which, int first, "
     "Tensor(a!) profile) -> ()",
     # Statistics and entries of a chunk's logits z, or of r + z with `difference`; counts −1: more than the capacity.
     # With directions [V, K], K a multiple of 16: nll_low [N, K] = Σ_v of what is left out of ∂nll/∂z · directions[v],
-    # kl_low likewise, squares [2, N] Σ of its squares. With `hidden` [N, D], of z, and `reference`, of r, both float32,
-    # logits are taken for those of 8-bit products and computed again from these operands where p or p_ref is above
-    # threshold · √(1 − p[label]); low_hidden and low_reference [N, R] are float32 too
+    # kl_low likewise, squares [2, N] Σ of its squares. Directions are float32 or bfloat16; `pairs`, where `has_pairs`,
+    # are rows v and v + 16 of each 32 of them beside each other, [⌈V / 32⌉ · 16, K, 2] bfloat16; what is left out is
+    # rounded to that for the product. With `hidden` [N, D], of z, and `reference`, of r, both float32, logits are taken
+    # for those of 8-bit products and computed again from these operands where p or p_ref is above threshold ·
+    # √(1 − p[label]); low_hidden and low_reference [N, R] are float32 too
     "compact(Tensor(o!) z, Tensor(p!)? r, bool difference, Tensor labels, float softcap, float threshold, "
     "Tensor(a!) nll, Tensor(b!) prediction, Tensor(c!)? kl, Tensor(d!)? entropy, Tensor(e!)? reference_nll, "
     "Tensor(f!)? reference_entropy, Tensor(g!) rows, Tensor(h!) counts, Tensor(i!) columns, Tensor(j!) nll_values, "
-    "Tensor(k!)? kl_values, Tensor? directions, Tensor(l!)? nll_low, Tensor(m!)? kl_low, Tensor(n!)? squares, "
-    "Tensor? hidden, Tensor? reference, Tensor? weight, Tensor? low_rank, Tensor? low_hidden, Tensor? low_reference, "
-    "Tensor? bias, float scale) -> ()",
+    "Tensor(k!)? kl_values, Tensor? directions, Tensor? pairs, Tensor(l!)? nll_low, Tensor(m!)? kl_low, "
+    "Tensor(n!)? squares, Tensor? hidden, Tensor? reference, Tensor? weight, Tensor? low_rank, Tensor? low_hidden, "
+    "Tensor? low_reference, Tensor? bias, float scale) -> ()",
     # out = values · scale · factor of their row; values float32 or float16, `counts` of each row
     "scale_entries(Tensor counts, Tensor values, float scale, Tensor factor, Tensor(a!) out) -> ()",
     # out = half_scale · values / scales in float16, scales = max |values| of a row; what that rounds, in L1 and L2 norm
@@ -130,17 +132,16 @@ SCHEMAS = (
     # out[v] = base_scale · base[v] + Σ_j values[j] · matrix[row of j] + scale[v] · vector, j over column v
     "columns_product(Tensor offsets, Tensor columns, Tensor values, Tensor matrix, Tensor scale, Tensor vector, "
     "Tensor? base, float base_scale, Tensor(a!) out) -> ()",
-    # out [8, D] = block [8, D] · matrixᵀ · diag(factor) · matrix, of a matrix with few rows or in a core's cache
-    "gram_product(Tensor matrix, Tensor factor, Tensor block, Tensor(a!) out) -> ()",
     # out = Σ_v scale[v] · matrix[v]
     "weighted_sum(Tensor matrix, Tensor scale, Tensor(a!) out) -> ()",
     "simd() -> str",
     "int8_is_fast() -> bool",
     "has_half_logits() -> bool",
+    "has_pairs() -> bool",
     "interface() -> int",
 )
 # Raised with every change of a schema or of what its arguments mean, here and in csrc/cpu/ops.cpp.
-INTERFACE = 5
+INTERFACE = 6
 
 # The rows of `kept` [4, N] of `attention`: Σ p·slope over entries but the label's; over all entries Σ gap·slope,
 # Σ |gap·slope|, and the last with TOTALS_SHIFT in place of SHIFT. gap = p − p_ref.
@@ -175,7 +176,7 @@ for _schema in SCHEMAS + GPU_SCHEMAS:
     torch.library.define(f"fused_losses::{_name}", _schema.removeprefix(_name))
     if _name == "logits":
         torch.library.register_fake("fused_losses::logits", lambda hidden, weight, bias, out: True)
-    elif _name not in ("simd", "int8_is_fast", "has_half_logits", "interface", "cuda_interface"):
+    elif _name not in ("simd", "int8_is_fast", "has_half_logits", "has_pairs", "interface", "cuda_interface"):
         torch.library.register_fake(f"fused_losses::{_name}", lambda *args: None)
 
 
@@ -260,6 +261,12 @@ def takes_entries(values: torch.Tensor) -> bool:
     """Whether `scale_entries` and `halve_entries` are there for them."""
     here = values.device.type == "cpu" and values.dtype in (torch.float32, torch.float16)
     return here and load() is None and torch.ops.fused_losses.has_half_logits()
+
+
+@functools.cache
+def has_pairs() -> bool:
+    """Whether `compact` and `compact_half` take pairs."""
+    return load() is None and torch.ops.fused_losses.has_pairs()
 
 
 @functools.cache

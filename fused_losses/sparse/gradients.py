@@ -15,7 +15,7 @@ from ..backends.chunks import by_column
 from ..problem import Gradients, Needs, Problem, Segments, Upstream
 from ..shards import Shard
 from .certificate import L1_SHARE, GradientReport, fewest, relative_bound, select
-from .spectrum import norm_bound, norm_bound_unwaited
+from .spectrum import SKETCH_FACTORS, norm_bound
 from .weighted import WeightedSparse, sum_of_rows
 
 # So often tokens are chosen by the norm of dx as it is then; after that all are exact.
@@ -118,35 +118,9 @@ def _l1_bound(sparse: WeightedSparse, exact: Tensor) -> float:
 
 
 def _weight_bound(call: _Call, exact: Tensor, weight: Tensor) -> float | None:
-    """‖Eᵀx‖ = ‖(R⁻¹E)ᵀ R x‖ ≤ ‖R⁻¹E‖ · the largest singular value of R x, with R² the norms of the rows of E, so that
-    tokens with little error do not count; the gradient's norm is at least that of its largest rows."""
-    sparse = call.sparse
-    rows = call.problem.hidden[:, : call.problem.head.weight.shape[1]]
-    errors = torch.where(exact, 0, sparse.row_error * abs(call.scale))
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    if _runs_behind(weight):
-        # In place of the largest rows all of them: to read the gradient takes less time than to find those.
-        largest = errors.amax()
-        each = torch.where(largest > 0, errors / largest, 0)
-        products = norm_bound_unwaited(rows, each.sqrt())
-        bounds = (
-            largest * each.sum(dtype=torch.float64).sqrt() * products,
-            torch.linalg.vector_norm(weight, dtype=wide),
-        )
-        error, norm = torch.stack([bound.double() for bound in bounds]).tolist()
-    else:
-        error = float(errors.amax())
-        if error and math.isfinite(error):
-            each = errors / error
-            error *= math.sqrt(float(each.sum(dtype=torch.float64))) * norm_bound(rows, each.sqrt())
-        few = max(1, AT_A_TIME // weight.shape[1])
-        if len(weight) > MOST_ROWS:
-            magnitudes = sparse.segments(torch.ones_like(sparse.left)).values.abs()
-            counts = torch.bincount(sparse.columns, weights=magnitudes, minlength=len(weight))
-            parts = (weight.index_select(0, ids) for ids in counts.topk(MOST_ROWS).indices.split(few))
-        else:
-            parts = iter(weight.split(few))
-        norm = float(torch.stack([torch.linalg.vector_norm(part, dtype=wide) for part in parts]).norm())
+    """From a bound of the error, and the norm of the gradient or of its largest rows. With what its dtype rounds."""
+    bounds = torch.stack([n.double() for n in (_weight_error(call, exact), _weight_norm(call, weight))])
+    error, norm = bounds.tolist()
     shard = call.problem.head.shard
     if shard is not None:
         square = torch.tensor(norm * norm, dtype=torch.float64, device=weight.device)
@@ -154,7 +128,53 @@ def _weight_bound(call: _Call, exact: Tensor, weight: Tensor) -> float | None:
     if not math.isfinite(error + norm):
         return math.nan
     bound = relative_bound(error, norm)
-    return bound if bound < math.inf else None
+    return bound + torch.finfo(weight.dtype).eps / 2 if bound < math.inf else None
+
+
+def _weight_error(call: _Call, exact: Tensor) -> Tensor:
+    """With a sketch `SKETCH_FACTORS` times what that says; what is rounded by row comes on top.
+
+    Else ‖Eᵀx‖ = ‖(R⁻¹E)ᵀ R x‖ ≤ ‖R⁻¹E‖ · the largest singular value of R x, with R² the norms of the rows of E, so that
+    tokens with little error do not count.
+    """
+    sparse = call.sparse
+    rows = call.problem.hidden[:, : call.problem.head.weight.shape[1]]
+    errors = torch.where(exact, 0, sparse.row_error * abs(call.scale))
+    if sparse.sketch is None:
+        largest = errors.amax()
+        each = torch.where(largest > 0, errors / largest, 0)
+        return largest * each.sum(dtype=torch.float64).sqrt() * norm_bound(rows, each.sqrt())
+    sketch = torch.where(exact[:, None], 0, sparse.sketch * call.scale)
+    # Both with numbers up to 1, so that squares stay within the range.
+    longest, largest = (
+        t.abs().amax().to(sketch.dtype).clamp(min=torch.finfo(sketch.dtype).tiny) for t in (rows, sketch)
+    )
+    sketch, product = sketch / largest, sketch.new_zeros(rows.shape[1], sketch.shape[1])
+    rounded = product.new_zeros((), dtype=torch.float64)
+    few = max(1, AT_A_TIME // rows.shape[1])
+    for part, some, error in zip(rows.split(few), sketch.split(few), errors.split(few), strict=True):
+        part = part.to(sketch.dtype) / longest
+        product.addmm_(part.t(), some)
+        rounded += (torch.linalg.vector_norm(part, dim=1) * error).sum(dtype=torch.float64)
+    product = shards.total(call.problem.head.shard, product.double() * largest)
+    estimate = torch.linalg.vector_norm(product) / math.sqrt(sketch.shape[1])
+    return longest.double() * (SKETCH_FACTORS[sketch.shape[1]] * estimate + rounded)
+
+
+def _weight_norm(call: _Call, weight: Tensor) -> Tensor:
+    """Of the gradient, or of some of its rows, which have nearly all of it."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    if _runs_behind(weight):
+        # In place of the largest rows all of them: to read the gradient takes less time than to find those.
+        return torch.linalg.vector_norm(weight, dtype=wide)
+    sparse, few = call.sparse, max(1, AT_A_TIME // weight.shape[1])
+    if len(weight) > MOST_ROWS:
+        magnitudes = sparse.segments(torch.ones_like(sparse.left)).values.abs()
+        counts = torch.bincount(sparse.columns, weights=magnitudes, minlength=len(weight))
+        parts = (weight.index_select(0, ids) for ids in counts.topk(MOST_ROWS).indices.split(few))
+    else:
+        parts = iter(weight.split(few))
+    return torch.stack([torch.linalg.vector_norm(part, dtype=wide) for part in parts]).norm()
 
 
 def _runs_behind(tensor: Tensor) -> bool:

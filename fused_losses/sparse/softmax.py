@@ -25,7 +25,7 @@ from ..backends import Backend
 from ..kernels import schemas
 from ..problem import Entries, Needs, Problem, Selection, Statistics, Tails
 from .certificate import parameters
-from .spectrum import directions_of
+from .spectrum import directions_of, sketch_columns
 
 # Entries, which are in [−1, 1], are kept as float16 of HALF_SCALE times them: of 4 bytes, 6 with a reference. A θ finer
 # than FINEST_HALF asks for better.
@@ -54,7 +54,8 @@ class SparseSoftmax:
     # [N, D] what dx takes from the entries (SW), where the backend formed it
     nll_rows: Tensor | None = None
     kl_rows: Tensor | None = None
-    # With directions: U [D, k], qᵀ(W − 1cᵀ)U [K], and [2] float64: sigma and longest of `Directions`.
+    # With directions: U [D, k], qᵀ times the rows of `Directions` [K], and [3] float64: sigma, longest and rounding of
+    # these.
     basis: Tensor | None = None
     profile_low: Tensor | None = None
     limits: Tensor | None = None
@@ -171,12 +172,13 @@ class Builder:
         profile = torch.zeros(len(problem.head.weight), dtype=problem.accumulator, device=device)
         self.directions = None
         if backend.HAS_DIRECTIONS and (n >= FEWEST_TOKENS or not needs.weight):
-            self.directions = directions_of(problem.head.weight, problem.head.shard)
-        rows = None if self.directions is None else self.directions.rows
+            sketch = sketch_columns(problem.has_reference) if needs.weight and backend.HAS_SKETCH else 0
+            self.directions = directions_of(problem.head.weight, problem.head.shard, sketch)
+        rows, pairs = (None, None) if self.directions is None else (self.directions.rows, self.directions.pairs)
         free = not needs.weight or problem.int8 is not None
         coarser = self.directions is not None and not problem.has_reference and free
         threshold, capacity = parameters(problem.tolerance, problem.head.vocabulary, coarser)
-        self.selection = Selection(threshold, capacity, sampled, profile, needs.hidden, rows)
+        self.selection = Selection(threshold, capacity, sampled, profile, needs.hidden, rows, pairs)
         self.chunks: list[Entries] = []
         self.done: list[Tensor] = []
 
@@ -226,5 +228,5 @@ class Builder:
             kl_rows=join("kl_rows"),
             basis=None if found is None else found.basis,
             profile_low=None if found is None else self.backend.weighted_sum(found.rows, profile),
-            limits=None if found is None else profile.new_tensor([found.sigma, found.longest], dtype=torch.float64),
+            limits=None if found is None else profile.new_tensor(found.limits, dtype=torch.float64),
         )

@@ -13,6 +13,11 @@ of U and in it are orthogonal. δ is `PROBE_FACTOR` ‖(W' − W)Ω‖_F / √8 
 less than ‖W' − W‖_F with a probability of 1e-6 at the very worst (W' − W of rank one). Where W moved too far, all is
 computed anew.
 
+**The weight's gradient.** Its error is Eᵀx. With Ω [V, 16] of normal numbers ‖xᵀEΩ‖²_F / 16 is on average the square
+of its norm, and 3.4² times that is at least that square, but for a probability of 1e-6 at the very worst
+(an error of rank one). So 16 columns more of G, the sketch Ω, give a bound that knows how the errors of tokens add up;
+without them it is that of the worst case (`norm_bound`).
+
 Of a head whose rows are spread over ranks, W is all rows: the ranks add up what is a sum over rows (mean, Gram matrix,
 ‖(W' − W)Ω‖²), and each keeps its own of W Ω and G. U and the bounds are those of the first rank, the same on all.
 """
@@ -22,7 +27,7 @@ from __future__ import annotations
 import functools
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -37,9 +42,7 @@ from ..shards import Shard
 
 COUNT = 16  # directions
 PROBES = 8
-FIRST, POWER = 3, 10
-USUAL = 1e-9, 1e9  # between these squares' sums are far from the limits of float32
-FEW = 6  # powers where none is waited for
+POWER = 6
 # P(χ²_8 < 8 / 7.6²) = 1e-6.
 PROBE_FACTOR = 7.6
 # σ may have grown by this part of itself before the spectrum is computed anew.
@@ -47,6 +50,14 @@ MOST_GROWTH = 0.25
 BLOCK = 1 << 22  # numbers of the head at a time, 16 MiB
 KEPT = 4  # heads whose spectrum is kept
 _SAMPLED = 4096
+# By columns of a sketch: P(χ²_16 < 16 / 3.33²) = P(χ²_32 < 32 / 2.14²) = 1e-6; that it is rounded to bfloat16 is
+# counted with 2 %.
+SKETCH_FACTORS = {16: 3.4, 32: 2.18}
+SKETCH_BLOCK = 1024  # ids whose numbers are drawn together
+# What is left out is rounded to bfloat16 for products with pairs, by so much of itself; not where that makes σ larger
+# than it would be by more than a thirtieth.
+IN_PAIRS = 2.0**-8
+MOST_ROUNDED = 0.25
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,6 +172,34 @@ def _gaussian(rows: int, columns: int, dtype: torch.dtype, device: torch.device)
     return torch.randn(rows, columns, generator=generator, dtype=torch.float64).to(device, dtype)
 
 
+def sketch_columns(has_reference: bool) -> int:
+    """Of a KL, whose errors are larger, twice as many."""
+    return 32 if has_reference else 16
+
+
+def _draw(out: Tensor, start: int) -> None:
+    """Normal numbers for the ids from `start` on, a row each, the same in every run and on every rank."""
+    generator, end = torch.Generator(), start + len(out)
+    for block in range(start // SKETCH_BLOCK, -(-end // SKETCH_BLOCK)):
+        generator.manual_seed((1 << 40) + block)
+        numbers = torch.randn(SKETCH_BLOCK, out.shape[1], generator=generator, dtype=torch.float64)
+        first, last = max(start, block * SKETCH_BLOCK), min(end, (block + 1) * SKETCH_BLOCK)
+        out[first - start : last - start] = numbers[first - block * SKETCH_BLOCK :][: last - first]
+
+
+def padded(count: int) -> int:
+    """Columns that so many directions take: a multiple of 16."""
+    return -(-count // 16) * 16
+
+
+def _paired(rows: Tensor) -> Tensor:
+    """[V, K] as `pairs` of the kernels."""
+    count, width = rows.shape
+    whole = rows.new_zeros(-(-count // 32) * 32, width)
+    whole[:count] = rows
+    return whole.view(-1, 2, 16, width).permute(0, 2, 3, 1).contiguous().view(-1, width, 2)
+
+
 @torch.no_grad()
 def limits_of_low_rank(b: Tensor) -> tuple[float, float]:
     """Upper bounds of the largest singular value of B [V, r] minus its mean row, and of the norm of its rows."""
@@ -170,10 +209,10 @@ def limits_of_low_rank(b: Tensor) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def norm_bound_unwaited(rows: Tensor, factor: Tensor) -> Tensor:
-    """As `norm_bound` of factor · rows, factors [N] in [0, 1], for devices that run behind the host: a number on the
-    device, of some 50 operations, none of which is waited for; one copy of the rows in fp32 is made. At most 1.8 times
-    the largest singular value at D = 4096, 1.2 times where few stand out.
+def norm_bound(rows: Tensor, factor: Tensor) -> Tensor:
+    """At least the largest singular value of factor · rows, factors [N] in [0, 1]: a number on the device, of some 50
+    operations, none of which is waited for; one copy of the rows in fp32 is made. At most 1.8 times the largest
+    singular value at D = 4096, 1.2 times where few stand out.
 
     With Gaussian Ω [D, 8] and B = matrixᵀ matrix, ‖Bᵏ Ω‖_F ≥ λᵏ ‖g‖ of its largest eigenvalue λ and 8 normal numbers g;
     k = 6. Not finite where the matrix is not.
@@ -187,76 +226,16 @@ def norm_bound_unwaited(rows: Tensor, factor: Tensor) -> Tensor:
     matrix = rows * (factor / largest.clamp(min=tiny))[:, None]  # so that squares stay within the range
     dim = matrix.shape[1]
     block = _gaussian(dim, PROBES, matrix.dtype, matrix.device).t().contiguous()
-    for _ in range(FEW):
+    for _ in range(POWER):
         block = (block @ matrix.t()) @ matrix
         size = torch.linalg.vector_norm(block)
         scale += size.double().log()
         block = block / size.clamp(min=tiny)
-    eigenvalue = torch.exp((scale + math.log(PROBE_FACTOR / math.sqrt(PROBES))) / FEW)
+    eigenvalue = torch.exp((scale + math.log(PROBE_FACTOR / math.sqrt(PROBES))) / POWER)
     # Of operands that are rounded to tf32, 2 of each product.
     rounding = torch.finfo(matrix.dtype).eps if torch.get_float32_matmul_precision() == "highest" else 2.0**-11
-    return largest * (eigenvalue * (1 + 8 * math.sqrt(dim) * torch.finfo(matrix.dtype).eps + 4 * FEW * rounding)).sqrt()
-
-
-@torch.no_grad()
-def norm_bound(rows: Tensor, factor: Tensor | None = None) -> float:
-    """At least the largest singular value of factor · rows, [N, D] and [N] ≥ 0, None: ones; at most 1.3 times it, and
-    where few stand out next to nothing above it.
-
-    B = matrixᵀ matrix, U eight orthonormal vectors near the leading ones, α the largest eigenvalue of UᵀBU, β the norm
-    of BU outside of U, γ a bound of the largest eigenvalue of B outside of U: that of B is at most
-    (α + γ + √((α − γ)² + 4β²)) / 2. For γ, with P = I − UUᵀ and 8 Gaussian vectors ω: ‖(PBP)ᵏ ω‖ ≥ γᵏ ‖g‖ with 8 normal
-    numbers g, and ‖g‖ is below √8 / 7.6 with a probability of 1e-6; k up to 10, while γ matters. 10 to 28 products of
-    N·D numbers with 8 vectors.
-    """
-    dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    largest_of_rows = rows.abs().amax(1).to(dtype) if rows.numel() else rows.new_zeros(1, dtype=dtype)
-    factor = torch.ones_like(largest_of_rows) if factor is None else factor.to(dtype)
-    largest = float((largest_of_rows * factor).amax())
-    if largest == 0 or not math.isfinite(largest):
-        return largest if largest == 0 else math.inf
-    dim, probes = rows.shape[1], min(PROBES, rows.shape[1])
-    usual = USUAL[0] < largest and float(largest_of_rows.amax()) < USUAL[1]
-    times = _gram_product(rows, factor, largest, usual)
-
-    leading = _gaussian(dim + 1, probes, dtype, rows.device)[:dim]
-    for _ in range(FIRST):
-        leading = torch.linalg.qr(times(leading.t().contiguous()).t()).Q
-    leading_rows = leading.t().contiguous()
-    image = times(leading_rows)
-    inside = image @ leading
-    alpha = float(torch.linalg.eigvalsh(inside.double())[-1])
-    beta = float((image - inside @ leading_rows).norm())
-    block = _gaussian(dim, PROBES, dtype, rows.device).t().contiguous()
-    scale = 0.0  # the logarithm of what the block has been divided by
-    for power in range(1, POWER + 1):
-        block = times(block - (block @ leading) @ leading_rows)
-        block -= (block @ leading) @ leading_rows
-        size = float(block.norm())
-        scale += math.log(size) if size else -math.inf
-        gamma = math.exp((scale + math.log(PROBE_FACTOR / math.sqrt(PROBES))) / power)
-        if gamma <= alpha / 2:  # a tighter one would change nothing
-            break
-        block /= size
-    rounding = 1 + 8 * math.sqrt(dim) * torch.finfo(dtype).eps
-    return largest * math.sqrt((alpha + gamma + math.hypot(alpha - gamma, 2 * beta)) / 2 * rounding)
-
-
-def _gram_product(rows: Tensor, factor: Tensor, largest: float, usual: bool) -> Callable[[Tensor], Tensor]:
-    """block [k, D] times matrixᵀ matrix, matrix = factor / largest · rows, in the dtype of the factors. `usual`: the
-    rows' squares are within its range."""
-    compiled = rows.device.type == "cpu" and rows.dtype in (torch.float32, torch.bfloat16) and schemas.load() is None
-    if compiled and usual and rows.shape[1] >= PROBES:
-        rows, squares = rows.contiguous(), (factor / largest).square()
-
-        def times(block: Tensor) -> Tensor:
-            out = torch.empty_like(block)
-            torch.ops.fused_losses.gram_product(rows, squares, block.contiguous(), out)
-            return out
-
-        return times
-    matrix = rows * factor[:, None] / largest  # so that squares stay within the range
-    return lambda block: (block @ matrix.t()) @ matrix  # in this order a tenth of the time with few rows
+    rounded = 1 + 8 * math.sqrt(dim) * torch.finfo(matrix.dtype).eps + 4 * POWER * rounding
+    return largest * (eigenvalue * rounded).sqrt()
 
 
 def _times(rows: Tensor, weight: Tensor) -> Tensor:
@@ -284,16 +263,54 @@ class _Known:
         self.probes = probes.to(found.basis.dtype).contiguous()
         self.probed = _times(self.probes, weight)
         count = found.basis.shape[1]
-        rows = found.basis.new_zeros(len(weight), -(-count // COUNT) * COUNT)
+        rows = found.basis.new_zeros(len(weight), padded(count))
         start = 0
         for part in blocks(weight, rows.dtype):
             rows[start : start + len(part), :count] = (part - found.mean) @ found.basis
             start += len(part)
-        rows, rounded = _rounded(rows)
-        self.rounded = self._norm(rounded)
-        sigma = math.hypot(found.sigma, self.rounded)
-        self.directions = Directions(found.basis, rows, sigma, found.longest)
+        self.rows, rounded = _rounded(rows)
+        self.rounded = {0: self._norm(rounded)}  # by columns of the sketch, as the next
+        self.moved = 0.0
+        self.directions: dict[int, Directions] = {}
         self._remember(weight)
+
+    def of(self, sketch: int) -> Directions:
+        """What it gives, with so many columns of a sketch."""
+        if sketch not in self.directions:
+            found = self.spectrum
+            rows = self.rows.to(found.basis.dtype).contiguous()
+            given = Directions(found.basis, rows, found.sigma, found.longest)
+            self.directions[sketch] = self._now(self._with_sketch(given, sketch) if sketch else given, sketch)
+        return self.directions[sketch]
+
+    def _with_sketch(self, given: Directions, sketch: int) -> Directions:
+        """What products with pairs round is counted on all processors, so that all ranks have the same bounds."""
+        count, wide = given.rows.shape[1], given.rows.dtype == torch.float64
+        rows = given.rows.new_empty(len(self.rows), count + sketch, dtype=torch.float64 if wide else torch.bfloat16)
+        rows[:, :count] = given.rows
+        _draw(rows[:, count:], 0 if self.shard is None else self.shard.start)
+        pairs, rounded, rounding = None, self.rounded[0], 0.0
+        if not wide:
+            rounded += self._norm(float((rows[:, :count] - given.rows).norm()) * (1 + 1e-3))
+            in_products = IN_PAIRS * self._norm(float(given.rows.norm()) * (1 + 1e-3))
+            if in_products <= MOST_ROUNDED * self.spectrum.sigma:
+                rounding, rounded = IN_PAIRS, rounded + in_products
+                if rows.device.type == "cpu" and schemas.has_pairs():
+                    pairs = _paired(rows)
+        self.rounded[sketch] = rounded
+        if not self.directions:  # in one memory
+            self.rows, self.rounded[0] = rows[:, : given.rows.shape[1]], rounded
+        return given._replace(rows=rows, pairs=pairs, rounding=rounding)
+
+    def _take(self, moved: float) -> None:
+        """For a weight that is at most so far from that of the spectrum."""
+        self.moved = moved
+        self.directions = {sketch: self._now(before, sketch) for sketch, before in self.directions.items()}
+
+    def _now(self, directions: Directions, sketch: int) -> Directions:
+        found, moved = self.spectrum, self.moved
+        sigma = math.hypot(found.sigma + moved, moved + self.rounded[sketch])
+        return directions._replace(sigma=sigma, longest=found.longest + moved)
 
     def _norm(self, norm: float) -> float:
         """Of all rows, from that of this rank's."""
@@ -329,11 +346,9 @@ class _Known:
         difference = _times(self.probes, weight).sub_(self.probed)
         change = self._norm(float(torch.linalg.vector_norm(difference, dtype=torch.float64)))
         moved = PROBE_FACTOR * change / math.sqrt(PROBES)
-        found = self.spectrum
-        if not moved <= MOST_GROWTH * found.sigma:
+        if not moved <= MOST_GROWTH * self.spectrum.sigma:
             return False
-        sigma = math.hypot(found.sigma + moved, moved + self.rounded)
-        self.directions = self.directions._replace(sigma=sigma, longest=found.longest + moved)
+        self._take(moved)
         self._remember(weight)
         return True
 
@@ -365,16 +380,16 @@ _lock = threading.Lock()
 
 
 @torch.no_grad()
-def directions_of(weight: Tensor, shard: Shard | None = None) -> Directions | None:
+def directions_of(weight: Tensor, shard: Shard | None = None, sketch: int = 0) -> Directions | None:
     """The directions of a weight [V, D], float32 (float64 of float64); None where it is not finite, or D < 2.
-    With a shard all ranks call, each with its rows.
+    With a shard all ranks call, each with its rows. `sketch`: columns of it.
 
     Computed once for a weight that does not change; see above for one that does. That it does not is told by its
     storage, version and a sample of its numbers, so writing to a few rows through `.data` goes unseen.
     """
     weight = weight.detach()
     if shard is not None:
-        return _spread_directions(weight, shard) if weight.shape[1] >= 2 else None
+        return _spread_directions(weight, shard, sketch) if weight.shape[1] >= 2 else None
     if weight.shape[1] < 2 or not len(weight):
         return None
     with _lock:
@@ -382,12 +397,12 @@ def directions_of(weight: Tensor, shard: Shard | None = None) -> Directions | No
             if known.fits(weight) and known.is_of(weight):
                 _known.remove(known)
                 _known.append(known)
-                return known.directions
+                return known.of(sketch)
         for known in reversed(_known):
             if known.fits(weight) and known.moved_to(weight):
                 _known.remove(known)
                 _known.append(known)
-                return known.directions
+                return known.of(sketch)
         found = spectrum(weight)
         if found is None:
             return None
@@ -395,10 +410,10 @@ def directions_of(weight: Tensor, shard: Shard | None = None) -> Directions | No
         cdata = weight.untyped_storage()._cdata
         _known[:] = [k for k in _known if k.storage.expired() or k.storage.cdata != cdata][-KEPT + 1 :]
         _known.append(_Known(weight, found))
-        return _known[-1].directions
+        return _known[-1].of(sketch)
 
 
-def _spread_directions(weight: Tensor, shard: Shard) -> Directions | None:
+def _spread_directions(weight: Tensor, shard: Shard, sketch: int) -> Directions | None:
     """Which of the heads that are known it is, all ranks decide together, as they may have forgotten different ones."""
     with _lock:
         here = [k for k in reversed(_spread) if k.shard == shard and k.fits(weight)][:KEPT]
@@ -424,4 +439,4 @@ def _spread_directions(weight: Tensor, shard: Shard) -> Directions | None:
             known.number = 1 + max(theirs[1] for theirs in everyone)
             _spread[:] = [k for k in _spread if not k.storage.expired()][-KEPT + 1 :]
         _spread.append(known)
-        return known.directions
+        return known.of(sketch)

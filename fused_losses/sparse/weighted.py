@@ -15,7 +15,7 @@ from ..kernels import schemas
 from ..problem import Entries, Problem, Segments, Upstream
 from .certificate import L1_SHARE, select, shares
 from .softmax import HALF_SCALE, SparseSoftmax, narrow, sums_of_rows, weighted, widened
-from .spectrum import limits_of_low_rank
+from .spectrum import limits_of_low_rank, padded
 
 ROWS = 1024  # tokens whose rows are in fp32 at a time, where several are added up
 
@@ -39,11 +39,13 @@ class WeightedSparse:
     done: Tensor  # [N] bool: gradient computed densely in forward
     rows: Tensor | None = None  # [N, D] what dx takes from the entries, where the backend formed it
     # With directions, [N, k] what dx takes in them besides, and U [D, k]; [N] what the L2 norms are at most of what is
-    # wrong with a row of the gradient of the logits, and with one of dx.
+    # wrong with a row of the gradient of the logits, and with one of dx. With a sketch, [N, columns] what is wrong with
+    # the former, in products with normal numbers; then its norm is that of what comes on top.
     low: Tensor | None = None
     basis: Tensor | None = None
     row_error: Tensor | None = None
     hidden_error: Tensor | None = None
+    sketch: Tensor | None = None
     scale: Tensor | None = None  # [N]
     blocks: Tensor | None = None  # of `narrow`
 
@@ -61,7 +63,7 @@ class WeightedSparse:
         return (
             self.offsets, self.columns, self.values, self.left, self.error, self.norm, self.profile, self.full,
             self.done, self.rows, self.low, self.basis, self.row_error, self.hidden_error,
-            self.scale, self.blocks,
+            self.sketch, self.scale, self.blocks,
         )  # fmt: skip
 
     @property
@@ -115,42 +117,50 @@ def weigh(
     )
     if sparse.basis is not None:
         found.basis = sparse.basis
-        found.low = _low(sparse, left, a, b)
-        found.row_error, found.hidden_error = _errors(problem, sparse, a, b, (rounding, rounding_l2))
+        found.low, found.sketch = _low(sparse, left, a, b)
+        sketched = found.sketch is not None
+        found.row_error, found.hidden_error = _errors(problem, sparse, a, b, (rounding, rounding_l2), sketched)
     return found
 
 
-def _low(sparse: SparseSoftmax, left: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
-    """[N, k] the rest in the directions, minus left qᵀ in them."""
+def _low(
+    sparse: SparseSoftmax, left: Tensor, a: Tensor | None, b: Tensor | None
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """[N, k] the rest in the directions, minus left qᵀ in them; the same in the sketch, if there is one."""
     low = -left[:, None] * sparse.profile_low
     for weight, part in ((a, sparse.tails.nll_low), (b, sparse.tails.kl_low)):
         if weight is not None:
             low.addcmul_(weight[:, None], part)
-    return low[:, : sparse.basis.shape[1]].contiguous()
+    count = sparse.basis.shape[1]
+    sketch = low[:, padded(count) :]
+    return low[:, :count].contiguous(), sketch.contiguous() if sketch.shape[1] else None
 
 
 def _errors(
     problem: Problem, sparse: SparseSoftmax, a: Tensor | None, b: Tensor | None,
-    rounding: tuple[Tensor | float, Tensor | float],
+    rounding: tuple[Tensor | float, Tensor | float], sketched: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """[N] bounds of ‖E_t‖₂, E what is left out minus left qᵀ, and of ‖E_t W‖₂ without the directions.
+    """[N] bounds of ‖E_t‖₂, E what is left out minus left qᵀ, and of ‖E_t W‖₂ without the directions. `sketched`: the
+    first is of what is rounded alone.
 
     For the nll what is left out and q are ≥ 0, so that ‖r − m q‖² ≤ ‖r‖² + m²‖q‖².
     """
     tails, width = sparse.tails, torch.linalg.vector_norm(sparse.profile)
     if problem.head.shard is not None:
         width = shards.total(problem.head.shard, width.square()).sqrt()
-    error = torch.zeros_like(tails.nll_left)
+    error, left_out = torch.zeros_like(tails.nll_left), torch.zeros_like(tails.nll_left)
     if a is not None:
         error += a.abs() * (tails.nll_square + tails.nll_left.square() * width.square()).sqrt()
+        left_out += a.abs() * tails.nll_square.sqrt()
     if b is not None:
         error += b.abs() * (tails.kl_square.sqrt() + tails.kl_left.abs() * width)
-    sigma, longest = sparse.limits.tolist()
+        left_out += b.abs() * tails.kl_square.sqrt()
+    sigma, longest, in_products = sparse.limits.tolist()
     if problem.head.low_rank is not None:
         part, longest_part = limits_of_low_rank(problem.head.low_rank)
         sigma, longest = math.hypot(sigma, part), math.hypot(longest, longest_part)
     l1, l2 = rounding
-    return error + l2, error * sigma + l1 * longest
+    return (left_out * in_products if sketched else error) + l2, error * sigma + l1 * longest
 
 
 def mostly_exact(problem: Problem, entries: Entries, upstream: Upstream, single: Single | None) -> bool:

@@ -35,6 +35,7 @@ from spread_ranks import (
 from vocab_ranks import DTYPES
 
 from fused_losses.sparse import certificate
+from fused_losses.sparse.spectrum import sketch_columns
 
 # Of float64, and of float32 against float64 with the same inputs; measured 7e-15 and 4.8e-6 (the KL of two heads).
 ROUNDING = {"float64": 3e-14, "float32": 1.5e-5}
@@ -94,7 +95,7 @@ def test_within_the_certificate_and_as_one_process(ranks, name):
                 if output in one:
                     # Measured 1.1e-15 and 6.9e-6. What the ranks say of the rounding of their entries, where both
                     # losses have some, is together up to 0.3 % of the bound less than what one process says.
-                    allowed = 1e-13 if dtype == "float64" else 1e-2 if output == "weight_bound" else 3e-5
+                    allowed = 1e-13 if dtype == "float64" else 2.5e-2 if output == "weight_bound" else 3e-5
                     assert relative(got[output], one[output]) <= allowed, output
 
 
@@ -173,7 +174,8 @@ def test_few_numbers_of_each_token_travel(ranks, name, frozen):
         calls = found["calls", name, frozen]
         assert [numbers for kind, numbers in calls if kind == "all_reduce"] == [tokens * D]
         gathered_numbers = [numbers for kind, numbers in calls if kind == "all_gather"]
-        assert sum(numbers for numbers in gathered_numbers if numbers >= tokens) == each * tokens
+        sketch = 0 if frozen else D * sketch_columns(reference)
+        assert sum(numbers for numbers in gathered_numbers if numbers >= tokens) == each * tokens + sketch
         assert sum(numbers for numbers in gathered_numbers if numbers < tokens) <= 13 + 6 + 6
 
 

@@ -34,6 +34,15 @@ def small_chunks(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
+def no_sketch(monkeypatch):
+    """The backends for GPUs have none, and are compared with those for CPUs."""
+    from fused_losses.backends import cpu, torch
+
+    for backend in (cpu, torch):
+        monkeypatch.setattr(backend, "HAS_SKETCH", False)
+
+
+@pytest.fixture(autouse=True)
 def maximum_of_a_gpu(monkeypatch):
     """Where one of two numbers is NaN, a GPU's maximum is the other.
 

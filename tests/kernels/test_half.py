@@ -17,10 +17,14 @@ from sparse_checks import needs_kernels
 import fused_losses as fl
 from fused_losses.backends import half
 from fused_losses.kernels import schemas
-from fused_losses.sparse import softmax, spectrum, weighted
+from fused_losses.sparse import softmax, weighted
 
 pytestmark = [needs_kernels]
 FLOATS = [torch.float32, torch.bfloat16]
+KINDS = [
+    "float32", "bfloat16",
+    pytest.param("pairs", marks=pytest.mark.skipif(not schemas.has_pairs(), reason="no products of bfloat16")),
+]  # fmt: skip
 if schemas.load() is None and not OPS.has_half_logits():
     pytestmark.append(pytest.mark.skip(reason="neither AVX2 nor AVX-512"))
 
@@ -41,6 +45,12 @@ def test_statistics_and_entries(dtype, head, v):
 @pytest.mark.parametrize("n", [1, 2, 3, 5], ids=str)
 def test_rows_that_go_together(n):
     half_logits.check_compacted(n=n, v=700, width=32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n, width, v", [(1, 16, 700), (11, 32, 433), (8, 48, 128), (5, 64, 17)], ids=str)
+def test_directions(kind, n, width, v):
+    half_logits.check_compacted(n=n, v=v, width=width, kind=kind)
 
 
 @pytest.mark.parametrize("off", [0.0, 0.2], ids=str)
@@ -185,22 +195,6 @@ def test_few_products_beside_the_head(dtype, kept, n):
     OPS.int8_head(weight, None, *found, hidden.float(), bias, out)
     assert all(torch.equal(a, b) for a, b in zip(alone, found, strict=True))
     torch.testing.assert_close(out.double(), hidden.double() @ weight.double().t() + bias, rtol=0, atol=1.7e-5)
-
-
-@pytest.mark.parametrize("dtype", FLOATS, ids=name)
-@pytest.mark.parametrize("n, d", [(1, 8), (15, 33), (300, 130)], ids=str)
-def test_gram_product(dtype, n, d):
-    g = torch.Generator().manual_seed(n)
-    matrix, block = torch.randn(n, d, generator=g).to(dtype), torch.randn(8, d, generator=g)
-    factor = torch.rand(n, generator=g)
-    out = torch.full((8, d), torch.nan)
-    OPS.gram_product(matrix, factor, block, out)
-    wide = matrix.double()
-    expected = block.double() @ (wide.t() * factor.double()) @ wide
-    torch.testing.assert_close(out.double(), expected, rtol=0, atol=4e-7 * float(expected.abs().max()))
-    assert spectrum.norm_bound(matrix, factor) == pytest.approx(
-        spectrum.norm_bound(matrix.double(), factor.double()), rel=1e-4
-    )
 
 
 @pytest.mark.parametrize("kind", ["usual", "nothing", "not finite", "tiny"])

@@ -71,8 +71,9 @@ def test_peak_memory_of_full_logits():
 def test_peak_memory(what):
     """V = 49152, float32; peak resident memory above inputs and gradients, in MiB."""
     exact, sparse = peak_memory(what, "exact"), peak_memory(what, "sparse")
-    # Measured 104 to 108 and 2 to 14 less, of 768 for all logits; of twice as many tokens 105 to 154 and 18 to 58 less.
-    assert exact < (200 if grids.EXHAUSTIVE else 128) and sparse < exact + 2
+    # Measured 104 to 108, of 768 for all logits; sparse 7 more (the directions, kept for the head) to 14 less. Of twice
+    # as many tokens 105 to 154 and 18 to 58 less.
+    assert exact < (200 if grids.EXHAUSTIVE else 128) and sparse < exact + 10
 
 
 @pytest.mark.slow

@@ -7,12 +7,14 @@ import torch
 from cases import coarse, make, run_with_report
 from operations import Seen
 
+from fused_losses.backends import cpu
 from fused_losses.sparse import gradients, softmax
 
 
-@pytest.mark.parametrize("gradient", ["exact", "sparse"])
+@pytest.mark.parametrize("gradient, sketch", [("exact", False), ("sparse", False), ("sparse", True)])
 @pytest.mark.parametrize("reference", [None, "shared"])
-def test_nothing_that_is_refused(gradient, reference, monkeypatch):
+def test_nothing_that_is_refused(gradient, sketch, reference, monkeypatch):
+    monkeypatch.setattr(cpu, "HAS_SKETCH", sketch)
     monkeypatch.setattr(gradients, "_runs_behind", lambda tensor: True)  # as on a GPU
     bounds = []
     bound = gradients._weight_bound

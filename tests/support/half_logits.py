@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fused_losses.backends import half, int8
 from fused_losses.kernels import schemas
+from fused_losses.sparse import spectrum
 
 SHAPES = [(1, 1, 1), (3, 20, 127), (5, 64, 128), (65, 19, 129), (130, 600, 300)]
 
@@ -104,7 +105,10 @@ class Compacted:
         return kept
 
 
-def compacted(capacity: int | None = None, width: int = 16, entropy: bool = True, **options) -> Compacted:
+def compacted(
+    capacity: int | None = None, width: int = 16, entropy: bool = True, kind: str = "float32", **options
+) -> Compacted:
+    """`kind`: of the directions."""
     case = Rough(**options)
     exact = case.exact()[0]
     n, v = exact.shape
@@ -121,7 +125,7 @@ def compacted(capacity: int | None = None, width: int = 16, entropy: bool = True
     largest = maxima_of(z)
     capacity = capacity or v
     g = torch.Generator().manual_seed(5)
-    directions = torch.randn(v, width, generator=g) if width else None
+    directions, pairs = directions_as(kind, torch.randn(v, width, generator=g)) if width else (None, None)
     numbers = [torch.full((n,), torch.nan) for _ in range(6)]
     nll, lse, entropies, tail, nll_l1, square = numbers
     prediction, counts = (torch.full((n,), -7) for _ in range(2))
@@ -129,13 +133,21 @@ def compacted(capacity: int | None = None, width: int = 16, entropy: bool = True
     low = torch.full((n, width), torch.nan)
     OPS.compact_half(
         z, largest, label_logits, case.labels, case.threshold, nll, prediction, lse, entropies if entropy else None,
-        tail, nll_l1, counts, ids, values, directions, low if width else None, square if width else None,
+        tail, nll_l1, counts, ids, values, directions, pairs, low if width else None, square if width else None,
         *exact_operands,
     )  # fmt: skip
     return Compacted(
         case, before, z, label_logits, nll, prediction, lse, entropies, tail, nll_l1, counts, ids, values, low, square,
         directions,
     )  # fmt: skip
+
+
+def directions_as(kind: str, directions: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Directions and pairs, as `compact` and `compact_half` take them."""
+    if kind == "float32":
+        return directions, None
+    directions = directions.bfloat16()
+    return directions, spectrum._paired(directions) if kind == "pairs" else None
 
 
 def check_compacted(**options) -> Compacted:
@@ -178,7 +190,10 @@ def check_compacted(**options) -> Compacted:
     torch.testing.assert_close(found.nll_l1.double(), 2 * wrong, rtol=1e-5, atol=1e-7)
     if found.directions is not None:
         low = left @ found.directions.double()
-        torch.testing.assert_close(found.low.double(), low, rtol=0, atol=2e-5 * float(left.sum(1).max()) + 1e-9)
+        # What is left out is rounded to bfloat16 for products with pairs.
+        rounded = spectrum.IN_PAIRS if options.get("kind") == "pairs" else 0.0
+        allowed = left @ found.directions.double().abs() * rounded + 2e-5 * left.sum(1).max() + 1e-9
+        assert ((found.low.double() - low).abs() <= allowed).all()
         torch.testing.assert_close(found.square.double(), left.square().sum(1), rtol=5e-5, atol=1e-15)
     profile = torch.zeros(v)
     which = torch.arange(n)
@@ -194,4 +209,4 @@ def check_all() -> None:
         for shape in SHAPES[:4]:
             check_logits(dtype, *shape)
         check_compacted(dtype=dtype, v=1000)
-        check_compacted(dtype=dtype, v=129, bias=True, scale=0.6)
+        check_compacted(dtype=dtype, v=129, bias=True, scale=0.6, kind="bfloat16", width=48)

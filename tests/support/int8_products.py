@@ -193,7 +193,7 @@ def check_exact_logits(flat: bool = False, **options) -> None:
     nll = torch.empty(n)
     OPS.compact(
         z, r, case.difference, case.labels, case.softcap, case.threshold, nll, prediction, empty(reference), None,
-        empty(reference), None, rows, counts, columns, *values, None, None, None, None, *case.operands(),
+        empty(reference), None, rows, counts, columns, *values, None, None, None, None, None, *case.operands(),
     )  # fmt: skip
 
     above = _above(case, before, before_r)

@@ -248,8 +248,8 @@ def _compact(problem: Problem, held: Held, selection: Selection, capacity: int) 
     reference = lumped[1:] if with_kl else (None, None)
     torch.ops.fused_losses.compact(
         *logits, selection.threshold, lumped[0], torch.empty(size, dtype=torch.int64), reference[0], None,
-        reference[1], None, rows, counts, *buffers, *([] if with_kl else [None]), directions, tails.nll_low,
-        tails.kl_low, squares, *int8.NO_OPERANDS,
+        reference[1], None, rows, counts, *buffers, *([] if with_kl else [None]), directions,
+        selection.pairs, tails.nll_low, tails.kl_low, squares, *int8.NO_OPERANDS,
     )  # fmt: skip
     sampled, tokens = selection.sampled, chunk.tokens
     here = sampled[(sampled >= tokens.start) & (sampled < tokens.stop)] - tokens.start

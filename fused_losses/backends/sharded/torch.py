@@ -29,7 +29,7 @@ class Sharded:
 
     def __init__(self, local: Backend) -> None:
         self.local = local
-        self.SAMPLED_TOKENS = local.SAMPLED_TOKENS
+        self.SAMPLED_TOKENS, self.HAS_SKETCH = local.SAMPLED_TOKENS, local.HAS_SKETCH
 
     def statistics(self, problem: Problem, keep_rows: bool = False) -> tuple[Statistics, Rows]:
         out, rows = self._statistics(problem, keep_rows)
@@ -84,6 +84,7 @@ class Sharded:
         return chunked.gradients(problem, upstream, needs, sweep=sweep)
 
     def _scan(self, problem: Problem, out: Statistics, selection: Selection) -> Iterator[tuple[Any, Entries]]:
+        selection = selection.in_dtype(problem.accumulator)
         for chunk in sweep(problem, out, directions=True):
             yield chunk, _entries(problem, chunk, out.at(chunk.tokens), selection)
 
