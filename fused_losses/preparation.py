@@ -131,6 +131,7 @@ def prepare(
         ids=_ids(outputs, select, flat != options.ignore_index if tracing else None, inner.vocabulary),
         entropy_gradient=outputs.entropy_gradient, beta=beta or None, divergence_is_kl=beta == 0, tolerance=tolerance,
         int8=Int8() if options.scan == "int8" else None,
+        low_rank_inputs=None if tracing or tolerance is None else _inputs_of_low_rank(head, low_rank),
     )  # fmt: skip
     if tracing:
         scan = None if options.scan == "int8" else "full"
@@ -202,6 +203,16 @@ def _low_rank_rows(low_rank: LowRank, x: Tensor, select: Callable[[Tensor], Tens
     if valid is not None:  # what ignored tokens hold, perhaps NaN, must not get into the gradient of a
         x = torch.where(valid[:, None], x, 0)
     return low_rank.inputs(x)
+
+
+def _inputs_of_low_rank(head: LMHead, b: Tensor | None) -> Tensor | None:
+    """[r, D], a copy: A may have changed when backward runs. Columns of `b` that are a reference's have zeros."""
+    if b is None or (head.low_rank is not None and head.low_rank.a is None):
+        return None
+    inputs = b.detach().new_zeros(b.shape[1], head.weight.shape[1])
+    if head.low_rank is not None:
+        inputs[: head.low_rank.b.shape[1]] = head.low_rank.a.detach()
+    return inputs
 
 
 def _with_low_rank(

@@ -96,6 +96,9 @@ class Problem:
     # None: exact gradients. Else sparse ones, with this bound on their relative L1 error.
     tolerance: float | None = None
     int8: Int8 | None = None  # None: full products
+    # [r, D] A, where u = x Aᵀ in a row [x, u] of hidden and the gradient of u goes on to x; 0 of what has no gradient.
+    # For the certificate; None: not known.
+    low_rank_inputs: Tensor | None = None
 
     @property
     def has_reference(self) -> bool:

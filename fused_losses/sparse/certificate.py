@@ -64,9 +64,9 @@ class GradientReport:
             top. At most 1.5 · `tolerance`; 0 where all tokens are exact, NaN where a loss or an upstream gradient is
             not finite, None before backward.
         hidden_bound: certified bound of ‖error‖₂ / ‖gradient‖₂ for the gradient of the hidden states, all tokens
-            together: at most `tolerance`. With a low-rank part of the head, of hidden and u = hidden aᵀ side by side.
-            None besides where nothing was proved: without a gradient of the hidden states, and in a call of less than
-            128 tokens whose head is trained.
+            together: at most `tolerance`. With low-rank rows in the place of `a`, and in a compiled graph with a
+            low-rank part, that of hidden and these rows side by side. None besides where nothing was proved: without a
+            gradient of the hidden states, and in a call of less than 128 tokens whose head is trained.
         weight_bound: the same for the gradient of the weight, in the Frobenius norm, with what rounding it to its dtype
             adds; nothing is held to it. On a CPU it fails with a probability of 1e-6 a call at the very worst, and is
             3 to 6 times the error on real text, on a GPU some 8 times. None where there is no such gradient, or nothing

@@ -85,7 +85,7 @@ def _held_to_hidden_bound(call: _Call, done: _Done) -> tuple[Tensor, _Done, floa
     hidden = _sparse_hidden(call, done)
     for attempt in range(ATTEMPTS + 1):
         error = torch.where(done.tokens, 0, squares)
-        rows = _squares_of_rows(hidden).nan_to_num(0, 0, 0)
+        rows = _squares_of_rows(_joined(call.problem, hidden)).nan_to_num(0, 0, 0)
         total, norm = torch.stack((error.sum(), rows.sum())).tolist()
         limit = (tolerance / (1 + tolerance)) ** 2 * norm
         if total <= limit:
@@ -95,6 +95,15 @@ def _held_to_hidden_bound(call: _Call, done: _Done) -> tuple[Tensor, _Done, floa
         hidden[done.tokens] = done.total.hidden[done.tokens].to(hidden.dtype) * done.scale
     bound = relative_bound(math.sqrt(total), math.sqrt(norm)) if finite else math.nan
     return hidden.to(call.problem.hidden.dtype), done, bound
+
+
+def _joined(problem: Problem, hidden: Tensor) -> Tensor:
+    """The gradient of the hidden states, from that of [x, u] with u = x Aᵀ; [x, u] themselves where A is not known."""
+    a = problem.low_rank_inputs
+    if a is None:
+        return hidden
+    dim = a.shape[1]
+    return torch.addmm(hidden[:, :dim], hidden[:, dim:], a.to(hidden.dtype))
 
 
 def _squares_of_rows(matrix: Tensor) -> Tensor:

@@ -201,11 +201,18 @@ def _paired(rows: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def largest_singular_value(matrix: Tensor) -> float:
+    """Upper bound of that of a matrix [r, D] or [V, r] with few numbers r."""
+    wide = matrix.double()
+    values = torch.linalg.eigvalsh(wide @ wide.t() if len(wide) < wide.shape[1] else wide.t() @ wide)
+    return math.sqrt(max(0.0, float(values[-1]))) * (1 + 1e-6)
+
+
+@torch.no_grad()
 def limits_of_low_rank(b: Tensor) -> tuple[float, float]:
     """Upper bounds of the largest singular value of B [V, r] minus its mean row, and of the norm of its rows."""
-    part = b.double() - b.double().mean(0)
-    values = torch.linalg.eigvalsh(part.t() @ part)
-    return math.sqrt(max(0.0, float(values[-1]))) * (1 + 1e-6), float(b.double().norm(dim=1).amax())
+    wide = b.double()
+    return largest_singular_value(wide - wide.mean(0)), float(wide.norm(dim=1).amax())
 
 
 @torch.no_grad()

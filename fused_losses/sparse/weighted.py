@@ -15,7 +15,7 @@ from ..kernels import schemas
 from ..problem import Entries, Problem, Segments, Upstream
 from .certificate import L1_SHARE, select, shares
 from .softmax import HALF_SCALE, SparseSoftmax, narrow, sums_of_rows, weighted, widened
-from .spectrum import limits_of_low_rank, padded
+from .spectrum import largest_singular_value, limits_of_low_rank, padded
 
 ROWS = 1024  # tokens whose rows are in fp32 at a time, where several are added up
 
@@ -140,8 +140,8 @@ def _errors(
     problem: Problem, sparse: SparseSoftmax, a: Tensor | None, b: Tensor | None,
     rounding: tuple[Tensor | float, Tensor | float], sketched: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """[N] bounds of ‖E_t‖₂, E what is left out minus left qᵀ, and of ‖E_t W‖₂ without the directions. `sketched`: the
-    first is of what is rounded alone.
+    """[N] bounds of ‖E_t‖₂, E what is left out minus left qᵀ, and of ‖E_t W‖₂ without the directions, with a low-rank
+    part ‖E_t (W + BA)‖₂, or, where A is not known, ‖E_t [W, B]‖₂. `sketched`: the first is of what is rounded alone.
 
     For the nll what is left out and q are ≥ 0, so that ‖r − m q‖² ≤ ‖r‖² + m²‖q‖².
     """
@@ -158,7 +158,11 @@ def _errors(
     sigma, longest, in_products = sparse.limits.tolist()
     if problem.head.low_rank is not None:
         part, longest_part = limits_of_low_rank(problem.head.low_rank)
-        sigma, longest = math.hypot(sigma, part), math.hypot(longest, longest_part)
+        if problem.low_rank_inputs is None:
+            sigma, longest = math.hypot(sigma, part), math.hypot(longest, longest_part)
+        else:
+            size = largest_singular_value(problem.low_rank_inputs)
+            sigma, longest = sigma + size * part, longest + size * longest_part
     l1, l2 = rounding
     return (left_out * in_products if sketched else error) + l2, error * sigma + l1 * longest
 

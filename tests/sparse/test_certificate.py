@@ -229,3 +229,46 @@ def test_the_threshold_falls_with_large_vocabularies_alone():
     )
     finer, coarser = certificate.parameters(0.05, 4 * 49152)[0], certificate.parameters(0.1, 4 * 49152, True)[0]
     assert (finer, coarser) == (certificate.THRESHOLD / 8, certificate.THRESHOLD / 2 * certificate.COARSER)
+
+
+@pytest.mark.pairwise
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [1e-2, 1.0, 1e2, 1e4], ids=str)
+@pytest.mark.parametrize("reference", [None, "base", "other adapter", "none to train"])
+@pytest.mark.parametrize("kind", ["random", "what tells tails apart"])
+def test_of_an_adapter_on_the_head_the_gradient_that_goes_through_it_is_counted(backend, size, reference, kind):
+    """However B A is divided between B and A."""
+    g = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    n, d, v, r = 200, 16, 3000, 2
+    weight, b, a, hidden = 0.6 * normal(v, d), normal(v, r) / size, normal(r, d) * size / d**0.5, normal(n, d)
+    if kind != "random":
+        half = torch.arange(v).double() % 2 * 2 - 1
+        weight[:, 0], b, a = half, torch.stack([30 * half, 0 * half], 1) / size, torch.zeros(r, d, dtype=torch.float64)
+        a[0, 0], hidden[:, 0] = size, 0.2 * (torch.arange(n) % 2 * 2.0 - 1)
+    low_rank, given, truth = fl.LowRank(b, a), None, hidden.clone().requires_grad_()
+    if reference == "none to train":
+        low_rank = None
+    z = truth @ (weight + (0 if low_rank is None else b @ a)).t()
+    labels = z.detach().softmax(1).multinomial(1, generator=g)[:, 0]
+    loss = torch.nn.functional.cross_entropy(z, labels)
+    if reference:
+        other = None if reference == "base" else fl.LowRank(b + 0.1 * normal(v, r) / size, a)
+        given = fl.Reference(hidden + 0.1 * normal(n, d), fl.LMHead(weight, low_rank=other))
+        product = 0 if other is None else other.b @ a
+        log_r = (given.hidden @ (weight + product).t()).log_softmax(1)
+        loss = (log_r.exp() * (log_r - z.log_softmax(1))).sum(1).mean()
+    loss.backward()
+    hidden.requires_grad_()
+    with coarse(1e-3, tolerance=0.9):
+        head = fl.LMHead(weight, low_rank=low_rank)
+        out = fl.token_losses(
+            hidden, head, labels, reference=given, gradient="sparse", tolerance=0.9, backend=backend
+        )  # fmt: skip
+        (out.kl if reference else out.nll).mean().backward()
+    error = relative(hidden.grad, truth.grad)
+    assert error <= out.gradient_report.hidden_bound + 1e-12 and out.gradient_report.hidden_bound <= 0.9
+    assert out.gradient_report.exact_tokens < n or kind != "random"
