@@ -4,8 +4,8 @@ Error rows E of a sparse softmax sum to 0, so E W = E (W − 1cᵀ) for any row 
 taken exactly (`Directions`). Then ‖E W‖ ≤ ‖E‖ σ, σ the largest singular value of (W − 1cᵀ)(I − UUᵀ). Any orthonormal U
 is valid, a better one makes σ smaller.
 
-G = (W − 1cᵀ)U is rounded to half precision, once; what is left is then W − 1cᵀ − GUᵀ, and what the rounding changes is
-orthogonal to the rest of it, so that σ grows by next to nothing.
+G = (W − 1cᵀ)U is rounded to numbers that float16 and bfloat16 have, once; what is left is then W − 1cᵀ − GUᵀ, and what
+the rounding changes is orthogonal to the rest of it, so that σ grows by next to nothing.
 
 A head that is trained moves a little from call to call. U, c and G stay, and what is wrong then is
 E(W' − 1cᵀ − GUᵀ): with δ ≥ ‖W' − W‖_F its norm is at most ‖E‖ √((σ + δ)² + δ²), as the parts that W' − W adds outside
@@ -298,15 +298,13 @@ class _Known:
         _draw(rows[:, count:], 0 if self.shard is None else self.shard.start)
         pairs, rounded, rounding = None, self.rounded[0], 0.0
         if not wide:
-            rounded += self._norm(float((rows[:, :count] - given.rows).norm()) * (1 + 1e-3))
             in_products = IN_PAIRS * self._norm(float(given.rows.norm()) * (1 + 1e-3))
             if in_products <= MOST_ROUNDED * self.spectrum.sigma:
                 rounding, rounded = IN_PAIRS, rounded + in_products
                 if rows.device.type == "cpu" and schemas.has_pairs():
                     pairs = _paired(rows)
         self.rounded[sketch] = rounded
-        if not self.directions:  # in one memory
-            self.rows, self.rounded[0] = rows[:, : given.rows.shape[1]], rounded
+        self.rows = rows[:, :count]  # the same numbers, in one memory
         return given._replace(rows=rows, pairs=pairs, rounding=rounding)
 
     def _take(self, moved: float) -> None:
@@ -361,11 +359,12 @@ class _Known:
 
 
 def _rounded(rows: Tensor) -> tuple[Tensor, float]:
-    """[V, K] as tensor cores take them, and the Frobenius norm of what that changes. float64 stays."""
+    """[V, K] as tensor cores and products of pairs take them, in numbers that float16 and bfloat16 have, and the
+    Frobenius norm of what that changes. float64 stays."""
     if rows.dtype == torch.float64 or not len(rows):
         return rows, 0.0
     half, exponent = in_half_precision(rows)
-    rounded = torch.ldexp(half.float(), exponent)
+    rounded = torch.ldexp(half.float(), exponent).bfloat16().float()
     return rounded, float((rounded - rows).norm()) * (1 + 1e-3)
 
 
