@@ -23,6 +23,7 @@ ATTEMPTS = 4
 # Rows of the weight's gradient of which its norm is taken: those with the largest entries have nearly all of it.
 MOST_ROWS = 4096
 AT_A_TIME = 1 << 20  # numbers
+USUAL = 1e12  # up to here, and from one over it on, squares of numbers and their sums are within the range of float32
 
 
 @dataclass
@@ -85,8 +86,11 @@ def _held_to_hidden_bound(call: _Call, done: _Done) -> tuple[Tensor, _Done, floa
     hidden = _sparse_hidden(call, done)
     for attempt in range(ATTEMPTS + 1):
         error = torch.where(done.tokens, 0, squares)
-        rows = _squares_of_rows(_joined(call.problem, hidden)).nan_to_num(0, 0, 0)
+        joined = _joined(call.problem, hidden)
+        rows = _squares_of_rows(joined).nan_to_num(0, 0, 0)
         total, norm = torch.stack((error.sum(), rows.sum())).tolist()
+        if not USUAL**-2 <= norm <= USUAL**2:
+            norm = float(_squares_of_rows(joined.double()).nan_to_num(0, 0, 0).sum())
         limit = (tolerance / (1 + tolerance)) ** 2 * norm
         if total <= limit:
             break
@@ -128,8 +132,11 @@ def _l1_bound(sparse: WeightedSparse, exact: Tensor) -> float:
 
 def _weight_bound(call: _Call, exact: Tensor, weight: Tensor) -> float | None:
     """From a bound of the error, and the norm of the gradient or of its largest rows. With what its dtype rounds."""
-    bounds = torch.stack([n.double() for n in (_weight_error(call, exact), _weight_norm(call, weight))])
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    bounds = torch.stack([n.double() for n in (_weight_error(call, exact), _weight_norm(call, weight, wide))])
     error, norm = bounds.tolist()
+    if not 1 / USUAL <= norm <= USUAL:
+        norm = float(_weight_norm(call, weight, torch.float64))
     shard = call.problem.head.shard
     if shard is not None:
         square = torch.tensor(norm * norm, dtype=torch.float64, device=weight.device)
@@ -170,9 +177,8 @@ def _weight_error(call: _Call, exact: Tensor) -> Tensor:
     return longest.double() * (SKETCH_FACTORS[sketch.shape[1]] * estimate + rounded)
 
 
-def _weight_norm(call: _Call, weight: Tensor) -> Tensor:
-    """Of the gradient, or of some of its rows, which have nearly all of it."""
-    wide = torch.promote_types(weight.dtype, torch.float32)
+def _weight_norm(call: _Call, weight: Tensor, wide: torch.dtype) -> Tensor:
+    """Of the gradient, or of some of its rows, which have nearly all of it; summed in `wide`."""
     if _runs_behind(weight):
         # In place of the largest rows all of them: to read the gradient takes less time than to find those.
         return torch.linalg.vector_norm(weight, dtype=wide)

@@ -9,6 +9,7 @@ from cases import coarse, make, relative, run, run_with_report
 from half_logits import OPS, directions_as
 from sparse_checks import BACKENDS, needs_kernels
 
+import fused_losses as fl
 from fused_losses.backends import int8
 from fused_losses.kernels import schemas
 from fused_losses.sparse import gradients, softmax, spectrum
@@ -215,3 +216,20 @@ def test_bound_is_above_the_error_and_near_it(backend, reference, head, monkeypa
         assert report.exact_tokens == 0 and error < report.weight_bound
         bounds.append(report.weight_bound / error)
     assert bounds[0] < 5 and bounds[1] < 3.5 and bounds[2] > 1.2 * bounds[0]  # measured 4.3, 3.0, 1.23 to 1.9
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [1e-25, 1e-20, 1e20, 1e25], ids=str)
+def test_bound_of_upstream_weights_of_any_size(backend, size):
+    """Squares of the gradient would be none in float32."""
+    case = make(200, 32, 3000, spread=3.0, ignored=0.1)
+    found = []
+    for factor in (1.0, size):
+        hidden, head, _ = case.inputs(torch.float32)
+        with coarse(2e-4, tolerance=0.5):
+            out = fl.token_losses(hidden, head, case.labels, gradient="sparse", tolerance=0.5, backend=backend)
+            (out.nll.sum() * factor).backward()
+        found.append(out.gradient_report)
+    usual, report = found
+    assert report.weight_bound == pytest.approx(usual.weight_bound, rel=1e-3)
+    assert report.hidden_bound == pytest.approx(usual.hidden_bound, rel=1e-3)
