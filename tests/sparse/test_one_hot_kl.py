@@ -16,4 +16,5 @@ def test_gradient(backend, mode, lead, size, kl, monkeypatch):
     found, truth = gradient_of_kl(case, torch.float64, backend="reference", gradient="exact")
     assert kl / 4 < found < 4 * kl
     _, ours = gradient_of_kl(case, torch.float32, backend=backend, gradient=mode)
-    assert relative(ours, truth) < 3e-6  # measured 1.2e-6; 1e-3 and more where the shift's error stays in
+    # Measured 1.2e-6, and sparse 3.3e-6, where directions are bfloat16; 1e-3 and more where the shift's error stays in.
+    assert relative(ours, truth) < (3e-6 if mode == "exact" else 1e-5)
