@@ -68,8 +68,7 @@ class Gpu:
 
     # The tail profile is made of so many tokens; each costs a row of logits.
     SAMPLED_TOKENS = 256
-    HAS_DIRECTIONS = True
-    HAS_SKETCH = False
+    HAS_DIRECTIONS, HAS_SKETCH = True, False
 
     empty_statistics = staticmethod(empty_statistics)
     empty_gradients = staticmethod(empty_gradients)

@@ -10,7 +10,7 @@ import int8_products
 import pytest
 import torch
 from cases import coarse, make, name, relative, run_with_report
-from half_logits import OPS
+from half_logits import KINDS, OPS
 from processes import pythonpath
 from sparse_checks import needs_kernels
 
@@ -21,10 +21,6 @@ from fused_losses.sparse import softmax, weighted
 
 pytestmark = [needs_kernels]
 FLOATS = [torch.float32, torch.bfloat16]
-KINDS = [
-    "float32", "bfloat16",
-    pytest.param("pairs", marks=pytest.mark.skipif(not schemas.has_pairs(), reason="no products of bfloat16")),
-]  # fmt: skip
 if schemas.load() is None and not OPS.has_half_logits():
     pytestmark.append(pytest.mark.skip(reason="neither AVX2 nor AVX-512"))
 
@@ -215,5 +211,5 @@ def test_entries_times_their_rows(kind, monkeypatch):
         back = softmax.weighted(counts, stored, None, scale, None)
         results.append((stored, scale, l1, l2, back, softmax.weighted(counts, values, None, factor, None)))
     for ours, torchs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, torchs, rtol=2e-4, atol=0, equal_nan=True)  # norms of what is rounded: 4e-5
+        torch.testing.assert_close(ours, torchs, rtol=1.2e-4, atol=0, equal_nan=True)  # norms of what is rounded: 4e-5
     assert torch.equal(results[0][0].nan_to_num(0), results[1][0].nan_to_num(0))

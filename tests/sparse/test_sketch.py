@@ -6,19 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from cases import coarse, make, relative, run, run_with_report
-from half_logits import OPS, directions_as
+from half_logits import KINDS, OPS, directions_as
 from sparse_checks import BACKENDS, needs_kernels
 
 import fused_losses as fl
 from fused_losses.backends import int8
-from fused_losses.kernels import schemas
 from fused_losses.sparse import gradients, softmax, spectrum
 from fused_losses.sparse.spectrum import SKETCH_FACTORS, directions_of
-
-KINDS = [
-    "float32", "bfloat16",
-    pytest.param("pairs", marks=pytest.mark.skipif(not schemas.has_pairs(), reason="no products of bfloat16")),
-]  # fmt: skip
 
 
 @pytest.fixture
@@ -194,9 +188,9 @@ def test_products_of_what_is_left_out(kind, reference, n, v, width):
             continue
         left = truth.masked_fill(kept, 0)
         rounded = spectrum.IN_PAIRS if kind == "pairs" else 0.0
-        allowed = (left.abs() @ directions.double().abs()) * (rounded + 4e-6) + 1e-9
+        allowed = (left.abs() @ directions.double().abs()) * (rounded + 2e-6) + 1e-9
         assert ((found.double() - left @ directions.double()).abs() <= allowed).all()
-        torch.testing.assert_close(square.double(), left.square().sum(1), rtol=1e-4, atol=1e-15)
+        torch.testing.assert_close(square.double(), left.square().sum(1), rtol=3.7e-6, atol=1e-15)  # measured 1.3e-6
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pytest
 import torch
 from int8_products import BLOCK, OPS, Rough, head_of, operands, product
 from torch import Tensor
@@ -15,6 +16,11 @@ from fused_losses.backends import half, int8
 from fused_losses.kernels import schemas
 from fused_losses.sparse import spectrum
 
+# Of directions.
+KINDS = [
+    "float32", "bfloat16",
+    pytest.param("pairs", marks=pytest.mark.skipif(not schemas.has_pairs(), reason="no products of bfloat16")),
+]  # fmt: skip
 SHAPES = [(1, 1, 1), (3, 20, 127), (5, 64, 128), (65, 19, 129), (130, 600, 300)]
 
 
