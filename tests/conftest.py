@@ -11,6 +11,8 @@ import torch
 # Small tensors: a second thread costs more than it brings, above all on a busy machine.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # nor in processes that tests start
+# No test needs the hub, and without a network to ask for a name takes most of a minute. Read when it is imported.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # Files that say most in the least time.
 FAST = frozenset(

@@ -2,20 +2,15 @@
 // cache, so that the head is not copied, but for the part that `int8_head` keeps. Tokens have scales of their own, and
 // so have the weight's rows.
 //
-// Products: oneDNN's u8 · s8 micro-kernel, which PyTorch exports (see logits.cpp), where the processor has VNNI or AMX;
+// Products: oneDNN's u8 · s8 micro-kernel, which PyTorch exports (micro_kernels.h), where the processor has VNNI or AMX;
 // else `multiply_int8`. Tokens have an offset of 128, which the sums of the weight's rows take out again.
 #include "kernels.h"
+#include "micro_kernels.h"
 
 #include <algorithm>
 #include <exception>
 #include <string>
 #include <vector>
-
-namespace at::native::cpublas {
-[[gnu::weak]] void brgemm(int64_t M, int64_t N, int64_t K, int64_t ld_a, int64_t ld_b, int64_t ld_c, bool add_C,
-                          const unsigned char* A, const signed char* B, int32_t* C, bool is_vnni);
-[[gnu::weak]] void brgemm_release(bool is_vnni);
-}  // namespace at::native::cpublas
 
 namespace fused_losses {
 namespace {
@@ -45,8 +40,7 @@ int64_t depth_of(int64_t padded) {
 
 // Tried on a product of ones: oneDNN may be told to leave VNNI alone (ONEDNN_MAX_CPU_ISA), and then throws.
 bool has_micro_kernel() {
-  if (!at::native::cpublas::brgemm || !at::native::cpublas::brgemm_release || !processor_has_vnni() ||
-      kernels().name != std::string("AVX-512"))
+  if (!micro_kernel<uint8_t, int8_t, int32_t>() || !processor_has_vnni() || kernels().name != std::string("AVX-512"))
     return false;
   try {
     constexpr int64_t DEPTH_TRIED = 64;

@@ -37,13 +37,14 @@ namespace fused_losses::avx512 {
 #include "products.inc"
 #include "refine.inc"
 #include "directions.inc"
+#include "bf16.inc"
 #include "exact.inc"
 #include "quantize.inc"
 #include "half.inc"
 #include "entries.inc"
 #undef LANES
-static const Kernels table = FL_TABLE("AVX-512", FL_HALF, false);
-static const Kernels table_bf16 = FL_TABLE("AVX-512", FL_HALF, true);
+static const Kernels table = FL_TABLE("AVX-512", FL_HALF, nullptr, nullptr);
+static const Kernels table_bf16 = FL_TABLE("AVX-512", FL_HALF, transposed_bf16, narrow_bf16);
 }  // namespace fused_losses::avx512
 #pragma GCC pop_options
 
@@ -61,7 +62,7 @@ namespace fused_losses::avx2 {
 #include "half.inc"
 #include "entries.inc"
 #undef LANES
-static const Kernels table = FL_TABLE("AVX2", FL_HALF, false);
+static const Kernels table = FL_TABLE("AVX2", FL_HALF, nullptr, nullptr);
 }  // namespace fused_losses::avx2
 #pragma GCC pop_options
 #endif
@@ -76,7 +77,7 @@ namespace fused_losses::baseline {
 #include "exact.inc"
 #include "quantize.inc"
 #undef LANES
-static const Kernels table = FL_TABLE("128-bit SIMD", nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, false);
+static const Kernels table = FL_TABLE("128-bit SIMD", nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr);
 }  // namespace fused_losses::baseline
 
 namespace fused_losses {

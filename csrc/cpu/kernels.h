@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <new>
 
 namespace fused_losses {
@@ -34,6 +35,14 @@ inline void end_streams() {
 }
 
 enum class Element { Float32, BFloat16 };
+
+// From the bits of a bfloat16.
+inline float from_bf16(uint16_t x) {
+  const uint32_t bits = (uint32_t)x << 16;
+  float y;
+  std::memcpy(&y, &bits, 4);
+  return y;
+}
 
 // Logits of one chunk and what `compact` makes of them. N tokens here are the chunk's; row-major, contiguous.
 struct Chunk {
@@ -184,7 +193,11 @@ struct Kernels {
   void (*halve_entries)(const int64_t* offsets, const float* values, float half_scale, uint16_t* out, float* scales,
                         float* l1, float* l2, int64_t begin, int64_t end);
   void (*label_logits)(const Operands&, const int64_t* labels, float* out, int64_t begin, int64_t end);
-  bool has_pairs;  // the processor has products of bfloat16 numbers
+  // See bf16.inc; null where the processor has no products of bfloat16 numbers.
+  void (*transposed_bf16)(const float* from, int64_t stride, int64_t tokens, int64_t ids, uint16_t* out, int64_t depth);
+  float (*narrow_bf16)(const float* from, int64_t count, uint16_t* out);
+
+  bool has_pairs() const { return transposed_bf16; }
 };
 
 const Kernels& kernels();
@@ -193,6 +206,14 @@ const Kernels& kernels();
 // they are missing; then nothing was written.
 bool logits(const void* hidden, const void* weight, Element, const float* bias, float* out, int64_t tokens,
             int64_t vocabulary, int64_t hidden_size);
+
+// total[v] += Σ_t direction[t, v] · hidden[t] in float32, direction rounded to bfloat16, of which hidden are; by the same.
+bool add_outer(const float* direction, const uint16_t* hidden, float* total, int64_t tokens, int64_t vocabulary,
+               int64_t hidden_size);
+// out[t] = Σ_v direction[t, v] · weight[v] likewise; lost [tokens] = Σ_v of what rounding took from the direction; narrow:
+// room for it, [tokens · vocabulary].
+bool times_weight(const float* direction, const uint16_t* weight, uint16_t* narrow, float* out, float* lost,
+                  int64_t tokens, int64_t vocabulary, int64_t hidden_size);
 
 // weight · channel in 8 bits, a block of INT8_VOCABULARY rows after the other; `channel` [D], or null: ones. The first
 // `kept` blocks are there once `int8_head` has made them, the others are made where they are needed.

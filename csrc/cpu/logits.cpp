@@ -1,27 +1,14 @@
-// The forward product with a float32 result, from oneDNN's micro-kernels. PyTorch exports these
-// (at::native::cpublas::brgemm) but not in its stable interface: the symbols are weak, and their mangled names carry
-// the types of all arguments, so a PyTorch without them, or with others, makes `logits` return false.
+// The forward product with a float32 result, from oneDNN's micro-kernels; without them `logits` returns false.
 //
 // A block of the vocabulary (rows of the weight, read as they lie) times panels of tokens (packed once per call) gives
 // logits[v, t], transposed as they are written. Measured on 2 cores of a Zen 4 server: float32 1.5 times as fast as
 // torch.mm (MKL), bfloat16 as fast as torch.mm, whose result would be rounded to bfloat16.
 #include "kernels.h"
+#include "micro_kernels.h"
 
 #include <algorithm>
 #include <cstring>
 #include <memory>
-#include <type_traits>
-
-namespace c10 {
-struct BFloat16;
-}
-namespace at::native::cpublas {
-[[gnu::weak]] void brgemm(int64_t M, int64_t N, int64_t K, int64_t ld_a, int64_t ld_b, int64_t ld_c, bool add_C,
-                          const float* A, const float* B, float* C, bool is_vnni);
-[[gnu::weak]] void brgemm(int64_t M, int64_t N, int64_t K, int64_t ld_a, int64_t ld_b, int64_t ld_c, bool add_C,
-                          const c10::BFloat16* A, const c10::BFloat16* B, float* C, bool is_vnni);
-[[gnu::weak]] void brgemm_release(bool is_vnni);
-}  // namespace at::native::cpublas
 
 namespace fused_losses {
 namespace {
@@ -31,12 +18,13 @@ constexpr int64_t MOST_TOKENS = 64, VOCABULARY = 64;  // of a panel and a block
 // round less. Measured: half the error of sums of 512, in the same time.
 constexpr int64_t DEPTH_BYTES = 256;
 
-// `tokens` rows as [D][tokens]; bfloat16 in pairs, [D / 2][tokens][2]. Zeros beyond the last valid one.
+// `tokens` rows as [D][tokens]; bfloat16 in pairs, [D / 2][tokens][2], without a last number that has none. Zeros beyond
+// the last valid one.
 template <class T>
 void pack(const T* hidden, T* panel, int64_t tokens, int64_t valid, int64_t D) {
   constexpr int64_t pair = 4 / sizeof(T);
   for (int64_t t = 0; t < tokens; t++)
-    for (int64_t d = 0; d < D; d += pair) {
+    for (int64_t d = 0; d + pair <= D; d += pair) {
       T* to = panel + d * tokens + t * pair;
       if (t < valid) std::memcpy(to, hidden + t * D + d, 4);
       else std::memset(to, 0, 4);
@@ -44,12 +32,7 @@ void pack(const T* hidden, T* panel, int64_t tokens, int64_t valid, int64_t D) {
 }
 
 float wide(float x) { return x; }
-float wide(uint16_t x) {
-  const uint32_t bits = (uint32_t)x << 16;
-  float y;
-  std::memcpy(&y, &bits, 4);
-  return y;
-}
+float wide(uint16_t x) { return from_bf16(x); }
 
 // Of so few tokens that reading the weight takes the time: rows one after the other, as memory likes them best.
 template <class T>
@@ -66,12 +49,12 @@ void few(const T* hidden, const T* weight, const float* bias, float* out, int64_
 template <class T>
 bool product(const T* hidden, const T* weight, const float* bias, float* out, int64_t N, int64_t V, int64_t D) {
   constexpr bool vnni = sizeof(T) == 2;
-  using Argument = std::conditional_t<vnni, c10::BFloat16, float>;
-  void (*brgemm)(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, const Argument*, const Argument*, float*,
-                 bool) = at::native::cpublas::brgemm;
-  if (!brgemm || !at::native::cpublas::brgemm_release || (vnni && D % 2)) return false;
+  using Argument = MicroKernelNumber<T>;
+  const MicroKernel<T> brgemm = micro_kernel<T>();
+  if (!brgemm) return false;
 
-  if (N <= (vnni ? 1 : 2) * FEW_TOKENS) {
+  const int64_t paired = vnni ? D / 2 * 2 : D;  // the last of an odd number has no pair
+  if (N <= (vnni ? 1 : 2) * FEW_TOKENS || paired == 0) {
     few(hidden, weight, bias, out, N, V, D);
     return true;
   }
@@ -87,8 +70,8 @@ bool product(const T* hidden, const T* weight, const float* bias, float* out, in
     Aligned<float> tile(panels * tokens * VOCABULARY);
     for (int64_t block = begin; block < end; block++) {
       const int64_t first = block * VOCABULARY, rows = std::min(VOCABULARY, V - first);
-      for (int64_t k = 0; k < D; k += DEPTH) {
-        const int64_t depth = std::min(DEPTH, D - k);
+      for (int64_t k = 0; k < paired; k += DEPTH) {
+        const int64_t depth = std::min(DEPTH, paired - k);
         for (int64_t p = 0; p < panels; p++)
           brgemm(rows, tokens, depth, D, tokens, tokens, k > 0, (const Argument*)(weight + first * D + k),
                  (const Argument*)(packed.data + p * tokens * D + k * tokens), tile.data + p * tokens * VOCABULARY,
@@ -101,6 +84,8 @@ bool product(const T* hidden, const T* weight, const float* bias, float* out, in
           for (int64_t v = 0; v < rows; v++) to[v] = from[v * tokens] + bias[first + v];
         else
           for (int64_t v = 0; v < rows; v++) to[v] = from[v * tokens];
+        if (paired < D)
+          for (int64_t v = 0; v < rows; v++) to[v] += wide(hidden[t * D + paired]) * wide(weight[(first + v) * D + paired]);
       }
     }
     at::native::cpublas::brgemm_release(vnni);

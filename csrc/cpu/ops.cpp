@@ -75,6 +75,16 @@ bool logits_op(const Tensor& hidden, const Tensor& weight, const std::optional<T
                 hidden.size(0), weight.size(0), hidden.size(1));
 }
 
+bool add_outer_op(const Tensor& direction, const Tensor& hidden, Tensor total) {
+  return add_outer(data<float>(direction), (const uint16_t*)hidden.data_ptr(), data<float>(total), hidden.size(0),
+                   total.size(0), total.size(1));
+}
+
+bool times_weight_op(const Tensor& direction, const Tensor& weight, Tensor narrow, Tensor out, Tensor lost) {
+  return times_weight(data<float>(direction), (const uint16_t*)weight.data_ptr(), (uint16_t*)narrow.data_ptr(),
+                      data<float>(out), data<float>(lost), direction.size(0), weight.size(0), weight.size(1));
+}
+
 Int8Head int8_head_of(const Tensor& weight, const std::optional<Tensor>& channel, const std::optional<Tensor>& mean,
                       const Tensor& blocks, const Tensor& scales, const Tensor& sums) {
   return {weight.data_ptr(), element(weight), data<float>(channel), data<float>(mean), weight.size(0), weight.size(1),
@@ -358,13 +368,13 @@ void weighted_sum_op(const Tensor& matrix, const Tensor& scale, Tensor out) {
 
 // out = block · matrixᵀ · diag(factor) · matrix for the 8 rows of `block`: each piece of the matrix is read once. By fixed
 // pieces, as weighted_sum.
-int64_t interface_op() { return 6; }  // INTERFACE of fused_losses/kernels/schemas.py
+int64_t interface_op() { return 7; }  // INTERFACE of fused_losses/kernels/schemas.py
 
 std::string simd_op() { return kernels().name; }
 
 bool has_half_logits_op() { return kernels().compact_half; }
 
-bool has_pairs_op() { return kernels().has_pairs; }
+bool has_pairs_op() { return kernels().has_pairs(); }
 
 bool int8_is_fast_op() { return int8_is_fast(); }
 
@@ -372,6 +382,8 @@ bool int8_is_fast_op() { return int8_is_fast(); }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_losses, CPU, m) {
   m.impl("logits", TORCH_BOX(&logits_op));
+  m.impl("times_weight", TORCH_BOX(&times_weight_op));
+  m.impl("add_outer", TORCH_BOX(&add_outer_op));
   m.impl("int8_logits", TORCH_BOX(&int8_logits_op));
   m.impl("int8_head", TORCH_BOX(&int8_head_op));
   m.impl("label_logits", TORCH_BOX(&label_logits_op));

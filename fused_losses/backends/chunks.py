@@ -6,6 +6,7 @@ import enum
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +76,9 @@ class Stage(enum.Enum):
 @dataclass
 class Chunk:
     """Tokens with their logits, which the row passes turn into directions in place, and the products of these."""
+
+    # Whether products of rounded directions come out in fp32, with what rounding took of the mean row given back.
+    wide_sums: ClassVar[bool] = False
 
     tokens: slice
     hidden: Tensor  # [C, D]
@@ -158,7 +162,7 @@ class Chunk:
 
 def logit_chunks(
     problem: Problem, product: Product | None = None, *, narrow: bool, extra: int = 0, budget: int | None = None,
-    separate: bool = True, tokens: slice | None = None,
+    separate: bool = True, tokens: slice | None = None, kind: type[Chunk] | None = None,
 ) -> Iterator[Chunk]:  # fmt: skip
     """Chunks of tokens with z = x Wᵀ + u Bᵀ + b in their buffers, and r that of the reference; neither scaled nor
     capped.
@@ -169,7 +173,7 @@ def logit_chunks(
     the plain matrix products with W; that with B is fp32, on CUDA of operands of their dtype. `narrow`: a buffer for
     rounded operands of further products is wanted, and if `separate` one for each direction. `extra`: bytes per token
     that the caller adds to the chunk. `budget`: bytes of a chunk, where not CHUNK_BYTES.
-    `tokens`: of which they are; None: of all.
+    `tokens`: of which they are; None: of all. `kind`: of chunks with products of their own.
     """
     span = tokens or slice(0, len(problem.labels))
     count, columns = span.stop - span.start, len(problem.head.weight)
@@ -180,9 +184,12 @@ def logit_chunks(
     reference = None if problem.reference_head is None else _Operands.of(problem, problem.reference_head, product)
     # On a CPU no product of bf16 matrices in PyTorch comes out in fp32. Without a reference, bf16 logits are then
     # taken, as plain PyTorch does, where they are 2–3 times as fast as fp32. But p − p_ref cancels near the reference,
-    # so there fp32 operands are worth their time.
-    halves = dtype == torch.bfloat16 and device.type == "cpu" and not problem.has_reference and multiplies_bfloat16()
-    round_logits = halves and product is None
+    # so there fp32 operands are worth their time, in the products of directions too where rounded ones lose more than
+    # that of single numbers.
+    kind = kind or Chunk
+    halves = dtype == torch.bfloat16 and device.type == "cpu" and multiplies_bfloat16()
+    halves &= not problem.has_reference or kind.wide_sums
+    round_logits = halves and product is None and not problem.has_reference
 
     separate &= narrow
     others = separate * (problem.entropy_gradient + (problem.beta is not None))
@@ -195,7 +202,7 @@ def logit_chunks(
     divergence_buffer = torch.empty_like(z_buffer) if separate and problem.beta is not None else None
     half = torch.empty(size, columns, dtype=dtype, device=device) if round_logits or (halves and narrow) else None
     rounds = narrow and dtype != acc and (half is not None or multiplies_wide(z_buffer))
-    common = common_row(model.weight) if rounds else None
+    common = common_row(model.weight, 0 if kind.wide_sums else LARGE_MEAN) if rounds else None
 
     for tokens in slices(span.stop, size, span.start):
         here = tokens.stop - tokens.start
@@ -211,7 +218,7 @@ def logit_chunks(
             model.fill(z, hidden, low_rank_rows, rounded=half[:here] if round_logits else None)
             if r is not None:
                 reference.fill(r, *reference.split(problem.reference_hidden[tokens]))
-        chunk = Chunk(
+        chunk = kind(
             tokens, hidden, model.weight, z, r, half, model.low_rank, low_rank_rows, is_difference, entropy, divergence,
             common,
         )  # fmt: skip
@@ -231,8 +238,9 @@ def _refill(problem: Problem, model: _Operands, low_rank_rows: Tensor | None, ch
         chunk.difference = _shared_logits(problem, model, chunk.tokens, chunk.z, chunk.r)
 
 
-def common_row(weight: Tensor) -> Tensor | None:
-    """[D] fp32: nearly the mean c of the rows of a head [V, D]; None where it is short beside what rows have besides.
+def common_row(weight: Tensor, large: float) -> Tensor | None:
+    """[D] fp32: nearly the mean c of the rows of a head [V, D]; None where it is not `large` times as long as what rows
+    have besides.
 
     A direction sums to about 0, so direction @ W has next to nothing of c. A rounded one does not, and its product has
     what the sum has lost times c, which is added.
@@ -240,7 +248,7 @@ def common_row(weight: Tensor) -> Tensor | None:
     rows = weight[:: max(1, len(weight) // SAMPLED_ROWS)].float()
     mean = rows.mean(0)
     rest = (rows - mean).norm(dim=1).mean()
-    return mean if bool(mean.norm() > LARGE_MEAN * rest) else None
+    return mean if bool(mean.norm() > large * rest) else None
 
 
 def _lost(direction: Tensor, narrow: Tensor) -> Tensor:
@@ -354,7 +362,7 @@ def finish(problem: Problem, z: Tensor, r: Tensor | None, difference: bool) -> N
     soft-cap."""
     head = problem.head
     if r is None:
-        _finish_logits(z, head)
+        finish_logits(z, head)
         return
     if difference and head.softcap is None:
         if head.logit_scale != 1:
@@ -362,11 +370,11 @@ def finish(problem: Problem, z: Tensor, r: Tensor | None, difference: bool) -> N
     else:
         if difference:
             z.add_(r)
-        _finish_logits(z, head)
-    _finish_logits(r, problem.reference_head or head)
+        finish_logits(z, head)
+    finish_logits(r, problem.reference_head or head)
 
 
-def _finish_logits(z: Tensor, head: Head) -> None:
+def finish_logits(z: Tensor, head: Head) -> None:
     if head.bias is not None:
         z.clamp_(min=-1e30)  # a token ruled out by −inf must not make 0 · ∞
     if head.logit_scale != 1:

@@ -68,7 +68,7 @@ def _exact_chunks(
     problem: Problem, narrow: bool, extra: int = 0, multiply: Product | None = None
 ) -> Iterator[Chunk]:  # fmt: skip
     multiply = multiply or product(problem)
-    return chunks.logit_chunks(problem, multiply, narrow=narrow, extra=extra, separate=False)
+    return chunks.logit_chunks(problem, multiply, narrow=narrow, extra=extra, separate=False, kind=chunk_kind())
 
 
 def _exact_statistics(problem: Problem, chunk: Chunk, out: Statistics) -> Tensor:
@@ -136,11 +136,33 @@ def _keep_rows(problem: Problem, chunk: Chunk, out: Statistics, known: Tensor, r
     chunk.enter(Stage.SPENT, Stage.LOGITS)
 
 
+class _NarrowProducts(Chunk):
+    """With the compiled products of directions, rounded where a chunk's are (`rounds`)."""
+
+    wide_sums = True
+
+    def _times_weight(self, direction: Tensor, exact: bool) -> Tensor:
+        if not self.rounds:
+            return super()._times_weight(direction, exact)
+        out, lost = direction.new_empty(len(direction), self.weight.shape[1]), direction.new_empty(len(direction))
+        torch.ops.fused_losses.times_weight(direction, self.weight, self.half, out, lost)
+        return out if self.common is None else out.addr_(lost, self.common)
+
+    def add_outer(self, total: Tensor, direction: Tensor, row_weight: Tensor | None) -> None:
+        if self.rounds and row_weight is None:
+            torch.ops.fused_losses.add_outer(direction, self.hidden, total)
+        else:
+            super().add_outer(total, direction, row_weight)
+
+
+def chunk_kind() -> type[Chunk]:
+    """Of this processor's."""
+    return _NarrowProducts if schemas.has_narrow_products() else Chunk
+
+
 def product(problem: Problem) -> Product | None:
-    """The compiled product where it takes these operands; bf16 pairs need an even D."""
-    widths = [head.weight.shape[1] for head in (problem.head, problem.reference_head) if head is not None]
-    fits = problem.dtype == torch.float32 or not any(width % 2 for width in widths)
-    return _logits if fits and schemas.has_logits(problem.dtype) else None
+    """The compiled product, where there is one for this dtype."""
+    return _logits if schemas.has_logits(problem.dtype) else None
 
 
 def _logits(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -166,7 +188,9 @@ def scan(problem: Problem, out: Statistics, selection: Selection) -> Iterator[tu
     multiply = product(problem) if sweep is None else sweep.product
     was_flat = sweep is not None and sweep.product.flat
     budget, extra = None if sweep is None else sweep.chunk_bytes, capacity * 4 * (1 + values)
-    for chunk in chunks.logit_chunks(problem, multiply, narrow=True, extra=extra, budget=budget, tokens=rest):
+    for chunk in chunks.logit_chunks(
+        problem, multiply, narrow=True, extra=extra, budget=budget, tokens=rest, kind=chunk_kind()
+    ):
         size = len(chunk.z)
         if not buffers:
             buffers = (
@@ -238,7 +262,11 @@ def _compact(
         directions, selection.pairs, tails.nll_low, tails.kl_low, squares,
         *(int8.NO_OPERANDS if sweep is None else sweep.operands(chunk)),
     )  # fmt: skip
-    row_passes.more_statistics(problem, chunk, out)  # after the logits that are computed again
+    approximate = sweep is not None and not sweep.product.full
+    if approximate and out.topk_entropy is not None:
+        out.topk_entropy.copy_(sweep.top_entropies(chunk))
+    # After the logits that are computed again.
+    row_passes.more_statistics(problem, chunk, replace(out, topk_entropy=None) if approximate else out)
     out.lse.copy_(rows[schemas.LOG_SUM])
     if sweep is not None and sweep.is_off(out, chunk.tokens):
         chunk.refill(chunk)

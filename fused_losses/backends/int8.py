@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..kernels import schemas
 from ..problem import Entries, Problem, Statistics, Tails
-from . import chunks, half
+from . import chunks, half, row_passes
 from .chunks import Chunk, Product
 
 # Nats, of the sampled tokens' nll on average. Measured on real text: 0.0004 to 0.0024, and 0.013 to 0.025 with ordinary
@@ -51,6 +51,7 @@ BLOCK = 128  # rows of the head that are quantised together: INT8_VOCABULARY of 
 KEPT_BYTES = 64 << 20
 CHUNKS = 24 << 20, 30 << 20  # bytes of a chunk while all of the head is kept
 HALF_CHUNK = 31 << 20, 37 << 20  # with logits in float16: of these, and with their entries
+GATHERED = 1 << 20  # numbers of the head that are gathered at a time
 LARGEST_WIDTH = 1 << 15  # 255 · 127 · D must stay below 2^31
 GAIN = 0.9  # channels are shared where that makes the error of logits less than so much of it
 
@@ -245,6 +246,25 @@ class Sweep:
             hidden, of_reference, chunk.weight, low_rank, low_hidden, low_reference, bias, head.logit_scale,
         )  # fmt: skip
 
+    def top_entropies(self, chunk: Chunk) -> Tensor:
+        """[C] of the `top_k` largest logits, of full products: where one p is nearly 1 they lie in the others, which
+        `compact` leaves as they are. They are sought among twice as many of the logits that are there."""
+        problem, head, dim = self.problem, self.problem.head, chunk.weight.shape[1]
+        rows, vocabulary = problem.hidden[chunk.tokens], len(head.weight)
+        k, sought = min(problem.top_k, vocabulary), min(2 * problem.top_k, vocabulary)
+        out = torch.empty(len(rows), dtype=chunk.z.dtype)
+        for at in chunks.slices(len(rows), max(1, GATHERED // max(1, sought * dim))):
+            z = chunk.z[at] if not chunks.keeps_difference(problem, chunk) else chunk.z[at] + chunk.r[at]
+            ids = z.topk(sought, dim=1).indices
+            again = _picked(rows[at, :dim].to(chunk.weight.dtype), chunk.weight, ids)
+            if head.low_rank is not None and rows.shape[1] > dim:
+                again += _picked(rows[at, dim:], head.low_rank, ids)
+            if head.bias is not None:
+                again += head.bias.float()[ids]
+            chunks.finish_logits(again, head)
+            out[at] = row_passes.entropy_of(again.topk(k, dim=1).values)
+        return out
+
     def is_off(self, out: Statistics, tokens: slice) -> bool:
         """Measures the statistics of a chunk, `out`; whether its products, and those that follow, are to be full."""
         if self.product.full:
@@ -274,6 +294,11 @@ class Sweep:
         self.product.off, self.product.head = True, None
         self.found.note = f"{what}, measured on {len(self.errors)} of {len(self.problem.labels)} tokens"
         return True
+
+
+def _picked(rows: Tensor, matrix: Tensor, ids: Tensor) -> Tensor:
+    """rows[t] · matrix[ids[t]], in float32."""
+    return torch.bmm(matrix[ids].float(), rows.float().unsqueeze(2)).squeeze(2)
 
 
 def packed(counts: Tensor, buffers: Sequence[Tensor], tails: Tails) -> Entries:

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-CPU_SOURCES = ("kernels", "logits", "int8", "ops")
+CPU_SOURCES = ("kernels", "logits", "dense", "int8", "ops")
 KERNELS = ("rows", "bits", "attention", "segments")
 # 100 rather than 100a: nothing of one member of that family is used, and so the B300 (10.3) runs it too.
 ARCHITECTURES = ("80", "90a", "100", "120")

@@ -249,7 +249,7 @@ def _times(rows: Tensor, weight: Tensor) -> Tensor:
     """rows [m, D] times weightᵀ, [m, V], in the dtype of rows; these are numbers that bfloat16 has."""
     if not len(weight):
         return rows.new_empty(len(rows), 0)
-    if weight.device.type == "cpu" and schemas.has_logits(weight.dtype) and weight.shape[1] % 2 == 0:
+    if weight.device.type == "cpu" and schemas.has_logits(weight.dtype):
         out = torch.empty(len(rows), len(weight), dtype=torch.float32)
         if torch.ops.fused_losses.logits(rows.to(weight.dtype), weight.contiguous(), None, out):
             return out

@@ -12,6 +12,7 @@ from cpu_products import check_large_columns, check_products, check_rounding_of_
 from processes import pythonpath
 from sparse_checks import needs_kernels
 
+import fused_losses as fl
 from fused_losses.kernels import schemas
 
 
@@ -41,14 +42,17 @@ def test_bf16_output_is_rounded_to_nearest_even_and_keeps_nan():
     check_rounding_of_bf16()
 
 
-# The least; one token more than a block of 64; D a little more than several blocks of 64 or 128, V between blocks.
+# The least; one token more than a block of 64; D a little more than several blocks of 64 or 128, or odd, so that the
+# last has no pair; V between blocks.
+LOGIT_SHAPES = [
+    (1, 2, 1), (65, 64, 64), (70, 1030, 130), (3, 514, 1000), (8, 70, 2), (9, 1030, 131), (16, 34, 64), (40, 1, 70),
+    (33, 3, 130), (70, 577, 65),
+]  # fmt: skip
+
+
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    "shape",
-    [(1, 2, 1), (65, 64, 64), (70, 1030, 130), (3, 514, 1000), (8, 70, 2), (9, 1030, 131), (16, 34, 64)],
-    ids=str,
-)
+@pytest.mark.parametrize("shape", LOGIT_SHAPES, ids=str)
 def test_logits(dtype, shape):
     if not schemas.has_logits(dtype):
         pytest.skip("this PyTorch exports no micro-kernels for it")
@@ -71,6 +75,94 @@ def test_logits_are_sums_of_short_sums(dtype, most):
     out = torch.empty(64, 512)
     assert torch.ops.fused_losses.logits(hidden, weight, None, out)
     assert relative(out, hidden.double() @ weight.double().T) < most
+
+
+needs_narrow_products = pytest.mark.skipif(
+    not schemas.has_narrow_products(), reason="no AVX512_BF16 here, or this PyTorch exports no micro-kernels for it"
+)
+# No id, as a rank of a spread head may have; the least; tokens between vectors and odd, so that the last has no pair;
+# ids between blocks of 128, steps of 512, and odd; D between panels.
+NARROW_SHAPES = [
+    (3, 0, 8), (1, 1, 1), (2, 3, 2), (15, 16, 64), (16, 17, 65), (17, 130, 63), (341, 300, 200), (64, 1024, 128),
+    (33, 1537, 97), (5, 513, 600),
+]  # fmt: skip
+
+
+@needs_narrow_products
+@pytest.mark.parametrize("shape", NARROW_SHAPES, ids=str)
+def test_add_outer(shape):
+    n, v, d = shape
+    direction, hidden, before = torch.randn(n, v), torch.randn(n, d).bfloat16(), torch.randn(v, d)
+    direction[:, v // 2 : v // 2 + 1] = 0
+    total = before.clone()
+    assert torch.ops.fused_losses.add_outer(direction, hidden, total)
+    assert relative(total - before, direction.bfloat16().double().T @ hidden.double()) < 1e-6
+    assert torch.equal(total[v // 2 : v // 2 + 1], before[v // 2 : v // 2 + 1])
+
+
+@needs_narrow_products
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+@pytest.mark.parametrize("shape", NARROW_SHAPES, ids=str)
+def test_times_weight(shape, threads):
+    """An id without a pair, the last of an odd number, is not rounded."""
+    n, v, d = shape
+    direction, weight = torch.randn(n, v), torch.randn(v, d).bfloat16()
+    out, lost = torch.full((n, d), torch.nan), torch.full((n,), torch.nan)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        assert torch.ops.fused_losses.times_weight(direction, weight, torch.empty_like(direction).bfloat16(), out, lost)
+    finally:
+        torch.set_num_threads(before)
+    rounded = direction.bfloat16().float()
+    if v % 2:
+        rounded[:, -1] = direction[:, -1]
+    assert relative(out, rounded.double() @ weight.double()) < 1e-6
+    assert (lost - (direction.double() - rounded).sum(1)).abs().max() < 1e-6
+
+
+@needs_narrow_products
+def test_narrow_products_keep_what_is_not_finite_to_its_row():
+    direction, total, out, lost = torch.randn(5, 40), torch.zeros(40, 3), torch.empty(5, 3), torch.empty(5)
+    direction[3, 7], direction[1, 30] = torch.nan, torch.inf
+    matrix = torch.randn(40, 3).bfloat16()
+    assert torch.ops.fused_losses.add_outer(direction, matrix[:5], total)
+    assert torch.ops.fused_losses.times_weight(direction, matrix, torch.empty(200).bfloat16(), out, lost)
+    assert (~total.isfinite()).all(1).nonzero().flatten().tolist() == [7, 30] and total[7].isnan().all()
+    assert (~out.isfinite()).all(1).nonzero().flatten().tolist() == [1, 3] and out[3].isnan().all()
+    assert total.isfinite().sum() == 38 * 3 and out.isfinite().sum() == 3 * 3
+
+
+@needs_kernels
+@pytest.mark.parametrize("name, value", [("FUSED_LOSSES_SIMD", "avx2"), ("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")])
+def test_without_narrow_products(name, value):
+    """The library was told to leave AVX-512 alone, or oneDNN: its micro-kernel then throws. Gradients are there."""
+    code = (
+        "import torch, fused_losses as fl; from fused_losses.kernels import schemas; "
+        "assert schemas.load() is None and not schemas.has_narrow_products(); torch.manual_seed(0); "
+        "x, w, y = torch.randn(40, 16).bfloat16(), torch.randn(300, 16).bfloat16(), torch.randint(300, (40,)); "
+        "w.requires_grad_(); fl.CrossEntropyLoss(gradient='exact')(x, w, y).backward(); z = w.detach().double(); "
+        "p = ((x.double() @ z.T).softmax(1) - torch.nn.functional.one_hot(y, 300)) / 40; "
+        "assert (w.grad.double() - p.T @ x.double()).norm() < 3e-2 * w.grad.double().norm(), w.grad"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=600,
+        env={**os.environ, "PYTHONPATH": pythonpath(), name: value, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+
+
+@needs_kernels
+@pytest.mark.parametrize("d", [1, 31, 64, 577])
+@pytest.mark.parametrize("gradient", ["exact", "sparse"])
+def test_values_in_bfloat16_are_of_float32_logits(d, gradient):
+    """Whether D is even or odd. Measured 5e-7; 1e-3 of logits that are rounded."""
+    if not schemas.has_logits(torch.bfloat16):
+        pytest.skip("this PyTorch exports no micro-kernels for it")
+    hidden, weight, labels = torch.randn(40, d).bfloat16(), torch.randn(2000, d).bfloat16(), torch.randint(2000, (40,))
+    nll = fl.token_losses(hidden.requires_grad_(), weight, labels, gradient=gradient).nll
+    truth = torch.nn.functional.cross_entropy(hidden.double() @ weight.double().T, labels, reduction="none")
+    assert relative(nll, truth) < 1.5e-6
 
 
 SIMD = """

@@ -157,7 +157,6 @@ def test_nothing_is_unpickled(saved, tmp_path):
 
 def test_a_folder_that_is_not_there_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     message = rf"there is no folder {tmp_path / 'out' / 'model'}, so it was taken for a name of the hub; OSError"
     with pytest.raises(ValueError, match=message):
         models.load_tokenizer(options("--model", "out/model"))

@@ -82,8 +82,10 @@ class ShardedCpu(Sharded):
         out = self.empty_statistics(problem)
         rows = chunks.empty_rows(problem, len(problem.labels)) if keep_rows else Rows()
         several = sum(kept is not None for kept in rows.tensors()) > 1
-        extra = 4 * problem.head.most_rows * several
-        for chunk in chunks.logit_chunks(problem, _product(problem), narrow=keep_rows, extra=extra, separate=False):
+        extra, kind = 4 * problem.head.most_rows * several, cpu.chunk_kind()
+        for chunk in chunks.logit_chunks(
+            problem, _product(problem), narrow=keep_rows, extra=extra, separate=False, kind=kind
+        ):
             held = _hold(problem, chunk, out.at(chunk.tokens))
             if keep_rows:
                 _keep_rows(problem, held, rows, chunk.tokens)
@@ -93,7 +95,8 @@ class ShardedCpu(Sharded):
         if not _has_kernels(problem):
             return super()._gradients(problem, upstream, needs)
         out, total = self.empty_statistics(problem), self.empty_gradients(problem, needs)
-        for chunk in chunks.logit_chunks(problem, _product(problem), narrow=True, separate=False):
+        kind = cpu.chunk_kind()
+        for chunk in chunks.logit_chunks(problem, _product(problem), narrow=True, separate=False, kind=kind):
             held = _hold(problem, chunk, out.at(chunk.tokens))
             _add(problem, held, upstream(held.out, chunk.tokens), total)
         return out, total
@@ -103,8 +106,8 @@ class ShardedCpu(Sharded):
             yield from super()._scan(problem, out, selection)
             return
         capacity, values = CANDIDATES * selection.capacity, 1 + problem.has_reference
-        extra = capacity * 4 * (1 + values)
-        for chunk in chunks.logit_chunks(problem, _product(problem), narrow=True, extra=extra):
+        extra, kind = capacity * 4 * (1 + values), cpu.chunk_kind()
+        for chunk in chunks.logit_chunks(problem, _product(problem), narrow=True, extra=extra, kind=kind):
             held = _hold(problem, chunk, out.at(chunk.tokens))
             if len(problem.head.weight):
                 yield held, _compact(problem, held, selection, capacity)
