@@ -67,7 +67,10 @@ def gradients(
     if needs.hidden and sparse.low is not None and not bool(done.tokens.all()):
         hidden, done, report.hidden_bound = _held_to_hidden_bound(call, done)
     report.exact_tokens = int(done.tokens.sum())
-    report.bound = _l1_bound(sparse, done.tokens) if math.isfinite(factor) else math.nan
+    report.bound = _l1_bound(sparse, done.tokens)
+    if not math.isfinite(factor) or not (dense is None or _is_finite(dense, sparse.done)):
+        report.bound = math.nan
+        report.hidden_bound = None if report.hidden_bound is None else math.nan
     if report.exact_tokens == len(done.tokens):
         report.hidden_bound = report.bound if needs.hidden else None
         report.weight_bound = report.bound if needs.weight else None
@@ -76,6 +79,13 @@ def gradients(
     if needs.weight and sparse.row_error is not None:
         report.weight_bound = _weight_bound(call, done.tokens, result.weight)
     return result
+
+
+def _is_finite(total: Gradients, done: Tensor) -> bool:
+    """As the gradient of the hidden states says, or one of the others where that is not wanted."""
+    parts = (None if total.hidden is None else total.hidden[done], total.weight, total.low_rank, total.bias)
+    some = next(part for part in parts if part is not None)
+    return not some.numel() or bool(torch.stack(torch.aminmax(some)).isfinite().all())
 
 
 def _held_to_hidden_bound(call: _Call, done: _Done) -> tuple[Tensor, _Done, float]:

@@ -202,9 +202,12 @@ def _paired(rows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def largest_singular_value(matrix: Tensor) -> float:
-    """Upper bound of that of a matrix [r, D] or [V, r] with few numbers r."""
+    """Upper bound of that of a matrix [r, D] or [V, r] with few numbers r; inf where it has one that is not finite."""
     wide = matrix.double()
-    values = torch.linalg.eigvalsh(wide @ wide.t() if len(wide) < wide.shape[1] else wide.t() @ wide)
+    gram = wide @ wide.t() if len(wide) < wide.shape[1] else wide.t() @ wide
+    if not bool(gram.isfinite().all()):
+        return math.inf
+    values = torch.linalg.eigvalsh(gram)
     return math.sqrt(max(0.0, float(values[-1]))) * (1 + 1e-6)
 
 

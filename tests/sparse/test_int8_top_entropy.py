@@ -1,4 +1,4 @@
-"""`topk_entropy` beside products of 8-bit numbers: of exact logits, also where one p is nearly 1 and it lies in the rest."""
+"""`topk_entropy` beside products of 8-bit numbers: of exact logits, though one p be nearly 1 and it lie in others."""
 
 import pytest
 import torch
