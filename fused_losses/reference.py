@@ -21,7 +21,10 @@ def logits(hidden: Tensor, head: LMHead | Head) -> Tensor:
     low_rank, dim = head.low_rank, head.weight.shape[1]
     if isinstance(low_rank, LowRank):
         hidden, low_rank = torch.cat([hidden, low_rank.inputs(hidden)], -1), low_rank.b
-    z = F.linear(hidden[..., :dim].to(head.weight.dtype), head.weight, head.bias)
+    bias = head.bias
+    of_its_own = bias is not None and bias.dtype != head.weight.dtype  # a dtype, of which sums then are
+    z = F.linear(hidden[..., :dim].to(head.weight.dtype), head.weight, None if of_its_own else bias)
+    z = z + bias if of_its_own else z
     if low_rank is not None and hidden.shape[-1] > dim:
         z = z + F.linear(hidden[..., dim:].to(low_rank.dtype), low_rank).to(z.dtype)
     z = z.to(torch.promote_types(z.dtype, torch.float32)) * head.logit_scale

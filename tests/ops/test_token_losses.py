@@ -1,6 +1,7 @@
 """The op against the float64 oracle: values and gradients, over shapes, heads, references and dtypes."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -47,6 +48,27 @@ def test_compiled_kernels_equal_the_oracle_in_exact_mode(shape, head, reference,
     case = make(*shape, **head, reference=reference, frozen=frozen)
     for output, error in errors(case, torch.float32, "cpu").items():
         assert error <= 1e-5, output
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "cpu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=name)
+@pytest.mark.parametrize("of_bias", [torch.float32, torch.bfloat16, torch.float16], ids=name)
+def test_a_bias_of_another_dtype_than_the_weight(of_bias, dtype, backend):
+    """As a reference of class weights has it. The bound is of half-precision logits, which `reference` has."""
+    if backends.unavailable(backend) is not None:
+        pytest.skip(backends.unavailable(backend))
+    case = make(33, 16, 123, bias=True, reference="own", ignored=0)
+    values = {}
+    for to, to_bias, by in ((dtype, of_bias, backend), (torch.float64, torch.float64, "reference")):
+        rounded = [t.to(dtype).to(to) for t in (case.hidden, case.weight)]
+        bias = case.bias.to(of_bias).to(to_bias)
+        head, labels = fl.LMHead(rounded[1], bias), case.labels
+        other = fl.Reference(rounded[0] * 0.5, fl.LMHead(rounded[1], -bias))
+        loss = fl.CrossEntropyLoss(0.1, class_weights=torch.arange(1, 124), backend=by)
+        out = fl.token_losses(rounded[0], head, labels, reference=other, backend=by)
+        values[to] = out.nll, out.kl, out.reference_nll, loss(rounded[0], replace(head, softcap=5.0), labels)
+    for ours, truth in zip(*values.values(), strict=True):
+        assert relative(ours, truth) < 5e-3
 
 
 def test_float32_error_is_that_of_float32():

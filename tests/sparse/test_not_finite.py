@@ -8,13 +8,13 @@ from sparse_checks import needs_kernels
 
 import fused_losses as fl
 
-V, D, R = 3001, 32, 2
+V, D, R = 3001, 32, 3
 
 
 def parts(n, scale, **bad):
     made = {
-        "hidden": scale * torch.randn(n, D), "weight": torch.randn(V, D), "bias": torch.randn(V), "a": torch.randn(R, D),
-        "b": torch.randn(V, R), "reference": torch.randn(n, D), "upstream": torch.rand(n),
+        "hidden": scale * torch.randn(n, D), "reference": torch.randn(n, D), "upstream": torch.rand(n),
+        "weight": torch.randn(V, D), "bias": torch.randn(V), "a": torch.randn(R, D), "b": torch.randn(V, R),
     }  # fmt: skip
     for name, value in bad.items():
         made[name].view(-1)[len(made[name].view(-1)) // 2] = value
@@ -60,3 +60,11 @@ def test_no_bound(scan, kind, value, trained, name, scale, n):
     assert not leaves["hidden"].grad.isfinite().all()
     assert math.isnan(report.bound) and "no bound" in str(report)
     assert all(b is None or math.isnan(b) for b in (report.hidden_bound, report.weight_bound))
+
+
+@pytest.mark.parametrize("name", ["a", "b"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_low_rank_part_beside_entries(value, name):
+    """Not flat, so that the certificate asks for the singular values of the part."""
+    loss, _, report = report_of(parts(300, 1.0, **{name: value}), (), False, "objective")
+    assert not loss.isfinite() and math.isnan(report.bound)
