@@ -62,7 +62,7 @@ bool int8_is_fast() {
   return fast;
 }
 
-void int8_head(const Int8Head& head, const float* tokens, int64_t count, const float* bias, float* out) {
+void int8_head(const Int8Head& head, const float* tokens, int64_t count, const float* bias, float* out, float* scales) {
   const int64_t W = INT8_VOCABULARY, blocks = tokens ? (head.vocabulary + W - 1) / W : head.kept;
   fault_in(head.blocks, head.kept * head.padded() * W);
   parallel(blocks, [&](int64_t begin, int64_t end) {
@@ -70,9 +70,11 @@ void int8_head(const Int8Head& head, const float* tokens, int64_t count, const f
       if (block < head.kept)
         quantize_block(head, block, head.blocks + block * head.padded() * W, head.scales + block * W,
                        head.sums + block * W);
-      if (tokens)
-        kernels().few_products(tokens, count, head.weight, head.element, head.vocabulary, head.hidden, bias, out,
-                               block * W, std::min((block + 1) * W, head.vocabulary));
+      if (!tokens) continue;
+      const int64_t first = block * W, last = std::min(first + W, head.vocabulary);
+      kernels().few_products(tokens, count, head.weight, head.element, head.vocabulary, head.hidden, bias, out, first, last);
+      if (block < head.kept) std::copy(head.scales + first, head.scales + last, scales + first);
+      else kernels().scales_of_weight(head.weight, head.element, head.channel, head.hidden, scales, first, last);
     }
   });
 }

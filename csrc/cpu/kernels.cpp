@@ -24,7 +24,7 @@
 #define FL_INLINE inline __attribute__((always_inline))
 #define FL_TABLE(name, ...) \
   {name, compact, tail_profile, exact_statistics, exact_directions, rows_product, columns_product, weighted_sum, \
-   few_products, quantize_tokens, quantize_weight, multiply_int8, scale_products, __VA_ARGS__}
+   few_products, quantize_tokens, quantize_weight, scales_of_weight, multiply_int8, scale_products, __VA_ARGS__}
 #define FL_HALF compact_half, half_tail_profile, half_products, scale_entries, halve_entries, label_logits
 
 #if FL_X86

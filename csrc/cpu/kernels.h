@@ -177,6 +177,8 @@ struct Kernels {
                           int64_t hidden_size, int64_t padded, uint8_t* out, float* scales, float* lost);
   void (*quantize_weight)(const void* weight, Element, const float* channel, int64_t rows, int64_t hidden_size,
                           int64_t padded, uint8_t* out, float* scales, int32_t* sums);
+  void (*scales_of_weight)(const void* weight, Element, const float* channel, int64_t hidden_size, float* scales,
+                           int64_t begin, int64_t end);
   void (*multiply_int8)(const uint8_t* tokens, const uint8_t* weight, int64_t count, int64_t padded, int32_t* products);
   void (*scale_products)(const int32_t* products, const int32_t* sums, float scale, float shift, const float* scales,
                          const float* bias, int64_t count, float* out);
@@ -231,9 +233,9 @@ struct Int8Head {
 };
 
 // With `tokens`, rows as those of `few_products`, also their products with all of the weight, from the rows that are in
-// cache then.
+// cache then, and the scales of all rows.
 void int8_head(const Int8Head&, const float* tokens = nullptr, int64_t count = 0, const float* bias = nullptr,
-               float* out = nullptr);
+               float* out = nullptr, float* scales = nullptr);
 // out[t, v] = hidden[t] · weight[v] + bias[v] in float32, from products of 8-bit numbers of hidden · inverse and weight ·
 // channel. `inverse` [D], or null: ones.
 void int8_logits(const void* hidden, Element, const float* inverse, const Int8Head&, const float* bias, float* out,

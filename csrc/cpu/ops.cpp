@@ -94,7 +94,7 @@ Int8Head int8_head_of(const Tensor& weight, const std::optional<Tensor>& channel
 
 void int8_head_op(const Tensor& weight, const std::optional<Tensor>& channel, Tensor blocks, Tensor scales,
                   Tensor sums, const std::optional<Tensor>& hidden, const std::optional<Tensor>& bias,
-                  std::optional<Tensor> out) {
+                  std::optional<Tensor> out, std::optional<Tensor> all_scales) {
   const Int8Head head = int8_head_of(weight, channel, std::nullopt, blocks, scales, sums);
   if (!hidden) return int8_head(head);
   const int64_t count = hidden->size(0), size = count * head.hidden;
@@ -102,7 +102,7 @@ void int8_head_op(const Tensor& weight, const std::optional<Tensor>& channel, Te
   const Aligned<float> tokens(padded);
   std::copy(data<float>(*hidden), data<float>(*hidden) + size, tokens.data);
   std::fill(tokens.data + size, tokens.data + padded, 0.0f);
-  int8_head(head, tokens.data, count, data<float>(bias), data<float>(out));
+  int8_head(head, tokens.data, count, data<float>(bias), data<float>(out), data<float>(all_scales));
 }
 
 void int8_logits_op(const Tensor& hidden, const std::optional<Tensor>& inverse, const Tensor& weight,

@@ -20,7 +20,7 @@ from ..kernels.triton import tiles
 from ..kernels.triton.scan import Sum
 from ..problem import Problem, Statistics
 from . import gpu_scan
-from .int8 import MEASURED, MOST_ERROR, channel_of, squares_of, too_wide
+from .int8 import MEASURED, MOST_ERROR, channel_of, squares_of, too_wide, too_wide_rows
 
 CAPACITY = 4096  # entries of a token in such a pass; a token with more takes full products
 
@@ -67,6 +67,10 @@ def begin(problem: Problem, directed: bool, values: Callable[[Problem, Eight | N
         wide = len(too_wide(hidden, inverse, squares_of(head.weight, channel)[0], head.logit_scale))
         if wide:
             record.note = f"8 bits are too few for {wide} of {count} hidden states"
+            return None
+        wide = len(too_wide_rows(hidden, inverse, eight.weight_scale, head.logit_scale))
+        if wide:
+            record.note = f"8 bits are too few for {wide} of {len(eight.weight)} rows of the head"
             return None
     measured = min(MEASURED, max(2, count // 64), count)
     sample = torch.arange(measured, device=problem.hidden.device) * count // measured

@@ -36,6 +36,7 @@ THRESHOLD = 1e-4  # of p, from which on logits are exact in a pass without gradi
 REFINED = 4
 # Standard deviation of the error of a token's logits up to which 8 bits will do. On real text 0.13, and 0.23 at most.
 MOST_SPREAD = 0.4
+MOST_WIDE_ROWS = 1 / 16  # of the head, that have full products of their own
 MEASURED = 16  # tokens, fewer in calls of less than 64 times as many
 # Entropy of the sampled tokens, as part of the largest, log V, from which on gradients will be exact, from
 # full products; the first may be full at once then.
@@ -93,6 +94,8 @@ class Int8Product:
         self.head: tuple[Tensor, ...] | None = None
         self.squares: tuple[float, float] | None = None
         self.mean: Tensor | None = None  # [D] of the head's rows, times the channel
+        self.scales: Tensor | None = None  # [V] of the head's rows
+        self.wide_rows: Tensor | None = None  # of the head, which have full products
         self.too_wide = 0  # hidden states, which got full products
         self.none_wide = False  # known of all that will come
 
@@ -119,6 +122,9 @@ class Int8Product:
         torch.ops.fused_losses.int8_logits(
             hidden.contiguous(), self.inverse, weight, self.channel, self.mean, *self.head, bias, out
         )  # fmt: skip
+        if self.wide_rows is not None:
+            of_rows = None if bias is None else bias[self.wide_rows]
+            out[:, self.wide_rows] = self._exactly(hidden, weight[self.wide_rows], of_rows, out.dtype)
         if exact is not None:
             out[wide] = exact
 
@@ -160,7 +166,7 @@ class Int8Product:
         blocks = torch.empty(count, quads, BLOCK, 4, dtype=torch.uint8)
         scales, sums = (torch.empty(count * BLOCK, dtype=dtype) for dtype in (torch.float32, torch.int32))
         if count or few is not None:
-            torch.ops.fused_losses.int8_head(weight, self.channel, blocks, scales, sums, *few or (None,) * 3)
+            torch.ops.fused_losses.int8_head(weight, self.channel, blocks, scales, sums, *few or (None,) * 4)
         return blocks, scales, sums
 
     def first(self, out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -169,7 +175,8 @@ class Int8Product:
             self.whole(out, hidden, weight, bias)
             return
         bias = None if bias is None else bias.float().contiguous()
-        self.head = self._head(weight, (hidden.float().contiguous(), bias, out))
+        self.scales = torch.empty(len(weight), dtype=torch.float32)
+        self.head = self._head(weight, (hidden.float().contiguous(), bias, out, self.scales))
 
 
 class Sweep:
@@ -181,6 +188,7 @@ class Sweep:
         self.problem, self.found = problem, problem.int8
         assert self.found is not None
         count, head = len(problem.labels), problem.head
+        self._of_rows = ""
         product = self.product = Int8Product(channel_of(problem), whole, 0, head.logit_scale)
         if count and not problem.has_reference:
             product.sample(head.weight, problem.dtype)
@@ -196,6 +204,8 @@ class Sweep:
         self.sample = torch.arange(measured) * count // max(1, measured)
         sampled = replace(problem.rows(self.sample).for_gradients(), int8=None, wanted=frozenset({"entropy"}))
         self.truth = exact(sampled, product.first) if count else None
+        if product.scales is not None:
+            self._set_wide_rows(product.scales)
         if gradients and count and float(self.truth.entropy.median()) > FLAT * math.log(problem.head.vocabulary):
             self.product.flat, self.found.note = True, FLAT_NOTE
         # As lists: a chunk takes one look at them, and each operation on a few numbers takes longer than all of it.
@@ -204,6 +214,21 @@ class Sweep:
         self._true_kl: list[float] = self.truth.kl.tolist() if count and problem.has_reference else []
         self.errors: list[float] = []
         self.kl_errors: list[float] = []
+
+    def _set_wide_rows(self, scales: Tensor) -> None:
+        """Finds rows of the head that 8 bits are too few for; a few have full products, of many all have."""
+        product, head = self.product, self.problem.head
+        rows = too_wide_rows(self.problem.hidden[:, : head.weight.shape[1]], product.inverse, scales, head.logit_scale)
+        if not len(rows):
+            return
+        self._of_rows = f"{len(rows)} of {len(scales)} rows of the head"
+        if len(rows) <= MOST_WIDE_ROWS * len(scales):
+            product.wide_rows, self._halves = rows, False
+            others = scales.index_fill(0, rows, 0)  # tokens are not to be too wide for the sake of these rows
+            product.squares = product.squares and (product.squares[0], float(others.square().mean()))
+            return
+        product.off, product.head = True, None
+        self.found.note = f"8 bits are too few for {self._of_rows}"
 
     @property
     def chunk_bytes(self) -> int:
@@ -288,8 +313,10 @@ class Sweep:
             kl = sum(self.kl_errors) / len(self.kl_errors)
             too_much, what = not kl <= limit, f"the KL was off by {kl:.2g} nats on average, more than {limit:.2g}"
         if not (too_much and len(here)):
-            if self.product.too_wide:
-                self.found.note = f"8 bits are too few for {self.product.too_wide} hidden states, which alone have them"
+            wide = [f"{self.product.too_wide} hidden states"] if self.product.too_wide else []
+            wide += [] if self.product.wide_rows is None else [self._of_rows]
+            if wide:
+                self.found.note = f"8 bits are too few for {' and '.join(wide)}, which alone have them"
             return False
         self.product.off, self.product.head = True, None
         self.found.note = f"{what}, measured on {len(self.errors)} of {len(self.problem.labels)} tokens"
@@ -394,6 +421,18 @@ def too_wide(
     variance = (largest / 127).square() * squares[0] + norm.square() * squares[1]
     spread = (variance / 12).sqrt() * abs(logit_scale)
     return (~(spread <= MOST_SPREAD) & largest.isfinite()).nonzero().flatten()
+
+
+def too_wide_rows(hidden: Tensor, inverse: Tensor | None, scales: Tensor, logit_scale: float) -> Tensor:
+    """Which rows of a head with these scales, [V], 8 bits are too few for beside hidden states of the usual length,
+    ascending; finite ones."""
+    x = _spread(hidden, SAMPLED_ROWS[1]).float()
+    norms = torch.linalg.vector_norm(x if inverse is None else x * inverse, dim=1)
+    norms = norms[norms.isfinite()]
+    if not len(norms):
+        return scales.new_empty(0, dtype=torch.int64)
+    spread = norms.median() * abs(logit_scale) * scales / math.sqrt(12)
+    return ((spread > MOST_SPREAD) & scales.isfinite()).nonzero().flatten()
 
 
 def _spread(rows: Tensor, most: int) -> Tensor:

@@ -73,9 +73,9 @@ SCHEMAS = (
     "times_weight(Tensor direction, Tensor weight, Tensor(a!) narrow, Tensor(b!) out, Tensor(c!) lost) -> bool",
     # blocks uint8 [B, D' / 4, 128, 4], D' a multiple of 4: the first 128 B rows of weight · channel in 8 bits, row v of
     # a block as blocks[b, :, v]; scales [128 B]; sums [128 B] int32 of a row's numbers. With `hidden` [n, D], float32,
-    # of a few tokens also out [n, V] = hidden · weight + bias
+    # of a few tokens also out [n, V] = hidden · weight + bias, and all_scales [V] those of all rows
     "int8_head(Tensor weight, Tensor? channel, Tensor(a!) blocks, Tensor(b!) scales, Tensor(c!) sums, "
-    "Tensor? hidden, Tensor? bias, Tensor(d!)? out) -> ()",
+    "Tensor? hidden, Tensor? bias, Tensor(d!)? out, Tensor(e!)? all_scales) -> ()",
     # As logits, from products of 8-bit numbers of hidden · inverse and of weight · channel, of `blocks` and made on the
     # way where these end; `mean` [D], nearly the mean row of weight · channel: what rounding a token loses of it is
     # given back

@@ -188,7 +188,9 @@ def test_few_products_beside_the_head(dtype, kept, n):
     out = torch.full((n, 300), torch.nan)
     alone = int8_products.head_of(weight, None, kept)
     found = [torch.empty_like(part) for part in alone]
-    OPS.int8_head(weight, None, *found, hidden.float(), bias, out)
+    scales = torch.full((300,), torch.nan)
+    OPS.int8_head(weight, None, *found, hidden.float(), bias, out, scales)
+    assert torch.equal(scales, int8_products.head_of(weight, None, 3)[1][:300])
     assert all(torch.equal(a, b) for a, b in zip(alone, found, strict=True))
     torch.testing.assert_close(out.double(), hidden.double() @ weight.double().t() + bias, rtol=0, atol=1.7e-5)
 

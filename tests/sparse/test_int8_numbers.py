@@ -43,7 +43,11 @@ def test_wild_numbers(kind, of_weight, reference):
     with coarse(1e-3):
         got, report = run_with_report(case, torch.float32, "cpu", "sparse", scan="int8")
     assert all(values.isfinite().all() for values in got.values())
-    assert report.scan == "int8" and report.value_error >= 0 and report.bound <= 0.15
+    assert report.bound <= 0.15
+    if report.scan == "full":
+        assert "8 bits are too few for" in report.scan_note and kind in ("heavy-tailed", "huge")
+    else:
+        assert report.value_error >= 0
     if report.scan_note is None and kind != "huge":
         truth = run(case, torch.float64, "reference")["nll"]
         assert (got["nll"] - truth).abs().median() < 0.01

@@ -46,7 +46,7 @@ def head_of(weight: Tensor, channel: Tensor | None, count: int) -> tuple[Tensor,
     scales = torch.full((count * BLOCK,), torch.nan)
     sums = torch.full((count * BLOCK,), 85, dtype=torch.int32)
     if count:
-        OPS.int8_head(weight, channel, blocks, scales, sums, None, None, None)
+        OPS.int8_head(weight, channel, blocks, scales, sums, None, None, None, None)
     return blocks, scales, sums
 
 
