@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import shards
-from .backends import Backend, int8
+from .backends import Backend, chunks, int8
 from .backends.single import picked_slopes, picked_weights
 from .problem import DIFFERENTIABLE, OUTPUTS, TENSORS, Gradients, Int8, Needs, Problem, Rows, Statistics, Upstream
 from .sparse import gradients as sparse_gradients
@@ -132,7 +132,10 @@ class SummedLossFunction(torch.autograd.Function):
     @_first_order
     def backward(ctx, upstream):
         return (
-            *map(lambda total, dtype: _scaled(total, upstream, dtype), ctx.saved_tensors, ctx.dtypes),
+            *(
+                None if total is None else chunks.scaled(total, upstream, dtype)  # new, so that backward may run again
+                for total, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            ),
             *_nothing(4),
         )
 
@@ -374,13 +377,6 @@ def _joined(parts: list[tuple[Upstream, slice]], out: Statistics) -> Upstream:
                     values[at] = getattr(part, name)
             setattr(whole, name, values)
     return whole
-
-
-def _scaled(total: Tensor | None, upstream: Tensor, dtype: torch.dtype | None) -> Tensor | None:
-    """A new tensor, so backward may run again. One rounding: a scalar tensor would be cast to a half dtype first."""
-    if total is None:
-        return None
-    return torch.mul(total, upstream.reshape((1,) * total.dim()), out=torch.empty_like(total, dtype=dtype))
 
 
 def _no_autocast(problem: Problem) -> AbstractContextManager:

@@ -43,8 +43,8 @@ namespace fused_losses::avx512 {
 #include "half.inc"
 #include "entries.inc"
 #undef LANES
-static const Kernels table = FL_TABLE("AVX-512", FL_HALF, nullptr, nullptr);
-static const Kernels table_bf16 = FL_TABLE("AVX-512", FL_HALF, transposed_bf16, narrow_bf16);
+static const Kernels table = FL_TABLE("AVX-512", FL_HALF, nullptr, nullptr, nullptr);
+static const Kernels table_bf16 = FL_TABLE("AVX-512", FL_HALF, large_from, transposed_bf16, narrow_bf16);
 }  // namespace fused_losses::avx512
 #pragma GCC pop_options
 
@@ -62,7 +62,7 @@ namespace fused_losses::avx2 {
 #include "half.inc"
 #include "entries.inc"
 #undef LANES
-static const Kernels table = FL_TABLE("AVX2", FL_HALF, nullptr, nullptr);
+static const Kernels table = FL_TABLE("AVX2", FL_HALF, nullptr, nullptr, nullptr);
 }  // namespace fused_losses::avx2
 #pragma GCC pop_options
 #endif
@@ -77,7 +77,7 @@ namespace fused_losses::baseline {
 #include "exact.inc"
 #include "quantize.inc"
 #undef LANES
-static const Kernels table = FL_TABLE("128-bit SIMD", nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr);
+static const Kernels table = FL_TABLE("128-bit SIMD", nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr);
 }  // namespace fused_losses::baseline
 
 namespace fused_losses {

@@ -145,6 +145,13 @@ struct HalfBlock {
 // place of 36, in bfloat16 in 10 in the place of 19.
 constexpr int64_t FEW_TOKENS = 8;
 
+// A large number of a direction, and what rounding it to bfloat16 takes. A row has MOST_LARGE of them, or none.
+constexpr int64_t MOST_LARGE = 64;
+struct Large {
+  int32_t token, id;
+  float rest;
+};
+
 using Range = void (*)(int64_t begin, int64_t end, const void* context);
 
 // One table per instruction set; `kernels()` picks the best that this processor runs.
@@ -196,8 +203,11 @@ struct Kernels {
                         float* l1, float* l2, int64_t begin, int64_t end);
   void (*label_logits)(const Operands&, const int64_t* labels, float* out, int64_t begin, int64_t end);
   // See bf16.inc; null where the processor has no products of bfloat16 numbers.
-  void (*transposed_bf16)(const float* from, int64_t stride, int64_t tokens, int64_t ids, uint16_t* out, int64_t depth);
-  float (*narrow_bf16)(const float* from, int64_t count, uint16_t* out);
+  float (*large_from)(const float* row, int64_t count);
+  Large* (*transposed_bf16)(const float* from, int64_t stride, int64_t tokens, int64_t ids, const float* large_from,
+                            uint16_t* out, int64_t depth, Large* large);
+  Large* (*narrow_bf16)(const float* from, int64_t count, int64_t first, float large_from, uint16_t* out, float* lost,
+                        Large* large);
 
   bool has_pairs() const { return transposed_bf16; }
 };
@@ -209,13 +219,16 @@ const Kernels& kernels();
 bool logits(const void* hidden, const void* weight, Element, const float* bias, float* out, int64_t tokens,
             int64_t vocabulary, int64_t hidden_size);
 
-// total[v] += Σ_t direction[t, v] · hidden[t] in float32, direction rounded to bfloat16, of which hidden are; by the same.
-bool add_outer(const float* direction, const uint16_t* hidden, float* total, int64_t tokens, int64_t vocabulary,
-               int64_t hidden_size);
-// out[t] = Σ_v direction[t, v] · weight[v] likewise; lost [tokens] = Σ_v of what rounding took from the direction; narrow:
-// room for it, [tokens · vocabulary].
-bool times_weight(const float* direction, const uint16_t* weight, uint16_t* narrow, float* out, float* lost,
-                  int64_t tokens, int64_t vocabulary, int64_t hidden_size);
+// The products of a chunk's directions, rounded to bfloat16 but for large numbers, of which the matrices are, with sums in
+// float32; by the same. What counts as large of each token, [tokens]: see `large_from` of bf16.inc.
+bool large_numbers(const float* direction, float* large_from, int64_t tokens, int64_t vocabulary);
+// total[v] += Σ_t direction[t, v] · hidden[t]
+bool add_outer(const float* direction, const float* large_from, const uint16_t* hidden, float* total, int64_t tokens,
+               int64_t vocabulary, int64_t hidden_size);
+// out[t] = Σ_v direction[t, v] · weight[v]; lost [tokens] = Σ_v of what rounding took from the direction; narrow: room for
+// it, [tokens · vocabulary].
+bool times_weight(const float* direction, const float* large_from, const uint16_t* weight, uint16_t* narrow, float* out,
+                  float* lost, int64_t tokens, int64_t vocabulary, int64_t hidden_size);
 
 // weight · channel in 8 bits, a block of INT8_VOCABULARY rows after the other; `channel` [D], or null: ones. The first
 // `kept` blocks are there once `int8_head` has made them, the others are made where they are needed.

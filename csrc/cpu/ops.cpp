@@ -75,14 +75,20 @@ bool logits_op(const Tensor& hidden, const Tensor& weight, const std::optional<T
                 hidden.size(0), weight.size(0), hidden.size(1));
 }
 
-bool add_outer_op(const Tensor& direction, const Tensor& hidden, Tensor total) {
-  return add_outer(data<float>(direction), (const uint16_t*)hidden.data_ptr(), data<float>(total), hidden.size(0),
-                   total.size(0), total.size(1));
+bool large_numbers_op(const Tensor& direction, Tensor large_from) {
+  return large_numbers(data<float>(direction), data<float>(large_from), direction.size(0), direction.size(1));
 }
 
-bool times_weight_op(const Tensor& direction, const Tensor& weight, Tensor narrow, Tensor out, Tensor lost) {
-  return times_weight(data<float>(direction), (const uint16_t*)weight.data_ptr(), (uint16_t*)narrow.data_ptr(),
-                      data<float>(out), data<float>(lost), direction.size(0), weight.size(0), weight.size(1));
+bool add_outer_op(const Tensor& direction, const Tensor& large_from, const Tensor& hidden, Tensor total) {
+  return add_outer(data<float>(direction), data<float>(large_from), (const uint16_t*)hidden.data_ptr(),
+                   data<float>(total), hidden.size(0), total.size(0), total.size(1));
+}
+
+bool times_weight_op(const Tensor& direction, const Tensor& large_from, const Tensor& weight, Tensor narrow, Tensor out,
+                     Tensor lost) {
+  return times_weight(data<float>(direction), data<float>(large_from), (const uint16_t*)weight.data_ptr(),
+                      (uint16_t*)narrow.data_ptr(), data<float>(out), data<float>(lost), direction.size(0), weight.size(0),
+                      weight.size(1));
 }
 
 Int8Head int8_head_of(const Tensor& weight, const std::optional<Tensor>& channel, const std::optional<Tensor>& mean,
@@ -382,6 +388,7 @@ bool int8_is_fast_op() { return int8_is_fast(); }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_losses, CPU, m) {
   m.impl("logits", TORCH_BOX(&logits_op));
+  m.impl("large_numbers", TORCH_BOX(&large_numbers_op));
   m.impl("times_weight", TORCH_BOX(&times_weight_op));
   m.impl("add_outer", TORCH_BOX(&add_outer_op));
   m.impl("int8_logits", TORCH_BOX(&int8_logits_op));

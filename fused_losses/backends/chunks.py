@@ -429,6 +429,19 @@ def balanced(count: int, most: int) -> int:
     return min(count, -(-size // 16) * 16)
 
 
+def scaled(total: Tensor, factor: Tensor | float, dtype: torch.dtype | None = None) -> Tensor:
+    """A new tensor, total · factor, rounded once: a scalar tensor alone would be cast to a half dtype first."""
+    out = torch.empty_like(total, dtype=dtype)
+    if isinstance(factor, Tensor):
+        factor = factor.reshape((1,) * total.dim())
+    # Where a CPU changes the dtype, PyTorch makes a copy of all it is given.
+    whole = out.dtype == total.dtype or total.device.type != "cpu" or not total.numel()
+    size = len(total) if whole else max(1, ROUNDED * len(total) // total.numel())
+    for rows in slices(len(total), max(1, size)):
+        torch.mul(total[rows], factor, out=out[rows])
+    return out
+
+
 def slices(stop: int, size: int, start: int = 0) -> Iterator[slice]:
     for begin in range(start, stop, size):
         yield slice(begin, min(begin + size, stop))

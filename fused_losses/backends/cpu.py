@@ -137,22 +137,33 @@ def _keep_rows(problem: Problem, chunk: Chunk, out: Statistics, known: Tensor, r
 
 
 class _NarrowProducts(Chunk):
-    """With the compiled products of directions, rounded where a chunk's are (`rounds`)."""
+    """With the compiled products of directions, rounded where a chunk's are (`rounds`), but for their large numbers."""
 
     wide_sums = True
+    _large: tuple[Tensor, Tensor] | None = None  # the direction of `times_weight`, and from where on it is large
 
     def _times_weight(self, direction: Tensor, exact: bool) -> Tensor:
         if not self.rounds:
             return super()._times_weight(direction, exact)
+        large_from = _large_from(direction)
+        self._large = direction, large_from
         out, lost = direction.new_empty(len(direction), self.weight.shape[1]), direction.new_empty(len(direction))
-        torch.ops.fused_losses.times_weight(direction, self.weight, self.half, out, lost)
+        torch.ops.fused_losses.times_weight(direction, large_from, self.weight, self.half, out, lost)
         return out if self.common is None else out.addr_(lost, self.common)
 
     def add_outer(self, total: Tensor, direction: Tensor, row_weight: Tensor | None) -> None:
-        if self.rounds and row_weight is None:
-            torch.ops.fused_losses.add_outer(direction, self.hidden, total)
-        else:
+        if not self.rounds or row_weight is not None:
             super().add_outer(total, direction, row_weight)
+            return
+        known, self._large = self._large, None
+        large_from = known[1] if known is not None and known[0] is direction else _large_from(direction)
+        torch.ops.fused_losses.add_outer(direction, large_from, self.hidden, total)
+
+
+def _large_from(direction: Tensor) -> Tensor:
+    out = direction.new_empty(len(direction))
+    torch.ops.fused_losses.large_numbers(direction, out)
+    return out
 
 
 def chunk_kind() -> type[Chunk]:

@@ -65,12 +65,15 @@ SPLIT = 512
 SCHEMAS = (
     # out[t, v] = hidden[t] · weight[v] + bias[v], float32 from float32 or bfloat16 operands; false: not possible here
     "logits(Tensor hidden, Tensor weight, Tensor? bias, Tensor(a!) out) -> bool",
-    # total[v] += Σ_t direction[t, v] · hidden[t] in float32; direction float32, rounded to bfloat16, as hidden is;
-    # false: not possible here
-    "add_outer(Tensor direction, Tensor hidden, Tensor(a!) total) -> bool",
+    # large_from [N]: a 32nd of the largest |direction[t]|, ∞ where more than 64 are larger than that; in the two below
+    # larger ones are not rounded. False, here and there: not possible here
+    "large_numbers(Tensor direction, Tensor(a!) large_from) -> bool",
+    # total[v] += Σ_t direction[t, v] · hidden[t] in float32; direction float32, rounded to bfloat16, as hidden is
+    "add_outer(Tensor direction, Tensor large_from, Tensor hidden, Tensor(a!) total) -> bool",
     # out[t] = Σ_v direction[t, v] · weight[v] likewise; lost [N] = Σ_v of what rounding took from the direction;
     # narrow: room for at least so many bfloat16 numbers as direction has
-    "times_weight(Tensor direction, Tensor weight, Tensor(a!) narrow, Tensor(b!) out, Tensor(c!) lost) -> bool",
+    "times_weight(Tensor direction, Tensor large_from, Tensor weight, Tensor(a!) narrow, Tensor(b!) out, "
+    "Tensor(c!) lost) -> bool",
     # blocks uint8 [B, D' / 4, 128, 4], D' a multiple of 4: the first 128 B rows of weight · channel in 8 bits, row v of
     # a block as blocks[b, :, v]; scales [128 B]; sums [128 B] int32 of a row's numbers. With `hidden` [n, D], float32,
     # of a few tokens also out [n, V] = hidden · weight + bias, and all_scales [V] those of all rows
@@ -180,7 +183,7 @@ CUDA_INTERFACE = 1
 for _schema in SCHEMAS + GPU_SCHEMAS:
     _name = _schema.partition("(")[0]
     torch.library.define(f"fused_losses::{_name}", _schema.removeprefix(_name))
-    if _name in ("logits", "add_outer", "times_weight"):
+    if _name in ("logits", "large_numbers", "add_outer", "times_weight"):
         torch.library.register_fake(f"fused_losses::{_name}", lambda *args: True)
     elif _name not in ("simd", "int8_is_fast", "has_half_logits", "has_pairs", "interface", "cuda_interface"):
         torch.library.register_fake(f"fused_losses::{_name}", lambda *args: None)
@@ -292,15 +295,15 @@ def has_logits(dtype: torch.dtype) -> bool:
 
 @functools.cache
 def has_narrow_products() -> bool:
-    """Whether `add_outer` and `times_weight` work here, tried on small products."""
+    """Whether `large_numbers`, `add_outer` and `times_weight` work here, tried on small products."""
     if load() is not None:
         return False
     direction, matrix = torch.arange(15, dtype=torch.float32).view(3, 5), torch.arange(10, dtype=torch.bfloat16)
     hidden, weight, total, out = matrix[:6].view(3, 2), matrix.view(5, 2), torch.zeros(5, 2), torch.zeros(3, 2)
+    narrow, large_from, lost, ops = weight.new_empty(15), torch.empty(3), torch.empty(3), torch.ops.fused_losses
     try:
-        done = torch.ops.fused_losses.add_outer(direction, hidden, total) and torch.ops.fused_losses.times_weight(
-            direction, weight, torch.empty(15, dtype=torch.bfloat16), out, torch.empty(3)
-        )
+        done = ops.large_numbers(direction, large_from) and ops.add_outer(direction, large_from, hidden, total)
+        done = done and ops.times_weight(direction, large_from, weight, narrow, out, lost)
     except RuntimeError:
         return False
     return bool(

@@ -54,7 +54,8 @@ class TopKDistillationLoss(Distillation):
         normalise: whether q is renormalised over the k first. Any numbers will do then, logits too.
 
     In float32 the model's own rest, 1 − Σp, is known to about 1e-6: where it is 1e-5, so that the student is surer than
-    the teacher, a token's loss is off by up to 0.5 %. float64 has no such limit.
+    the teacher, a token's loss is off by up to 0.5 %, and its gradient by 1.4 % at 5e-6, 11 % at 5e-7 (measured).
+    float64 has no such limit.
 
     Args of the call: hidden [..., D], head, labels int64 [...]; `teacher_ids` int64 [..., k], k ≤ 128, no id twice at
     a token, −100: no entry; `teacher_logprobs` [..., k], ≤ 0, −∞: no entry; `num_items`. Both are

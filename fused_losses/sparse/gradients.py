@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import shards
 from ..backends import Backend
-from ..backends.chunks import by_column
+from ..backends.chunks import by_column, scaled
 from ..problem import Gradients, Needs, Problem, Segments, Upstream
 from ..shards import Shard
 from .certificate import L1_SHARE, GradientReport, fewest, relative_bound, select
@@ -324,5 +324,5 @@ def _finished(problem: Problem, total: Gradients | None, scale: float, needs: Ne
         elif part is None:
             results.append(torch.zeros_like(tensor))
         else:
-            results.append(torch.mul(part, scale, out=torch.empty_like(part, dtype=tensor.dtype)))
+            results.append(scaled(part, scale, tensor.dtype))
     return Gradients(*results)

@@ -6,6 +6,7 @@ import torch
 from cases import relative
 
 import fused_losses as fl
+from fused_losses.kernels import schemas
 
 V, D, N = 4000, 64, 64
 
@@ -56,3 +57,5 @@ def test_gradients_of_a_divergence(times, head, backend):
     truth = gradients(torch.float64, backend="reference")
     errors = [relative(a, b) for a, b in zip(gradients(torch.bfloat16, backend=backend), truth, strict=True)]
     assert max(errors) < 3.5e-3, errors
+    if backend == "cpu" and schemas.has_narrow_products():
+        assert max(errors) < 2.5e-3  # measured 1.8e-3, of which 1.7e-3 are of rounding the gradients themselves

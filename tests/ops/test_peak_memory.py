@@ -10,14 +10,15 @@ from sparse_checks import needs_kernels
 
 MEMORY = r"""
 import re, sys, torch, torch.nn.functional as F, fused_losses as fl
-what, gradient, scan, n, d, v = *sys.argv[1:4], *map(int, sys.argv[4:]), 49152
+what, gradient, scan, dtype, n, d, v = *sys.argv[1:5], *map(int, sys.argv[5:]), 49152
+dtype = getattr(torch, dtype)
 torch.set_num_threads(1)
 torch.manual_seed(0)
 # Logits of standard deviation 1 are flat, of 4.5 they have about as many large entries as on hard text.
-hidden = (torch.randn(n, d) * (4.5 if gradient == "sparse" else 1)).requires_grad_()
-weight = torch.randn(v, d).div_(d**0.5).requires_grad_()
+hidden = (torch.randn(n, d) * (4.5 if gradient == "sparse" else 1)).to(dtype).requires_grad_()
+weight = torch.randn(v, d, dtype=dtype).div_(d**0.5).requires_grad_()
 labels = torch.randint(v, (n,))
-gradients = 4 * (hidden.numel() + weight.numel()) >> 20
+gradients = (hidden.nbytes + weight.nbytes) >> 20
 (torch.randn(256, 256) @ torch.randn(256, 256)).sum()  # the libraries' own buffers
 memory = lambda key: int(re.search(key + r":\s*(\d+) kB", open("/proc/self/status").read())[1]) / 1024
 before = memory("VmRSS")
@@ -47,10 +48,10 @@ print(peak)
 """
 
 
-def peak_memory(what, gradient, scan="full"):
+def peak_memory(what, gradient, scan="full", dtype="float32", size=None):
     # What would be as large as the logits shows with half the tokens too; a small D makes the products cheap.
-    size = (8192, 576) if grids.EXHAUSTIVE else (4096, 128)
-    command = [sys.executable, "-c", MEMORY, what, gradient, scan, *map(str, size)]
+    size = size or ((8192, 576) if grids.EXHAUSTIVE else (4096, 128))
+    command = [sys.executable, "-c", MEMORY, what, gradient, scan, dtype, *map(str, size)]
     # Every tensor has pages of its own, which go when it does. By itself glibc keeps up to 32 MiB of what is freed, or
     # not, as small blocks lie.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
@@ -82,3 +83,12 @@ def test_peak_memory(what):
 def test_peak_memory_of_8_bit_products(what):
     """Above full products: part of the head in 8 bits, and of each token."""
     assert peak_memory(what, "sparse", "int8") < peak_memory(what, "sparse") + 64 + 16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["cross-entropy", "per-token"])
+@pytest.mark.parametrize("gradient", ["exact", "sparse"])
+def test_peak_memory_of_a_gradient_of_another_dtype_than_its_sums(gradient, what):
+    """A bfloat16 weight of few tokens: its sums, 192 MiB in float32, are there once, beside the gradient itself."""
+    peak = peak_memory(what, gradient, dtype="bfloat16", size=(64, 1024))
+    assert peak < (240 if gradient == "exact" else 24)  # measured 202 and 13; with a copy of them 393
