@@ -184,8 +184,8 @@ def logit_chunks(
     reference = None if problem.reference_head is None else _Operands.of(problem, problem.reference_head, product)
     # On a CPU no product of bf16 matrices in PyTorch comes out in fp32. Without a reference, bf16 logits are then
     # taken, as plain PyTorch does, where they are 2–3 times as fast as fp32. But p − p_ref cancels near the reference,
-    # so there fp32 operands are worth their time, in the products of directions too where rounded ones lose more than
-    # that of single numbers.
+    # so there fp32 operands are worth their time; for the products of directions too, unless what rounding takes from
+    # these is given back (`wide_sums`).
     kind = kind or Chunk
     halves = dtype == torch.bfloat16 and device.type == "cpu" and multiplies_bfloat16()
     halves &= not problem.has_reference or kind.wide_sums
