@@ -372,8 +372,6 @@ void weighted_sum_op(const Tensor& matrix, const Tensor& scale, Tensor out) {
   }
 }
 
-// out = block · matrixᵀ · diag(factor) · matrix for the 8 rows of `block`: each piece of the matrix is read once. By fixed
-// pieces, as weighted_sum.
 int64_t interface_op() { return 7; }  // INTERFACE of fused_losses/kernels/schemas.py
 
 std::string simd_op() { return kernels().name; }

@@ -181,6 +181,20 @@ def test_an_error_that_is_too_large_turns_to_full_products(seen, monkeypatch):
     assert (out.nll - (z.logsumexp(1) - z.gather(1, problem.labels[:, None])[:, 0])).abs().max() <= 1.6e-6
 
 
+@pytest.mark.parametrize("count", [1, 5])
+def test_rows_of_the_head_that_8_bits_are_too_few_for(count, monkeypatch):
+    """A number much larger than their others; tokens are not what is told by here. The call takes full products."""
+    problem = problem_of()
+    problem.head.weight[7 : 7 + count, 2] = 1e3
+    monkeypatch.setattr(gpu_int8, "too_wide", lambda *_: torch.empty(0, dtype=torch.int64))
+    out, *_ = scan(problem, threshold=0.05)
+    z = logits(problem)
+    assert problem.int8.value_error is None
+    assert problem.int8.note == f"8 bits are too few for {count} of {z.shape[1]} rows of the head"
+    truth = z.logsumexp(1) - z.gather(1, problem.labels[:, None])[:, 0]
+    assert (out.nll - truth).abs().max() <= 2e-6 * truth.abs().max()
+
+
 def test_a_token_of_nan_stays_the_only_one():
     problem = problem_of()
     problem.hidden[5] = float("nan")
