@@ -94,6 +94,42 @@ def shim(request, tmp_path_factory):
     return shim_module.load(tmp_path_factory.mktemp("shim") if cache is None else cache.mkdir("cuda_shim"))
 
 
+@pytest.fixture(scope="session")
+def smollm_folder(request, tmp_path_factory):
+    """SmolLM2-135M-Instruct as safetensors, which load in a second where the GGUF file takes fifteen; kept from run to
+    run, written by one of the workers of pytest-xdist."""
+    from filelock import FileLock
+
+    from fused_losses.demo.model import find_model, load
+    from fused_losses.training.model import without_gguf_mark
+
+    try:
+        source = find_model(None)
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    cache = getattr(request.config, "cache", None)
+    root = tmp_path_factory.mktemp("smollm") if cache is None else cache.mkdir("smollm")
+    folder = root / f"{source.stem}-{source.stat().st_size}"
+    with FileLock(root / "lock"):
+        if not folder.exists():
+            new = root / "new"
+            tokenizer, model = load(source)
+            tokenizer.save_pretrained(new)
+            without_gguf_mark(model).save_pretrained(new)
+            new.rename(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def smollm(smollm_folder):
+    """Its tokenizer and the model, as `fused_losses.demo.model.load` gives them; a module's own."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.use_deterministic_algorithms(False)
+    model = AutoModelForCausalLM.from_pretrained(smollm_folder, dtype=torch.float32)
+    return AutoTokenizer.from_pretrained(smollm_folder), model.eval().requires_grad_(False)
+
+
 # Tables for the end of the run, also from the processes of pytest-xdist.
 TABLES: list[str] = []
 

@@ -6,21 +6,15 @@ import pytest
 import torch
 
 from fused_losses.anchors import AnchorSession, anchors_from_answer
-from fused_losses.demo.model import find_model, load
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def smollm():
-    pytest.importorskip("gguf")
-    try:
-        path = find_model(None)
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
+@pytest.fixture(scope="module", autouse=True)
+def two_threads():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    yield load(path)
+    yield
     torch.set_num_threads(before)
 
 

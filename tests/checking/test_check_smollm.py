@@ -9,7 +9,6 @@ from fused_losses.checking import Probe, Prompt, check
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
-from fused_losses.demo.model import find_model, load
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 QUESTION = "What is your name?"
@@ -45,9 +44,8 @@ def taught(model, record, steps):
 
 
 @pytest.mark.exhaustive  # tests/package/test_examples.py has a check of the same model after a training
-def test_a_taught_fact_is_found_and_what_moved_is_measured(tmp_path):
-    torch.use_deterministic_algorithms(False)
-    tokenizer, model = load(find_model(None))
+def test_a_taught_fact_is_found_and_what_moved_is_measured(smollm, tmp_path):
+    tokenizer, model = smollm
     record = corrected(tokenizer)
     assert record.completion.text[slice(*record.anchors[0].span)] == " Aurora"
     model = taught(model, record, 20)

@@ -22,6 +22,13 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.filterwarnings(*WARNINGS))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def quick():
+    import quick_interpreter
+
+    quick_interpreter.install()
+
+
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Several chunks of the scan and of logits."""

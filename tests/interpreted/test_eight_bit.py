@@ -153,7 +153,7 @@ def test_channels_share_what_one_of_them_has_too_much_of(monkeypatch):
 
 @pytest.mark.parametrize("reference", [False, True])
 def test_the_option_reaches_it(reference):
-    problem = problem_of((9, 16, 130) if reference else (140, 16, 300), torch.float16)
+    problem = problem_of((9, 16, 130) if reference else (24, 16, 300), torch.float16)
     x, w = problem.hidden.clone().requires_grad_(), problem.head.weight
     given = fl.Reference(problem.hidden) if reference else None
     out = fl.token_losses(x, w, problem.labels, reference=given, gradient="sparse", scan="int8", backend="triton")

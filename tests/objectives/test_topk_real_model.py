@@ -15,11 +15,10 @@ BUCKETS = ("top k, bucket", "top k, bucket, sparse gradients")
 
 
 @pytest.fixture(scope="module")
-def curves(from_benchmarks):
+def curves(from_benchmarks, smollm):
     """Each loss's KL of the whole vocabulary at each of 4 steps, on an answer each, all from the same student."""
-    torch.use_deterministic_algorithms(False)
     benchmark = from_benchmarks("topk_distillation")
-    base, tokenizer = benchmark.texts.model_and_tokenizer()
+    tokenizer, base = smollm
     with pytest.MonkeyPatch.context() as patch:
         few = functools.partial(benchmark.texts.generated, length=32, questions=benchmark.texts.QUESTIONS[:4])
         patch.setattr(benchmark.texts, "generated", few)

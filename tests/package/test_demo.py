@@ -16,7 +16,7 @@ pytest.importorskip("peft")
 from fused_losses.checking import PROMPTS, general_texts
 from fused_losses.checking.words import says
 from fused_losses.demo import facts, report, run, trial
-from fused_losses.demo.model import find_model, hidden_states, load
+from fused_losses.demo.model import find_model, hidden_states
 from fused_losses.demo.run import TAUGHT_BY
 from fused_losses.training.model import add_lora
 
@@ -173,12 +173,6 @@ def test_labels_of_the_picture_do_not_overlap():
 
 
 # --- the real model
-
-
-@pytest.fixture(scope="module")
-def smollm():
-    torch.use_deterministic_algorithms(False)
-    return load(find_model(None))
 
 
 def documentation(known, length):

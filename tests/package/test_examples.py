@@ -92,13 +92,13 @@ def test_correct_a_fact(example, capsys, monkeypatch, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
-def test_correct_a_fact_on_a_real_model(example, capsys, monkeypatch, tmp_path):
+def test_correct_a_fact_on_a_real_model(example, smollm, capsys, monkeypatch, tmp_path):
     module = example("correct_a_fact")
     for name, count in (("TO_RETAIN", 2), ("ASKED_OTHERWISE", 1), ("ELSEWHERE", 1)):
         monkeypatch.setattr(module, name, getattr(module, name)[:count])
     small = {"prompts": ["What is the sea?"], "texts": {"prose": "The capital of France is Paris."}}
     monkeypatch.setattr(module, "check", functools.partial(module.check, **small))
-    real_tokenizer, model = module.load(module.find_model(None))
+    real_tokenizer, model = smollm
     _, report, found, _ = module.main(model, real_tokenizer, tmp_path, progress=False)
     before, *_, after = (line for line in capsys.readouterr().out.splitlines() if line.startswith(("before", "after")))
     assert "Elena" in before and "Aurora" in after

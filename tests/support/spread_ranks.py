@@ -282,6 +282,9 @@ CUDA_CALLS = (("softcap", "exact"), ("shared", "sparse"))
 
 def interpreted(rank: int, world: int, folder: str, shim: str | None) -> None:
     """By Triton's kernels, in its interpreter; the rows in two divisions. Some by CUDA's, from the folder of a shim."""
+    import quick_interpreter
+
+    quick_interpreter.install()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/{world}", rank=rank, world_size=world)
