@@ -230,6 +230,15 @@ class Upstream:
     def rows(self, index: Tensor) -> Upstream:
         return self.each(lambda values: values.index_select(0, index))
 
+    def without_common_power(self) -> tuple[Upstream, float]:
+        """Relative to the largest power of two among them, so that fp16 neither overflows nor underflows; and that
+        power."""
+        weights = [getattr(self, name) for name in DIFFERENTIABLE]
+        largest = torch.stack([w.abs().amax() for w in weights if w is not None and w.numel()]).amax()
+        largest = torch.where(largest.isfinite(), largest, 1)
+        exponent = max(-100, min(100, int(torch.frexp(largest).exponent)))
+        return self.each(lambda w: w * 2.0**-exponent), 2.0**exponent
+
     @property
     def softmax(self) -> Tensor | None:
         """The weight of p − onehot(label): that of nll, and that of lse, whose gradient is p."""

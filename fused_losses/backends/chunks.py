@@ -64,6 +64,15 @@ def by_column(offsets: Tensor, columns: Tensor, vocabulary: int) -> tuple[Tensor
     return torch.searchsorted(sorted_columns, ids), rows[order], order
 
 
+def bytes_of_rounding(problem: Problem, sums: Tensor | None) -> int:
+    """What rounding the fp32 sums of dW takes at the end. Until then logits may have them: each chunk reads and writes
+    the sums once, so the fewer the better."""
+    head = problem.head
+    if sums is None or head.weight.dtype == sums.dtype:
+        return 0
+    return head.most_rows * head.weight.shape[1] * head.weight.element_size()
+
+
 class Stage(enum.Enum):
     """What the buffers of a chunk hold, one after the other."""
 

@@ -57,7 +57,8 @@ def gradients(problem: Problem, upstream: UpstreamOf, needs: Needs) -> tuple[Sta
     if problem.accumulator != torch.float32:
         return chunked.gradients(problem, upstream, needs)
     out, total = empty_statistics(problem), empty_gradients(problem, needs)
-    for chunk in _exact_chunks(problem, narrow=True):
+    budget = max(chunks.CHUNK_BYTES, chunks.bytes_of_rounding(problem, total.weight))
+    for chunk in _exact_chunks(problem, narrow=True, budget=budget):
         here = out.at(chunk.tokens)
         known = _exact_statistics(problem, chunk, here)
         _add(problem, chunk, here, known, upstream(here, chunk.tokens), total)
@@ -65,10 +66,12 @@ def gradients(problem: Problem, upstream: UpstreamOf, needs: Needs) -> tuple[Sta
 
 
 def _exact_chunks(
-    problem: Problem, narrow: bool, extra: int = 0, multiply: Product | None = None
+    problem: Problem, narrow: bool, extra: int = 0, multiply: Product | None = None, budget: int | None = None
 ) -> Iterator[Chunk]:  # fmt: skip
-    multiply = multiply or product(problem)
-    return chunks.logit_chunks(problem, multiply, narrow=narrow, extra=extra, separate=False, kind=chunk_kind())
+    return chunks.logit_chunks(
+        problem, multiply or product(problem), narrow=narrow, extra=extra, budget=budget, separate=False,
+        kind=chunk_kind(),
+    )  # fmt: skip
 
 
 def _exact_statistics(problem: Problem, chunk: Chunk, out: Statistics) -> Tensor:

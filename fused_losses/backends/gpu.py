@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..devices import multiplies_wide
 from ..kernels.schemas import SPLIT, Row
 from ..kernels.triton import directions as direction_kernels
 from ..kernels.triton import rows as row_kernels
@@ -25,7 +24,6 @@ from ..kernels.triton import tiles
 from ..kernels.triton.entries import weighted_sum as weighted_sum_kernel
 from ..kernels.triton.scan import Known
 from ..problem import (
-    DIFFERENTIABLE,
     Entries,
     Gradients,
     Head,
@@ -40,6 +38,7 @@ from ..problem import (
 from . import chunks, gpu_int8, gpu_scan, gpu_tails, int8, row_passes, single
 from . import torch as chunked
 from .chunks import empty_gradients, empty_rows, empty_statistics
+from .gpu_products import in_memory_of, rounded, times_head
 from .torch import UpstreamOf
 
 # Logits of a chunk, fp32, of each model; with less than some 500 tokens the weight takes longer to read than a product.
@@ -98,12 +97,12 @@ class Gpu:
                     other = torch.empty(chunk.z.shape, dtype=dtype, device=one.device)
                     more = _more(problem, here, extended, Upstream(**{name: one}))
                     direction_kernels.directions(*logits, facts, here.nll, None, None, other, None, **more)  # type: ignore
-                    kept[chunk.tokens] = _times_head(other, chunk).mul_(scale)
-            z, r = _as(chunk.z, dtype), None if chunk.r is None else _as(chunk.r, dtype)
+                    kept[chunk.tokens] = times_head(other, chunk).mul_(scale)
+            z, r = in_memory_of(chunk.z, dtype), None if chunk.r is None else in_memory_of(chunk.r, dtype)
             direction_kernels.directions(*logits, facts, here.nll, one, None, z, r)  # type: ignore[call-arg]
-            rows.nll[chunk.tokens] = _times_head(z, chunk).mul_(scale)
+            rows.nll[chunk.tokens] = times_head(z, chunk).mul_(scale)
             if r is not None:
-                rows.kl[chunk.tokens] = _times_head(r, chunk).mul_(scale)
+                rows.kl[chunk.tokens] = times_head(r, chunk).mul_(scale)
         return out, rows
 
     def _values(
@@ -135,7 +134,7 @@ class Gpu:
 
     def _sweep(self, problem: Problem, out: Statistics, upstream_of: UpstreamOf, total: Gradients) -> None:
         dtype, scale = problem.dtype, problem.head.logit_scale
-        for chunk, facts, extended in self._logit_chunks(problem, out):
+        for chunk, facts, extended in self._logit_chunks(problem, out, total):
             tokens = chunk.tokens
             here = out.at(tokens)
             upstream = upstream_of(here, tokens)
@@ -145,7 +144,7 @@ class Gpu:
                 continue
             upstream, factor = upstream.each(lambda w: (w * scale).float()), 1.0
             if dtype == torch.float16:
-                upstream, factor = _without_common_power(upstream)
+                upstream, factor = upstream.without_common_power()
             a, b = upstream.softmax, upstream.kl
             more = _more(problem, here, extended, upstream)
             if a is None and b is None and not more:
@@ -155,7 +154,7 @@ class Gpu:
             # The gradient of the bias is a sum of nothing else, so it is taken before any rounding; and what single
             # logits add may cancel against p, so it is added before that.
             wide = total.bias is not None or has_single
-            direction = chunk.z if wide else _as(chunk.z, dtype)
+            direction = chunk.z if wide else in_memory_of(chunk.z, dtype)
             direction_kernels.directions(
                 *row_arguments(problem, chunk), facts, here.nll, *weights, direction, None, **more
             )  # type: ignore[call-arg]
@@ -163,10 +162,10 @@ class Gpu:
                 self._add_single(direction, problem, tokens, here, upstream)
             if total.bias is not None:
                 total.bias.add_(direction.sum(0), alpha=factor)
-            if wide:
-                direction = direction.to(dtype)
+            if wide and dtype != direction.dtype:
+                direction = rounded(direction, dtype)
             if total.hidden is not None:
-                total.hidden[tokens] = _times_head(direction, chunk).mul_(factor)
+                total.hidden[tokens] = times_head(direction, chunk).mul_(factor)
             if total.weight is not None:
                 chunks.add_product(total.weight, direction.t(), chunk.hidden, factor)
             if total.low_rank is not None:
@@ -182,11 +181,11 @@ class Gpu:
         return None if gpu_scan.logits_are_faster(problem) else gpu_scan.choose_tile(problem, directed)
 
     def _logit_chunks(
-        self, problem: Problem, out: Statistics
+        self, problem: Problem, out: Statistics, total: Gradients | None = None
     ) -> Iterator[tuple[chunks.Chunk, Tensor, Tensor | None]]:  # fmt: skip
         """Chunks with raw logits in their buffers, statistics filled in, and what else is known of their tokens: [9,
         C], and what the divergence's direction needs."""
-        for chunk in chunks.logit_chunks(problem, narrow=False, budget=LOGIT_BYTES * (1 + problem.has_reference)):
+        for chunk in chunks.logit_chunks(problem, narrow=False, budget=logit_bytes(problem, out, total)):
             here = out.at(chunk.tokens)
             facts = torch.empty(len(Row), len(chunk.z), dtype=torch.float32, device=chunk.z.device)
             z, r, difference, labels, *scales = row_arguments(problem, chunk)
@@ -408,6 +407,14 @@ class Gpu:
         return weighted_sum_kernel(matrix.contiguous(), scale.contiguous())
 
 
+def logit_bytes(problem: Problem, out: Statistics, total: Gradients | None) -> int:
+    """Of a chunk; no more than usual for `topk_entropy`, which takes a copy of it."""
+    usual = LOGIT_BYTES * (1 + problem.has_reference)
+    if total is None or out.topk_entropy is not None:
+        return usual
+    return max(usual, chunks.bytes_of_rounding(problem, total.weight))
+
+
 def row_arguments(problem: Problem, chunk: chunks.Chunk) -> Any:
     """The first arguments of the kernels over logits."""
     head, own = problem.head, problem.reference_head or problem.head
@@ -445,16 +452,6 @@ def finished(problem: Problem, chunk: chunks.Chunk, take: Callable[[Tensor], Ten
     return z + r if chunks.keeps_difference(problem, chunk) else z
 
 
-def _without_common_power(upstream: Upstream) -> tuple[Upstream, float]:
-    """Relative to the largest power of two among them, so that fp16 neither overflows nor underflows; and that
-    power."""
-    weights = [getattr(upstream, name) for name in DIFFERENTIABLE]
-    largest = torch.stack([w.abs().amax() for w in weights if w is not None and w.numel()]).amax()
-    largest = torch.where(largest.isfinite(), largest, 1)
-    exponent = max(-100, min(100, int(torch.frexp(largest).exponent)))
-    return upstream.each(lambda w: w * 2.0**-exponent), 2.0**exponent
-
-
 def _check(problem: Problem) -> None:
     if gpu_scan.INTERPRETED and problem.dtype == torch.bfloat16:
         raise TypeError(
@@ -477,24 +474,3 @@ def _cast(problem: Problem) -> Problem:
     return replace(
         problem, head=cast(problem.head), reference_head=None if own is None else cast(own), reference_hidden=reference
     )
-
-
-def _as(logits: Tensor, dtype: torch.dtype) -> Tensor:
-    """[C, V] numbers of another dtype in the memory of fp32 logits: the first part of each row."""
-    return logits.view(dtype)[:, : logits.shape[1]]
-
-
-def _times_head(direction: Tensor, chunk: chunks.Chunk) -> Tensor:
-    """direction @ [weight, low_rank], fp32."""
-    factors = (chunk.weight,) if chunk.low_rank is None else (chunk.weight, chunk.low_rank)
-    products = [_times(direction, factor) for factor in factors]
-    return products[0] if len(products) == 1 else torch.cat(products, 1)
-
-
-def _times(direction: Tensor, weight: Tensor) -> Tensor:
-    """direction @ weight, fp32 whatever the operands."""
-    if direction.dtype == torch.float32:
-        return direction @ weight
-    if multiplies_wide(direction):
-        return torch.mm(direction, weight, out_dtype=torch.float32)
-    return direction.float() @ weight.float()

@@ -75,7 +75,13 @@ def missing(problem: Problem, backend: str) -> str | None:
         ("single logits (ids)", problem.ids is not None), ("a divergence (beta)", problem.beta is not None),
         ("a gradient of the entropy", problem.entropy_gradient), ("the rank of a label", "rank" in problem.wanted),
     ) if there]  # fmt: skip
-    return f"all logits are needed as they are, for {others[0]}" if others else None
+    if others:
+        return f"all logits are needed as they are, for {others[0]}"
+    if on_gpu:
+        from . import gpu_int8
+
+        return gpu_int8.missing(problem)
+    return None
 
 
 class Int8Product:

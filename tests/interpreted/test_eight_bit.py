@@ -16,6 +16,7 @@ from fused_losses import backends
 from fused_losses.backends import gpu_int8, gpu_scan, int8
 from fused_losses.kernels.triton.scan import UNIT, Known, Left, Sum
 from fused_losses.problem import Int8, Problem
+from fused_losses.sparse import softmax
 from fused_losses.sparse.spectrum import directions_of
 
 pytestmark = pytest.mark.usefixtures("small_chunks")
@@ -162,6 +163,20 @@ def test_the_option_reaches_it(reference):
     assert (report.scan, report.value_error is None) == (("full", True) if reference else ("int8", False))
     assert ("without a reference" in (report.scan_note or "")) == reference
     assert x.grad.isfinite().all()
+
+
+def test_a_call_that_has_no_scan_is_as_with_full_products(monkeypatch):
+    """Also in how fine its entries are, and in the tokens of its profile."""
+    monkeypatch.setattr(softmax, "FEWEST_TOKENS", 1)
+    problem, found = problem_of((16, 16, 150), torch.float16), {}
+    for scan in ("int8", "full"):
+        x, w = problem.hidden.clone().requires_grad_(), problem.head.weight.clone().requires_grad_()
+        loss = fl.EAFTLoss(gradient="sparse", tolerance=0.9, scan=scan, backend="triton")
+        loss(x, w, problem.labels).backward()
+        found[scan] = x.grad, w.grad, loss.gradient_report
+    (*got, report), (*expected, full) = found["int8"], found["full"]
+    assert report.scan == "full" and "has no scan" in report.scan_note and full.scan_note is None
+    assert report.entries == full.entries and all(map(torch.equal, got, expected))
 
 
 @pytest.mark.parametrize("seen", ["in the numbers", "where measured"])

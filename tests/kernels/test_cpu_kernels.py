@@ -13,6 +13,7 @@ from processes import pythonpath
 from sparse_checks import needs_kernels
 
 import fused_losses as fl
+from fused_losses.backends import chunks
 from fused_losses.kernels import schemas
 
 
@@ -257,3 +258,32 @@ def test_a_library_that_cannot_be_used_is_passed_over_with_the_reason(tmp_path):
     assert len(said) == len(paths)
     for line, reason in zip(said, ("not built", "does not load", "rebuild"), strict=False):
         assert "backend='cpu' cannot run here" in line and reason in line and "auto" in line
+
+
+@needs_kernels
+@pytest.mark.parametrize("objective", [True, False], ids=["objective", "token_losses"])
+@pytest.mark.parametrize(
+    "dtype, frozen, size",
+    [(torch.bfloat16, False, 32), (torch.float16, False, 32), (torch.float32, False, 16), (torch.bfloat16, True, 16)],
+    ids=str,
+)
+def test_chunks_beside_sums_have_the_memory_of_rounding_these(dtype, frozen, size, objective, monkeypatch):
+    """V·D numbers of 2 bytes, where a token's logits take V of 6; 16 tokens at least."""
+    sizes, logit_chunks = [], chunks.logit_chunks
+
+    def seen(*args, **options):
+        for chunk in logit_chunks(*args, **options):
+            sizes.append(len(chunk.z))
+            yield chunk
+
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(chunks, "logit_chunks", seen)
+    hidden, weight = (torch.randn(n, 96).to(dtype).requires_grad_() for n in (64, 130))
+    weight.requires_grad_(not frozen)
+    labels = torch.randint(130, (64,))
+    if objective:
+        fl.CrossEntropyLoss(gradient="exact", backend="cpu")(hidden, weight, labels).backward()
+        assert sizes == [size] * (64 // size)
+    else:
+        fl.token_losses(hidden, weight, labels, gradient="exact", backend="cpu").nll.sum().backward()
+        assert sizes == [16] * 4 + [size] * (64 // size) * (not frozen)  # values first, then gradients

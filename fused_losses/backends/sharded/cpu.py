@@ -95,8 +95,10 @@ class ShardedCpu(Sharded):
         if not _has_kernels(problem):
             return super()._gradients(problem, upstream, needs)
         out, total = self.empty_statistics(problem), self.empty_gradients(problem, needs)
-        kind = cpu.chunk_kind()
-        for chunk in chunks.logit_chunks(problem, _product(problem), narrow=True, separate=False, kind=kind):
+        budget = max(chunks.CHUNK_BYTES, chunks.bytes_of_rounding(problem, total.weight))
+        for chunk in chunks.logit_chunks(
+            problem, _product(problem), narrow=True, budget=budget, separate=False, kind=cpu.chunk_kind()
+        ):
             held = _hold(problem, chunk, out.at(chunk.tokens))
             _add(problem, held, upstream(held.out, chunk.tokens), total)
         return out, total

@@ -21,7 +21,7 @@ from ...kernels.schemas import ABSENT, Row
 from ...kernels.triton import rows as row_kernels
 from ...problem import Entries, Gradients, Needs, Problem, Rows, Selection, Statistics, Upstream
 from .. import chunks, single
-from ..gpu import LOGIT_BYTES, Gpu, Span, finished, row_arguments
+from ..gpu import Gpu, Span, finished, logit_bytes, row_arguments
 from ..torch import UpstreamOf
 from .torch import Sharded, of_logits, wants_logits
 from .whole import Labels, Masses, combine, no_entries, part_of
@@ -42,10 +42,12 @@ class OfRank(Gpu):
     def _tile(self, problem: Problem, directed: bool = False) -> None:
         return None
 
-    def _logit_chunks(self, problem: Problem, out: Statistics) -> Iterator[tuple[chunks.Chunk, Tensor, None]]:
+    def _logit_chunks(
+        self, problem: Problem, out: Statistics, total: Gradients | None = None
+    ) -> Iterator[tuple[chunks.Chunk, Tensor, None]]:  # fmt: skip
         whole, columns = self.whole, len(problem.head.weight)
         spread = replace(problem, head=problem.head._replace(shard=whole.head.shard))  # as many tokens on all ranks
-        for chunk in chunks.logit_chunks(spread, narrow=False, budget=LOGIT_BYTES):
+        for chunk in chunks.logit_chunks(spread, narrow=False, budget=logit_bytes(spread, out, total)):
             here, labels = out.at(chunk.tokens), Labels.of(whole, chunk.tokens)
             part = part_of(whole, here)
             facts = torch.zeros(len(Row), len(chunk.z), dtype=torch.float32, device=chunk.z.device)
@@ -144,7 +146,7 @@ class ShardedGpu(Sharded):
         if len(problem.head.weight):
             rank._sweep(rank.mine, out, upstream, total)
             return
-        for chunk, *_ in rank._logit_chunks(rank.mine, out):
+        for chunk, *_ in rank._logit_chunks(rank.mine, out, total):
             upstream(out.at(chunk.tokens), chunk.tokens)
             if total.hidden is not None:
                 total.hidden[chunk.tokens] = 0
