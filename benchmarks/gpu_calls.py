@@ -16,7 +16,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from fused_losses.backends import chunks, gpu, gpu_int8, gpu_scan, gpu_tails
+from fused_losses.backends import chunks, gpu, gpu_int8, gpu_products, gpu_scan, gpu_tails
 
 Wrap = Callable[[str, Callable], Callable]
 KERNELS = ("row_statistics", "count_bits", "columns_of_bits", "entry_logits", "attention", "segment_product")
@@ -37,7 +37,7 @@ def wrapped(backend: gpu.Gpu, wrap: Wrap) -> Iterator[None]:
     places = [
         (gpu.row_kernels, "logit_bits", "logit_bits"), (gpu.direction_kernels, "directions", "directions"),
         (gpu.row_kernels, "tail_profile", "tail_profile"), (gpu, "weighted_sum_kernel", "weighted_sum"),
-        (gpu_tails, "add_profile", "tail profile"), (gpu, "_times", "product dz W"),
+        (gpu_tails, "add_profile", "tail profile"), (gpu_products, "_times", "product dz W"),
         (chunks, "add_product", "product dzᵀ x"), (gpu_scan, "bounds", "probe"), (gpu_scan, "join", "join"),
         (chunks, "project", "logits"), (chunks, "by_column", "by column"),
         (gpu_tails.kernels, "left_out", "left_out"), (gpu_int8.kernels, "quantize_rows", "quantize_rows"),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fused_losses import backends
 from fused_losses.backends import gpu_scan
-from fused_losses.backends.gpu import _as
+from fused_losses.backends.gpu_products import in_memory_of
 from fused_losses.kernels import measure
 from fused_losses.kernels.schemas import Row
 from fused_losses.kernels.triton import directions
@@ -193,7 +193,7 @@ def test_directions_in_place(shape, head, reference, dtype, weights, within):
     g = torch.Generator().manual_seed(1)
     a, b = (torch.randn(n, generator=g).to(DEVICE) for _ in range(2))
     z, r, *rest = logits_of(rows)
-    out, kl_out = _as(z, dtype), None if r is None or weights != "separate" else _as(r, dtype)
+    out, kl_out = in_memory_of(z, dtype), None if r is None or weights != "separate" else in_memory_of(r, dtype)
     pair = {"nll": (a, None), "kl": (None, b), "both": (a, b), "separate": (None, None)}[weights]
     directions.directions(z, r, *rest, rows.known.float().contiguous(), rows.nll.float(), *pair, out, kl_out)
     bound = 1e-5 + 2 * ROUNDING[dtype]
@@ -230,7 +230,7 @@ def test_extended_statistics_and_directions(shape, head, reference, dtype, withi
         options |= dict(divergence_weight=weights[2], extended=extended, beta=beta)
         wanted.append(direction)
     z, r, *rest = logits_of(rows)
-    out = _as(z, dtype)
+    out = in_memory_of(z, dtype)
     directions.directions(z, r, *rest, known, nll, weights[0], None, out, None, **options)
     total = sum(w.double()[:, None] * d for w, d in zip(weights, wanted, strict=False))
     figures["direction"] = (relative(out, total), 1e-5 + 2 * ROUNDING[dtype])

@@ -14,7 +14,7 @@ from cases import name, relative
 from torch import Tensor
 
 from fused_losses import reference as oracle
-from fused_losses.backends.gpu import _as
+from fused_losses.backends.gpu_products import in_memory_of
 from fused_losses.kernels.schemas import Row
 from fused_losses.kernels.triton import directions
 from fused_losses.kernels.triton import rows as kernels
@@ -151,7 +151,7 @@ class Rows:
             extended = self.extended(beta, ("divergence",), known)["extended"]
             options |= dict(divergence_weight=weights["divergence"], extended=extended, beta=beta)
         z, r, *rest = self.arguments
-        out = _as(z, dtype)
+        out = in_memory_of(z, dtype)
         directions.directions(
             z, r, *rest, known["rows"], known["nll"], weights.get("nll"), weights.get("kl"), out, None, **options
         )
