@@ -69,7 +69,7 @@ class GradientReport:
             gradient of the hidden states, and in a call of less than 128 tokens whose head is trained.
         weight_bound: the same for the gradient of the weight, in the Frobenius norm, with what rounding it to its dtype
             adds; nothing is held to it. 0 where all tokens are exact: what products in half precision round of exact
-            gradients (0.2 % of dW in bfloat16) is never counted. On a CPU it fails with a probability of 1e-6 a call at
+            gradients (0.2 % of dW in bfloat16) is never counted. On a CPU it fails with a probability of 8e-6 a call at
             the very worst, and is 3 to 6 times the error on real text, on a GPU some 8 times. None where there is no
             such gradient, or nothing was proved.
         note: why gradients are exact where sparse ones were asked for, or would have been by default.

@@ -10,12 +10,12 @@ the rounding changes is orthogonal to the rest of it, so that σ grows by next t
 A head that is trained moves a little from call to call. U, c and G stay, and what is wrong then is
 E(W' − 1cᵀ − GUᵀ): with δ ≥ ‖W' − W‖_F its norm is at most ‖E‖ √((σ + δ)² + δ²), as the parts that W' − W adds outside
 of U and in it are orthogonal. δ is `PROBE_FACTOR` ‖(W' − W)Ω‖_F / √8 of Gaussian Ω [D, 8], of which W Ω is kept. It is
-less than ‖W' − W‖_F with a probability of 1e-6 at the very worst (W' − W of rank one). Where W moved too far, all is
-computed anew.
+less than ‖W' − W‖_F with a probability of 1e-6 where W' − W has rank one, of 5e-6 at most (docs/method.md). Where W
+moved too far, all is computed anew.
 
 **The weight's gradient.** Its error is Eᵀx. With Ω [V, 16] of normal numbers ‖xᵀEΩ‖²_F / 16 is on average the square
-of its norm, and 3.4² times that is at least that square, but for a probability of 1e-6 at the very worst
-(an error of rank one). So 16 columns more of G, the sketch Ω, give a bound that knows how the errors of tokens add up;
+of its norm, and 3.4² times that is at least that square, but for a probability of 1e-6 where the error has rank one,
+of 8e-6 at most. So 16 columns more of G, the sketch Ω, give a bound that knows how the errors of tokens add up;
 without them it is that of the worst case (`norm_bound`).
 
 Of a head whose rows are spread over ranks, W is all rows: the ranks add up what is a sum over rows (mean, Gram matrix,
