@@ -67,7 +67,8 @@ def short(content: dict[str, Any]) -> str:
 def answer(content: dict[str, Any]) -> str:
     machine = content["machine"]
     device = machine["gpu"] or f"{machine['threads']} CPU cores"
-    return f"On {device}: {report.answer(content['rows'])}"
+    said = report.answer(content["rows"])
+    return f"On {device} {said.removeprefix('Switch: ')}" if said.startswith("Switch: ") else f"On {device}: {said}"
 
 
 def page(content: dict[str, Any]) -> str:

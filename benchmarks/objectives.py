@@ -150,7 +150,7 @@ WHICH = (
     ("keep close to the original while training on full answers",
      "`SFTKLLoss`, `MaskTheTargetLoss`, `ASFTLoss`, `EKSFTLoss`",
      "a KL to the original, of all tokens, of all but the label, or of some tokens"),
-    ("leave out what the model would have to be torn for: noisy answers",
+    ("leave out noisy answers, which would tear the model apart",
      "`TALRLoss`, `EAFTLoss`, `STMLoss`, `InfoSFTLoss`, `DFTLoss`",
      "weights from the label's probability or the entropy; in [the study](forgetting.md) all learned a domain less, "
      "and DFT and STM unlearned it"),
@@ -175,8 +175,8 @@ FORMULAS = (
      "[2509.20758](https://arxiv.org/abs/2509.20758)"),
     ("`LAwFLoss`",
      "(α Σ over c > 0 + β Σ over c = 0) of KL(q ‖ p) / n, q = c·onehot + (1−c)·p_ref; α = β = 1. With "
-     "`reduction=\"group_mean\"` each sum is divided by its own count; `target_probability=` instead of a "
-     "confidence",
+     "`reduction=\"group_mean\"` each sum is divided by its own count; with `target_probability=` the "
+     "confidence only marks anchors",
      "`confidence`, `reference`",
      "4 (3)",
      "[longern/LAwF](https://github.com/longern/LAwF)"),
@@ -217,7 +217,7 @@ FORMULAS = (
      "4 (3)",
      "[2605.29498](https://arxiv.org/abs/2605.29498)"),
     ("`EKSFTLoss`",
-     "mean nll but on the tokens of top entropy H or top KL(p ‖ p_ref); there −λ₁·H / ln V, and λ₂·KL",
+     "mean nll off the tokens of top entropy H or top KL(p ‖ p_ref); on these −λ₁·H / ln V, and λ₂·KL",
      "`reference`",
      "6 (6)",
      "[2605.29303](https://arxiv.org/abs/2605.29303)"),

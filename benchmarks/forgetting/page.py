@@ -62,7 +62,8 @@ def short(study: Study, link: str) -> str:
     """Of the READMEs: what the study says of learning rates, and where it stands."""
     trained = sum(run["method"] != "start" for run in study.runs)
     said = " ".join(sentences(study)[:2])
-    return f"SmolLM2-135M learns a domain: {said} [Which loss at which learning rate: {trained} trainings]({link})."
+    domain = "SmolLM2-135M learns a domain (clinical calculators)"
+    return f"{domain}: {said} [Which loss at which learning rate: {trained} trainings]({link})."
 
 
 def page(study: Study, pictures: Sequence[str], found: dict) -> str:
@@ -125,7 +126,7 @@ def sentences(study: Study) -> list[str]:
     if {("sft", SMALL), ("sft", LARGE)} <= values.keys():
         (g0, l0), (g1, l1) = values["sft", SMALL], values["sft", LARGE]
         said.append(
-            f"SFT at {rate_text(SMALL)} has {g0 / g1:.0%} of the domain gain of {rate_text(LARGE)} "
+            f"SFT at a learning rate of {rate_text(SMALL)} has {g0 / g1:.0%} of the domain gain of {rate_text(LARGE)} "
             f"({g0:.2f} and {g1:.2f} nats per token) and loses {l0:.2f} nats per token of general text, not {l1:.2f}"
             + _elsewhere(study)
         )

@@ -21,7 +21,7 @@ REDUCTIONS = ("group_mean", "token_mean")
 
 
 class EKSFTLoss(Objective):
-    """Entropy-KL selective fine-tuning: nll where neither H nor KL is of the largest; there −λ_h·H / ln V and +λ_k·KL.
+    """Entropy-KL selective fine-tuning: nll where neither H nor KL is among the largest, else −λ_h·H/ln V and +λ_k·KL.
 
     Of the N tokens of a call E are the ⌊fraction·N⌋ of largest entropy H(p), K as many of largest KL(p ‖ p_ref); of
     equals the first. M is their union, or their intersection.

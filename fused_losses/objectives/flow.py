@@ -19,8 +19,8 @@ class FLOWLoss(Objective):
     Take it where a data set has easy and hard samples, and the hard ones tear at the model. Not where the hard ones are
     what shall be learned. `fused_losses.initial_losses` makes initial_nll and τ in one pass.
 
-    Easy samples count most. Both are fixed before training: `temperature` τ > 0 is the data set's median of the initial
-    model's mean nll per sequence.
+    Easy samples count most. initial_nll and τ are fixed before training: `temperature` τ > 0 is the data set's median
+    of the initial model's mean nll per sequence.
 
     Args of the call: hidden, head, labels; `initial_nll`: the initial model's mean nll of each sequence, [rows of 2-D
     labels], or with `sequence_ids` indexed by these, [ids]; `num_items`.

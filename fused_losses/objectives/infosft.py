@@ -15,10 +15,10 @@ from .base import Objective
 class InfoSFTLoss(Objective):
     """Information-aware SFT: Σ p·max(1 − logit(p)/logit(P), 0)·nll / n, p the label's probability, without a gradient.
 
-    logit(p) = ln p − ln(1 − p). The weight is largest at a medium p, falls to 0 for impossible tokens as p·|ln p|, and
-    is 0 from p = P on: what the model knows already is left alone. Take it in the place of DFT where the model shall go
-    on to learn new behaviour, yet not to be torn by single tokens; like DFT it learns little of what the model finds
-    impossible.
+    logit(p) = ln p − ln(1 − p), P = `max_probability`. The weight is largest at a medium p, falls to 0 for impossible
+    tokens as p·|ln p|, and is 0 from p = P on: what the model knows already is left alone. Take it in the place of DFT
+    where the model shall go on to learn new behaviour without being torn apart by single tokens; like DFT it learns
+    little of what the model finds impossible.
 
     Args:
         max_probability: P in (0.5, 1), from which on tokens count nothing.

@@ -37,8 +37,8 @@ class STMLoss(Objective):
 
     Raises, besides what every objective raises: ValueError without either of the two, or with both.
 
-    GEMMs: 3, 2 with a frozen head; with a reference one more, and 6 (4) for its kept_mean without num_items. Source:
-    arXiv 2501.14315 and appier-research/robust-llm-finetunes, whose threshold is 2.5.
+    GEMMs: 3, 2 with a frozen head; with a reference one more, and 6 (4) for reduction="kept_mean" without num_items.
+    Source: arXiv 2501.14315 and appier-research/robust-llm-finetunes, whose threshold is 2.5.
     """
 
     reference_is_optional = True
