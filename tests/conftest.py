@@ -30,10 +30,10 @@ FAST = frozenset(
 LONG = tuple(
     f"test_{name}.py"
     for name in (
-        "spread", "compile", "gpu_commands", "examples", "installation", "demo", "session_speed", "topk_real_model",
-        "package", "resume", "bench", "peak_memory", "distributed", "endings", "train", "vocab_parallel", "nvcc",
-        "annotate_command", "callback", "trl", "trainers", "cpu_exact_kernels", "patch_others", "compiled_models",
-        "causal_models",
+        "spread", "types", "compile", "gpu_commands", "examples", "installation", "demo", "session_speed",
+        "topk_real_model", "package", "resume", "bench", "peak_memory", "distributed", "endings", "train",
+        "vocab_parallel", "nvcc", "annotate_command", "callback", "trl", "trainers", "cpu_exact_kernels",
+        "patch_others", "compiled_models", "causal_models",
     )
 )  # fmt: skip
 

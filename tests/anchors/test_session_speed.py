@@ -20,7 +20,7 @@ def two_threads():
 
 def test_a_page_does_not_have_to_wait(smollm, show_table):
     tokenizer, model = smollm
-    session = AnchorSession(model, tokenizer, max_new_tokens=100)
+    session = AnchorSession(model, tokenizer, max_new_tokens=60)
     session.start("Tell me a long story about a river and the people who live beside it.")
     times = {}
 

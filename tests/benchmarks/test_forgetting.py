@@ -295,10 +295,10 @@ def test_the_page_has_the_answer_the_verdicts_and_pictures(study, tmp_path, monk
     monkeypatch.setattr(page, "DOCS", docs)
     assert page.write(file) == 0
     for readme, link in ((tmp_path / "README.md", "docs/forgetting.md"), (docs / "README.md", "forgetting.md")):
-        assert "SFT at 2e-5 has 82% of" in readme.read_text() and f"]({link})" in readme.read_text()
+        assert "SFT at a learning rate of 2e-5 has 82% of" in readme.read_text() and f"]({link})" in readme.read_text()
         assert readme.read_text().startswith("before\n") and "\nold\n" not in readme.read_text()
     text = (docs / "forgetting.md").read_text()
-    assert "SFT at 2e-5 has 82% of the domain gain of 4e-4 (0.89 and 1.09 nats per token)" in text
+    assert "SFT at a learning rate of 2e-5 has 82% of the domain gain of 4e-4 (0.89 and 1.09 nats per token)" in text
     assert "documentation it has 50% (0.20 and 0.40) and loses 0.10, not 0.40." in text
     assert "The gain is of 50 tokens, the general loss of 400 in 8 kinds of 50 to 50, sums are 6" in text
     assert "Wise-FT, α = 0.6" in text

@@ -142,6 +142,7 @@ def test_one_callback_for_another_model_after_an_exception():
     assert not is_patched(first) and not is_patched(second)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("restore", [False, True])
 @pytest.mark.parametrize("strategy", [dict(save_strategy="steps", save_steps=3), dict(save_strategy="epoch")], ids=str)
@@ -228,6 +229,7 @@ def when_it_is_made(loss, reference, callback, model):
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.each_value
 @pytest.mark.parametrize("tuned", ["full", "lora"])
 @pytest.mark.parametrize("how, callback", [
     (before_the_trainer, Callback), (before_the_trainer, FinchCallback), (when_it_is_made, Callback),

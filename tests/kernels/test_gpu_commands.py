@@ -15,12 +15,15 @@ shift 4
 [ "$1" = --report-api-errors ] && shift 2
 "$@" && echo "========= ERROR SUMMARY: 0 errors"
 """
-TUNE = "from fused_losses.cli import main; main()"
+TUNE = "import quick_interpreter as q; q.install(); from fused_losses.cli import main; main()"
+
+
+QUICK = "import runpy, sys, quick_interpreter as q; q.install(); sys.argv = sys.argv[1:]; "
 
 
 def run(*command, seconds=1800, **environment):
     inherited = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FUSED_LOSSES_GPU_DRY")}
-    paths = [str(ROOT), os.environ.get("PYTHONPATH")]
+    paths = [*map(str, (ROOT, ROOT / "benchmarks", ROOT / "tests/support")), os.environ.get("PYTHONPATH")]
     environment = inherited | {"PYTHONPATH": os.pathsep.join(p for p in paths if p)} | environment
     return subprocess.run(
         [sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds
@@ -85,7 +88,8 @@ def test_check_keeps_failures_and_crashes(tmp_path, monkeypatch, from_benchmarks
 
 
 def test_bench(tmp_path):
-    done = run("benchmarks/gpu_bench.py", "--dry", "--seconds", 1800, "--out", tmp_path)
+    command = ("benchmarks/gpu_bench.py", "--dry", "--seconds", 1800, "--out", tmp_path)
+    done = run("-c", f"{QUICK}runpy.run_path(sys.argv[0], run_name='__main__')", *command, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout + done.stderr
     found = result(tmp_path)
     rows = {(row["objective"], row["name"]): row for row in found["losses"]}

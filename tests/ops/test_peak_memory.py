@@ -70,7 +70,9 @@ def test_peak_memory_of_full_logits():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["cross-entropy", "per-token", "talr", "lawf"])
+@pytest.mark.parametrize(
+    "what", ["cross-entropy", "per-token", pytest.param("talr", marks=pytest.mark.exhaustive), "lawf"]
+)
 def test_peak_memory(what):
     """V = 49152, float32; peak resident memory above inputs and gradients, in MiB."""
     exact, sparse = peak_memory(what, "exact"), peak_memory(what, "sparse")
