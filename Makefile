@@ -26,7 +26,8 @@ demo: $(VENV)/.core
 # least time. mypy is one of the tests of the first two, where it runs beside others.
 GRIDS :=
 SLOWEST := --durations 40 --durations-min 5
-FILES := -n 2 --dist loadfile --no-loadscope-reorder
+# Of three workers on two cores one may wait for a process that it has started.
+FILES := -n 3 --dist loadfile --no-loadscope-reorder
 
 test: style
 	$(BIN)/python -m pytest $(GRIDS) $(SLOWEST) $(FILES) -m 'not gpu'

@@ -26,7 +26,7 @@ FAST = frozenset(
     )
 )  # fmt: skip
 
-# Those that take longest begin early: of two workers neither has one for itself at the end. Longest first.
+# Those that take longest begin early: of the workers none has one for itself at the end. Longest first.
 LONG = tuple(
     f"test_{name}.py"
     for name in (
