@@ -98,6 +98,8 @@ def shim(request, tmp_path_factory):
 def smollm_folder(request, tmp_path_factory):
     """SmolLM2-135M-Instruct as safetensors, which load in a second where the GGUF file takes fifteen; kept from run to
     run, written by one of the workers of pytest-xdist."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("gguf")
     from filelock import FileLock
 
     from fused_losses.demo.model import find_model, load

@@ -4,6 +4,7 @@ The interpreter takes milliseconds for each program, so inputs are small and thr
 """
 
 from dataclasses import replace
+from types import SimpleNamespace
 from unittest import mock
 
 import grids
@@ -25,11 +26,13 @@ from cases import (
 from hypothesis import given, settings
 from low_rank_cases import errors as low_rank_errors
 from low_rank_cases import inputs as low_rank_inputs
+from scan_truth import problem_of
 from sparse_checks import CERTIFICATE, check_certificate, check_flat_chunks, check_label_borders, check_room, logits_of
 
 import fused_losses as fl
 from fused_losses import preparation
-from fused_losses.backends import gpu, gpu_scan, gpu_tails
+from fused_losses.backends import gpu, gpu_products, gpu_scan, gpu_tails
+from fused_losses.problem import Gradients
 from fused_losses.sparse import softmax
 
 pytestmark = pytest.mark.usefixtures("small_chunks")
@@ -454,3 +457,29 @@ def test_logits_in_the_place_of_a_slower_scan(reference, call, monkeypatch):
     assert bool(chunks) == (reference is not None)
     truth = run(case, torch.float64, "reference")
     assert relative(got["nll"], truth["nll"]) <= 1e-6
+
+
+def test_directions_are_rounded_in_their_own_memory():
+    """In blocks of 128 rows; a number's new place is that of others, which must have been read."""
+    direction = torch.randn(300, 70)
+    expected = direction.half()
+    assert torch.equal(gpu_products.rounded(direction, torch.float16), expected)
+    assert torch.equal(direction.view(torch.float16)[:, :70], expected)
+
+
+@pytest.mark.parametrize("reference", [None, "shared"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=name)
+def test_chunks_of_all_ranks_have_the_memory_of_rounding_the_sums(dtype, reference, monkeypatch):
+    """V·D numbers of 2 bytes where sums are rounded, of the rank that has most rows, also where one has none."""
+    monkeypatch.setattr(gpu, "LOGIT_BYTES", 1)
+    usual, found = 1 + (reference is not None), []
+    for rows in (150, 50, 0):
+        problem = problem_of(make(8, 24, 200, reference=reference), dtype)
+        head = problem.head._replace(weight=problem.head.weight[:rows], shard=SimpleNamespace(largest=150))
+        problem = replace(problem, head=head)
+        sums = Gradients(weight=torch.zeros(rows, 24))
+        out = SimpleNamespace(topk_entropy=None)
+        assert gpu.logit_bytes(problem, out, None) == gpu.logit_bytes(problem, out, Gradients()) == usual
+        assert gpu.logit_bytes(problem, SimpleNamespace(topk_entropy=1), sums) == usual
+        found.append(gpu.logit_bytes(problem, out, sums))
+    assert found == [150 * 24 * 2 if dtype == torch.float16 else usual] * 3
