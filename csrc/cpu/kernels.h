@@ -101,7 +101,7 @@ struct ExactResults {
   int64_t* prediction;
   float *lse, *kl, *entropy, *reference_nll, *reference_entropy, *log_p2;
   int64_t* rank;
-  float *divergence, *rows;  // rows: [7, stride], what the directions need; see fused_losses/kernels/schemas.py
+  float *divergence, *rows;  // rows: [8, stride], what the directions need; see fused_losses/kernels/schemas.py
   int64_t stride;
 };
 

@@ -12,7 +12,7 @@ namespace {
 
 // What the values of a token's entries depend on; in shared memory, since every register counts in the loops.
 struct Token {
-  float top, log_sum, ref_top, ref_log_sum, shift, totals_shift, label_value;
+  float top, log_sum, ref_top, ref_log_sum, shift, missed, label_value;
   int label;
 
   template <bool REFERENCE>
@@ -23,7 +23,7 @@ struct Token {
     label = static_cast<int>(a.labels[t]), label_value = expm1f(-a.nll[t]);
     if constexpr (REFERENCE) {
       ref_top = rows[REF_TOP * N], ref_log_sum = rows[REF_LOG_SUM * N];
-      shift = rows[SHIFT * N], totals_shift = rows[TOTALS_SHIFT * N];
+      shift = rows[SHIFT * N], missed = rows[MISSED * N];
     }
   }
 };
@@ -65,8 +65,8 @@ __device__ __forceinline__ Values values_of(const Attention& a, const Token& tok
   Values values = {(is_label ? token.label_value : p) * slope, 0};
   kept.x[KEPT] += is_label ? 0 : p * slope;
   if constexpr (REFERENCE) {
-    const float log_p_ref = (r - token.ref_top) - token.ref_log_sum, x = d - token.totals_shift;
-    values.kl = Gap(log_p, log_p_ref, d - token.shift).gap * slope;
+    const float log_p_ref = (r - token.ref_top) - token.ref_log_sum, x = d - token.shift;
+    values.kl = Gap(log_p, log_p_ref, x - token.missed).gap * slope;
     kept.x[KEPT_GAP] += values.kl;
     kept.x[KEPT_GAP_L1] += fabsf(values.kl);
     kept.x[KEPT_GAP_L1_OF_TOTALS] += fabsf(Gap(log_p_ref + x, log_p_ref, x).gap * slope);

@@ -19,7 +19,7 @@ enum class Element { Float32, BFloat16, Float16 };
 constexpr int64_t SPLIT = 512;
 
 // The rows of the tensor `rows` [9, N], as in fused_losses/kernels/schemas.py.
-enum Row { TOP, LOG_SUM, REF_TOP, REF_LOG_SUM, SHIFT, REST, GAP, GAP_L1, TOTALS_SHIFT, ROWS };
+enum Row { TOP, LOG_SUM, REF_TOP, REF_LOG_SUM, SHIFT, REST, GAP, GAP_L1, MISSED, ROWS };
 
 // The rows of the tensor `kept` [4, N], likewise.
 enum KeptRow { KEPT, KEPT_GAP, KEPT_GAP_L1, KEPT_GAP_L1_OF_TOTALS, KEPTS };

@@ -93,7 +93,7 @@ struct SumsOfBoth {
   Sums z, r;
 };
 struct GapSums {
-  float excess, sloped, l1;
+  float gap, excess, sloped, l1;
 };
 
 // What a block exchanges, at the start of its dynamic shared memory, where other blocks of the cluster find it.
@@ -300,7 +300,7 @@ template <bool HELD, int WIDTH>
 __device__ __forceinline__ GapSums sums_of_gaps(const Place<WIDTH>& place, const Finish& finish, const Totals& total,
                                                 const Totals& reference, float shift) {
   constexpr int BATCH = 2;
-  GapSums gaps = {0, 0, 0};
+  GapSums gaps = {0, 0, 0, 0};
   for (int64_t batch = place.begin + place.thread; batch < place.end; batch += BATCH * THREADS) {
     Floats<WIDTH> z[BATCH], r[BATCH];
 #pragma unroll
@@ -322,6 +322,7 @@ __device__ __forceinline__ GapSums sums_of_gaps(const Place<WIDTH>& place, const
         const Logits x = HELD ? finish.of_held(z[k].x[i], r[k].x[i]) : finish(z[k].x[i], r[k].x[i]);
         const Gap gap((x.z - total.top) - total.log_sum, (x.r - reference.top) - reference.log_sum, x.d - shift);
         const float sloped = finish.cap.cap > 0 ? gap.gap * finish.cap.slope(x.z) : gap.gap;
+        gaps.gap += gap.gap;
         gaps.excess += gap.excess;
         gaps.sloped += sloped;
         gaps.l1 += fabsf(sloped);
@@ -335,12 +336,12 @@ __device__ __forceinline__ GapSums sums_of_gaps(const Place<WIDTH>& place, const
 template <bool HELD, int WIDTH>
 __device__ __forceinline__ GapSums merged(GapSums gaps, Exchange& exchange, const Place<WIDTH>& place, unsigned rank,
                                           unsigned blocks) {
-  gaps = {warp_sum(gaps.excess), warp_sum(gaps.sloped), warp_sum(gaps.l1)};
+  gaps = {warp_sum(gaps.gap), warp_sum(gaps.excess), warp_sum(gaps.sloped), warp_sum(gaps.l1)};
   if (place.lane == 0) exchange.gap_warps[place.warp] = gaps;
   __syncthreads();
   if (place.warp == 0) {
-    gaps = place.lane < WARPS ? exchange.gap_warps[place.lane] : GapSums{0, 0, 0};
-    gaps = {warp_sum(gaps.excess), warp_sum(gaps.sloped), warp_sum(gaps.l1)};
+    gaps = place.lane < WARPS ? exchange.gap_warps[place.lane] : GapSums{0, 0, 0, 0};
+    gaps = {warp_sum(gaps.gap), warp_sum(gaps.excess), warp_sum(gaps.sloped), warp_sum(gaps.l1)};
     if (place.lane == 0) exchange.gap_block = gaps;
   }
 #if FL_CLUSTERS
@@ -349,7 +350,7 @@ __device__ __forceinline__ GapSums merged(GapSums gaps, Exchange& exchange, cons
     if (place.thread == 0 && rank == 0)
       for (unsigned other = 1; other < blocks; other++) {
         const GapSums theirs = *of_rank(&exchange.gap_block, other);
-        gaps = {gaps.excess + theirs.excess, gaps.sloped + theirs.sloped, gaps.l1 + theirs.l1};
+        gaps = {gaps.gap + theirs.gap, gaps.excess + theirs.excess, gaps.sloped + theirs.sloped, gaps.l1 + theirs.l1};
       }
   }
 #else
@@ -384,7 +385,7 @@ __device__ __forceinline__ void row(const RowStatistics& a, unsigned char* share
   }
   if constexpr (!REFERENCE) {
     if (writes)
-      for (const Row row : {REF_TOP, REF_LOG_SUM, SHIFT, GAP, GAP_L1, TOTALS_SHIFT}) rows[row * N] = 0;
+      for (const Row row : {REF_TOP, REF_LOG_SUM, SHIFT, GAP, GAP_L1, MISSED}) rows[row * N] = 0;
   } else {
     const Totals reference(sums.r, at_label.r, place.label, false);
     const float shift = (total.top - reference.top) + (total.log_sum - reference.log_sum);
@@ -397,9 +398,12 @@ __device__ __forceinline__ void row(const RowStatistics& a, unsigned char* share
       rows[REF_TOP * N] = reference.top;
       rows[REF_LOG_SUM * N] = reference.log_sum;
       rows[SHIFT * N] = shift;
-      rows[GAP * N] = gaps.sloped;
+      // Σ gap is 0 but for what the shift misses, by p times which each gap is off: where one id has nearly all of p,
+      // that is more than its gap.
+      const float sloped_p = total.rest + expf(-total.nll) * (finish.cap.cap > 0 ? finish.cap.slope(at_label.z) : 1);
+      rows[GAP * N] = gaps.sloped - gaps.gap * sloped_p;
       rows[GAP_L1 * N] = gaps.l1;
-      rows[TOTALS_SHIFT * N] = shift;
+      rows[MISSED * N] = gaps.gap;
     }
 #if FL_CLUSTERS
     if constexpr (HELD) cluster_sync();  // shared memory must last until the others have read it

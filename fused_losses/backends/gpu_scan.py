@@ -253,14 +253,12 @@ def join(
     # lse − lse_ref is log(1 + Σ p_ref (eᵟ − 1)) + shift: accurate near the reference. Far from it δ overflows; then
     # it is the difference of the two, and the KL that minus Σ p_ref (z − r).
     gain = shifted + growth
-    precise = torch.log1p(gain) + shift
-    plain = (largest - ref_largest) + (log_sum - ref_log_sum)
+    precise, plain = torch.log1p(gain), ((largest - ref_largest) + (log_sum - ref_log_sum)) - shift
     near = (gain.abs() < 0.5) & ((precise - plain).abs() < 1e-3)
-    kl = torch.where(near, growth - _saturation(gain), plain - shift - shifted)
+    kl = torch.where(near, growth - _saturation(gain), plain - shifted)
     out.kl.copy_(torch.where(kl < 0, 0, kl))
     rows[Row.REF_TOP], rows[Row.REF_LOG_SUM] = ref_largest, ref_log_sum
-    rows[Row.SHIFT] = torch.where(near, precise, plain)
-    rows[Row.GAP_L1], rows[Row.TOTALS_SHIFT] = gap_l1, shift
+    rows[Row.GAP_L1], rows[Row.SHIFT], rows[Row.MISSED] = gap_l1, shift, torch.where(near, precise, plain)
     return rows
 
 

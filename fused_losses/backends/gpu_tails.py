@@ -42,7 +42,7 @@ class LeftOut(NamedTuple):
 def of_scan(operands: Operands, scanned: Scanned, known: Tensor, rows: Tensor) -> LeftOut | None:
     """From what the scan sums as parts of exp(BOUND) and exp(REF_BOUND); `rows` [9, C]. None without directions.
 
-    With c = 1 − exp(SHIFT − TOTALS_SHIFT), p − p_ref = p_ref (exp(z − r − TOTALS_SHIFT) − 1) + c p.
+    With c = 1 − exp(MISSED), p − p_ref = p_ref (exp(z − r − SHIFT) − 1) + c p.
     """
     if scanned.left is None:
         return None
@@ -52,7 +52,7 @@ def of_scan(operands: Operands, scanned: Scanned, known: Tensor, rows: Tensor) -
     found = LeftOut(total, unit[:, None] * low[0], square)
     if len(low) == 1:
         return found
-    c = -torch.expm1((rows[Row.SHIFT] - rows[Row.TOTALS_SHIFT]).clamp(max=FARTHEST))
+    c = -torch.expm1(rows[Row.MISSED].clamp(max=FARTHEST))
     ref_unit = torch.exp((known[Known.REF_BOUND] - rows[Row.REF_TOP]) - rows[Row.REF_LOG_SUM])
     own, moved = ref_unit.square() * left[Left.GAP_SQUARE], c.square() * square
     squares = (own + moved + 2 * c * ref_unit * unit * left[Left.CROSS]).clamp(min=0)
@@ -87,7 +87,7 @@ def tails_of(
     if problem.has_reference:
         tails.kl_left = known[Row.GAP] - kept[KEPT_GAP]
         # The totals were summed with another shift c: |p − p_ref| ≤ κ |p' − p_ref| + |κ − 1| p_ref, κ = exp(c − shift).
-        moved = torch.exp(known[Row.TOTALS_SHIFT] - known[Row.SHIFT])
+        moved = torch.exp(-known[Row.MISSED])
         left = known[Row.GAP_L1] - kept[KEPT_GAP_L1_OF_TOTALS]
         ref_tail = tails.nll_left - tails.kl_left
         tails.kl_left_l1 = moved * torch.where(left < 0, 0, left) + (moved - 1).abs() * torch.where(

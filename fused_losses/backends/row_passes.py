@@ -165,6 +165,11 @@ def _pass_with_reference(
     if out.normaliser is not None:
         torch.cat([top, log_sum], 1, out=out.normaliser)
         torch.cat([top_ref, log_sum_ref, shift + gaps], 1, out=out.reference_normaliser)
+    if p is not None:
+        # So it does here. Where one id has nearly all of p, its gap is as small as all others together, and less than
+        # that error.
+        gap.addcmul_(p, gaps, value=-1)
+        d.sub_(torch.log1p(gaps))
     if out.divergence is not None:
         divergence, student = mixture_sums(problem.beta, p, p_ref, d, gap)
         out.divergence.copy_(divergence.clamp(min=0))
@@ -173,9 +178,7 @@ def _pass_with_reference(
     if directions:
         if rows.entropy is not None:
             torch.add(log_p, out.entropy[:, None], out=rows.entropy).mul_(p).neg_()
-        # So it does here. Where one id has nearly all of p, its gap is as small as all others together, and less than
-        # that error.
-        torch.addcmul(gap, p, gaps, value=-1, out=rows.r)
+        rows.r.copy_(gap)
         rows.z.copy_(p).scatter_(1, labels, torch.expm1(-out.nll)[:, None])
 
 

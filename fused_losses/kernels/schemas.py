@@ -23,7 +23,7 @@ BOUND, REFERENCE_BOUND, LOG_SUM, TAIL, NLL_L1, KL_TAIL, KL_TAIL_L1, KL_L1 = rang
 
 
 class ExactRow(enum.IntEnum):
-    """The rows of the tensor `rows` [7, N] of `exact_statistics`: what `exact_directions` needs besides the nll. Here
+    """The rows of the tensor `rows` [8, N] of `exact_statistics`: what `exact_directions` needs besides the nll. Here
     and in csrc/cpu/exact.inc. What needs a reference, the entropy or the divergence is not written without it.
 
     log p[v] = (z[v] − TOP) − LOG_SUM, log p_ref likewise.
@@ -33,9 +33,10 @@ class ExactRow(enum.IntEnum):
     LOG_SUM = 1
     REF_TOP = 2
     REF_LOG_SUM = 3
-    SHIFT = 4  # log p − log p_ref is z − SHIFT with `difference`, else (z − TOP) − (r − REF_TOP) − SHIFT
+    SHIFT = 4  # log p − log p_ref: z − SHIFT − MISSED with `difference`, else (z − TOP) − (r − REF_TOP) − the same
     ENTROPY = 5
     MIXTURE_KL = 6  # KL(p‖m), m = beta · p_ref + (1 − beta) · p
+    MISSED = 7  # the error of SHIFT, too small to be added to it
 
 
 class Row(enum.IntEnum):
@@ -49,11 +50,11 @@ class Row(enum.IntEnum):
     LOG_SUM = 1
     REF_TOP = 2
     REF_LOG_SUM = 3
-    SHIFT = 4  # lse − lse of the reference
+    SHIFT = 4  # about lse − lse of the reference, which is SHIFT + MISSED
     REST = 5  # Σ p·slope over all but the label
     GAP = 6  # Σ (p − p_ref)·slope
-    GAP_L1 = 7  # Σ |p − p_ref|·slope, with TOTALS_SHIFT in place of SHIFT
-    TOTALS_SHIFT = 8
+    GAP_L1 = 7  # Σ |p − p_ref|·slope, as if MISSED were 0
+    MISSED = 8  # often too small to be added to SHIFT, and larger than the gap of an id with nearly all of p
 
 
 # A label that is none of the columns, to kernels that come after `row_statistics`: above every bit of a row of them.
@@ -153,7 +154,7 @@ SCHEMAS = (
 INTERFACE = 7
 
 # The rows of `kept` [4, N] of `attention`: Σ p·slope over entries but the label's; over all entries Σ gap·slope,
-# Σ |gap·slope|, and the last with TOTALS_SHIFT in place of SHIFT. gap = p − p_ref.
+# Σ |gap·slope|, and the last as if MISSED were 0. gap = p − p_ref.
 KEPT, KEPT_GAP, KEPT_GAP_L1, KEPT_GAP_L1_OF_TOTALS = range(4)
 
 GPU_SCHEMAS = (

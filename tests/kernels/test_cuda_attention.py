@@ -85,12 +85,12 @@ def attention_truth(rows: Rows, known: Tensor, weight: Tensor, t: Tensor, at: Te
     if rows.r_raw is None:
         return truth
 
-    def gap(shift: Row) -> Tensor:
+    def gap(*shifts: Row) -> Tensor:
         # A shift is a number given, so the truth takes it as it was rounded.
-        x = rows.z - rows.r - known[shift].double()[:, None]
+        x = rows.z - rows.r - sum(known[shift].double()[:, None] for shift in shifts)
         return torch.where(rows.p_ref > 0, rows.p_ref * torch.expm1(x) * rows.slope, 0)[t, at]
 
-    kl, of_totals = gap(Row.SHIFT), gap(Row.TOTALS_SHIFT)
+    kl, of_totals = gap(Row.SHIFT, Row.MISSED), gap(Row.SHIFT)
     return truth | {
         "kl_values": kl, "KEPT_GAP": summed(kl), "KEPT_GAP_L1": summed(kl.abs()),
         "KEPT_OF_TOTALS": summed(of_totals.abs()), "kl_rows": product(kl),
@@ -124,9 +124,10 @@ def attention_case(mode: str, dtype: torch.dtype, n: int, d: int, v: int, counts
     known = torch.full_like(rows.known, float("nan"))  # what a kernel must not read
     given = [Row.TOP, Row.LOG_SUM]
     if kind is not None:
-        given += [Row.REF_TOP, Row.REF_LOG_SUM, Row.SHIFT, Row.TOTALS_SHIFT]
+        given += [Row.REF_TOP, Row.REF_LOG_SUM, Row.SHIFT, Row.MISSED]
     known[given] = rows.known[given]
-    known[Row.TOTALS_SHIFT] += TOTALS_OFFSET
+    known[Row.SHIFT] += TOTALS_OFFSET
+    known[Row.MISSED] -= TOTALS_OFFSET
     known = known.float()
     truth = attention_truth(rows, known, weight.double(), t, at)
     arguments = {

@@ -200,22 +200,27 @@ def coarse(
         yield
 
 
-def nearly_certain(lead: float, size: float) -> tuple[Tensor, ...]:
-    """Hidden states of a model and of a reference `size` from it, head, labels: the label's logit leads by about
-    `lead` with both."""
+def nearly_certain(lead: float, size: float, surer: float = 1.0) -> tuple[Tensor, ...]:
+    """Hidden states of a model and of a reference `size` from `surer` times these, head, labels: the label's logit
+    leads by about `lead` with the model."""
     weight = torch.randn(200, 16) / 4
+    weight[:, 0] = 0
     weight[7] = torch.eye(16)[0]
     hidden = torch.randn(12, 16)
     hidden[:, 0] = lead + torch.rand(12)
-    return hidden, hidden + size * torch.randn(12, 16), weight, torch.full((12,), 7)
+    return hidden, surer * hidden + size * torch.randn(12, 16), weight, torch.full((12,), 7)
 
 
-def gradient_of_kl(case: tuple[Tensor, ...], dtype: torch.dtype, **options) -> tuple[float, Tensor]:
-    """The mean KL of `nearly_certain`, and the gradient of the sum of all by the hidden states."""
+def gradient_of_kl(
+    case: tuple[Tensor, ...], dtype: torch.dtype, beta: float | None = None, own_head: bool = False, **options
+) -> tuple[float, Tensor]:  # fmt: skip
+    """The mean KL of `nearly_certain`, with `beta` the divergence, and the gradient of the sum of all by the hidden
+    states."""
     hidden, reference, weight, labels = case
     hidden = hidden.to(dtype, copy=True).requires_grad_()
-    reference = fl.Reference(reference.to(dtype))
-    out = fl.token_losses(hidden, weight.to(dtype), labels, reference=reference, **options)
-    out.kl.sum().backward()
+    reference = fl.Reference(reference.to(dtype), fl.LMHead(weight.to(dtype, copy=True)) if own_head else None)
+    out = fl.token_losses(hidden, weight.to(dtype), labels, reference=reference, beta=beta, **options)
+    values = out.kl if beta is None else out.divergence
+    values.sum().backward()
     assert options["gradient"] == "exact" or out.gradient_report.exact_tokens == 0
-    return out.kl.mean().item(), hidden.grad.double()
+    return values.mean().item(), hidden.grad.double()

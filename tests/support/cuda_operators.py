@@ -81,7 +81,7 @@ def check(results: dict[str, Tensor], truth: dict[str, Tensor], tolerances: dict
             continue
         # Sums in which terms cancel are measured against the sum of absolute values, differences against operands.
         size = truth[SIZE_OF.get(name, name)].norm().clamp(min=1e-30)
-        if "SHIFT" in name:
+        if name in ("SHIFT", "MISSED"):
             size = torch.hypot(truth["TOP"], truth["LOG_SUM"]).norm()
         error = ((results[name].double() - expected).norm() / size).item()
         assert math.isfinite(error), f"{name} is not finite"

@@ -54,7 +54,7 @@ class Rows:
             self.gap = (self.p - self.p_ref) * self.slope
             known |= {
                 Row.REF_TOP: r.amax(1), Row.REF_LOG_SUM: self.ref_lse - r.amax(1), Row.SHIFT: lse - self.ref_lse,
-                Row.TOTALS_SHIFT: lse - self.ref_lse, Row.GAP: self.gap.sum(1), Row.GAP_L1: self.gap.abs().sum(1),
+                Row.MISSED: torch.zeros_like(lse), Row.GAP: self.gap.sum(1), Row.GAP_L1: self.gap.abs().sum(1),
             }  # fmt: skip
         self.known = torch.stack([known.get(row, torch.zeros_like(top)) for row in Row])
 

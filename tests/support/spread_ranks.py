@@ -22,7 +22,7 @@ import torch.multiprocessing
 from cases import Case, coarse
 from processes import leave, pythonpath
 from torch import Tensor
-from vocab_ranks import DTYPES, Ranks, collective_calls, gradients, spread_inputs, weighted
+from vocab_ranks import DTYPES, Ranks, certain_of_both, collective_calls, gradients, spread_inputs, weighted
 
 import fused_losses as fl
 from fused_losses import backends
@@ -300,6 +300,8 @@ def interpreted(rank: int, world: int, folder: str, shim: str | None) -> None:
         ignored = replace(ignored, labels=torch.full_like(ignored.labels, -100))
         inputs = spread_inputs(ignored, torch.float32, INTERPRETED_SIZES[0])
         found["ignored", gradient] = token_losses(ignored, inputs, gradient=gradient, backend="triton")
+    inputs = spread_inputs(certain_of_both(), torch.float32, INTERPRETED_SIZES[0])
+    found["certain of both"] = token_losses(certain_of_both(), inputs, gradient="exact", backend="triton")
     if shim is not None:
         from cuda_shim import shim as shim_module
 

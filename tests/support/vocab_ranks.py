@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from cases import Case, make, near_the_reference, with_more
+from cases import Case, make, near_the_reference, nearly_certain, with_more
 from processes import leave, pythonpath
 from torch import Tensor
 
@@ -397,6 +397,10 @@ def work(rank: int, world: int, folder: str) -> None:
         large_offset(), spread_inputs(large_offset(), torch.float32, (3, 3) if world == 2 else (2, 1, 1, 2))
     )
     found["certain"] = token_losses(certain(), spread_inputs(certain(), torch.float32, (1, 1, 0, 0)[:world]))
+    case = certain_of_both()
+    for backend in ("cpu", "torch"):
+        inputs = spread_inputs(case, torch.float32, (120, 80, 0, 0)[:world])
+        found["certain of both", backend] = token_losses(case, inputs, backend=backend)
     if world == 2:
         for name in COUNTED:
             for frozen in (False, True):
@@ -419,6 +423,18 @@ def certain() -> Case:
     hidden = -torch.log(torch.expm1(nll))[:, None]
     weight = torch.tensor([[1.0], [0.0]], dtype=torch.float64)
     return Case(hidden, weight, torch.zeros(3, dtype=torch.int64), nll_upstream=1 / nll)
+
+
+def certain_of_both() -> Case:
+    """Of the KL alone; p − p_ref of the label is far below a rounding of the two models' normalisers."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        hidden, reference, weight, labels = nearly_certain(20, 0.01, 0.9)
+    ones = torch.ones(len(labels), dtype=torch.float64)
+    return Case(
+        hidden.double(), weight.double(), labels, reference_hidden=reference.double(), nll_upstream=0 * ones,
+        kl_upstream=ones,
+    )  # fmt: skip
 
 
 def large_offset() -> Case:

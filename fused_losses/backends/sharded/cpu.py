@@ -39,7 +39,7 @@ class Held:
     tokens: slice
     chunk: Chunk
     labels: Labels
-    known: Tensor  # [7, C] `ExactRow`, with the normalisers of all ranks
+    known: Tensor  # [8, C] `ExactRow`, with the normalisers of all ranks
     masses: Masses
     out: Statistics
 
@@ -70,7 +70,7 @@ class Column:
         if r is not None:
             log_r = (r - known[ExactRow.REF_TOP]) - known[ExactRow.REF_LOG_SUM]
             d = z if keeps else (logits - known[ExactRow.TOP]) - (r - known[ExactRow.REF_TOP])
-            d = d - known[ExactRow.SHIFT]
+            d = d - known[ExactRow.SHIFT] - known[ExactRow.MISSED]
             gap = torch.where(d.abs() < 1, torch.expm1(d) * log_r.exp(), log_p.exp() - log_r.exp())
         return Column(at, z, r, logits, slope, log_p, gap)
 
@@ -154,7 +154,7 @@ def _hold(problem: Problem, chunk: Chunk, out: Statistics) -> Held:
         )  # fmt: skip
         part.normaliser = torch.stack([known[ExactRow.TOP], known[ExactRow.LOG_SUM]], 1)
         if chunk.r is not None:
-            shift = known[ExactRow.SHIFT]
+            shift = known[ExactRow.SHIFT] + known[ExactRow.MISSED]
             if not keeps:
                 shift = shift + (known[ExactRow.TOP] - known[ExactRow.REF_TOP])
             names = (known[ExactRow.REF_TOP], known[ExactRow.REF_LOG_SUM], shift)
@@ -165,7 +165,7 @@ def _hold(problem: Problem, chunk: Chunk, out: Statistics) -> Held:
     known[ExactRow.LOG_SUM] -= masses.log_p
     if masses.log_r is not None:
         known[ExactRow.REF_LOG_SUM] -= masses.log_r
-        known[ExactRow.SHIFT] -= masses.ratio
+        known[ExactRow.MISSED] -= masses.ratio
     if out.entropy is not None:
         known[ExactRow.ENTROPY] = out.entropy
     if wants_logits(out):

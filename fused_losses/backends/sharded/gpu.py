@@ -70,7 +70,8 @@ class OfRank(Gpu):
         )  # fmt: skip
         part.normaliser = facts[[Row.TOP, Row.LOG_SUM]].t()
         if r is not None:
-            part.reference_normaliser = facts[[Row.REF_TOP, Row.REF_LOG_SUM, Row.SHIFT]].t()
+            shift = facts[Row.SHIFT] + facts[Row.MISSED]
+            part.reference_normaliser = torch.stack([facts[Row.REF_TOP], facts[Row.REF_LOG_SUM], shift], 1)
         if part.top_logits is not None:
             part.top_logits.copy_(_logits(problem, chunk).topk(part.top_logits.shape[1], dim=1).values)
 
@@ -82,16 +83,20 @@ class OfRank(Gpu):
         if problem.head.softcap is not None:
             logit = facts[Row.TOP] + facts[Row.LOG_SUM] - part.nll
             nearest *= (1 - (logit / problem.head.softcap) ** 2).clamp(min=0)
+        mass = (facts[Row.REST] + nearest) * masses.log_p.exp()
         rest = facts[Row.REST] + nearest.masked_fill(labels.mine, 0)
         facts[Row.REST] = rest * masses.log_p.exp()
         facts[Row.LOG_SUM] -= masses.log_p
         if masses.log_r is None:
             return
         facts[Row.REF_LOG_SUM] -= masses.log_r
-        facts[Row.SHIFT] -= masses.ratio
-        facts[Row.TOTALS_SHIFT] = facts[Row.SHIFT]
+        ratio: Tensor = masses.ratio  # type: ignore[assignment]
+        shift = facts[Row.SHIFT].to(ratio.dtype) + facts[Row.MISSED] - ratio
+        facts[Row.SHIFT] = shift
+        facts[Row.MISSED] = shift - facts[Row.SHIFT]
         z, r, difference, _, *scales = row_arguments(problem, chunk)
         row_kernels.gap_totals(z, r, difference, *scales, facts)  # type: ignore[call-arg]
+        facts[Row.GAP] -= facts[Row.MISSED] * mass
 
     def _entries(
         self, problem: Problem, out: Statistics, span: Span, facts: Tensor, bits: Tensor, capacity: int, rows: bool

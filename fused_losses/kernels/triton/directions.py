@@ -17,6 +17,7 @@ from .math import expm1, growth_series, log_add, shortfall_series
 from .rows import (
     BLOCK,
     LOG_SUM,
+    MISSED,
     OPTIONS,
     REF_LOG_SUM,
     REF_TOP,
@@ -128,7 +129,7 @@ def extended_statistics_kernel(
     if DIVERGENCE:
         ref_top = tl.load(rows_ptr + REF_TOP * C + t)
         ref_log_sum = tl.load(rows_ptr + REF_LOG_SUM * C + t)
-        shift = tl.load(rows_ptr + SHIFT * C + t)
+        shift = tl.load(rows_ptr + SHIFT * C + t) + tl.load(rows_ptr + MISSED * C + t)
         beta = tl.cast(beta, tl.float32)
         total = tl.zeros((BLOCK,), tl.float32)
         log_ratios = tl.zeros((BLOCK,), tl.float32)
@@ -216,6 +217,7 @@ def directions_kernel(
         ref_top = tl.load(rows_ptr + REF_TOP * C + t)
         ref_log_sum = tl.load(rows_ptr + REF_LOG_SUM * C + t)
         shift = tl.load(rows_ptr + SHIFT * C + t)
+        missed = tl.load(rows_ptr + MISSED * C + t)
     if HAS_A:
         a = tl.load(a_ptr + t)
     if HAS_B:
@@ -240,7 +242,7 @@ def directions_kernel(
             slope = 1.0 - u * u
         first = tl.where(columns == label, at_label, tl.exp((z - top) - log_sum)) * slope
         if SEPARATE or HAS_B:
-            gap, _ = _gap(z, d, r, top, log_sum, ref_top, ref_log_sum, shift)
+            gap, _ = _gap(z, d, r, top, log_sum, ref_top, ref_log_sum, shift, missed)
             gap *= slope
         if SEPARATE:
             tl.store(kl_out_ptr + columns, gap.to(kl_out_ptr.dtype.element_ty), mask=columns < V)
@@ -256,7 +258,7 @@ def directions_kernel(
             log_p = (z - top) - log_sum
             first -= entropy_weight * (tl.exp(log_p) * (log_p + entropy) * slope)
         if HAS_DIVERGENCE:
-            p, _, log_ratio = _mixture(z, d, r, top, log_sum, ref_top, ref_log_sum, shift, beta)
+            p, _, log_ratio = _mixture(z, d, r, top, log_sum, ref_top, ref_log_sum, shift + missed, beta)
             first += divergence_weight * (p * (log_ratio - mean_log_ratio) * slope)
         tl.store(out_ptr + columns, first.to(out_ptr.dtype.element_ty), mask=columns < V)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import schemas
 from . import launcher
 from .math import at_least, expm1, soft_cap
-from .rows import LOG_SUM, REF_LOG_SUM, REF_TOP, SHIFT, TOP, TOTALS_SHIFT, _gap
+from .rows import LOG_SUM, MISSED, REF_LOG_SUM, REF_TOP, SHIFT, TOP, _gap
 from .tiles import FUSED, gather_tile
 
 SPLIT = tl.constexpr(schemas.SPLIT)
@@ -190,7 +190,7 @@ def attention_kernel(
         ref_top = tl.load(rows_ptr + REF_TOP * N + t)
         ref_log_sum = tl.load(rows_ptr + REF_LOG_SUM * N + t)
         shift = tl.load(rows_ptr + SHIFT * N + t)
-        totals_shift = tl.load(rows_ptr + TOTALS_SHIFT * N + t)
+        missed = tl.load(rows_ptr + MISSED * N + t)
     nll_row = tl.zeros((BLOCK_D,), tl.float32)
     kl_row = tl.zeros((BLOCK_D,), tl.float32)
     kept = tl.zeros((GROUP,), tl.float32)
@@ -221,11 +221,11 @@ def attention_kernel(
         if NLL_ROWS:
             nll_row += tl.sum(row * value[:, None], 0)
         if REFERENCE:
-            gap, _ = _gap(z, gap_d, r, top, log_sum, ref_top, ref_log_sum, shift)
+            gap, _ = _gap(z, gap_d, r, top, log_sum, ref_top, ref_log_sum, shift, missed)
             gap = tl.where(live, gap, 0.0) * slope
             kept_gap += gap
             kept_l1 += tl.abs(gap)
-            moved_gap = tl.exp((r - ref_top) - ref_log_sum) * expm1(gap_d - totals_shift)
+            moved_gap = tl.exp((r - ref_top) - ref_log_sum) * expm1(gap_d - shift)
             kept_totals_l1 += tl.abs(tl.where(live, moved_gap, 0.0) * slope)
             tl.store(kl_values_ptr + entry, gap, mask=live)
             if KL_ROWS:

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launcher
-from .rows import LOG_SUM, REF_LOG_SUM, REF_TOP, SHIFT, TOP, _gap, _logits
+from .rows import LOG_SUM, MISSED, REF_LOG_SUM, REF_TOP, SHIFT, TOP, _gap, _logits
 from .scan import LEFT_GAP, LEFT_GAP_SQUARE, LEFT_SQUARE, LEFT_SUM, LEFTS, Left
 from .tiles import FUSED
 
@@ -64,6 +64,7 @@ def left_out_kernel(
         ref_top = tl.load(rows_ptr + REF_TOP * C + rows, mask=valid, other=0.0)[:, None]
         ref_log_sum = tl.load(rows_ptr + REF_LOG_SUM * C + rows, mask=valid, other=0.0)[:, None]
         shift = tl.load(rows_ptr + SHIFT * C + rows, mask=valid, other=0.0)[:, None]
+        missed = tl.load(rows_ptr + MISSED * C + rows, mask=valid, other=0.0)[:, None]
         gap_low = tl.zeros((BLOCK_C, K), tl.float32)
     low = tl.zeros((BLOCK_C, K), tl.float32)
     left_sum = tl.zeros((BLOCK_C, BLOCK_V // BESIDE), tl.float32)
@@ -91,7 +92,7 @@ def left_out_kernel(
         )
         low = tl.dot(left, directions, low, input_precision=PRECISION)
         if REFERENCE:
-            gap, _ = _gap(z, d, r, top, log_sum, ref_top, ref_log_sum, shift)
+            gap, _ = _gap(z, d, r, top, log_sum, ref_top, ref_log_sum, shift, missed)
             gap = tl.where(out, 0.0, gap) * slope
             left_gap += _beside(gap)
             left_gap_square += _beside(gap * gap)

@@ -16,7 +16,7 @@ from .math import at_least, expm1, log1p, soft_cap
 from .scan import _no_sums, _store_bits, _update
 from .tiles import FUSED
 
-TOP, LOG_SUM, REF_TOP, REF_LOG_SUM, SHIFT, REST, GAP, GAP_L1, TOTALS_SHIFT = (tl.constexpr(int(row)) for row in Row)
+TOP, LOG_SUM, REF_TOP, REF_LOG_SUM, SHIFT, REST, GAP, GAP_L1, MISSED = (tl.constexpr(int(row)) for row in Row)
 BLOCK = 2048
 OPTIONS = dict(num_warps=16, **FUSED)
 PROFILE = dict(BLOCK_C=32, BLOCK=64)  # of `tail_profile`
@@ -69,10 +69,10 @@ def _finish(z, r, scale, softcap, DIFFERENCE: tl.constexpr, SOFTCAP: tl.constexp
 
 
 @triton.jit
-def _gap(z, d, r, top, log_sum, ref_top, ref_log_sum, shift):
-    """p − p_ref and p_ref·(d − shift); near each other through expm1, which keeps the relative accuracy."""
+def _gap(z, d, r, top, log_sum, ref_top, ref_log_sum, shift, missed):
+    """p − p_ref and p_ref·(d − shift − missed); near each other through expm1, which keeps the relative accuracy."""
     p_ref = tl.exp((r - ref_top) - ref_log_sum)
-    moved = d - shift
+    moved = (d - shift) - missed
     near = p_ref * expm1(moved)
     gap = tl.where(tl.abs(moved) < 1.0, near, tl.exp((z - top) - log_sum) - p_ref)
     return gap, p_ref * moved
@@ -143,7 +143,7 @@ def _gap_sums(
             z_ptr, r_ptr, columns, V, scale, softcap, reference_scale, reference_softcap,
             REFERENCE, DIFFERENCE, SOFTCAP, REFERENCE_SOFTCAP,
         )  # fmt: skip
-        gap, moved = _gap(z, d, r, top, log_sum, ref_top, ref_log_sum, shift)
+        gap, moved = _gap(z, d, r, top, log_sum, ref_top, ref_log_sum, shift, 0.0)
         gap = tl.where(columns < V, gap, 0.0)
         gaps += gap
         expected += tl.where(columns < V, moved, 0.0)
@@ -219,8 +219,8 @@ def row_statistics_kernel(
         tl.store(out + REF_TOP * C, ref_largest)
         tl.store(out + REF_LOG_SUM * C, ref_log_sum)
         # Each gap is off by p times what the shift is: where one id has nearly all of p, that is more than its gap.
-        tl.store(out + SHIFT * C, shift + missed)
-        tl.store(out + TOTALS_SHIFT * C, shift)
+        tl.store(out + SHIFT * C, shift)
+        tl.store(out + MISSED * C, missed)
         sloped_p = -expm1(-nll) + tl.exp(-nll)
         if SOFTCAP:
             u = label_z / softcap
@@ -252,7 +252,8 @@ def gap_totals_kernel(
     BLOCK: tl.constexpr, REFERENCE: tl.constexpr, DIFFERENCE: tl.constexpr, SOFTCAP: tl.constexpr,
     REFERENCE_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """GAP and GAP_L1 of a row from its other numbers, those of a normaliser that is not these logits' own.
+    """GAP and GAP_L1 of a row from its other numbers, those of a normaliser that is not these logits' own; both as if
+    MISSED were 0.
 
     Traffic: 8·C·V bytes. FLOP: about 40 a logit, two exponentials among them. Floor: the traffic over the memory
     bandwidth.
@@ -274,7 +275,7 @@ def gap_totals(
     z: Tensor, r: Tensor, difference: bool, scale: float, softcap: float, reference_scale: float,
     reference_softcap: float, rows: Tensor,
 ) -> None:  # fmt: skip
-    """Writes GAP and GAP_L1 of `rows` [9, C]."""
+    """Writes GAP and GAP_L1 of `rows` [9, C], as if MISSED were 0."""
     count, vocabulary = z.shape
     gap_totals_kernel[(count,)](
         z, r, rows, count, vocabulary, scale, softcap, reference_scale, reference_softcap,
