@@ -403,7 +403,7 @@ __device__ __forceinline__ void row(const RowStatistics& a, unsigned char* share
       const float sloped_p = total.rest + expf(-total.nll) * (finish.cap.cap > 0 ? finish.cap.slope(at_label.z) : 1);
       rows[GAP * N] = gaps.sloped - gaps.gap * sloped_p;
       rows[GAP_L1 * N] = gaps.l1;
-      rows[MISSED * N] = gaps.gap;
+      rows[MISSED * N] = log1pf(gaps.gap);
     }
 #if FL_CLUSTERS
     if constexpr (HELD) cluster_sync();  // shared memory must last until the others have read it

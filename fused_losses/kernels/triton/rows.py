@@ -220,7 +220,7 @@ def row_statistics_kernel(
         tl.store(out + REF_LOG_SUM * C, ref_log_sum)
         # Each gap is off by p times what the shift is: where one id has nearly all of p, that is more than its gap.
         tl.store(out + SHIFT * C, shift)
-        tl.store(out + MISSED * C, missed)
+        tl.store(out + MISSED * C, log1p(missed + tl.zeros((1,), tl.float32)))
         sloped_p = -expm1(-nll) + tl.exp(-nll)
         if SOFTCAP:
             u = label_z / softcap
