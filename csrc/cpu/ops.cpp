@@ -372,7 +372,7 @@ void weighted_sum_op(const Tensor& matrix, const Tensor& scale, Tensor out) {
   }
 }
 
-int64_t interface_op() { return 7; }  // INTERFACE of fused_losses/kernels/schemas.py
+int64_t interface_op() { return 8; }  // INTERFACE of fused_losses/kernels/schemas.py
 
 std::string simd_op() { return kernels().name; }
 

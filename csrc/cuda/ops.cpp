@@ -281,7 +281,7 @@ void segment_product_op(const Tensor& offsets, const Tensor& columns, const Tens
   segment_product(a, element, out_element, device.stream());
 }
 
-[[maybe_unused]] int64_t interface_op() { return 1; }  // CUDA_INTERFACE of fused_losses/kernels/schemas.py
+[[maybe_unused]] int64_t interface_op() { return 2; }  // CUDA_INTERFACE of fused_losses/kernels/schemas.py
 
 }  // namespace
 

@@ -151,7 +151,7 @@ SCHEMAS = (
     "interface() -> int",
 )
 # Raised with every change of a schema or of what its arguments mean, here and in csrc/cpu/ops.cpp.
-INTERFACE = 7
+INTERFACE = 8
 
 # The rows of `kept` [4, N] of `attention`: Σ p·slope over entries but the label's; over all entries Σ gap·slope,
 # Σ |gap·slope|, and the last as if MISSED were 0. gap = p − p_ref.
@@ -179,7 +179,7 @@ GPU_SCHEMAS = (
     "cuda_interface() -> int",
 )
 # As INTERFACE, for GPU_SCHEMAS and csrc/cuda/ops.cpp.
-CUDA_INTERFACE = 1
+CUDA_INTERFACE = 2
 
 for _schema in SCHEMAS + GPU_SCHEMAS:
     _name = _schema.partition("(")[0]
