@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +12,8 @@ from .base import Objective
 
 # The model's 1 − p, below which its logarithm is cut off: that of a float32 that is nearly 0.
 LEAST_REST = 1e-30
+# The reference's 1 − r, below which the term fades. Logits near 30 are rounded by 2e-6 in float32.
+LEAST_REFERENCE_REST = 1e-6
 
 
 class MaskTheTargetLoss(Objective):
@@ -24,10 +25,9 @@ class MaskTheTargetLoss(Objective):
 
     With r and p the label's probabilities, KL(p_ref' ‖ p') is
     [KL(p_ref ‖ p) − r·(nll − nll_ref) − (1 − r)·(ln(1 − r) − ln(1 − p))] / (1 − r). That magnifies rounding by
-    1 / (1 − r). So where the reference is all but certain, in float32 where 1 − r < 3.5e-4 (float64: 1.5e-8, the root
-    of its unit), the division is by that number instead: the term fades to 0 with 1 − r, and so does its gradient.
-    Where 1 − p < 1e-30 its logarithm is that of 1e-30 and has no gradient. Neither value nor gradient is ever infinite
-    or NaN.
+    1 / (1 − r). So where the reference is all but certain, 1 − r < 1e-6, the division is by 1e-6 instead: the term
+    fades to 0 with 1 − r, and so does its gradient. Where 1 − p < 1e-30 its logarithm is that of 1e-30 and has no
+    gradient. Neither value nor gradient is ever infinite or NaN.
 
     Args:
         kl_weight: λ ≥ 0.
@@ -51,7 +51,6 @@ class MaskTheTargetLoss(Objective):
     def token_loss(self, out: Statistics) -> Tensor:
         rest = -torch.expm1(-out.nll)  # 1 − p, accurate also where p is nearly 1
         rest_ref = -torch.expm1(-out.reference_nll)
-        r, least = 1 - rest_ref, math.sqrt(torch.finfo(rest.dtype).eps)
         log_ratio = rest_ref.clamp(min=LEAST_REST).log() - rest.clamp(min=LEAST_REST).log()
-        kl = out.kl - r * (out.nll - out.reference_nll) - rest_ref * log_ratio
-        return out.nll + self.kl_weight * kl / rest_ref.clamp(min=least)
+        kl = out.kl - (1 - rest_ref) * (out.nll - out.reference_nll) - rest_ref * log_ratio
+        return out.nll + self.kl_weight * kl / rest_ref.clamp(min=LEAST_REFERENCE_REST)
