@@ -392,18 +392,20 @@ __device__ __forceinline__ void row(const RowStatistics& a, unsigned char* share
     const GapSums own = sums_of_gaps<HELD>(place, finish, total, reference, shift);
     const GapSums gaps = merged<HELD>(own, exchange, place, rank, blocks);
     if (writes) {
-      if (a.kl) a.kl[t] = gaps.excess < 0 ? 0 : gaps.excess;
+      // Σ gap is expm1 of what the shift misses; by its own excess the sum is too large.
+      const float missed = log1pf(gaps.gap), g = gaps.gap;
+      const float kl = gaps.excess - (fabsf(g) < 0.05f ? 0.5f * g * g * (1 - g * (2.f / 3)) : g - missed);
+      if (a.kl) a.kl[t] = kl < 0 ? 0 : kl;
       if (a.reference_nll) a.reference_nll[t] = reference.nll;
       if (a.reference_entropy) a.reference_entropy[t] = reference.entropy;
       rows[REF_TOP * N] = reference.top;
       rows[REF_LOG_SUM * N] = reference.log_sum;
       rows[SHIFT * N] = shift;
-      // Σ gap is 0 but for what the shift misses, by p times which each gap is off: where one id has nearly all of p,
-      // that is more than its gap.
+      // By p times it each gap is off: where one id has nearly all of p, that is more than its gap.
       const float sloped_p = total.rest + expf(-total.nll) * (finish.cap.cap > 0 ? finish.cap.slope(at_label.z) : 1);
       rows[GAP * N] = gaps.sloped - gaps.gap * sloped_p;
       rows[GAP_L1 * N] = gaps.l1;
-      rows[MISSED * N] = log1pf(gaps.gap);
+      rows[MISSED * N] = missed;
     }
 #if FL_CLUSTERS
     if constexpr (HELD) cluster_sync();  // shared memory must last until the others have read it

@@ -190,10 +190,10 @@ def mixture_sums(beta: float, p: Tensor, p_ref: Tensor, d: Tensor, gap: Tensor) 
     if beta == 1:
         kl = row_dot(p, d) - gap.sum(1)
         return kl, kl
-    log_ratio = log_of_mixture(d, beta)  # log m / p_ref
+    of_p, of_reference = logs_of_mixture(d, beta)
     gaps = gap.sum(1)
-    student = row_dot(p, d - log_ratio) - beta * gaps
-    teacher = (1 - beta) * gaps - row_dot(p_ref, log_ratio)
+    student = -beta * gaps - row_dot(p, of_p)
+    teacher = (1 - beta) * gaps - row_dot(p_ref, of_reference)
     return beta * teacher + (1 - beta) * student, student
 
 
@@ -201,14 +201,22 @@ def mixture_direction(beta: float, p: Tensor, d: Tensor, student: Tensor) -> Ten
     """Its derivative by the logits; student [rows, 1]: KL(p ‖ m)."""
     if beta == 1:
         return (d - student).mul_(p)
-    return (d - log_of_mixture(d, beta)).sub_(student).mul_(p).mul_(1 - beta)
+    return logs_of_mixture(d, beta)[0].add_(student).mul_(p).mul_(beta - 1)
 
 
-def log_of_mixture(d: Tensor, beta: float) -> Tensor:
-    """log(β + (1 − β) eᵈ), accurate near d = 0 and without overflow."""
-    near = torch.log1p(torch.expm1(d.clamp(max=20)).mul_(1 - beta))
-    far = d + math.log1p(-beta) + torch.log1p(torch.exp(-d.clamp(min=20)).mul_(beta / (1 - beta)))
-    return torch.where(d < 20, near, far)
+def logs_of_mixture(d: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """log m/p and log m/p_ref. That of the larger of p and p_ref is at most log 2 or so, and accurate however large d
+    is; so nothing overflows, and no rounding of d comes into the sums."""
+    ahead, less = d > 0, -d.abs()
+    larger = torch.where(ahead, _log_of_mixture(less, beta), _log_of_mixture(less, 1 - beta))
+    return torch.where(ahead, larger, larger - d), torch.where(ahead, larger + d, larger)
+
+
+def _log_of_mixture(d: Tensor, share: float) -> Tensor:
+    """log(1 − share + share eᵈ), d ≤ 0."""
+    near = torch.expm1(d).mul_(share).log1p_()
+    far = torch.exp(d).mul_(share / (1 - share)).log1p_().add_(math.log1p(-share))
+    return torch.where(d > -1, near, far)
 
 
 def rank_of(z: Tensor, label_logit: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Losses against a teacher: JSDLoss and ReverseKLLoss against full logits and TRL."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -134,6 +135,35 @@ def test_forward_kl_may_be_sparse_within_its_certificate():
     report = loss.gradient_report
     error = (sparse - exact).abs().sum() / sparse.abs().sum()
     assert report.mode == "sparse" and 0 < error <= report.bound * (1 + report.bound) + 1e-9 and report.bound <= 0.15
+
+
+BACKENDS = ["cpu", "torch"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("beta", [0.1, 0.5, 0.999])
+@pytest.mark.parametrize("size", [1e2, 1e4, 1e6, 1e8])
+def test_of_two_models_that_are_certain_of_other_tokens_it_is_at_its_bound(backend, beta, size):
+    """log 2 at beta 0.5: the difference of large logits is rounded by far more than the logarithm of the mixture."""
+    weight, hidden = torch.eye(5), size * torch.eye(5)
+    loss = fl.JSDLoss(beta, backend=backend)(hidden, weight, torch.arange(5), reference=fl.Reference(-hidden))
+    # The student has all of its mass on an id; the teacher's is on the four others.
+    bound = -beta * math.log(beta) - (1 - beta) * math.log1p(-beta)
+    assert loss.item() == pytest.approx(bound, rel=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("loss", [fl.JSDLoss(0.5), fl.JSDLoss(0), fl.ReverseKLLoss()], ids=["jsd", "kl", "reverse"])
+@pytest.mark.parametrize("size", [1e3, 1e5, 1e8])
+def test_two_models_that_are_certain_of_the_same_token_agree(backend, loss, size):
+    """The largest logit is a rounded sum, by more than 1 at 1e8."""
+    loss = copy.deepcopy(loss)
+    loss.backend, loss.gradient = backend, "exact"
+    hidden = (size * torch.eye(7)[[0, 1, 2]] + torch.randn(3, 7) * size / 100).requires_grad_()
+    reference = fl.Reference(hidden.detach() + size / 100 * torch.randn(3, 7))
+    value = loss(hidden, torch.eye(7), torch.arange(3), reference=reference)
+    value.backward()
+    assert value.item() < 1e-30 and hidden.grad.abs().max() < 1e-30
 
 
 @pytest.mark.parametrize(

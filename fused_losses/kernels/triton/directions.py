@@ -65,7 +65,7 @@ def _weight_of_own(beta):
 
 
 @triton.jit
-def _mixture(z, d, r, top, log_sum, ref_top, ref_log_sum, shift, beta):
+def _mixture(z, d, r, top, log_sum, ref_top, ref_log_sum, shift, missed, beta):
     """p, the addends of the divergence, and log(p/m); m = β p_ref + (1 − β) p.
 
     In terms of the larger of p and p_ref, `more`, and t = |log p − log p_ref|: the other is less = more · e⁻ᵗ, so
@@ -73,7 +73,7 @@ def _mixture(z, d, r, top, log_sum, ref_top, ref_log_sum, shift, beta):
     log(1 + x)) and KL(less‖m) = Σ less · (y − log(1 + y)), whose addends are positive, and of second order near the
     reference.
     """
-    moved = d - shift
+    moved = (d - shift) - missed
     t = tl.abs(moved)
     ahead = moved > 0.0
     of_less = tl.where(ahead, beta, 1.0 - beta)  # its weight in m
@@ -129,7 +129,8 @@ def extended_statistics_kernel(
     if DIVERGENCE:
         ref_top = tl.load(rows_ptr + REF_TOP * C + t)
         ref_log_sum = tl.load(rows_ptr + REF_LOG_SUM * C + t)
-        shift = tl.load(rows_ptr + SHIFT * C + t) + tl.load(rows_ptr + MISSED * C + t)
+        shift = tl.load(rows_ptr + SHIFT * C + t)
+        missed = tl.load(rows_ptr + MISSED * C + t)
         beta = tl.cast(beta, tl.float32)
         total = tl.zeros((BLOCK,), tl.float32)
         log_ratios = tl.zeros((BLOCK,), tl.float32)
@@ -144,7 +145,7 @@ def extended_statistics_kernel(
         if RANK:
             above += (other & (z > label_z)).to(tl.int32)
         if DIVERGENCE:
-            p, addend, log_ratio = _mixture(z, d, r, top, log_sum, ref_top, ref_log_sum, shift, beta)
+            p, addend, log_ratio = _mixture(z, d, r, top, log_sum, ref_top, ref_log_sum, shift, missed, beta)
             total += tl.where(inside, addend, 0.0)
             log_ratios += tl.where(inside, p * log_ratio, 0.0)
         elif LOG_P2:
@@ -258,7 +259,7 @@ def directions_kernel(
             log_p = (z - top) - log_sum
             first -= entropy_weight * (tl.exp(log_p) * (log_p + entropy) * slope)
         if HAS_DIVERGENCE:
-            p, _, log_ratio = _mixture(z, d, r, top, log_sum, ref_top, ref_log_sum, shift + missed, beta)
+            p, _, log_ratio = _mixture(z, d, r, top, log_sum, ref_top, ref_log_sum, shift, missed, beta)
             first += divergence_weight * (p * (log_ratio - mean_log_ratio) * slope)
         tl.store(out_ptr + columns, first.to(out_ptr.dtype.element_ty), mask=columns < V)
 

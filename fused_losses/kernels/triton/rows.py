@@ -207,10 +207,11 @@ def row_statistics_kernel(
             z_ptr, r_ptr, V, scale, softcap, reference_scale, reference_softcap, largest, log_sum, ref_largest,
             ref_log_sum, shift, BLOCK, REFERENCE, DIFFERENCE, SOFTCAP, REFERENCE_SOFTCAP,
         )  # fmt: skip
-        # Σ gap is 0 up to rounding; with it the error of the shift cancels to first order.
-        missed = tl.sum(gaps)
+        # Σ gap is expm1 of the error of the shift.
+        gap_sum = tl.sum(gaps)
+        missed = log1p(gap_sum + tl.zeros((1,), tl.float32))
         kl = missed - tl.sum(expected)
-        tl.store(kl_ptr + t + one, tl.where(kl < 0, 0.0, kl) + tl.zeros((1,), tl.float32))
+        tl.store(kl_ptr + t + one, tl.where(kl < 0, 0.0, kl))
         tl.store(reference_nll_ptr + t + one, ref_nll)
         if REFERENCE_ENTROPY:
             ref_share = tl.exp((ref_top - ref_largest) - ref_log_sum)
@@ -220,12 +221,12 @@ def row_statistics_kernel(
         tl.store(out + REF_LOG_SUM * C, ref_log_sum)
         # Each gap is off by p times what the shift is: where one id has nearly all of p, that is more than its gap.
         tl.store(out + SHIFT * C, shift)
-        tl.store(out + MISSED * C, log1p(missed + tl.zeros((1,), tl.float32)))
+        tl.store(out + MISSED * C, missed)
         sloped_p = -expm1(-nll) + tl.exp(-nll)
         if SOFTCAP:
             u = label_z / softcap
             sloped_p = share * sloped + tl.exp(-nll) * (1 - u * u)
-        tl.store(out + GAP * C, tl.sum(sloped_gaps) - missed * sloped_p)
+        tl.store(out + GAP * C, tl.sum(sloped_gaps) - gap_sum * sloped_p)
         tl.store(out + GAP_L1 * C, tl.sum(sizes) + tl.zeros((1,), tl.float32))
 
 
