@@ -95,7 +95,8 @@ class LMHead:
     Args:
         weight: [V, D], float64, float32, bfloat16 or float16.
         bias: [V] or None, on the device of `weight`. Entries of −inf rule tokens out, given a positive logit_scale and
-            no soft-cap (which would make a finite logit of them).
+            no soft-cap (which would make a finite logit of them). As a label such a token has an infinite nll, with
+            the finite gradient of a probability of 0.
         logit_scale: finite and not zero.
         softcap: positive, or None.
         low_rank: `LowRank`, or None: LoRA on the head, logits = softcap(logit_scale · (hidden Wᵀ + u Bᵀ + bias)).

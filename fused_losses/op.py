@@ -188,11 +188,13 @@ def token_losses(
 
 
 FIELDS = ("nll", "kl", "entropy", "prediction", "reference_nll", "reference_entropy", "lse", "logits_at", "divergence")
+LOSSES = ("nll", "kl", "reference_nll", "divergence")
 assert set(ON_DEMAND) == set(OPTIONAL) - ALWAYS
 
 
 def _in_place(tokens: Tokens, out: Statistics, name: str) -> Tensor | None:
-    return tokens.in_place(getattr(out, name), fill_of(name))
+    values = tokens.in_place(getattr(out, name), fill_of(name))
+    return tokens.reported(values) if values is not None and name in LOSSES else values
 
 
 class _Later:

@@ -23,6 +23,9 @@ from .checks import MissingAttribute
 from .problem import DIFFERENTIABLE, GIVEN, OPTIONAL, OUTPUTS, Head, Needs, Problem, Statistics
 from .sparse.certificate import GradientReport
 
+# An id that a bias of −inf rules out has a logit of −1e30 inside, so that no 0 · ∞ occurs; a model's are below this.
+RULED_OUT = 1e15
+
 
 class Observer:
     """Per-token statistics of an objective's pass, for whoever reports more than its loss; no gradient, no further
@@ -55,7 +58,7 @@ class Observer:
         for name, parts in self._parts.items():
             values = getattr(out, name)
             if values is not None:
-                parts.append(values.detach().clone())
+                parts.append(self._tokens.reported(values.detach().clone()))
 
     def add_weights(self, losses: Tensor, nll: Tensor) -> None:
         """Of the losses of the next tokens in order."""
@@ -144,7 +147,14 @@ class Tokens:
         return flat if self.index is None else flat.index_select(0, self.index)
 
     def total(self, values: Tensor) -> Tensor:
-        return values.sum()
+        return self.reported(values.sum())
+
+    def reported(self, values: Tensor) -> Tensor:
+        """Losses that leave the package: infinite where an id is ruled out that has to be likely. Gradients stay."""
+        heads = (self.problem.head, self.problem.reference_head)
+        if not values.is_floating_point() or all(head is None or head.bias is None for head in heads):
+            return values
+        return values + torch.where(values.detach() > RULED_OUT, torch.inf, 0.0)
 
     def in_place(self, values: Tensor | None, fill: int = 0) -> Tensor | None:
         """Numbers of the valid tokens, in the caller's shape."""
@@ -192,7 +202,7 @@ class Tokens:
         if self.backend == "reference":
             return of_chunk(self.losses(wanted, top_k), slice(None)).sum()
         if self.observer is None:
-            return self._summed(of_chunk, wanted, top_k)
+            return self.reported(self._summed(of_chunk, wanted, top_k))
 
         def observed(out: Statistics, at: slice) -> Tensor:
             self.observer.add(out)
@@ -201,7 +211,7 @@ class Tokens:
         self.observer.begin(self)
         total = self._summed(observed, wanted | self.observer.wanted, top_k)
         self.observer.finish()
-        return total
+        return self.reported(total)
 
     def _summed(self, of_chunk: Callable[[Statistics, slice], Tensor], wanted: frozenset[str], top_k: int) -> Tensor:
         sparse = self.begin_report()
@@ -244,7 +254,7 @@ class TracedTokens(Tokens):
         return flat.masked_fill(~self.valid if flat.dim() == 1 else ~self.valid[:, None], 0)
 
     def total(self, values: Tensor) -> Tensor:
-        return torch.where(self.valid, values, 0).sum()
+        return self.reported(torch.where(self.valid, values, 0).sum())
 
     def losses(self, wanted: frozenset[str], top_k: int = 20) -> Statistics:
         self.begin_report()

@@ -171,7 +171,7 @@ class CrossEntropyLoss(Objective):
             tokens.observer.were_divided(n)
         if not epsilon or problem.has_reference:
             return loss
-        return loss - epsilon / vocabulary * total_logits(tokens, classes) / n
+        return tokens.reported(loss - epsilon / vocabulary * total_logits(tokens, classes) / n)
 
     def _check_length(self, head: Any) -> None:
         """Of one process's head; of one spread over ranks all of them are counted in `prepare`."""
