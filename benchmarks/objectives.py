@@ -169,7 +169,7 @@ FORMULAS = (
     ("`CrossEntropyLoss`", "Σ nll / n; options label_smoothing, z_loss, class_weights", "", "3 (2)", ""),
     ("`WeightedLoss`", "Σ w·nll / n", "`weights`", "3 (2)", ""),
     ("`TALRLoss`",
-     "Σ max(exp(−nll/τ), 0.01)·nll / n, τ: the median over sequences of their mean nll, or a number",
+     "Σ max(exp(−nll/τ), 0.01)·nll / n, τ: the median over sequences of their mean nll, at least 10⁻⁶, or a number",
      "`sequence_ids` where packed",
      "4 (2); fixed τ 3 (2)",
      "[2509.20758](https://arxiv.org/abs/2509.20758)"),

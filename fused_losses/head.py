@@ -283,6 +283,8 @@ class Reference:
     def __post_init__(self) -> None:
         if not isinstance(self.hidden, Tensor):
             raise TypeError(f"reference hidden: expected a tensor [..., D], got {type(self.hidden).__name__}")
+        if self.hidden.layout != torch.strided:
+            raise TypeError(f"reference hidden: expected a dense tensor, got one of layout {self.hidden.layout}")
         if self.hidden.dtype not in FLOATING:
             raise TypeError(f"reference hidden: expected one of {_names(FLOATING)}, got {self.hidden.dtype}")
         if self.head is not None:
@@ -347,6 +349,8 @@ def check_weight(weight: object, name: str, spread: bool = False) -> None:
     if not isinstance(weight, Tensor):
         remedy = "; give its .weight" if isinstance(weight, nn.Module) else ""
         raise TypeError(f"{name}: expected a [V, D] tensor, got {type(weight).__name__}{remedy}")
+    if weight.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got one of layout {weight.layout}; give weight.to_dense()")
     if weight.dim() != 2 or 0 in weight.shape[spread:]:
         sharded = (
             "; a sharded or offloaded parameter (ZeRO-3, FSDP) must be gathered first" if weight.numel() == 0 else ""

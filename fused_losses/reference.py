@@ -43,7 +43,7 @@ def entropy(z: Tensor) -> Tensor:
 def kl(z_ref: Tensor, z: Tensor) -> Tensor:
     """KL(p_ref ‖ p) per token."""
     log_p, log_r = z.log_softmax(-1), z_ref.log_softmax(-1)
-    return torch.where(log_r > -torch.inf, log_r.exp() * (log_r - log_p), 0).sum(-1)
+    return (log_r.exp() * torch.where(log_r > -torch.inf, log_r - log_p, 0)).sum(-1)
 
 
 def divergence(z_ref: Tensor, z: Tensor, beta: float) -> Tensor:
@@ -54,7 +54,9 @@ def divergence(z_ref: Tensor, z: Tensor, beta: float) -> Tensor:
     if beta == 1:
         return kl(z, z_ref)
     log_p, log_r = z.log_softmax(-1), z_ref.log_softmax(-1)
-    log_m = torch.logaddexp(log_r + math.log(beta), log_p + math.log1p(-beta))
+    neither = (log_p == -torch.inf) & (log_r == -torch.inf)  # logaddexp has no gradient there
+    parts = (log_r.masked_fill(neither, 0) + math.log(beta), log_p.masked_fill(neither, 0) + math.log1p(-beta))
+    log_m = torch.logaddexp(*parts).masked_fill(neither, -torch.inf)
     return beta * kl(log_r, log_m) + (1 - beta) * kl(log_p, log_m)
 
 

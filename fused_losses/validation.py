@@ -155,6 +155,8 @@ def check_hidden(hidden: Tensor, head: LMHead) -> None:
             "hidden: expected a plain tensor with all tokens, got a DTensor; give hidden.full_tensor() or, where it is "
             "replicated, hidden.to_local()"
         )
+    if hidden.layout != torch.strided:
+        raise TypeError(f"hidden: expected a dense tensor, got one of layout {hidden.layout}; give hidden.to_dense()")
     if hidden.dtype not in FLOATING:
         raise TypeError(f"hidden: expected one of {_names(FLOATING)}, got {hidden.dtype}")
     if hidden.dim() == 0 or hidden.numel() == 0:

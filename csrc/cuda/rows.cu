@@ -388,7 +388,11 @@ __device__ __forceinline__ void row(const RowStatistics& a, unsigned char* share
       for (const Row row : {REF_TOP, REF_LOG_SUM, SHIFT, GAP, GAP_L1, MISSED}) rows[row * N] = 0;
   } else {
     const Totals reference(sums.r, at_label.r, place.label, false);
-    const float shift = (total.top - reference.top) + (total.log_sum - reference.log_sum);
+    // The largest logit may be a rounded sum. Of its rounding log_sum has what is not its share of p.
+    const int best = total.index < a.vocabulary ? total.index : 0;
+    const Logits at_top = finish(place.z[best], place.r[best]);
+    const float rounding = (total.top - at_top.r) - at_top.d, share = expf(-total.log_sum);
+    const float shift = ((total.top - reference.top) - share * rounding) + (total.log_sum - reference.log_sum);
     const GapSums own = sums_of_gaps<HELD>(place, finish, total, reference, shift);
     const GapSums gaps = merged<HELD>(own, exchange, place, rank, blocks);
     if (writes) {

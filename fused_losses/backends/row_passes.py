@@ -265,9 +265,11 @@ def _log_softmax_(z: Tensor, top: Tensor, prediction: Tensor, scratch: Tensor) -
 
 
 def entropy_of(z: Tensor) -> Tensor:
-    """Of softmax(z), [rows]."""
-    log_p = z.log_softmax(1)
-    return -(log_p.exp() * log_p).sum(1)
+    """Of softmax(z), [rows], logits in descending order; accurate also where the first has nearly all of p."""
+    shifted = (z[:, 1:] - z[:, :1]).clamp_(min=-1e30)
+    e = shifted.exp()
+    rest = e.sum(1)
+    return torch.log1p(rest) - row_dot(e, shifted) / (1 + rest)
 
 
 def row_dot(a: Tensor, b: Tensor) -> Tensor:

@@ -183,7 +183,7 @@ def test_kl_is_accurate_near_the_reference_and_far_from_it(size, reference):
 
 
 @pytest.mark.parametrize("beta", [None, 0.5])
-@pytest.mark.parametrize("case", [(16, 1e-3, 1), (20, 0.01, 0.9)])
+@pytest.mark.parametrize("case", [(16, 1e-3, 1), (20, 0.01, 0.9), (20, 1e-3, 1)])
 def test_kl_gradient_where_both_models_are_nearly_certain(case, beta):
     """tests/sparse/test_one_hot_kl.py has more of it."""
     case = nearly_certain(*case)

@@ -67,6 +67,29 @@ def test_token_losses(backend):
     assert out.divergence.isinf().all() and out.kl.isfinite().all()
 
 
+@pytest.mark.parametrize("backend", ["cpu", "torch", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("masked", ["reference", "model", "both", "each its own"])
+@pytest.mark.parametrize("value", [-torch.inf, -1e5])
+def test_a_divergence_of_models_that_rule_out_other_ids(backend, dtype, masked, value):
+    """A teacher with the smaller vocabulary, for example: m is half of the other's p there."""
+    ids = {"reference": ([], [6, 7, 8]), "model": ([1, 8], []), "both": ([7], [7]), "each its own": ([3, 8], [8, 5])}
+    bias, bias_ref = (torch.zeros(V, dtype=dtype).index_fill(0, torch.tensor(i, dtype=torch.int64), value)
+                      for i in ids[masked])  # fmt: skip
+    weight, weight_ref = WEIGHT.to(dtype).requires_grad_(), torch.randn(V, 5, dtype=dtype)
+    hidden, labels = HIDDEN.to(dtype).requires_grad_(), torch.tensor([0, 2, 4])
+    reference = fl.Reference(HIDDEN.to(dtype).flip(0), fl.LMHead(weight_ref, bias_ref))
+    value = fl.JSDLoss(0.3, backend=backend)(hidden, fl.LMHead(weight, bias), labels, reference=reference)
+    found = value.detach(), *torch.autograd.grad(value, (hidden, weight))
+    x, w = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    p, r = ((x @ w.T + bias).softmax(1), (reference.hidden.double() @ weight_ref.double().T + bias_ref).softmax(1))
+    p, r = p.clamp(min=1e-300), r.clamp(min=1e-300)
+    m = 0.3 * r + 0.7 * p
+    truth = (0.3 * r * (r / m).log() + 0.7 * p * (p / m).log()).sum(1).mean()
+    for ours, expected in zip(found, (truth.detach(), *torch.autograd.grad(truth, (x, w))), strict=True):
+        assert relative(ours, expected) < (2e-6 if dtype == torch.float32 else 1e-12)
+
+
 def test_in_a_compiled_graph():
     loss = fl.CrossEntropyLoss()
     call = torch.compile(lambda hidden, labels: loss(hidden, fl.LMHead(WEIGHT, BIAS), labels), backend="eager")

@@ -8,7 +8,7 @@ from fused_losses.sparse.softmax import SparseSoftmax
 
 # By how much the label leads, how far the reference is, how much surer it is: the difference of their normalisers is
 # this share of the lead, of which float32 has seven digits, and p − p_ref of the label may be far below them.
-NEAR = [(8, 1e-3, 1), (16, 1e-3, 1), (16, 1e-4, 1)]
+NEAR = [(8, 1e-3, 1), (16, 1e-3, 1), (16, 1e-4, 1), (20, 1e-3, 1)]
 FAR = [(12, 0.01, 1.1), (16, 0.01, 1.1), (20, 0.01, 0.9), (26, 0.1, 1.1)]
 
 

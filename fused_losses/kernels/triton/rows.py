@@ -187,7 +187,8 @@ def row_statistics_kernel(
     share = tl.exp((top - largest) - log_sum)  # of e^TOP of the others
     tl.store(nll_ptr + t + one, nll)
     wins = (label_z > top) | ((label_z == top) & (at_label < index))
-    tl.store(prediction_ptr + t + one, tl.where(wins, at_label, index).to(tl.int64))
+    prediction = tl.where(wins, at_label, index)
+    tl.store(prediction_ptr + t + one, prediction.to(tl.int64))
     if ENTROPY:
         # Σ p (lse − z) over the others: every term is positive.
         entropy = share * (total * ((largest - top) + log_sum) - weighted) + tl.exp(-nll) * nll
@@ -202,7 +203,13 @@ def row_statistics_kernel(
     if REFERENCE:
         ref_nll = _nll(label_r, ref_top, ref_total)
         ref_largest, ref_log_sum = _sums(label_r, ref_top, ref_total)
-        shift = (largest - ref_largest) + (log_sum - ref_log_sum)
+        # The largest logit may be a rounded sum. Of its rounding log_sum has what is not its share of p.
+        _, top_d, top_r = _logits(
+            z_ptr, r_ptr, prediction, V, scale, softcap, reference_scale, reference_softcap,
+            REFERENCE, DIFFERENCE, SOFTCAP, REFERENCE_SOFTCAP,
+        )  # fmt: skip
+        rounding = (largest - top_r) - top_d
+        shift = ((largest - ref_largest) - tl.exp(-log_sum) * rounding) + (log_sum - ref_log_sum)
         gaps, sloped_gaps, sizes, expected = _gap_sums(
             z_ptr, r_ptr, V, scale, softcap, reference_scale, reference_softcap, largest, log_sum, ref_largest,
             ref_log_sum, shift, BLOCK, REFERENCE, DIFFERENCE, SOFTCAP, REFERENCE_SOFTCAP,
