@@ -99,7 +99,10 @@ def run(given: argparse.Namespace) -> None:
         )  # fmt: skip
     if not given.quiet:
         title = f"{given.method}: {report['steps']} steps in {report['seconds']:.0f} s; {report['stopped']}"
-        show(title, ("what", "before", "after"), reports.rows(report))
+        if measured := reports.rows(report):
+            show(title, ("what", "before", "after"), measured)
+        else:
+            print(f"{title}; nothing was measured before and after: that takes --heldout or anchors")
         if (sentence := reports.unmet(report, given.output)) is not None:
             print(sentence)
         print(f"written: {given.output}, with {', '.join(_written(Path(given.output)))}")

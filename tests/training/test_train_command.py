@@ -67,6 +67,15 @@ def test_options_reach_the_training(saved, tmp_path):
     assert {name: settings[name] for name in expected} == expected
 
 
+def test_without_anchors_and_heldout_text_it_says_that_nothing_was_measured(saved, tmp_path, capsys):
+    chats = ["train", "--model", str(saved), "--data", str(files(tmp_path)["chats"]), "--method", "sft", "--steps", "1"]
+    cli.main([*chats, "--output", str(tmp_path / "one")])
+    out = capsys.readouterr().out
+    assert "nothing was measured before and after: that takes --heldout or anchors" in out and "what" not in out
+    cli.main([*chats, "--output", str(tmp_path / "two"), "--heldout", str(tmp_path / "chats.jsonl")])
+    assert "nll of the held-out text" in capsys.readouterr().out
+
+
 def test_help_names_the_methods(capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(["train", "--help"])
