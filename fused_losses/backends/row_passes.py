@@ -169,8 +169,8 @@ def _pass_with_reference(
         # So it does here. Where one id has nearly all of p, its gap is as small as all others together, and less than
         # that error.
         gap.addcmul_(p, gaps, value=-1)
-        d.sub_(torch.log1p(gaps))
     if out.divergence is not None:
+        d.sub_(torch.log1p(gaps))
         divergence, student = mixture_sums(problem.beta, p, p_ref, d, gap)
         out.divergence.copy_(divergence.clamp(min=0))
         if rows.divergence is not None:

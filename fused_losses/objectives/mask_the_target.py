@@ -27,7 +27,8 @@ class MaskTheTargetLoss(Objective):
     [KL(p_ref ‖ p) − r·(nll − nll_ref) − (1 − r)·(ln(1 − r) − ln(1 − p))] / (1 − r). That magnifies rounding by
     1 / (1 − r). So where the reference is all but certain, 1 − r < 1e-6, the division is by 1e-6 instead: the term
     fades to 0 with 1 − r, and so does its gradient. Where 1 − p < 1e-30 its logarithm is that of 1e-30 and has no
-    gradient. Neither value nor gradient is ever infinite or NaN.
+    gradient. Neither value nor gradient is ever NaN, and infinite only where a bias of −inf rules out what the
+    reference has.
 
     Args:
         kl_weight: λ ≥ 0.

@@ -149,7 +149,7 @@ def test_of_two_models_that_are_certain_of_other_tokens_it_is_at_its_bound(backe
     loss = fl.JSDLoss(beta, backend=backend)(hidden, weight, torch.arange(5), reference=fl.Reference(-hidden))
     # The student has all of its mass on an id; the teacher's is on the four others.
     bound = -beta * math.log(beta) - (1 - beta) * math.log1p(-beta)
-    assert loss.item() == pytest.approx(bound, rel=1e-6)
+    assert loss.item() == pytest.approx(bound, rel=1.7e-7)  # measured 5.6e-8
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -7,7 +7,8 @@ from cases import relative
 import fused_losses as fl
 
 V, OUT = 9, 4
-HIDDEN, WEIGHT = torch.randn(3, 5), torch.randn(V, 5)
+SEEDED = torch.Generator().manual_seed(0)
+HIDDEN, WEIGHT = torch.randn(3, 5, generator=SEEDED), torch.randn(V, 5, generator=SEEDED)
 BIAS = torch.zeros(V).index_fill_(0, torch.tensor([OUT]), -torch.inf)
 OF_LABEL = {
     "cross-entropy": fl.CrossEntropyLoss, "z-loss": lambda **o: fl.CrossEntropyLoss(z_loss=1e-3, **o),
@@ -31,7 +32,7 @@ def test_a_label(loss, backend, gradient):
     for ours, truth in zip(*found, strict=True):
         assert ours.isfinite().all()
         if truth.isfinite().all():
-            assert relative(ours, truth) < (0.02 if gradient == "sparse" else 2e-6)
+            assert relative(ours, truth) < (6.3e-4 if gradient == "sparse" else 5.4e-7)  # measured 2.1e-4, 1.8e-7
 
 
 @backends
@@ -76,7 +77,7 @@ def test_a_divergence_of_models_that_rule_out_other_ids(backend, dtype, masked, 
     ids = {"reference": ([], [6, 7, 8]), "model": ([1, 8], []), "both": ([7], [7]), "each its own": ([3, 8], [8, 5])}
     bias, bias_ref = (torch.zeros(V, dtype=dtype).index_fill(0, torch.tensor(i, dtype=torch.int64), value)
                       for i in ids[masked])  # fmt: skip
-    weight, weight_ref = WEIGHT.to(dtype).requires_grad_(), torch.randn(V, 5, dtype=dtype)
+    weight, weight_ref = WEIGHT.to(dtype).requires_grad_(), WEIGHT.to(dtype).flip(0)
     hidden, labels = HIDDEN.to(dtype).requires_grad_(), torch.tensor([0, 2, 4])
     reference = fl.Reference(HIDDEN.to(dtype).flip(0), fl.LMHead(weight_ref, bias_ref))
     value = fl.JSDLoss(0.3, backend=backend)(hidden, fl.LMHead(weight, bias), labels, reference=reference)
@@ -87,7 +88,7 @@ def test_a_divergence_of_models_that_rule_out_other_ids(backend, dtype, masked, 
     m = 0.3 * r + 0.7 * p
     truth = (0.3 * r * (r / m).log() + 0.7 * p * (p / m).log()).sum(1).mean()
     for ours, expected in zip(found, (truth.detach(), *torch.autograd.grad(truth, (x, w))), strict=True):
-        assert relative(ours, expected) < (2e-6 if dtype == torch.float32 else 1e-12)
+        assert relative(ours, expected) < (7.2e-7 if dtype == torch.float32 else 2.4e-15)  # measured 2.4e-7, 7.9e-16
 
 
 def test_in_a_compiled_graph():

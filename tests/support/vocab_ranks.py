@@ -397,6 +397,7 @@ def work(rank: int, world: int, folder: str) -> None:
         large_offset(), spread_inputs(large_offset(), torch.float32, (3, 3) if world == 2 else (2, 1, 1, 2))
     )
     found["certain"] = token_losses(certain(), spread_inputs(certain(), torch.float32, (1, 1, 0, 0)[:world]))
+    found["masked teacher"] = masked_teacher((100, 23, 0, 0)[:world])
     case = certain_of_both()
     for backend in ("cpu", "torch"):
         inputs = spread_inputs(case, torch.float32, (120, 80, 0, 0)[:world])
@@ -435,6 +436,19 @@ def certain_of_both() -> Case:
         hidden.double(), weight.double(), labels, reference_hidden=reference.double(), nll_upstream=0 * ones,
         kl_upstream=ones,
     )  # fmt: skip
+
+
+def masked_teacher(sizes: tuple[int, ...] | None, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """A JSD to a reference with the smaller vocabulary: ids of one rank and of both are ruled out. `sizes` None: of one
+    process."""
+    case, bias = make(33, D, V, reference="own"), torch.zeros(V).to(dtype)
+    bias[[3, *range(90, V)]] = -torch.inf
+    hidden, head, reference = case.inputs(dtype) if sizes is None else spread_inputs(case, dtype, sizes)
+    options = {} if sizes is None else {"process_group": dist.group.WORLD}
+    mine = bias if sizes is None else bias[rows(sizes, dist.get_rank())].clone()
+    reference = fl.Reference(reference.hidden, fl.LMHead(reference.head.weight, mine, **options))
+    out = fl.token_losses(hidden, head, case.labels, reference=reference, beta=0.3)
+    return {"divergence": out.divergence.detach()} | gradients(out.divergence.sum(), hidden, head)
 
 
 def large_offset() -> Case:
